@@ -1,0 +1,65 @@
+# Every target sets the project up first; nothing is installed again while the pins stay as they are.
+# In an environment of your own (conda on a GPU node, say), skip that:  make reproduce PROFILE=gpu PY=python READY=
+
+PYTHON  ?= python3
+PROFILE ?= cpu
+NB      ?=
+COMPUTE ?= cold
+# Address of PyTorch's CPU wheel index (see PyTorch's install page). Without it torch is the build that your package
+# index holds, on Linux usually the CUDA one: larger, and it works as well.
+TORCH_INDEX ?=
+
+PY    = .venv/bin/python
+READY = .venv/.ready
+# DeepSpeed looks for ninja on PATH, and children look for python: both must be the environment's.
+RUN   = PATH="$$PWD/.venv/bin:$$PATH" $(PY)
+
+help:  ## print this list
+	@echo "usage: make <target> [PROFILE=smoke|cpu|gpu|paper] [NB=11] [PYTHON=python3.12] [TORCH_INDEX=<address>]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
+
+setup: $(READY)  ## create .venv from requirements/cpu.txt (3 to 5 minutes, once)
+
+# The stamp goes first and comes back last: an interrupted set-up is taken up again, never mistaken for a finished one.
+.venv/.ready: requirements/cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+	  echo "Python 3.11 or 3.12 is needed, and $(PYTHON) is not one. Try: make setup PYTHON=python3.12" >&2; exit 1; }
+	@rm -f .venv/.ready
+	@echo "set-up 1/3: virtual environment, torch, build tools"
+	@$(PYTHON) -m venv .venv
+	@index="$(TORCH_INDEX)"; $(PY) -m pip install -qq $${index:+--extra-index-url "$$index"} \
+	  $$(grep -E '^(torch|setuptools|wheel|scikit_build_core|ninja|py-cpuinfo)==' requirements/cpu.txt)
+	@echo "set-up 2/3: everything else, as locked in requirements/cpu.txt (2 to 4 minutes, no output)"
+	@DS_BUILD_OPS=0 $(PY) -m pip install -qq --no-deps --no-build-isolation -r requirements/cpu.txt
+	@echo "set-up 3/3: beyond_dpo itself"
+	@$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
+	@touch .venv/.ready
+
+reproduce: $(READY)  ## download models and data, compute every result anew, update the scoreboard (NB=11: one notebook)
+	@test "$(PROFILE)" = smoke || $(RUN) -m beyond_dpo.assets
+	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run $${nb:---all} --profile $(PROFILE)
+	@$(RUN) -m beyond_dpo.report
+
+test: $(READY)  ## run the tests
+	@$(RUN) -m pytest
+
+smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, no downloads, numbers without meaning
+	@$(RUN) -m beyond_dpo.run --all --profile smoke
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	@$(RUN) -m jupyterlab notebooks/00_start_here.ipynb
+
+render: $(READY)  ## execute the committed notebooks in place, from the committed results alone
+	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --profile cpu --in-place
+
+freeze: $(READY)  ## copy small finished results into data/frozen
+	@$(RUN) -m beyond_dpo.run --all --profile cpu --freeze
+
+lint: $(READY)  ## check the style
+	@$(RUN) -m ruff check lib tests notebooks
+
+clean:  ## delete computed results (artifacts/) and caches; downloads, data/frozen and .venv stay
+	@rm -rf artifacts .pytest_cache .ruff_cache build lib/*.egg-info notebooks/.ipynb_checkpoints
+	@find lib tests -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help setup reproduce test smoke lab render freeze lint clean

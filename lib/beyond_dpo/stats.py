@@ -1,0 +1,120 @@
+"""Means and percentile bootstrap intervals from explicit generators: the same seed gives the same interval.
+
+Shared by all: values are (n,) or (n, k) in any unit, axis 0 holds the independent units (prompts) and a row is drawn as
+a whole; `groups`, (n,) labels, draws all units with one label together (several pairs of one prompt); level in (0, 1).
+All raise ValueError for NaN or infinity (naming the index), fewer than two units or groups, and unequal shapes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def mean_interval(values, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
+    """Return (mean, low, high) of `values`; adding a constant to `values` adds it to all three."""
+    sums, counts = _by_group(_finite(values=values)[0], groups)
+    return _interval(lambda i: sums[i].sum() / counts[i].sum(), len(sums), seed, level, n_boot)
+
+
+def paired_interval(a, b, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
+    """Return (mean, low, high) of a - b for the same units in the same order; what a and b share cancels."""
+    a, b = _finite(a=a, b=b)
+    return mean_interval(a - b, seed=seed, level=level, n_boot=n_boot, groups=groups)
+
+
+def ratio_interval(a, b, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
+    """Return (ratio, low, high) of mean(a) / mean(b), measured side by side; the unit of measurement cancels.
+
+    Raises ValueError for b <= 0 as well.
+    """
+    a, b = _finite(a=a, b=b)
+    if (b <= 0).any():
+        raise ValueError(f"b is {b[b <= 0][0]} at index {_where(b <= 0)}; a ratio needs b > 0 everywhere")
+    (top, _), (bottom, _) = _by_group(a, groups), _by_group(b, groups)
+    return _interval(lambda i: top[i].sum() / bottom[i].sum(), len(top), seed, level, n_boot)
+
+
+def spearman(x, y, *, seed: int, level: float = 0.95, n_boot: int = 2000):
+    """Return (rho, low, high), the rank correlation of x and y, both (n,); increasing functions of them cancel.
+
+    Raises ValueError for a constant x or y as well. Draws that repeat a single value have no rho and are left out.
+    """
+    from scipy.stats import rankdata
+
+    x, y = _finite(x=x, y=y)
+    if x.ndim != 1 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        raise ValueError(f"x and y must be (n,) and vary; found shape {x.shape}, ranges {np.ptp(x)} and {np.ptp(y)}")
+
+    def rho(i):
+        a, b = rankdata(x[i]), rankdata(y[i])
+        return np.corrcoef(a, b)[0, 1] if np.ptp(a) and np.ptp(b) else np.nan
+
+    return _interval(rho, len(x), seed, level, n_boot)
+
+
+def _interval(statistic, units: int, seed: int, level: float, n_boot: int) -> tuple[float, float, float]:
+    if units < 2 or not 0 < level < 1:
+        raise ValueError(f"an interval needs 2 or more independent units and a level in (0, 1): {units=}, {level=}")
+    generator = np.random.default_rng(seed)
+    draws = [statistic(generator.integers(units, size=units)) for _ in range(n_boot)]
+    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(statistic(np.arange(units))), float(low), float(high)
+
+
+def _by_group(values: np.ndarray, groups) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sum and the number of values of each unit, or of each group of units."""
+    sums, counts = values.reshape(len(values), -1).sum(1), np.full(len(values), values[0].size)
+    if groups is None:
+        return sums, counts
+    labels, index = np.unique(np.asarray(groups), return_inverse=True)
+    if len(index) != len(values):
+        raise ValueError(f"groups has {len(index)} labels for {len(values)} units; give one label per unit")
+    return np.bincount(index, sums, len(labels)), np.bincount(index, counts, len(labels))
+
+
+def _finite(**named) -> list[np.ndarray]:
+    arrays = {name: np.asarray(values, dtype=float) for name, values in named.items()}
+    for name, array in arrays.items():
+        if array.ndim == 0 or not len(array):
+            raise ValueError(f"{name} has shape {array.shape}; give one value per unit")
+        if (bad := ~np.isfinite(array)).any():
+            raise ValueError(f"{name} is {array[bad][0]} at index {_where(bad)}; an average would hide it")
+    if len({array.shape for array in arrays.values()}) > 1:
+        raise ValueError(f"shapes differ: { {name: array.shape for name, array in arrays.items()} }; pair the units")
+    return list(arrays.values())
+
+
+def _where(mask: np.ndarray):
+    where = np.argwhere(mask)[0].tolist()
+    return where[0] if len(where) == 1 else tuple(where)
+
+
+def summarise(table, value: str, by: list[str], *, seed: int, groups: str = "prompt"):
+    """Return one row per combination of the columns `by`: mean, low, high of `value` and n, prompts drawn as a whole.
+
+    table: one row per response. Rows without a value (NaN) are left out, so that a measure taken on some prompts only
+    can be summarised; a combination without any is left out.
+    """
+    import pandas as pd
+
+    rows = []
+    for place, group in table.dropna(subset=[value]).groupby(by, sort=True):
+        mean, low, high = mean_interval(group[value], seed=seed, groups=group[groups])
+        rows.append([*place, mean, low, high, len(group)])
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+
+
+def gain(table, value: str, to: dict, since: dict, *, seed: int) -> tuple[float, float, float]:
+    """Return (mean, low, high) of `value` at the place `to` minus at the place `since`, paired by prompt.
+
+    to, since: {column: value} that pick the responses of one model and α each; both must answer the same prompts.
+    """
+    means = []
+    for place in (to, since):
+        picked = table
+        for column, wanted in place.items():
+            picked = picked[np.isclose(picked[column], wanted) if isinstance(wanted, float) else picked[column] == wanted]
+        means.append(picked.groupby("prompt")[value].mean().sort_index())
+    if not len(means[0]) or list(means[0].index) != list(means[1].index):
+        raise ValueError(f"{to} and {since} do not answer the same prompts ({len(means[0])} and {len(means[1])})")
+    return paired_interval(means[0], means[1], seed=seed)

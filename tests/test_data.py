@@ -1,0 +1,282 @@
+"""Rows, tokens and masks: at most one BOS, masks that cover exactly the response, files that are whole or refused."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from beyond_dpo import data, paths
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+TEXTS = ["a good film", "a bad film", "I saw this film twice and liked it", "the plot is thin, the actors are good"]
+
+
+def build(*, adds_bos: bool = False, pad: str = "<pad>", bos: str | None = "<s>", template: str | None = TEMPLATE):
+    """Train a byte-level BPE on four sentences: ids 0, 1, 2 are <s>, </s>, <pad>."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<pad>"]
+    core.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    if adds_bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token="</s>", pad_token=pad)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+BOS, EOS = 0, 1
+USER = [{"role": "user", "content": "a good film"}]
+
+
+def row(id="0", prompt=(0, 5, 6), **responses):
+    return {"id": id, "prompt_ids": list(prompt), "responses": {k: list(v) for k, v in responses.items()}}
+
+
+# --- text to ids
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+def test_plain_prompt_has_the_bos_that_the_tokenizer_adds(adds_bos, pad):
+    tokenizer = build(adds_bos=adds_bos, pad=pad)
+    ids = data.render(tokenizer, "a good film", "plain")
+    assert ids == tokenizer("a good film")["input_ids"]
+    assert ids.count(BOS) == int(adds_bos)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a good film"
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("template, prompt", [("plain", "a good film"), ("chat", USER), ("chat", "a good film")])
+def test_bos_true_puts_exactly_one(adds_bos, template, prompt):
+    """A chat template with BOS and a tokenizer that adds one of its own is the classic double BOS."""
+    ids = data.render(build(adds_bos=adds_bos), prompt, template, bos=True)
+    assert ids[0] == BOS and ids.count(BOS) == 1
+
+
+def test_bos_none_leaves_a_template_without_bos_alone():
+    tokenizer = build(adds_bos=True, template=TEMPLATE.replace("{{ bos_token }}", ""))
+    assert data.render(tokenizer, USER, "chat").count(BOS) == 0
+    assert data.render(tokenizer, USER, "chat", bos=True).count(BOS) == 1
+
+
+def test_bos_false_adds_none():
+    assert data.render(build(adds_bos=True), "a good film", "plain", bos=False).count(BOS) == 0
+
+
+def test_chat_text_is_the_template_with_the_generation_prompt():
+    tokenizer = build()
+    ids = data.render(tokenizer, USER, "chat")
+    assert tokenizer.decode(ids) == "<s>user: a good film\nassistant:"
+    assert ids == data.render(tokenizer, "a good film", "chat")  # a string is one user turn
+    turns = [{"role": "system", "content": "be kind"}, *USER]
+    text = tokenizer.decode(data.render(tokenizer, turns, "chat"))
+    assert text == "<s>system: be kind\nuser: a good film\nassistant:"
+
+
+def test_markup_in_a_text_stays_text():
+    """"</s>" in a review must not become the end token, and "<s>" in front must not become a second BOS."""
+    tokenizer = build(adds_bos=True)
+    ids = data.encode_response(tokenizer, "good</s>film")
+    assert ids.count(EOS) == 1 and ids[-1] == EOS and tokenizer.decode(ids[:-1]) == "good</s>film"
+    assert data.render(tokenizer, "<s>a film", "plain").count(BOS) == 1
+
+
+def test_response_ends_with_the_end_token_once():
+    tokenizer = build(adds_bos=True)
+    with_end, without = (data.encode_response(tokenizer, " good", end=end) for end in (True, False))
+    assert with_end == without + [EOS] and BOS not in with_end
+    assert data.encode_response(tokenizer, "") == [EOS] and data.encode_response(tokenizer, "", end=False) == []
+
+
+@pytest.mark.parametrize(
+    "make, error, says",
+    [
+        (lambda: data.render(build(), "x", "zephyr"), ValueError, "zephyr"),
+        (lambda: data.render(build(), USER, "plain"), TypeError, "takes a string, got list"),
+        (lambda: data.render(build(), [], "chat"), TypeError, "non-empty list"),
+        (lambda: data.render(build(template=None), "x", "chat"), ValueError, "no chat template"),
+        (lambda: data.render(build(bos=None), "x", "plain", bos=True), ValueError, "no BOS token"),
+        (lambda: data.render(build(), [*USER, {"role": "assistant", "content": "y"}], "chat"), ValueError, "assistant"),
+        (lambda: data.render(build(template="{{ bos_token }}" + TEMPLATE), "x", "chat"), ValueError, "two BOS"),
+    ],
+)
+def test_prompt_faults(make, error, says):
+    with pytest.raises(error, match=says):
+        make()
+
+
+def test_loaded_tokenizer_pads_with_the_end_token_if_it_has_no_pad(tmp_path):
+    tokenizer = build(adds_bos=True)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    loaded = data.load_tokenizer(tmp_path)
+    assert loaded.pad_token_id == loaded.eos_token_id == EOS
+    assert data.load_tokenizer(tmp_path) is loaded
+    assert data.render(loaded, "a film", "plain") == data.render(tokenizer, "a film", "plain")
+
+
+SMOLLM2 = sorted(p for p in paths.CACHE.glob("smollm2-*") if p.is_dir())
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="the SmolLM2 asset has not been unpacked on this machine")
+def test_smollm2():
+    """pad == eos == <|im_end|>, the template opens with a default system turn, and nothing adds a BOS to plain text."""
+    tokenizer = data.load_tokenizer(SMOLLM2[0])
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token_id == tokenizer.eos_token_id
+    chat = data.render(tokenizer, "Is it good?", "chat")
+    text = tokenizer.decode(chat)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.endswith("<|im_start|>user\nIs it good?<|im_end|>\n<|im_start|>assistant\n")
+    plain = data.render(tokenizer, "This film", "plain")
+    assert tokenizer.decode(plain) == "This film"
+    ids = data.encode_response(tokenizer, " is good.")
+    batch = data.collate([row(prompt=chat, chosen=ids)], ["chosen"], tokenizer.pad_token_id)
+    assert batch["response_mask"].sum() == len(ids) and batch["attention_mask"].sum() == len(chat) + len(ids)
+
+
+# --- truncation
+
+
+@pytest.mark.parametrize(
+    "prompt, response, want_prompt, want_response",
+    [
+        ([0, 10, 11], [20, 1], [0, 10, 11], [20, 1]),  # fits: untouched
+        ([0, 10, 11, 12, 13], [20, 1], [0, 11, 12, 13], [20, 1]),  # prompt keeps BOS and its end
+        ([9, 10, 11, 12, 13], [20, 1], [10, 11, 12, 13], [20, 1]),  # no BOS: the last four
+        ([0, 10], [20, 21, 22, 23, 24, 1], [0, 10], [20, 21, 22, 23, 1]),  # cut response keeps its end token
+        ([0, 10], [20, 21, 22, 23, 24, 25], [0, 10], [20, 21, 22, 23, 24]),  # it had none: none is invented
+        ([0, 10, 11, 12, 13], [20, 21, 22, 23, 1], [0, 11, 12, 13], [20, 21, 1]),  # both
+    ],
+)
+def test_truncate_by_hand(prompt, response, want_prompt, want_response):
+    """max_prompt 4, max_length 7: at most 4 prompt tokens, the response gets what is left of 7."""
+    limits = {"max_prompt": 4, "max_length": 7, "bos_id": 0, "eos_id": 1}
+    got = data.truncate(prompt, response, **limits)
+    assert got == (want_prompt, want_response)
+    assert data.truncate(*got, **limits) == got
+
+
+def test_truncate_edges():
+    assert data.truncate([0, 5, 6], [7, 8, 1], max_prompt=1, max_length=2, bos_id=0, eos_id=1) == ([0], [1])
+    assert data.truncate([4, 5, 6], [7, 8, 9], max_prompt=1, max_length=2, bos_id=0, eos_id=1) == ([6], [7])
+    assert data.truncate([0, 5, 6], [7, 8, 1], max_prompt=2, max_length=4) == ([5, 6], [7, 8])  # no ids given
+    with pytest.raises(ValueError, match="max_prompt < max_length"):
+        data.truncate([0], [1], max_prompt=4, max_length=4)
+
+
+def test_prepare_drops_and_counts_rows_without_tokens():
+    rows = [
+        row("a", chosen=[7, 1], rejected=[8, 1]),
+        row("b", chosen=[], rejected=[8, 1]),
+        row("c", chosen=[7, 1], rejected=[]),
+        row("d", prompt=[], chosen=[7, 1], rejected=[8, 1]),
+    ]
+    kept, dropped = data.prepare(rows, ["chosen", "rejected"], max_prompt=8, max_length=16)
+    assert [r["id"] for r in kept] == ["a"] and dropped == 3
+    kept, dropped = data.prepare(rows, ["chosen"], max_prompt=8, max_length=16)  # an unnamed response drops nothing
+    assert [r["id"] for r in kept] == ["a", "c"] and dropped == 2 and list(kept[0]["responses"]) == ["chosen"]
+
+
+def test_prepare_cuts_all_responses_of_a_row_behind_the_same_prompt():
+    rows = [{**row(prompt=[0, *range(10, 20)], chosen=range(30, 60), rejected=[8, 1]), "weight": 2.0}]
+    (got,), dropped = data.prepare(rows, ["chosen", "rejected"], max_prompt=4, max_length=9, bos_id=0, eos_id=1)
+    assert got == {**row(prompt=[0, 17, 18, 19], chosen=range(30, 35), rejected=[8, 1]), "weight": 2.0}
+    assert dropped == 0 and len(rows[0]["prompt_ids"]) == 11  # the caller's row is untouched
+
+
+def test_prepare_names_a_missing_response():
+    with pytest.raises(ValueError, match=r"row 0 has no response 'source_chosen', only \['chosen', 'rejected'\]"):
+        data.prepare([row(chosen=[1], rejected=[1])], ["source_chosen"], max_prompt=4, max_length=8)
+
+
+# --- batches
+
+
+def test_collate_by_hand():
+    """Two rows, two names: four lines, chosen first; the longest has 5 tokens. pad == eos == 1 is kept in the masks."""
+    rows = [row("a", [0, 5], chosen=[7, 1], rejected=[8, 9, 1]), row("b", [0], chosen=[6, 1], rejected=[1])]
+    batch = data.collate(rows, ["chosen", "rejected"], pad_id=1)
+    assert batch["input_ids"].tolist() == [[0, 5, 7, 1, 1], [0, 6, 1, 1, 1], [0, 5, 8, 9, 1], [0, 1, 1, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    want = [[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
+    assert batch["response_mask"].tolist() == [[bool(x) for x in line] for line in want]
+    assert batch["ids"] == ["a", "b"]
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
+    assert batch["response_mask"].dtype == torch.bool
+
+
+def test_collate_masks_do_not_depend_on_the_pad_token():
+    rows = [row(str(i), range(1, 2 + i), one=range(3), two=range(i + 1), three=[1]) for i in range(4)]
+    names = ["one", "two", "three"]
+    a, b = data.collate(rows, names, pad_id=1), data.collate(rows, names, pad_id=2)
+    for mask in ("attention_mask", "response_mask"):
+        assert torch.equal(a[mask], b[mask])
+    real = a["attention_mask"].bool()
+    assert torch.equal(a["input_ids"][real], b["input_ids"][real]) and (b["input_ids"][~real] == 2).all()
+    assert a["response_mask"].sum(1).tolist() == [len(r["responses"][n]) for n in names for r in rows]
+    with pytest.raises(ValueError, match="pad_id is None"):
+        data.collate(rows, names, None)
+
+
+def test_order_is_a_permutation_that_only_seed_and_epoch_change():
+    torch.manual_seed(1)
+    a = data.order(50, seed=0, epoch=1)
+    torch.manual_seed(2)  # the global generator plays no part
+    assert data.order(50, seed=0, epoch=1) == a and sorted(a) == list(range(50))
+    others = [data.order(50, seed=s, epoch=e) for s, e in [(0, 0), (1, 0), (1, 1), (0, 2)]]
+    assert all(o != a for o in others) and others[0] != others[1]
+
+
+# --- files
+
+
+def test_rows_survive_the_disk(tmp_path):
+    rows = [{**row("é-1", chosen=[7, 1], rejected=[8, 1]), "weight": 0.25}, row("2", source_chosen=[3])]
+    data.write_rows(tmp_path / "rows.jsonl", rows)
+    assert data.read_rows(tmp_path / "rows.jsonl") == rows
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    data.write_rows(path, [row(chosen=[1])])
+    with pytest.raises(ValueError, match="row 1: row x: chosen must be a list of token ids"):
+        data.write_rows(path, [row("y", chosen=[2]), row("x", chosen=[1.5])])
+    assert data.read_rows(path) == [row(chosen=[1])]
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_cut_off_file_is_refused_with_its_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    data.write_rows(path, [row("a", chosen=[7, 1]), row("b", chosen=[7, 1])])
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: not a whole JSON line"):
+        data.read_rows(path)
+
+
+@pytest.mark.parametrize(
+    "broken, says",
+    [
+        ([1], '"id"'),
+        ({"id": 3, "prompt_ids": [], "responses": {}}, '"id"'),
+        ({"id": "a", "prompt_ids": [0]}, '"responses" must be an object'),
+        ({"id": "a", "responses": {"chosen": [1]}}, "prompt_ids must be a list"),
+        ({"id": "a", "prompt_ids": [0], "responses": {"chosen": "text"}}, "chosen must be a list"),
+        ({"id": "a", "prompt_ids": [0], "responses": {"chosen": [True]}}, "chosen must be a list"),
+        ({"id": "a", "prompt_ids": [-1], "responses": {}}, "prompt_ids must be a list"),
+    ],
+)
+def test_lines_that_are_no_rows_are_refused(tmp_path, broken, says):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row(chosen=[1])) + "\n" + json.dumps(broken) + "\n")
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{says}"):
+        data.read_rows(path)

