@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import html
+import math
+import os
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 import yaml
 
@@ -30,23 +33,23 @@ class Train:
     global_batch: int  # rows per optimizer step, whatever the number of processes
     micro_batch: int  # rows per process and forward pass (speed and memory only, never in a key)
     epochs: int = 1
-    loss: str = "dpo"  # sft | dpo | ipo | simpo
+    loss: Literal["sft", "dpo", "ipo", "simpo"] = "dpo"
     beta: float = 0.1  # DPO/SimPO β, or IPO τ
     gamma: float = 0.0  # SimPO target margin
     label_smoothing: float = 0.0
-    optimizer: str = "adamw"  # adamw | adagrad | rmsprop
+    optimizer: Literal["adamw", "adagrad", "rmsprop"] = "adamw"
     weight_decay: float = 0.0
     warmup: float = 0.1  # fraction of the optimizer steps; then cosine to zero
     max_grad_norm: float = 1.0
     max_prompt: int = 64  # tokens kept of a prompt (its end)
     max_length: int = 128  # tokens kept of prompt and response together
-    precision: str = "bf16"  # bf16 autocast over float32 master weights, or fp32
+    precision: Literal["bf16", "fp32"] = "bf16"  # bf16 is autocast over float32 master weights
     save_dtype: str = "float32"  # small Δθ vanish in bf16 rounding, see README "known differences"
     zero: int = 0  # DeepSpeed ZeRO stage (machine, never in a key)
     offload: bool = False  # optimizer state in host memory (machine)
     gradient_checkpointing: bool = False  # (machine)
     processes: int = 1  # (machine)
-    launcher: str = "deepspeed"  # deepspeed | torchrun | plain (machine)
+    launcher: Literal["deepspeed", "torchrun", "plain"] = "deepspeed"  # (machine)
     checkpoint_every: int = 50  # optimizer steps between checkpoints to resume from (machine)
 
     MACHINE: typing.ClassVar = (
@@ -62,7 +65,7 @@ class Train:
 class Decoding:
     """How responses are sampled (ExPO: temperature 0.7, top-k 40, top-p 0.9, penalties 0.1; arXiv 2404.16792)."""
 
-    backend: str = "vllm"  # vllm | transformers; part of the key, never a silent fallback
+    backend: Literal["vllm", "transformers"] = "vllm"  # part of the key, never a silent fallback
     temperature: float = 0.7
     top_k: int = 40
     top_p: float = 0.9
@@ -79,17 +82,17 @@ class World:
 
     target: str
     dataset: str  # imdb | fixtures | a hub id
-    template: str = "plain"  # plain text continuation, or the tokenizer's chat template
+    template: Literal["plain", "chat"] = "plain"  # text continuation, or the tokenizer's chat template
     sft_rows: int = 0  # reviews the target is fine-tuned on; 0: the target already is the SFT model
     sft_tokens: int = 64
     prompts: int = 0  # prompts that preference pairs are sampled for
     dev_prompts: int = 0
     test_prompts: int = 0
-    prompt_tokens: typing.Tuple[int, int] = (4, 10)  # noqa: UP006  shortest and longest review beginning
+    prompt_tokens: tuple[int, int] = (4, 10)  # shortest and longest review beginning
     samples: int = 4  # responses per prompt, the best and the worst make the pair
     gold_rows: int = 0  # labelled reviews the gold reward is trained on (half A)
     reward_rows: int = 0  # labelled reviews the reward model is trained on (half B)
-    reward_model: str = "minilm"  # encoder to fine-tune on half B, or a finished sequence-classification model by path or hub id
+    reward_model: str = "minilm"  # encoder to fine-tune on half B, or a finished sequence-classification model
     reward_words: int = 32  # reviews are cut to this many words for training rewards: as long as what they will score
 
 
@@ -114,11 +117,11 @@ class Expo:
     train: Train
     decoding: Decoding
     needs: Needs
-    fractions: typing.Tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)  # noqa: UP006
-    alphas: dict = field(default_factory=dict)  # fraction -> α grid of the search
-    interpolation: typing.Tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)  # noqa: UP006  γ = 1 + α between SFT and aligned
-    seeds: typing.Tuple[int, ...] = (0,)  # noqa: UP006  training seeds; seed 0 is drawn as the curve
-    seed_fractions: typing.Tuple[float, ...] = ()  # noqa: UP006  fractions trained with every seed (the others: first seed only)
+    fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
+    alphas: dict[float, tuple[float, ...]] = field(default_factory=dict)  # fraction -> α grid of the search
+    interpolation: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)  # γ = 1 + α between SFT and aligned
+    seeds: tuple[int, ...] = (0,)  # training seeds; seed 0 is drawn as the curve
+    seed_fractions: tuple[float, ...] = ()  # fractions trained with every seed (the others: first seed only)
     dev_samples: int = 1  # responses per prompt for each α of the search
     test_samples: int = 2
     kl_prompts: int = 32  # prompts of each split whose responses are also scored by the SFT model, for the KL estimate
@@ -130,8 +133,9 @@ SCHEMAS = {"expo": Expo}
 def load(paper: str, profile: str, **overrides) -> Expo:
     """Return the configuration of `paper` at `profile`, with `overrides` by dotted key (`train.lr`, or `train__lr`).
 
-    Raises ConfigError for an unknown paper, profile, key, a wrong type or an impossible batch split. A key set to None
-    keeps the profile's value, so that a notebook's parameters cell can list what may be changed.
+    Raises ConfigError for an unknown paper, profile or key, a wrong type or value, an impossible batch split or a
+    fraction without α grid. A key set to None keeps the profile's value, so that a notebook's parameters cell can list
+    what may be changed; a tuple or a grid is replaced whole.
     """
     if paper not in SCHEMAS:
         raise ConfigError(_unknown("paper", paper, SCHEMAS))
@@ -140,14 +144,16 @@ def load(paper: str, profile: str, **overrides) -> Expo:
     layers = yaml.safe_load((Path(__file__).parent / "profiles" / f"{paper}.yaml").read_text())
     values = _merge(_merge(layers["base"], layers[profile] or {}), {"profile": profile})
     for key, value in overrides.items():
-        if value is not None:
-            *sections, name = key.replace("__", ".").split(".")
-            for section in reversed(sections):
-                name, value = section, {name: value}
-            values = _merge(values, {name: value})
+        for name in reversed(key.replace("__", ".").split(".")):
+            value = {name: value}
+        values = _merge(values, value)
     config = _build(SCHEMAS[paper], values, "")
     for name in ("sft", "train"):
         check_batch(getattr(config, name), where=name)
+    for fraction in config.fractions:
+        if fraction not in config.alphas:
+            known = ", ".join(map(str, config.alphas))
+            raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {known}")
     return config
 
 
@@ -156,6 +162,9 @@ def check_batch(train: Train, where: str = "train") -> int:
 
     accumulation × micro_batch × processes == global_batch, always: the number of machines never changes the batch.
     """
+    for name in ("global_batch", "micro_batch", "processes"):
+        if getattr(train, name) < 1:
+            raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(train, name)}")
     per_pass = train.micro_batch * train.processes
     if train.global_batch % per_pass:
         fits = [n for n in range(1, train.global_batch + 1) if train.global_batch % (n * train.processes) == 0]
@@ -166,6 +175,19 @@ def check_batch(train: Train, where: str = "train") -> int:
             f"processes={train.processes}; {hint}"
         )
     return train.global_batch // per_pass
+
+
+def check_machine(config) -> None:
+    """Raise ConfigError, with what is missing and what to do, if this machine cannot run the profile."""
+    needs, gib = config.needs, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})"] if gpus < needs.gpus else []
+    missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
+    if missing:
+        raise ConfigError(
+            f"profile {config.profile} needs {' and '.join(missing)}. What a machine that has them would execute: "
+            f"--dry-run. What runs here: --profile {'cpu' if gib > 9 else 'smoke'}"
+        )
 
 
 def differences(config, other) -> list[tuple[str, object, object]]:
@@ -189,8 +211,8 @@ class Card:
             f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>"
             for k, a, b in self.rows
         )
-        head = f"<tr><th>setting</th><th>{html.escape(self.config.profile)}</th><th>paper</th></tr>"
-        return f"<details open><summary>Where this profile differs from the paper</summary><table>{head}{cells}</table></details>"
+        table = f"<table><tr><th>setting</th><th>{self.config.profile}</th><th>paper</th></tr>{cells}</table>"
+        return f"<details open><summary>Where this profile differs from the paper</summary>{table}</details>"
 
 
 def card(config) -> Card:
@@ -199,12 +221,17 @@ def card(config) -> Card:
     return Card(config, differences(config, load(paper, "paper")))
 
 
+def _section(value) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) for k in value)  # unlike `alphas`, keyed by numbers
+
+
 def _merge(below: dict, above: dict) -> dict:
-    """Lay one layer over another; a grid keyed by numbers (`alphas`) is replaced whole, named sections key by key."""
+    """Lay one layer over another: sections key by key, all else whole; None keeps what lies below."""
     out = dict(below)
     for key, value in above.items():
-        section = isinstance(value, dict) and isinstance(out.get(key), dict) and all(isinstance(k, str) for k in value)
-        out[key] = _merge(out[key], value) if section else value
+        if _section(value) and _section(out.get(key)):
+            value = _merge(out[key], value)
+        out[key] = out.get(key) if value is None else value
     return out
 
 
@@ -214,37 +241,39 @@ def _build(schema, values: dict, where: str):
     for key in values:
         if key not in known:
             raise ConfigError(_unknown("key", f"{where}{key}", [f"{where}{k}" for k in known]))
-    missing = [n for n, f in known.items() if n not in values and _required(f)]
-    if missing:
-        raise ConfigError(f"{where}{missing[0]} is not set")
-    return schema(**{k: _typed(hints[k], v, f"{where}{k}") for k, v in values.items()})
-
-
-def _required(f) -> bool:
-    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    given = {k: v for k, v in values.items() if v is not None}
+    for name, f in known.items():
+        if name not in given and f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}{name} is not set")
+    return schema(**{k: _typed(hints[k], v, f"{where}{k}") for k, v in given.items()})
 
 
 def _typed(hint, value, where: str):
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _build(hint, value, where + ".")
-    if typing.get_origin(hint) is tuple and isinstance(value, (list, tuple)):
-        kinds = typing.get_args(hint)
-        kinds = [kinds[0]] * len(value) if kinds[-1] is Ellipsis else list(kinds)
+    if origin is Literal and isinstance(value, str):
+        if value not in kinds:
+            raise ConfigError(_unknown(where, value, kinds))
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
         if len(kinds) == len(value):
             return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    elif hint is float and type(value) in (int, float):
+    elif origin is dict and isinstance(value, dict):
+        keys = [_typed(kinds[0], k, f"a key of {where}") for k in value]
+        return {k: _typed(kinds[1], v, f"{where}[{k}]") for k, v in zip(keys, value.values(), strict=True)}
+    elif hint is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
-    elif hint is dict and isinstance(value, dict):
-        return {float(k): tuple(float(x) for x in v) for k, v in value.items()}
     elif hint in (int, str, bool) and type(value) is hint:
         return value
-    raise ConfigError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+    raise ConfigError(f"{where} must be {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
     out = {}
     for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and prefix + str(key) != "alphas" else {f"{prefix}{key}": value}
+        out |= _flat(value, f"{prefix}{key}.") if _section(value) else {f"{prefix}{key}": value}
     return out
 
 

@@ -12,7 +12,7 @@ def _folder(variable: str, default: Path) -> Path:
 
 ROOT = _folder("BEYOND_DPO_ROOT", Path(__file__).resolve().parents[2])
 NOTEBOOKS = ROOT / "notebooks"
-FIGURES = ROOT / "figures"
+FIGURES = _folder("BEYOND_DPO_FIGURES", ROOT / "figures")
 PUBLISHED = ROOT / "data" / "published"  # numbers as printed in the papers
 FIXTURES = ROOT / "data" / "fixtures"  # invented rows for tests and the smoke profile
 FROZEN = ROOT / "data" / "frozen"  # small measured results, committed

@@ -1,0 +1,243 @@
+"""Sample responses from `θ₁ + α(θ₁ − θ₀)` in one living engine: one start, then a weight swap per α.
+
+`Engine` lives in a child process (`launch.Worker("beyond_dpo.generate", ...)`); prompts and responses are token ids.
+The back-end, vLLM or transformers, is chosen by name and never falls back to the other.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from beyond_dpo import data, extrapolate, launch, reference
+
+BLOCK = 256  # requests in the engine at one time
+PROBE = 16  # tokens whose log-probability tells one set of weights from another
+
+
+class StaleWeights(RuntimeError):
+    """The engine does not compute with the weights it was told to."""
+
+
+class Engine:
+    """Hold one architecture's weights and answer `swap`, `generate` and `logps` calls.
+
+    model: folder the engine starts from (architecture, end tokens). decoding: fields of config.Decoding.
+    """
+
+    def __init__(self, model: str, decoding: dict, seed: int = 0):
+        backend = {"vllm": VllmBackend, "transformers": TransformersBackend}.get(decoding["backend"])
+        if backend is None:
+            raise ValueError(f"unknown generation backend {decoding['backend']!r}; there are vllm and transformers")
+        self.decoding, self.model, self.weights = dict(decoding), model, (model, model, 0.0)
+        self.backend = backend(model, self.decoding, seed)
+        self.probes = {self.weights: self._probe()}
+
+    def swap(self, sft: str, aligned: str, alpha: float) -> float:
+        """Give the engine the weights θ₁ + α(θ₁ − θ₀) and return the log-probability of a fixed probe text (nats).
+
+        sft, aligned: folders of θ₀ and θ₁, with the tensors of the model that the engine started from. Raises
+        StaleWeights if other weights give the very same probe as before, or known weights another one, and as
+        extrapolate.tensors() does. After any error only another swap helps: the engine may hold half of each.
+        """
+        wanted, held = (sft, aligned, float(alpha)), self.weights
+        if wanted != held:
+            if not Path(sft).samefile(self.model):
+                extrapolate.check(self.model, sft)  # a back-end would keep its own tensor where one is missing
+            self.weights = None
+            self.backend.swap(extrapolate.tensors(sft, aligned, alpha))
+            probe = self._probe()
+            if held and probe == self.probes[held] and _source(*held) != _source(*wanted):
+                raise StaleWeights(f"after the swap to α={alpha} of {aligned} the probe is still {probe}: old weights")
+            if abs(self.probes.setdefault(wanted, probe) - probe) > 1e-3 * abs(probe):
+                raise StaleWeights(f"α={alpha} of {aligned} gave the probe {self.probes[wanted]}, and now {probe}")
+            self.weights = wanted
+        return self.probes[wanted]
+
+    def generate(self, prompts: str, out: str, samples: int, seed: int) -> dict:
+        """Sample `samples` responses per prompt of a JSON file [{"id", "prompt_ids"}, …] into the JSONL file `out`.
+
+        One line a response: id, sample, response_ids (end token included if it came), logp (sum of ln p of its tokens
+        under these weights before penalties, temperature and truncation, nats). Same weights, prompts and seed: same
+        responses. Raises ValueError for a prompt after which max_tokens do not fit.
+        """
+        rows = json.loads(Path(prompts).read_text())
+        room = self.decoding["max_model_len"] - self.decoding["max_tokens"]
+        for row in rows:
+            if not 0 < len(row["prompt_ids"]) <= room:  # vLLM would cut the response without a word
+                given = f"prompt {row['id']} has {len(row['prompt_ids'])} tokens"
+                raise ValueError(f"{given}; between 1 and max_model_len - max_tokens = {room} can be answered")
+        responses = self._held().generate([r["prompt_ids"] for r in rows], samples, seed)
+        with open(out, "w") as f:
+            for i, (ids, logp) in enumerate(responses):
+                entry = {"id": rows[i // samples]["id"], "sample": i % samples, "response_ids": ids, "logp": logp}
+                f.write(json.dumps(entry) + "\n")
+        return {"responses": len(responses), "tokens": sum(len(ids) for ids, _ in responses)}
+
+    def logps(self, sequences: list[list[int]]) -> list[float]:
+        """Return ln p (nats) of each sequence given its first token, under the present weights."""
+        return self._held().logps(sequences)
+
+    def _held(self):
+        if self.weights is None:
+            raise StaleWeights("the last swap failed and left the engine without whole weights: swap again")
+        return self.backend
+
+    def _probe(self) -> float:
+        return self.backend.logps([list(range(100, 100 + PROBE))])[0]
+
+
+def _source(sft: str, aligned: str, alpha: float) -> tuple:
+    """Name weights by what they come from: two names may be the same weights, one name never is two."""
+    return (sft,) if alpha == -1 or sft == aligned else (aligned,) if alpha == 0 else (sft, aligned, alpha)
+
+
+class VllmBackend:
+    """vLLM in this process; weights go through its own loader, tensor by tensor, and the prefix cache is dropped."""
+
+    def __init__(self, model: str, decoding: dict, seed: int):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already is the child
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.decoding, self.end, self.cut = decoding, _end_tokens(model), ("top_k", "top_p")
+        extra = {}
+        if current_platform.is_cpu():  # the built-in sampler sorts the whole vocabulary at every step; see CpuTopKTopP
+            extra = {"enforce_eager": True, "logits_processors": ["beyond_dpo.sampling:CpuTopKTopP"]}
+            extra["additional_config"], self.cut = {name: decoding[name] for name in self.cut}, ()
+        self.llm = LLM(
+            model, dtype=decoding["dtype"], max_model_len=decoding["max_model_len"], seed=seed, max_num_seqs=BLOCK,
+            skip_tokenizer_init=True, generation_config="vllm", disable_log_stats=True,
+            worker_extension_cls="beyond_dpo.generate.SwapExtension", **extra,
+        )  # fmt: skip
+
+    def swap(self, tensors) -> None:
+        SwapExtension.source = tensors  # same process: nothing is serialised
+        self.llm.collective_rpc("swap_weights")
+
+    def generate(self, prompts: list[list[int]], samples: int, seed: int) -> list[tuple[list[int], float]]:
+        from vllm import SamplingParams
+
+        # Keys and values of other weights would stay in the cache, and a warm one changes how requests are batched.
+        if not self.llm.reset_prefix_cache():
+            raise StaleWeights("vLLM kept its prefix cache")
+        torch.manual_seed(seed)  # a seed per request ends the CPU engine; one generator, prompts in fixed order
+        given = ("temperature", "presence_penalty", "frequency_penalty", "max_tokens", *self.cut)
+        params = SamplingParams(
+            **{name: self.decoding[name] for name in given}, stop_token_ids=self.end, logprobs=0, detokenize=False
+        )
+        # every sample is a request of its own: n > 1 gives the same tokens in an order that is not fixed
+        requests, out = [{"prompt_token_ids": p} for p in prompts for _ in range(samples)], []
+        for start in range(0, len(requests), BLOCK):
+            answers = self.llm.generate(requests[start : start + BLOCK], params, use_tqdm=False)
+            out += [(list(a.outputs[0].token_ids), float(a.outputs[0].cumulative_logprob)) for a in answers]
+            launch.progress(len(out), len(requests))
+        return out
+
+    def logps(self, sequences: list[list[int]]) -> list[float]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        answers = self.llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
+        scores = []
+        for ids, answer in zip(sequences, answers, strict=True):
+            given = zip(ids[1:], answer.prompt_logprobs[1:], strict=True)
+            scores.append(math.fsum(entry[token].logprob for token, entry in given))
+        return scores
+
+
+class SwapExtension:
+    """vLLM mixes this into its worker; parameters are packed on the CPU, so only its own loader may write them."""
+
+    source = None
+
+    def swap_weights(self) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        self.model_runner.reload_weights(weights_iterator=SwapExtension.source)
+        for layer in self.model_runner.get_model().modules():
+            if isinstance(layer, ParallelLMHead):  # tied to the embeddings, it keeps a packed copy of the old ones
+                layer.quant_method.process_weights_after_loading(layer)
+
+
+class TransformersBackend:
+    """transformers' generate(), for machines without vLLM."""
+
+    def __init__(self, model: str, decoding: dict, seed: int):
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.decoding, self.end, dtype = decoding, _end_tokens(model), getattr(torch, decoding["dtype"])
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device).eval()
+        # without the model's own sampling defaults, which vLLM does not follow either
+        self.model.generation_config = GenerationConfig(eos_token_id=self.end, pad_token_id=self.end[0])
+        self.scorer = reference.ResponseScorer(self.model)
+
+    @torch.no_grad()
+    def swap(self, tensors) -> None:
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in tensors:
+            if name in parameters:  # a stored copy of a tied tensor has no parameter of its own
+                parameters[name].copy_(tensor)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], samples: int, seed: int) -> list[tuple[list[int], float]]:
+        torch.manual_seed(seed)
+        d, out, block = self.decoding, [], 64
+        requests = [p for p in prompts for _ in range(samples)]
+        for start in range(0, len(requests), block):
+            part = requests[start : start + block]
+            width = max(map(len, part))
+            ids = torch.tensor([[self.end[0]] * (width - len(p)) + p for p in part], device=self.model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=self.model.device)
+            grown = self.model.generate(
+                ids, attention_mask=mask, do_sample=True, temperature=d["temperature"], top_k=d["top_k"],
+                top_p=d["top_p"], max_new_tokens=d["max_tokens"], logits_processor=[partial(self._penalise, width)],
+            )  # fmt: skip
+            said = []
+            for tokens in grown[:, width:].tolist():
+                stop = next((i + 1 for i, t in enumerate(tokens) if t in self.end), len(tokens))
+                said.append(tokens[:stop])
+            out += zip(said, self._score(part, said), strict=True)
+            launch.progress(len(out), len(requests))
+        return out
+
+    def _penalise(self, width: int, ids, logits):
+        said = ids[:, width:]
+        counts = torch.zeros_like(logits).scatter_add_(1, said, torch.ones_like(said, dtype=logits.dtype))
+        return logits - self.decoding["frequency_penalty"] * counts - self.decoding["presence_penalty"] * (counts > 0)
+
+    def logps(self, sequences: list[list[int]]) -> list[float]:
+        return self._score([s[:1] for s in sequences], [s[1:] for s in sequences])
+
+    @torch.no_grad()
+    def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
+        given = zip(prompts, responses, strict=True)
+        rows = [{"id": "", "prompt_ids": prompt, "responses": {"said": response}} for prompt, response in given]
+        batch = data.collate(rows, ["said"], self.end[0])
+        del batch["ids"]
+        return self.scorer(**{k: v.to(self.model.device) for k, v in batch.items()})["logps"].tolist()
+
+
+def _end_tokens(model: str) -> list[int]:
+    """Return the end token ids that the model's generation config (or else its config) names."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(model, name)
+        end = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        if end is not None:
+            return end if isinstance(end, list) else [end]
+    raise ValueError(f"{model} names no eos_token_id in generation_config.json or config.json")
+
+
+if __name__ == "__main__":
+    from beyond_dpo.generate import Engine as _Engine  # not __main__.Engine: vLLM imports this module by its name
+
+    launch.serve(_Engine)

@@ -1,0 +1,275 @@
+"""Child processes: heavy work never runs in the notebook's kernel, and never outlives it.
+
+`run` starts one job (training, a reference pass) with any launcher and waits for it; `Worker` keeps a process alive
+that answers calls (a generation engine over a whole α sweep). Both show one progress bar and raise with the log's tail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+class JobFailed(RuntimeError):
+    """A child process ended with an error; the message holds what its log says about it."""
+
+
+def command(module: str, config: Path, *, launcher: str = "plain", processes: int = 1) -> list[str]:
+    """Return the command line that runs `python -m module config` in `processes` processes on this machine.
+
+    Raises ValueError for an unknown launcher, several processes with the plain one, or too few CUDA_VISIBLE_DEVICES.
+    """
+    if launcher == "plain" and processes == 1:
+        return [sys.executable, "-m", module, str(config)]
+    if launcher == "deepspeed":
+        here = ["--num_accelerators", str(processes)]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # with a number alone, it would take the first devices
+            devices = visible.split(",")[:processes]
+            if len(devices) < processes or not all(d.isdigit() for d in devices):
+                raise ValueError(
+                    f"the deepspeed launcher cannot take {processes} devices from CUDA_VISIBLE_DEVICES={visible}; "
+                    "give it that many device numbers, or use torchrun"
+                )
+            here = ["--include", "localhost:" + ",".join(devices)]
+        here += ["--no_local_rank", "--module", module, str(config)]
+        return [sys.executable, "-m", "deepspeed.launcher.runner", *here]
+    if launcher == "torchrun":
+        here = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        return [*here, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", module, str(config)]
+    raise ValueError(f"launcher {launcher!r}, {processes} processes: use deepspeed, torchrun, or plain with 1 process")
+
+
+def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = "plain", processes: int = 1) -> None:
+    """Run `module` on `config` (written to workdir/config.json) to its end, with its output in workdir/job.log.
+
+    Raises JobFailed with the log's tail. The whole process group is ended on any error or interrupt.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    path, log, progress_file = workdir / "config.json", workdir / "job.log", workdir / ".progress"
+    path.write_text(json.dumps(config, indent=1))
+    arguments = command(module, path, launcher=launcher, processes=processes)
+    with open(log, "ab") as out, _bar(desc, progress_file):
+        begin = out.tell()  # an earlier attempt's output stays in front
+        child = _start(arguments, out, progress_file, processes)
+        with _ended(child):
+            child.wait()
+    if child.returncode:
+        raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {_tail(log, begin)}")
+
+
+class Worker:
+    """A child process that builds one object and answers calls on it; `with` or `close()` ends it.
+
+    module must call `serve(factory)` when run; `call(method, **arguments)` takes and returns plain JSON (big data goes
+    through files), and raises JobFailed with the child's traceback, or its log's tail if it died.
+    """
+
+    def __init__(self, module: str, config: dict, workdir: Path, *, desc: str):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self.settings = config
+        self.desc, self.log, self.progress_file = desc, workdir / f"{desc}.log", workdir / f".{desc}.progress"
+        request, send = os.pipe()
+        receive, reply = os.pipe()
+        self._send, self._receive = os.fdopen(send, "w"), os.fdopen(receive)
+        with open(self.log, "wb") as out:
+            arguments = [sys.executable, "-m", module, "--serve", str(request), str(reply)]
+            self.child = _start(arguments, out, self.progress_file, pass_fds=(request, reply))
+        os.close(request)
+        os.close(reply)
+        try:
+            self._ask(config)
+        except JobFailed:  # nobody will hold a worker whose object could not be built
+            self.close()
+            raise
+
+    def call(self, method: str, **arguments):
+        """Return what the object's method returns."""
+        with _bar(f"{self.desc}: {method}", self.progress_file):
+            return self._ask({"method": method, "arguments": arguments})
+
+    def _ask(self, message: dict):
+        text = json.dumps(message) + "\n"
+        if self._send.closed:
+            raise JobFailed(f"{self.desc}: this worker has ended; start another")
+        try:
+            self._send.write(text)
+            self._send.flush()
+            line = self._receive.readline()
+        except BrokenPipeError:
+            line = ""
+        except BaseException:  # an interrupt leaves a half-read answer behind: this worker is of no more use
+            self.close()
+            raise
+        if not line.endswith("\n"):
+            self.close()
+            raise JobFailed(f"{self.desc}: the worker died with status {self.child.returncode}; {_tail(self.log)}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise JobFailed(f"{self.desc}: {answer['error']}")
+        return answer["result"]
+
+    def close(self) -> None:
+        """End the process and everything it started."""
+        with _ended(self.child):
+            for pipe in (self._send, self._receive):
+                with suppress(BrokenPipeError):  # what a dead worker was not told any more
+                    pipe.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def serve(factory) -> None:
+    """Answer a `Worker`'s calls until it closes the pipe (in the child: `serve(Engine)` builds Engine(**config))."""
+    follow_parent()
+    requests, replies = os.fdopen(int(sys.argv[2])), os.fdopen(int(sys.argv[3]), "w")
+    target = None
+    for line in requests:
+        message = json.loads(line)
+        try:
+            if target is None:
+                target, result = factory(**message), None
+            else:
+                result = getattr(target, message["method"])(**message["arguments"])
+            answer = json.dumps({"result": result})
+        except Exception:
+            answer = json.dumps({"error": traceback.format_exc()})
+        replies.write(answer + "\n")
+        replies.flush()
+
+
+def progress(done: int, total: int) -> None:
+    """Tell the parent how far this child is (any process may call it; without a parent it does nothing)."""
+    path = os.environ.get("BEYOND_DPO_CHILD_PROGRESS")
+    if path and os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(f"{done} {total}\n")
+
+
+def announce(stage: str, done: int, total: int, seconds: float) -> None:
+    """Tell the batch runner (if one listens) how far a stage is, and by that how long it still takes."""
+    runner = os.environ.get("BEYOND_DPO_PROGRESS")
+    if runner:
+        eta = seconds * (total - done) / done if done else None
+        event = {"event": "progress", "stage": stage, "fraction": done / total, "eta": eta, "seconds": seconds}
+        with open(runner, "a") as f:
+            f.write(json.dumps(event) + "\n")
+
+
+def follow_parent() -> None:
+    """End this process within about a second when its launcher or the notebook's kernel is gone (kill -9 included)."""
+    launcher, kernel = os.getppid(), int(os.environ.get("BEYOND_DPO_PARENT", 0))
+
+    def watch():
+        while os.getppid() == launcher:
+            try:
+                os.kill(kernel, 0)
+            except ProcessLookupError:
+                break
+            time.sleep(1)
+        os._exit(1)
+
+    if kernel:
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _start(arguments: list[str], out, progress_file: Path, processes: int = 1, **options) -> subprocess.Popen:
+    """Start a child in its own session: Ctrl-C reaches the notebook only, and the child's group can be ended whole."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    lib = str(Path(__file__).parents[1])  # also without an installed package
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [lib, os.environ.get("PYTHONPATH")])),
+        "BEYOND_DPO_CHILD_PROGRESS": str(progress_file.absolute()),
+        "BEYOND_DPO_PARENT": str(os.getpid()),
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return subprocess.Popen(
+        arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+        start_new_session=True, **options,
+    )  # fmt: skip
+
+
+@contextmanager
+def _ended(child: subprocess.Popen):
+    """Leave no process of the child's group behind, whatever happens inside."""
+    try:
+        yield
+    finally:
+        try:
+            if child.poll() is None:
+                _signal(child, signal.SIGTERM)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(5)
+        finally:  # also when the user is impatient and interrupts again
+            _signal(child, signal.SIGKILL)  # grandchildren outlive a launcher that ended
+            child.wait()
+
+
+def _signal(child, number) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, number)
+
+
+@contextmanager
+def _bar(desc: str, progress_file: Path):
+    """Follow a child's progress file in a thread: a tqdm bar here, and a line for the batch runner if one listens."""
+    progress_file.write_text("")
+    stop, start = threading.Event(), time.monotonic()
+
+    def follow():
+        bar, told, said = None, 0.0, []
+        while True:
+            ended = stop.wait(0.5)
+            words = progress_file.read_text().split()
+            if len(words) == 2:  # none: the child writes it this very moment
+                done, total = map(int, words)
+                bar = bar or tqdm(total=total, desc=desc, leave=False)
+                bar.update(done - bar.n)
+                now = time.monotonic()
+                if words != said and (ended or now - told > 2):
+                    told, said = now, words
+                    announce(desc, done, total, now - start)
+            if ended:
+                break
+        if bar:
+            bar.close()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _tail(log: Path, begin: int = 0) -> str:
+    """Quote a failed child's output from its first traceback on (its launcher's come later), or else its last lines."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
+    first = next((i for i, line in enumerate(lines) if "Traceback (most recent call" in line), max(0, len(lines) - 25))
+    shown = lines[first:]
+    if len(shown) > 60:
+        shown = [*shown[:40], "...", *shown[-20:]]
+    return f"{log} says:\n" + "\n".join(shown)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

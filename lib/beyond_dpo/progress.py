@@ -1,0 +1,110 @@
+"""Show what a notebook's stages are doing while it runs: its kernel and their children report, the runner follows.
+
+Reports are JSON lines {event, stage, key, seconds, fraction, eta} in the file that BEYOND_DPO_PROGRESS names. Events:
+start, wait, hit and done of an artifact, and progress (fraction in [0, 1], eta in seconds) of the one that runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+from beyond_dpo import artifacts
+
+
+def listen() -> None:
+    """Report this process's artifacts, and write its log to BEYOND_DPO_LOG; the runner's kernels start with it."""
+
+    def report(event, artifact, seconds):
+        line = {"event": event, "stage": artifact.stage, "key": artifact.key, "seconds": seconds}
+        with open(os.environ["BEYOND_DPO_PROGRESS"], "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    artifacts.listeners.append(report)
+    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm.auto without ipywidgets
+    logging.basicConfig(filename=os.environ["BEYOND_DPO_LOG"], level=logging.INFO)
+
+
+class Watch:
+    """Follow one notebook twice a second, in a `with`: memory of its processes, its reports, a live line on stderr.
+
+    peak: most memory (RSS, bytes) that all processes below this one held together. computed, found: keys of artifacts.
+    At its end all processes below this one are ended.
+    """
+
+    def __init__(self, title: str, reports: Path):
+        self.title, self.reports, self.cell, self.peak = title, reports, "", 0
+        self.running, self.computed, self.found = {}, set(), set()
+        self._offset, self._printed, self._stop = 0, (0.0, ""), threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        import psutil
+
+        self._stop.set()
+        self._thread.join()
+        for end in ("terminate", "kill"):  # what the notebook left behind
+            left = psutil.Process().children(recursive=True)
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    getattr(process, end)()
+            psutil.wait_procs(left, timeout=3)
+        self._read()
+        print("\r\x1b[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """Return what is going on: `[2/3] 11_expo_headline · cell 4 of 9 · train-ab12cd · 43 % · 2 min 10 s left`."""
+        parts = [self.title, self.cell]
+        for key, (began, fraction, eta) in list(self.running.items())[-1:]:
+            parts += [key[:-10] if key[-17:-16] == "-" else key, "" if fraction is None else f"{100 * fraction:.0f} %"]
+            parts += [f"for {duration(time.monotonic() - began)}" if eta is None else f"{duration(eta)} left"]
+        return " · ".join(part for part in parts if part)
+
+    def _follow(self) -> None:
+        import psutil
+
+        while not self._stop.wait(0.5):
+            memory = 0
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    memory += process.memory_info().rss
+            self.peak = max(self.peak, memory)
+            self._read()
+            line, now = self.line(), time.monotonic()
+            if sys.stderr.isatty():
+                print(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", file=sys.stderr, flush=True)
+            elif now - self._printed[0] >= 10 and line != self._printed[1]:
+                print(line, file=sys.stderr, flush=True)
+                self._printed = (now, line)
+
+    def _read(self) -> None:
+        with open(self.reports, "rb") as file:
+            file.seek(self._offset)
+            lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]  # whole ones
+        self._offset += sum(map(len, lines))
+        for told in map(json.loads, lines):
+            key = told.get("key") or next(reversed(self.running), told.get("stage") or "working")
+            began = self.running.pop(key, (time.monotonic(),))[0]
+            if told["event"] in ("hit", "done"):
+                (self.computed if told["event"] == "done" else self.found).add(key)
+            elif told.get("fraction") != 1 or key != told["stage"]:  # a job outside of any artifact ends at 1
+                self.running[key] = (began, told.get("fraction"), told.get("eta"))
+
+
+def duration(seconds: float) -> str:
+    """Return `45 s`, `2 min 10 s` or `3 h 12 min`."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

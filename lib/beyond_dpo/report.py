@@ -1,0 +1,206 @@
+"""Compare our numbers with the papers': verdicts, tables for notebooks, and the README's scoreboard."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import hashlib
+import html
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from beyond_dpo import paths
+
+PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once, from the first of these that was run
+COLUMNS = ("claim", "paper", "paper_source", "ours", "low", "high", "tolerance", "sign_only", "verdict")
+NUMBERS = ("paper", "ours", "low", "high", "tolerance")
+MARKERS = re.compile(r"(<!-- scoreboard -->).*?(<!-- /?scoreboard -->)", re.DOTALL)
+SHADES = {"reproduced": "#d5ecd9", "direction": "#e3edf7", "not reproduced": "#f8dcd3", "not run": "#eeeeee"}
+
+
+class Table(Styler):
+    """Show a styled table whose text form is the table as well, without a memory address."""
+
+    def __repr__(self) -> str:
+        return self.data.to_string(index=False, na_rep="–", float_format=lambda x: f"{x:.3f}")
+
+
+def published(name: str) -> pd.DataFrame:
+    """Return data/published/<name>.csv: numbers as a paper prints them, each with its source.
+
+    Raises FileNotFoundError with the nearest name.
+    """
+    path = paths.PUBLISHED / f"{name}.csv"
+    if not path.is_file():
+        known = [p.stem for p in sorted(paths.PUBLISHED.glob("*.csv"))]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0) or ["nothing: the folder is empty"]
+        raise FileNotFoundError(f"no table {name!r} in {paths.PUBLISHED}; did you mean {near[0]!r}?")
+    return pd.read_csv(path)
+
+
+def verdict(paper, ours, low=None, high=None, *, tolerance=None, sign_only: bool = False) -> str:
+    """Judge one effect, a signed difference in the claim's unit, by one rule for all notebooks.
+
+    reproduced: same sign as the paper's effect, which lies in our interval [low, high] or within `tolerance` of ours;
+    direction: same sign and the interval excludes 0; not run: `ours` is None; otherwise not reproduced.
+    low, high: None for a number without uncertainty. sign_only: only the sign of `paper` is comparable (another scale,
+    or read off a figure), so "direction" is the best verdict. A paper's effect of 0 has no direction to share.
+    Raises ValueError for NaN, for low > high, a negative tolerance, and a missing or zero sign with sign_only.
+    The verdict is the same when all signs are turned.
+    """
+    if ours is None:
+        return "not run"
+    low, high = ours if low is None else low, ours if high is None else high
+    numbers = {"paper": paper, "ours": ours, "low": low, "high": high, "tolerance": tolerance or 0}
+    for name, value in numbers.items():
+        if value is None or not math.isfinite(value):
+            raise ValueError(f"{name} is {value}: give a finite number (`ours` None says that it was not run)")
+    if low > high or numbers["tolerance"] < 0 or (sign_only and paper == 0):
+        raise ValueError(f"needs low <= high, tolerance >= 0, and a sign where sign_only: {numbers}, {sign_only=}")
+    same_sign = paper * ours > 0
+    near = low <= paper <= high or abs(ours - paper) <= numbers["tolerance"] * (1 + 1e-9)
+    if near and not sign_only and (same_sign or paper == 0):
+        return "reproduced"
+    return "direction" if same_sign and (low > 0 or high < 0) else "not reproduced"
+
+
+def compare(rows: Iterable[Mapping]) -> pd.DataFrame:
+    """Return one line per claim with its verdict.
+
+    rows: dicts with claim (a sentence), paper, paper_source (where it is printed), ours, and optionally low, high,
+    tolerance, sign_only; see `verdict`. Raises ValueError for a missing or unknown name.
+    """
+    lines = []
+    for row in rows:
+        line = {"low": None, "high": None, "tolerance": None, "sign_only": False} | dict(row)
+        if missing := set(COLUMNS) - {"verdict"} ^ set(line):
+            raise ValueError(f"claim {line.get('claim')!r}: {sorted(missing)} missing or unknown; use {COLUMNS[:-1]}")
+        try:
+            lines.append(line | {"verdict": verdict(line["paper"], **{name: line[name] for name in COLUMNS[3:-1]})})
+        except ValueError as error:
+            raise ValueError(f"claim {line['claim']!r}: {error}") from None
+    return pd.DataFrame(lines, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
+
+
+def show(df: pd.DataFrame, caption: str) -> Table:
+    """Return `df` as a table for a notebook: three decimals, escaped, the same bytes in each run.
+
+    The columns tolerance and sign_only appear only where a claim uses them.
+    """
+    df = df.drop(columns=[name for name in ("tolerance", "sign_only") if name in df and not (df[name] > 0).any()])
+    table = Table(
+        df, uuid=hashlib.sha256(caption.encode()).hexdigest()[:8], caption=html.escape(caption), cell_ids=False
+    )
+    table.hide(axis="index").format(precision=3, na_rep="–", escape="html").format_index(axis=1, escape="html")
+    if "verdict" in df:
+        table.map(lambda value: f"background-color: {SHADES.get(value, 'inherit')}; color: black", subset=["verdict"])
+    return table
+
+
+def environment(manifests: Iterable[Mapping]) -> pd.DataFrame:
+    """Return where and for how long stages ran, from their manifests; keep it out of outputs that must repeat."""
+    names = ("stage", "key", "seconds", "created", "hardware", "packages", "git")
+    return pd.DataFrame([dict(_flat({name: m[name] for name in names if name in m})) for m in manifests])
+
+
+def record(notebook: str, rows, profile: str, *, keys: Iterable[str] = ()) -> pd.DataFrame:
+    """Store a notebook's claims for the scoreboard and return them as `compare` does.
+
+    rows: as for `compare`, or its result. keys: of the artifacts behind the numbers, copied by `run --freeze`.
+    Writes artifacts/runs/claims/<notebook>.<profile>.json. Raises ValueError for an unknown profile.
+    """
+    if profile not in PROFILES:
+        raise ValueError(f"profile {profile!r} is none of {PROFILES}")
+    df = rows if isinstance(rows, pd.DataFrame) else compare(rows)
+    claims = json.loads(df.to_json(orient="records", double_precision=6))  # a missing number becomes null
+    content = {"notebook": notebook, "profile": profile, "keys": list(dict.fromkeys(keys)), "claims": claims}
+    _write(claims_path(notebook, profile), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    return df
+
+
+def claims_path(notebook: str, profile: str) -> Path:
+    """Return where a notebook's claims of a local run are stored."""
+    return paths.ARTIFACTS / "runs" / "claims" / f"{notebook}.{profile}.json"
+
+
+def scoreboard(local: bool = False) -> pd.DataFrame:
+    """Return claim, paper, ours, low, high, profile, verdict, notebook of every recorded claim.
+
+    Each claim once, from the highest profile in which it was run; smoke runs mean nothing and are left out. Reads
+    data/frozen/claims, with `local` also the runs of this machine, which win at the same profile.
+    """
+    folders = [paths.FROZEN / "claims"] + [paths.ARTIFACTS / "runs" / "claims"] * local
+    best: dict[tuple, dict] = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        rank, notebook = PROFILES.index(content["profile"]), content["notebook"]
+        for row in content["claims"] if content["profile"] != "smoke" else []:
+            line = row | {"profile": content["profile"], "notebook": notebook, "rank": (row["ours"] is None, rank)}
+            if (old := best.get((notebook, row["claim"]))) is None or line["rank"] <= old["rank"]:
+                best[notebook, row["claim"]] = line
+    columns = ["claim", "paper", "ours", "low", "high", "profile", "verdict", "notebook"]
+    return pd.DataFrame([best[place] for place in sorted(best, key=lambda place: place[0])], columns=columns)
+
+
+def update_readme(path: Path | None = None) -> bool:
+    """Rewrite the table between `<!-- scoreboard -->` and `<!-- /scoreboard -->`; return whether it changed.
+
+    path: default README.md of the project. Raises ValueError unless the file has exactly one such pair. Doing it
+    again changes nothing.
+    """
+    path = path or paths.ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if len(MARKERS.findall(text)) != 1:
+        raise ValueError(f"{path} needs one `<!-- scoreboard -->` ... `<!-- /scoreboard -->` for the table to go to")
+    lines = ["| claim | paper | ours [95 % interval] | profile | verdict | notebook |", "|---|---|---|---|---|---|"]
+    for row in _readable(scoreboard()).to_dict("records"):
+        row["notebook"] = f"[{row['notebook']}](notebooks/{row['notebook']}.ipynb)"
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |")
+    new = MARKERS.sub(lambda match: "\n".join([match[1], *lines, match[2]]), text)
+    if new != text:
+        _write(path, new)
+    return new != text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the scoreboard; `python -m beyond_dpo.report --help`."""
+    parser = argparse.ArgumentParser(prog="python -m beyond_dpo.report", description="Print the scoreboard.")
+    parser.add_argument("--local", action="store_true", help="count the runs of this machine as well")
+    parser.add_argument("--readme", action="store_true", help="update the table in README.md")
+    options = parser.parse_args(arguments)
+    df = _readable(scoreboard(options.local))
+    print(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
+    if options.readme:
+        print("README.md updated" if update_readme() else "README.md was up to date")
+
+
+def _readable(df: pd.DataFrame) -> pd.DataFrame:
+    text = df[["paper", "ours", "low", "high"]].astype(float).map(lambda x: "–" if x != x else f"{x:+.3g}").astype(str)
+    interval = (" [" + text["low"] + ", " + text["high"] + "]").where(text["low"] != "–", "")
+    return df.assign(paper=text["paper"], ours=text["ours"] + interval).drop(columns=["low", "high"])
+
+
+def _flat(value, prefix: str = "") -> Iterable[tuple[str, object]]:
+    for name, inner in value.items():
+        if isinstance(inner, Mapping) and inner:
+            yield from _flat(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), inner
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Reward models: train them on human labels, load any by path or hub id, and score texts.
+
+Three rewards that share nothing but the text: `bag_of_words` (TF-IDF and logistic regression), `classifier` (a
+fine-tuned encoder, or any sequence-classification model), `vader` (a lexicon and rules). None ever is a pickle.
+`Scorer` lives in a child process (`launch.Worker("beyond_dpo.rewards", ...)`).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from beyond_dpo import launch
+
+
+def train_bag_of_words(texts: list[str], labels: list[int], out: Path, *, held_out: tuple, seed: int) -> dict:
+    """Fit TF-IDF over words and word pairs with logistic regression, and write it to `out` as JSON and .npz.
+
+    labels: 0 or 1 by people. held_out: (texts, labels) never trained on. Returns its accuracy and AUC there.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=200_000, sublinear_tf=True)
+    model = LogisticRegression(C=4.0, max_iter=400, random_state=seed).fit(vectorizer.fit_transform(texts), labels)
+    words = sorted(vectorizer.vocabulary_, key=vectorizer.vocabulary_.get)
+    (out / "words.json").write_text(json.dumps(words))
+    np.savez(out / "weights.npz", idf=vectorizer.idf_, coef=model.coef_[0], intercept=model.intercept_)
+    return held_out_facts(BagOfWords(out), *held_out) | {"trained_on": len(texts), "features": len(words)}
+
+
+def held_out_facts(reward, texts: list[str], labels: list[int]) -> dict:
+    """Return a reward's accuracy (score > 0 against the human label) and AUC on texts it was not trained on."""
+    from sklearn.metrics import roc_auc_score
+
+    scores, labels = reward.score(texts), np.asarray(labels)
+    accuracy = float(((scores > 0) == labels).mean())
+    auc = float(roc_auc_score(labels, scores))
+    return {"held_out": len(texts), "accuracy": round(accuracy, 4), "auc": round(auc, 4)}
+
+
+class BagOfWords:
+    """The classifier that `train_bag_of_words` wrote; scores are logits of "positive"."""
+
+    def __init__(self, folder: Path):
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        words = json.loads(Path(folder, "words.json").read_text())
+        with np.load(Path(folder, "weights.npz"), allow_pickle=False) as arrays:
+            self.coef, self.intercept, idf = arrays["coef"], arrays["intercept"], arrays["idf"]
+        self.vectorizer = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words, sublinear_tf=True)
+        self.vectorizer.idf_ = idf
+
+    def score(self, texts: list[str]) -> np.ndarray:
+        return self.vectorizer.transform(texts) @ self.coef + self.intercept
+
+
+def train_classifier(
+    encoder: str, texts: list[str], labels: list[int], out: Path, *,
+    held_out: tuple, seed: int, lr: float = 5e-5, batch: int = 32, max_tokens: int = 64, frozen: int = 2,
+) -> dict:  # fmt: skip
+    """Fine-tune an encoder with a one-logit head on human labels (0 or 1), and write a transformers folder to `out`.
+
+    One epoch in bf16 autocast, AdamW, linear decay. The embeddings and the first `frozen` layers stay as they are: a
+    third of the time for less than a point of accuracy. Returns the accuracy and AUC on `held_out` (texts, labels).
+    Raises ValueError for fewer texts than a batch, OSError for an encoder without safetensors.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    if len(texts) < batch:
+        raise ValueError(f"{len(texts)} texts are fewer than one batch of {batch}: nothing would be trained")
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    options = {"num_labels": 1, "dtype": torch.float32, "use_safetensors": True}
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, **options).to(device).train()
+    for part in (model.base_model.embeddings, *model.base_model.encoder.layer[:frozen]):
+        part.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
+    targets, steps = torch.tensor(labels, dtype=torch.float32), len(texts) // batch
+    for step in range(steps):
+        picked = order[step * batch : (step + 1) * batch]
+        shape = {"truncation": True, "max_length": max_tokens, "padding": True, "return_tensors": "pt"}
+        inputs = tokenizer([texts[i] for i in picked], **shape)
+        with torch.autocast(device, torch.bfloat16):
+            logits = model(**inputs.to(device)).logits[:, 0].float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[picked].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        optimizer.step()
+        launch.progress(step + 1, steps)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return held_out_facts(Classifier(out, max_tokens=max_tokens), *held_out) | {"trained_on": steps * batch}
+
+
+class Classifier:
+    """Any sequence-classification model from a folder or the hub; scores are raw logits in float32.
+
+    One label: its logit. Two labels: logit of the second minus the first. More: name the label's index. max_tokens is
+    lowered to what the model reads; longer texts lose their end. Only safetensors are read (OSError), and remote code
+    only runs if trust_remote_code says so. A score depends on its text alone, not on batch, budget or order.
+    """
+
+    def __init__(
+        self, folder, *, label: int | None = None, max_tokens: int = 4096, token_budget: int = 8192,
+        dtype: str = "float32", trust_remote_code: bool = False,
+    ):  # fmt: skip
+        import torch
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.model = AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        self.label, labels, text = label, self.model.config.num_labels, self.model.config.get_text_config()
+        if labels > 2 if label is None else not 0 <= label < labels:
+            raise ValueError(f"{folder} has {labels} labels, numbered from 0; say which one is the reward, not {label}")
+        reads = getattr(text, "max_position_embeddings", None) or max_tokens
+        self.max_tokens = min(max_tokens, reads, self.tokenizer.model_max_length)
+        # A decoder is read where the padding begins. If it knows no padding token, texts go one by one.
+        self.pad, self.token_budget = text.pad_token_id, 0 if text.pad_token_id is None else token_budget
+
+    def score(self, texts: list) -> np.ndarray:
+        """Return one reward per text (or per list of chat turns), in input order; batches hold similar lengths."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        ids, scores = [self._ids(text) for text in texts], np.full(len(texts), np.nan)
+        with torch.no_grad():
+            for batch in token_batches([len(i) for i in ids], self.token_budget):
+                rows = [torch.tensor(ids[i], device=self.model.device) for i in batch]
+                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+                padded = pad_sequence(rows, batch_first=True, padding_value=self.pad or 0)
+                logits = self.model(input_ids=padded, attention_mask=mask).logits.float()
+                two = self.label is None and logits.shape[1] == 2
+                scores[batch] = (logits[:, 1] - logits[:, 0] if two else logits[:, self.label or 0]).cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise ValueError(f"the reward of text {np.flatnonzero(~np.isfinite(scores))[0]} is not finite")
+        return scores
+
+    def _ids(self, text: str | list[dict]) -> list[int]:
+        chat = isinstance(text, list)
+        if chat:  # a rendered chat already holds its special tokens, BOS included
+            text = self.tokenizer.apply_chat_template(text, tokenize=False)
+        options = {"truncation": True, "max_length": self.max_tokens, "add_special_tokens": not chat}
+        return self.tokenizer(text, **options)["input_ids"]
+
+
+def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
+    """Return batches of indices, longest texts first, each of at most `budget` tokens when padded (or one text)."""
+    batches: list[list[int]] = []
+    width = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = lengths[i]
+        batches[-1].append(i)
+    return batches
+
+
+class Vader:
+    """The lexicon and rules of VADER (Hutto & Gilbert 2014): compound sentiment in −1…1.
+
+    Raises ValueError if the installed lexicon is not the one of vaderSentiment 3.3.2.
+    """
+
+    LEXICON = "1ec9c6e9ee19aade328f8beb393a6afa71a5bb3acf7d3cc22d4ef568df374bf5"
+
+    def __init__(self):
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self.analyzer = SentimentIntensityAnalyzer()
+        found = sha256(self.analyzer.lexicon_full_filepath.encode()).hexdigest()  # the text, whatever it is called
+        if found != self.LEXICON:
+            raise ValueError(f"VADER's lexicon has sha256 {found}, not {self.LEXICON}: install vaderSentiment==3.3.2")
+
+    def score(self, texts: list[str]) -> np.ndarray:
+        return np.array([self.analyzer.polarity_scores(t)["compound"] for t in texts])
+
+
+def distinct_n(texts_ids: list[list[int]], n: int = 2) -> float:
+    """Return distinct n-grams over all n-grams of a set of token lists, in 0…1 (Li et al. 2016, arXiv 1510.03055)."""
+    grams = [tuple(ids[i : i + n]) for ids in texts_ids for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def repetition(ids: list[int], n: int = 3) -> float:
+    """Return the share of a response's n-grams that it has said before, in 0…1; 0 for one shorter than n tokens."""
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+class Scorer:
+    """Score response files with named rewards, and the reference's log-probability of each response.
+
+    rewards: name -> {"kind": "bag_of_words" | "classifier" | "vader", …arguments}. target: folder of the SFT model.
+    """
+
+    KINDS = {"bag_of_words": BagOfWords, "classifier": Classifier, "vader": Vader}
+
+    def __init__(self, rewards: dict, target: str, precision: str = "bf16"):
+        self.rewards = {}
+        for name, given in rewards.items():
+            self.rewards[name] = self.KINDS[given["kind"]](**{k: v for k, v in given.items() if k != "kind"})
+        self.target, self.precision, self._model = target, precision, None
+
+    def score(self, prompts: str, responses: str, out: str, reference_prompts: int = 0) -> dict:
+        """Write one JSON line per response: id, sample, length, each reward, repetition, logp, and logp_sft.
+
+        A reward reads prompt and response together, as its training texts are whole openings. logp_sft is given for
+        the first `reference_prompts` prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
+        Returns {"distinct_2"} of all responses together.
+        """
+        from beyond_dpo import data
+
+        tokenizer = data.load_tokenizer(self.target)
+        asked = {r["id"]: r["prompt_ids"] for r in json.loads(Path(prompts).read_text())}
+        lines = [json.loads(line) for line in Path(responses).read_text().splitlines()]
+        texts = [tokenizer.decode(asked[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
+        table = {name: reward.score(texts) for name, reward in self.rewards.items()}
+        referenced = set(list(asked)[:reference_prompts])
+        picked = [i for i, r in enumerate(lines) if r["id"] in referenced and r["response_ids"]]
+        logps = dict(zip(picked, self._reference(lines, asked, picked, tokenizer), strict=True)) if picked else {}
+        with open(out, "w") as f:
+            for i, r in enumerate(lines):
+                entry = {"id": r["id"], "sample": r["sample"], "length": len(r["response_ids"])}
+                entry |= {name: round(float(scores[i]), 5) for name, scores in table.items()}
+                entry |= {"repetition": round(repetition(r["response_ids"]), 5)}
+                entry |= {"logp": r["logp"], "logp_sft": logps.get(i)}
+                f.write(json.dumps(entry) + "\n")
+        return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
+
+    def _reference(self, lines, asked, picked, tokenizer) -> list[float]:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from beyond_dpo import reference
+
+        if self._model is None:
+            self._model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32, use_safetensors=True)
+            self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        said = [(lines[i]["id"], lines[i]["response_ids"]) for i in picked]
+        rows = [{"id": name, "prompt_ids": asked[name], "responses": {"said": ids}} for name, ids in said]
+        how = {"pad_id": tokenizer.pad_token_id, "precision": self.precision}
+        return reference.score_rows(self._model, rows, ["said"], **how)["logps"][:, 0].tolist()
+
+
+def main(path: str) -> None:
+    """Train the reward of a job file: texts, labels, held_out, seed, out, and for the classifier its encoder."""
+    launch.follow_parent()
+    job = json.loads(Path(path).read_text())
+    train = train_classifier if "encoder" in job else train_bag_of_words
+    facts = train(**job | {"out": Path(job["out"])})
+    Path(job["out"], "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    launch.serve(Scorer) if sys.argv[1] == "--serve" else main(sys.argv[1])

@@ -1,0 +1,290 @@
+"""Run notebooks with papermill, strictly: `python -m beyond_dpo.run 11 --profile cpu -p seed=1`.
+
+papermill alone lets a misspelt parameter pass with exit 0. Here it is refused, as are wrong types and parameters that
+papermill cannot see. What the stages do is shown while it happens, and no process that was started outlives the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import ctypes
+import difflib
+import importlib
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from beyond_dpo import artifacts, paths, progress
+
+NB_KEYS = ("papermill", "language_info", "widgets", "signature")  # metadata that changes with each run
+CELL_KEYS = ("papermill", "execution", "ExecuteTime", "collapsed", "heading_collapsed", "hidden", "scrolled")
+
+
+class Refused(ValueError):
+    """Say why nothing is run."""
+
+
+def find(names: list[str]) -> list[Path]:
+    """Return the notebooks meant by number prefix, stem or path; without names all but the playground.
+
+    Raises Refused for a name that fits none or several.
+    """
+    known = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+    found = [] if names else [path for path in known if not path.stem.startswith("90_")]
+    for name in names:
+        fits = [path for path in known if name == path.stem or path.name.startswith(f"{name}_")]
+        fits = [Path(name).resolve()] if name.endswith(".ipynb") and Path(name).is_file() else fits
+        if len(fits) != 1:
+            near = difflib.get_close_matches(name, [path.stem for path in known], n=3, cutoff=0)
+            raise Refused(f"{name}: fits {len(fits)} notebooks of {paths.NOTEBOOKS}; nearest: {', '.join(near)}")
+        found += fits
+    if not found:
+        raise Refused(f"no notebook in {paths.NOTEBOOKS}")
+    return found
+
+
+def parameters(nb, name: str) -> dict:
+    """Return the parameters that a notebook declares, with their defaults, from the cell tagged `parameters`.
+
+    Raises Refused for a cell that holds anything but `name = literal`, once each, or a line that papermill cannot see.
+    """
+    from papermill.translators import PythonTranslator
+
+    declared: dict = {}
+    for cell in [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]:
+        try:
+            body = ast.parse(cell.source).body
+        except SyntaxError as error:
+            raise Refused(f"{name}: parameters cell, line {error.lineno}: {error.msg}") from None
+        for node in body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            try:  # derived values would go stale, and papermill passes tuples and sets on as text
+                value = ast.literal_eval(node.value)
+                fine = len(targets) == 1 and targets[0].id not in declared and json.loads(json.dumps(value)) == value
+            except (ValueError, TypeError, AttributeError):
+                fine = False
+            if not fine:
+                what = "is not `name = value` with None or a bool, int, float, str, list or dict, each name once"
+                raise Refused(f"{name}: parameters cell, line {node.lineno}: `{ast.unparse(node)}` {what}")
+            declared[targets[0].id] = value
+        logging.getLogger("papermill").setLevel(logging.ERROR)
+        if hidden := sorted(set(declared) - {seen.name for seen in PythonTranslator.inspect(cell)}):
+            advice = "without an annotation and with one '=' in the line, its comment included"
+            raise Refused(f"{name}: papermill cannot see {', '.join(hidden)}; write `name = value` {advice}")
+    return declared
+
+
+def check(name: str, declared: dict, given: dict[str, str]) -> dict:
+    """Return the `given` texts as values of the declared types: Python literals, else text; an int may be a float.
+
+    Raises Refused for an unknown name, with the nearest one, and for a wrong type.
+    """
+    values = {}
+    for key, text in given.items():
+        if key not in declared:
+            near = difflib.get_close_matches(key, declared, n=1, cutoff=0)
+            hint = f"did you mean '{near[0]}'? It declares {', '.join(declared)}" if near else "it declares none"
+            raise Refused(f"{name}: no parameter '{key}'; {hint}")
+        default, value = declared[key], text
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval(text)
+        value = text if isinstance(default, str) and not isinstance(value, str) else value
+        if not _fits(default, value):
+            raise Refused(f"{name}: {key}={text} is a {type(value).__name__}, unlike its default {default!r}")
+        values[key] = list(value) if isinstance(value, tuple) else float(value) if type(default) is float else value
+    return values
+
+
+def _fits(default, value) -> bool:
+    if isinstance(default, list):
+        return isinstance(value, list | tuple) and all(any(_fits(d, v) for d in default or [None]) for v in value)
+    return default is None or type(value) is type(default) or (type(default) is float and type(value) is int)
+
+
+def clean(nb) -> None:
+    """Drop what changes with each run, like `nbstripout --keep-output --keep-count --extra-keys "metadata.papermill
+    cell.metadata.papermill metadata.language_info metadata.widgets"`. Doing it again changes nothing."""
+    for holder, keys in [(nb.metadata, NB_KEYS), *((cell.metadata, CELL_KEYS) for cell in nb.cells)]:
+        for key in keys:
+            holder.pop(key, None)
+    for i, cell in enumerate(nb.cells):
+        cell.update({"id": str(i)} if "id" in cell else {})
+
+
+def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path) -> str:
+    """Run the notebook at `path` in a kernel of this interpreter, write the executed copy, return why it failed."""
+    import papermill
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        @property
+        def kernel_spec(self):  # whatever a `python3` kernel installed on this machine may start
+            start = "--IPKernelApp.exec_lines=__import__('beyond_dpo.progress').progress.listen()"
+            quiet = "--IPKernelApp.log_level=ERROR"  # each start would warn that the loopback is not encrypted
+            return KernelSpec(**get_kernel_dict([start, quiet]))
+
+    at = 0  # the cell that runs, in the notebook's own count
+
+    def start(cell, cell_index):
+        nonlocal at
+        at += "injected-parameters" not in cell.metadata.get("tags", [])
+        watch.cell = f"cell {at} of {len(nb.cells)}"
+
+    how = {"kernel_name": "python3", "language": "python", "kernel_manager_class": Kernel, "on_cell_start": start}
+    how |= {"cwd": path.parent, "progress_bar": False, "coalesce_streams": True, "start_timeout": 120}
+    try:
+        papermill.execute_notebook(path, copy, values, **how)
+        return ""
+    except papermill.PapermillExecutionError as error:
+        text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
+        reason = "\n".join(text.splitlines()[-30:])
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}\nIts processes held {watch.peak / 2**30:.1f} GiB; out of memory?"
+    return f"{watch.cell}\n\n{nb.cells[max(at, 1) - 1].source}\n\n{reason}\n\nexecuted copy: {copy}"
+
+
+def write_back(path: Path, nb, copy: Path) -> None:
+    """Put the outputs and counts of the executed copy into the notebook at `path`, cleaned; nothing else changes."""
+    import nbformat
+
+    for cell, done in zip(nb.cells, nbformat.read(copy, as_version=4).cells, strict=True):
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = done.outputs, done.execution_count
+    clean(nb)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    nbformat.write(nb, temporary)
+    os.replace(temporary, path)
+
+
+def freeze(since: float) -> list[str]:
+    """Copy into data/frozen the claims recorded since then, and the artifacts named by them and by figures drawn since.
+
+    since: seconds since the epoch. Returns the keys. Raises ValueError for a key that is nowhere or a result too big.
+    """
+    claims = [p for p in (paths.ARTIFACTS / "runs" / "claims").glob("*.json") if p.stat().st_mtime >= since]
+    records = claims + [p for p in paths.FIGURES.glob("*.json") if p.stat().st_mtime >= since]
+    keys = sorted({key for path in records for key in json.loads(path.read_text(encoding="utf-8"))["keys"]})
+    (paths.FROZEN / "claims").mkdir(parents=True, exist_ok=True)
+    for key in keys:
+        manifests = [root / key / "manifest.json" for root in (paths.ARTIFACTS, paths.FROZEN)]
+        if not any(path.is_file() for path in manifests):
+            raise ValueError(f"{key}, named by a figure or claim, is neither in {paths.ARTIFACTS} nor {paths.FROZEN}")
+        if manifests[0].is_file():
+            made = json.loads(manifests[0].read_text(encoding="utf-8"))
+            artifacts.freeze(artifacts.Artifact(made["stage"], made["version"], made["inputs"], lambda folder: None))
+    for path in claims:
+        shutil.copyfile(path, paths.FROZEN / "claims" / path.name)
+    return keys
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line names; return 0, 1 if a notebook failed, 2 if one was refused, 130 if interrupted."""
+    parser = argparse.ArgumentParser(prog="python -m beyond_dpo.run", description=__doc__.splitlines()[0])
+    parser.add_argument("notebooks", nargs="*", help="number prefix, stem or path")
+    parser.add_argument("--all", action="store_true", help="every notebook, but not the playground")
+    parser.add_argument("--profile", help="smoke, cpu, gpu or paper; short for -p profile=...")
+    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
+    parser.add_argument("--in-place", action="store_true", help="run the defaults, write the outputs into the notebook")
+    parser.add_argument("--freeze", action="store_true", help="copy the results behind its figures to data/frozen")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs")
+    options = parser.parse_args(arguments)
+    try:
+        plan = _plan(options)
+    except Refused as reason:
+        print(f"refused: {reason}", file=sys.stderr)
+        return 2
+    if options.dry_run:
+        return _describe(plan)
+    package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
+    os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that Watch can end them
+    rows = []
+    for i, (path, nb, values, profile) in enumerate(plan, 1):
+        rows.append(_run(f"[{i}/{len(plan)}] {path.stem}", path, nb, values, profile, options))
+        if rows[-1]["status"] == "interrupted":
+            return 130
+    if len(rows) > 1:
+        import pandas as pd
+
+        print(pd.DataFrame(rows).to_string(index=False))
+    return int(any(row["status"] != "ok" for row in rows))
+
+
+def _plan(options) -> list[tuple]:
+    """Check all notebooks before the first one runs."""
+    import nbformat
+
+    if bool(options.notebooks) == options.all:
+        raise Refused("name notebooks, or give --all")
+    given = dict(pair.partition("=")[::2] for pair in options.given)
+    given |= {"profile": options.profile} if options.profile else {}
+    if options.in_place and given:
+        raise Refused("--in-place runs the values written in the parameters cell; edit them there")
+    plan = []
+    for path in find(options.notebooks):
+        nb = nbformat.read(path, as_version=4)
+        declared = parameters(nb, path.stem)
+        drop = {"profile"} if options.all and "profile" not in declared else set()  # it only shows what others found
+        values = check(path.stem, declared, {key: text for key, text in given.items() if key not in drop})
+        plan.append((path, nb, values, (declared | values).get("profile")))
+    return plan
+
+
+def _describe(plan: list[tuple]) -> int:
+    for path, _, values, profile in plan:
+        print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
+        module = f"beyond_dpo.{path.stem.split('_')[1]}" if re.match(r"\d+_(expo|mallows|wrpo)_", path.stem) else None
+        for line in importlib.import_module(module).describe(profile) if module else ["computes nothing"]:
+            print(f"  {line}")
+    return 0
+
+
+def _run(title: str, path: Path, nb, values: dict, profile: str | None, options) -> dict:
+    folder = paths.ARTIFACTS / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
+    handle, reports = tempfile.mkstemp(suffix=".jsonl", dir=folder)
+    os.close(handle)
+    os.environ |= {"BEYOND_DPO_PROGRESS": reports, "BEYOND_DPO_LOG": str(copy.with_suffix(".log"))}
+    if profile == "smoke":  # its figures mean nothing: never among the project's
+        os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
+    began, watch = time.time(), progress.Watch(title, Path(reports))
+    try:
+        with watch:
+            note = execute(path, nb, values, watch, copy)
+        status = "failed" if note else "ok"
+        if options.in_place and not note:
+            write_back(path, nb, copy)
+        if options.freeze and not note:
+            note = f"frozen: {', '.join(freeze(began - 1)) or 'nothing, no figure or claim names a key'}"
+    except KeyboardInterrupt:
+        status, note = "interrupted", f"{watch.cell}, executed copy: {copy}"
+    except (ValueError, RuntimeError) as error:  # too big to freeze, damaged, nowhere
+        status, note = "failed", f"the notebook ran, but its results are not stored: {error}"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        os.unlink(reports)
+    seconds = time.time() - began
+    print(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note), file=sys.stderr, flush=True)
+    row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}
+    return row | {"computed": len(watch.computed), "found": len(watch.found - watch.computed), "status": status}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""One training loop on a DeepSpeed engine: `python -m beyond_dpo.train CONFIG.json`, under any launcher.
+
+Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* only, so `deepspeed`, `torchrun`, `srun` and plain python start it alike.
+The job file holds config.Train's fields and: model, rows, names, reference (or null), limits, seed, out.
+Supervised fine-tuning is the loss "sft" on rows with one response.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from beyond_dpo import config as configuration
+from beyond_dpo import data, launch, losses, reference
+
+log = logging.getLogger("beyond_dpo.train")
+OPTIMIZERS = {
+    "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay),
+    "adagrad": lambda p, c: torch.optim.Adagrad(p, lr=c.lr, weight_decay=c.weight_decay),
+    "rmsprop": lambda p, c: torch.optim.RMSprop(p, lr=c.lr, weight_decay=c.weight_decay),
+}
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss of a batch is not finite; the message holds the row ids."""
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Return the learning-rate factor in (0, 1] of a 0-based optimizer step: linear warm-up, then cosine towards 0.
+
+    The first step already has a positive rate: the smallest runs here have three steps.
+    """
+    warm = round(warmup * total)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+
+
+def row_losses(settings: configuration.Train, scores: dict, base: torch.Tensor | None, names: list[str]):
+    """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of len(names) × rows.
+
+    base: the reference's summed log-probabilities (len(names), rows), for losses that compare with it.
+    Raises ValueError for a loss that does not fit the responses' names, or lacks its reference.
+    """
+    logps = scores["logps"].view(len(names), -1)
+    tokens = scores["tokens"].view(len(names), -1)
+    if settings.loss == "sft":
+        return -logps.sum(0), torch.zeros_like(logps[0]), torch.zeros_like(logps[0])
+    if list(names) != ["chosen", "rejected"]:
+        raise ValueError(f"loss {settings.loss!r} takes the responses chosen and rejected, got {names}")
+    if settings.loss == "simpo":
+        mean = logps / tokens
+        return losses.simpo(mean[0], mean[1], beta=settings.beta, gamma=settings.gamma)
+    if base is None:
+        raise ValueError(f"loss {settings.loss!r} needs a reference file")
+    ratios = logps - base
+    if settings.loss == "ipo":
+        return losses.ipo(ratios[0], ratios[1], tau=settings.beta)
+    if settings.loss == "dpo":
+        return losses.dpo(ratios[0], ratios[1], beta=settings.beta, label_smoothing=settings.label_smoothing)
+    raise ValueError(f"unknown loss {settings.loss!r}; there are sft, dpo, ipo, simpo")
+
+
+def engine_config(settings: configuration.Train, accumulation: int, world: int) -> dict:
+    """Return DeepSpeed's configuration: no "auto", every number explicit. Weights are float32 in every stage."""
+    zero = {"stage": settings.zero, "overlap_comm": False}
+    if settings.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_batch_size": settings.global_batch,
+        "train_micro_batch_size_per_gpu": settings.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.max_grad_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def main(path: str) -> None:
+    """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
+    launch.follow_parent()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(launch._free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500")
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    import deepspeed
+    from deepspeed import comm as dist
+    from transformers import AutoModelForCausalLM
+
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
+    rank, world, device = dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+    job = json.loads(Path(path).read_text())
+    settings = configuration.Train(**{**job["settings"], "processes": world})
+    accumulation = configuration.check_batch(settings)
+    out, names = Path(job["out"]), job["names"]
+    tokenizer = data.load_tokenizer(job["model"])
+    rows, dropped = data.prepare(data.read_rows(job["rows"]), names, **job["limits"])
+    if dropped and rank == 0:
+        log.warning("%d rows have no response token within the limits and are left out", dropped)
+    if not rows:
+        raise ValueError(f"{job['rows']}: no row is left to train on ({dropped} dropped)")
+    index, base = reference.load(job["reference"]) if job["reference"] else ({}, None)
+    torch.manual_seed(job["seed"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model.config.use_cache = False
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    scorer = reference.ResponseScorer(model.train(), settings.precision)
+    engine, *_ = deepspeed.initialize(
+        model=scorer,
+        optimizer=OPTIMIZERS[settings.optimizer](scorer.parameters(), settings),
+        config=engine_config(settings, accumulation, world),
+    )
+    total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
+    saved, log_file = out / "checkpoints" / f"zero{settings.zero}-of{world}", out / "log.jsonl"
+    first = engine.load_checkpoint(str(saved))[1]["step"] if (saved / "latest").exists() else 0
+    if rank == 0:  # a run that was killed may have logged steps that its last checkpoint does not hold
+        kept = log_file.read_text().splitlines()[:first] if log_file.exists() else []
+        log_file.write_text("".join(line + "\n" for line in kept))
+
+    for step in range(first, total):
+        began = time.time()
+        batch = _step_rows(rows, names, step, settings.global_batch, job["seed"])
+        weight = 1 / settings.global_batch
+        if settings.loss == "sft":  # mean over the tokens of the whole step, however it is split
+            weight = 1 / sum(len(r["responses"][n]) for r in batch for n in names)
+        sums = torch.zeros(6, device=device)
+        for micro in range(accumulation):
+            start = (micro * world + rank) * settings.micro_batch
+            part = batch[start : start + settings.micro_batch]
+            tensors = data.collate(part, names, tokenizer.pad_token_id)
+            ids = tensors.pop("ids")
+            scores = engine(**{k: v.to(device) for k, v in tensors.items()})
+            against = None if base is None else base["logps"][[index[i] for i in ids]].T.to(device)
+            row_loss, chosen, rejected = row_losses(settings, scores, against, names)
+            if not row_loss.isfinite().all():
+                raise NonFiniteLoss(f"step {step}: the loss of rows {ids} is {row_loss.detach().tolist()}")
+            # the engine averages over accumulation and processes; the weight already is of the whole step
+            engine.backward(row_loss.sum() * weight * accumulation * world)
+            if micro == accumulation - 1:
+                for group in engine.optimizer.param_groups:
+                    group["lr"] = settings.lr * schedule(step, total, settings.warmup)
+            engine.step()
+            logps = scores["logps"].detach().view(len(names), -1)
+            with torch.no_grad():
+                sums += torch.stack([
+                    row_loss.sum() * weight, chosen.sum(), rejected.sum(), (chosen > rejected).float().sum(),
+                    logps[0].sum(), logps[-1].sum(),
+                ])  # fmt: skip
+        dist.all_reduce(sums)
+        if rank == 0:
+            _log_step(log_file, step, sums.tolist(), batch, names, settings, engine, time.time() - began)
+            launch.progress(step + 1, total)
+        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
+            engine.save_checkpoint(str(saved), tag=f"step{step + 1}", client_state={"step": step + 1})
+            if rank == 0:  # `latest` names the new one: older ones are of no more use
+                for old in saved.glob("step*"):
+                    if old.name != f"step{step + 1}":
+                        shutil.rmtree(old)
+    _save(engine, scorer, tokenizer, out, settings.save_dtype, rank)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: int) -> list[dict]:
+    """Return the rows of one optimizer step: the epochs' permutations end to end, so that no batch is cut short.
+
+    Sorted by length: a step's gradient does not depend on the order, and micro-batches then carry little padding.
+    """
+    picked = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, place = divmod(position, len(rows))
+        picked.append(rows[_order(len(rows), seed, epoch)[place]])
+    return sorted(picked, key=lambda r: (len(r["prompt_ids"]) + sum(len(r["responses"][n]) for n in names), r["id"]))
+
+
+_orders: dict[tuple, list[int]] = {}
+
+
+def _order(n: int, seed: int, epoch: int) -> list[int]:
+    if (n, seed, epoch) not in _orders:
+        _orders[n, seed, epoch] = data.order(n, seed, epoch)
+    return _orders[n, seed, epoch]
+
+
+def _log_step(log_file: Path, step: int, sums: list, batch: list, names: list, settings, engine, seconds: float) -> None:
+    loss, chosen, rejected, correct, logps_chosen, logps_rejected = sums
+    n = len(batch)
+    tokens = sum(len(r["prompt_ids"]) + len(r["responses"][name]) for r in batch for name in names)
+    norm = engine.get_global_grad_norm()
+    entry = {
+        "step": step, "loss": loss, "lr": engine.optimizer.param_groups[0]["lr"],
+        "grad_norm": None if norm is None else float(norm), "tokens_per_s": tokens / seconds, "rows_per_s": n / seconds,
+    }  # fmt: skip
+    if settings.loss != "sft":
+        entry |= {
+            "chosen_reward": chosen / n, "rejected_reward": rejected / n, "margin": (chosen - rejected) / n,
+            "accuracy": correct / n, "chosen_logps": logps_chosen / n, "rejected_logps": logps_rejected / n,
+        }  # fmt: skip
+    with open(log_file, "a") as f:
+        f.write(json.dumps(entry) + "\n")
+
+
+def _save(engine, scorer, tokenizer, out: Path, dtype: str, rank: int) -> None:
+    """Write the model as safetensors, gathering ZeRO-3's shards one parameter at a time."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in scorer.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank == 0:
+                weights[name] = parameter.detach().to("cpu", getattr(torch, dtype), copy=True)
+    if rank == 0:
+        model = scorer.model
+        model.config.use_cache, model.config.dtype = True, dtype
+        model.save_pretrained(out, state_dict=weights)
+        tokenizer.save_pretrained(out)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    main(sys.argv[1])

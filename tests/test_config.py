@@ -1,0 +1,210 @@
+"""Configuration: every profile, every refusal with the nearest valid name, the paper's own numbers."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from beyond_dpo import config, paths
+from beyond_dpo.config import ConfigError, Train, load
+
+SMOKE = load("expo", "smoke")
+PAPER = load("expo", "paper")
+
+
+def train(**changes):
+    return dataclasses.replace(SMOKE.train, **changes)
+
+
+@pytest.mark.parametrize("profile", config.PROFILES)
+def test_every_profile_loads(profile):
+    cfg = load("expo", profile)
+    assert cfg.profile == profile
+    assert set(cfg.fractions) <= cfg.alphas.keys() and set(cfg.seed_fractions) <= set(cfg.fractions)
+    assert all(list(grid) == sorted(set(grid)) for grid in cfg.alphas.values())
+    assert cfg.decoding.max_tokens < cfg.decoding.max_model_len
+    for settings in (cfg.sft, cfg.train):
+        assert settings.max_prompt < settings.max_length and (settings.loss == "sft") == (settings is cfg.sft)
+        assert config.check_batch(settings) * settings.micro_batch * settings.processes == settings.global_batch
+    assert all(type(a) is float for grid in cfg.alphas.values() for a in grid)
+
+
+def test_profiles_are_four_and_frozen():
+    assert config.PROFILES == ("smoke", "cpu", "gpu", "paper")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SMOKE.train.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    "where, overrides, message",
+    [
+        (("exp", "cpu"), {}, r"^unknown paper 'exp'; did you mean 'expo'\?$"),
+        (("expo", "cpus"), {}, r"^unknown profile 'cpus'; did you mean 'cpu'\?$"),
+        (("expo", "qqq"), {}, r"^unknown profile 'qqq'; valid: smoke, cpu, gpu, paper$"),
+        (("expo", "cpu"), {"trian": 1}, r"^unknown key 'trian'; did you mean 'train'\?$"),
+        (("expo", "cpu"), {"train.betta": 1}, r"^unknown key 'train\.betta'; did you mean 'train\.beta'\?$"),
+        (("expo", "cpu"), {"train__learning_rat": 1}, r"^unknown key 'train\.learning_rat'"),
+        (("expo", "cpu"), {"train.betta": None}, r"^unknown key 'train\.betta'; did you mean 'train\.beta'\?$"),
+        (("expo", "cpu"), {"train.loss": "dpp"}, r"^unknown train\.loss 'dpp'; did you mean 'dpo'\?$"),
+        (("expo", "cpu"), {"decoding.backend": "xyz"}, r"^unknown decoding\.backend 'xyz'; valid: vllm, transformers$"),
+        (("expo", "cpu"), {"train": 3}, r"^train must be Train, got 3$"),
+        (("expo", "cpu"), {"train.lr.x": 3}, r"^train\.lr must be float, got \{'x': 3\}$"),
+        (("expo", "cpu"), {"train.lr": "1e-4"}, r"^train\.lr must be float, got '1e-4'$"),
+        (("expo", "cpu"), {"train.lr": True}, r"^train\.lr must be float, got True$"),
+        (("expo", "cpu"), {"train.lr": float("nan")}, r"^train\.lr must be float, got nan$"),
+        (("expo", "cpu"), {"train.epochs": 1.0}, r"^train\.epochs must be int, got 1\.0$"),
+        (("expo", "cpu"), {"train.epochs": True}, r"^train\.epochs must be int, got True$"),
+        (("expo", "cpu"), {"train.offload": 1}, r"^train\.offload must be bool, got 1$"),
+        (("expo", "cpu"), {"world.target": 1}, r"^world\.target must be str, got 1$"),
+        (("expo", "cpu"), {"seeds": [0, "1"]}, r"^seeds\[1\] must be int, got '1'$"),
+        (("expo", "cpu"), {"seeds": 3}, r"^seeds must be tuple\[int, \.\.\.\], got 3$"),
+        (("expo", "cpu"), {"world.prompt_tokens": [1, 2, 3]}, r"^world\.prompt_tokens must be tuple\[int, int\], got"),
+        (("expo", "cpu"), {"alphas": {"0.1": [1]}}, r"^a key of alphas must be float, got '0\.1'$"),
+        (("expo", "cpu"), {"alphas": {0.1: 1}}, r"^alphas\[0\.1\] must be tuple\[float, \.\.\.\], got 1$"),
+        (("expo", "cpu"), {"alphas": {0.1: ["1"]}}, r"^alphas\[0\.1\]\[0\] must be float, got '1'$"),
+        (("expo", "cpu"), {"alphas": {}}, r"^alphas has no grid for fraction 0\.05"),
+        (("expo", "smoke"), {"fractions": [0.5, 0.3]}, r"^alphas has no grid for fraction 0\.3, only for 0\.5, 1\.0$"),
+    ],
+)
+def test_refusals_name_the_key_and_the_nearest(where, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(*where, **overrides)
+
+
+def test_overrides():
+    """Dotted and double-underscore keys are one thing; None keeps the profile's value; lists become tuples."""
+    cfg = load(
+        "expo", "smoke", **{"train.lr": 1, "decoding.top_k": None}, train__epochs=2, seeds=[4, 5], dev_samples=None
+    )
+    assert (cfg.train.lr, cfg.train.epochs, cfg.seeds) == (1.0, 2, (4, 5)) and type(cfg.train.lr) is float
+    assert cfg.train == dataclasses.replace(SMOKE.train, lr=1.0, epochs=2)
+    assert (cfg.decoding, cfg.dev_samples) == (SMOKE.decoding, SMOKE.dev_samples)
+    assert load("expo", "smoke", train={"lr": 1.0, "epochs": 2}).train == cfg.train
+    assert load("expo", "smoke", train=None, alphas=None) == SMOKE
+
+
+def test_a_grid_is_replaced_whole_and_a_section_key_by_key():
+    cfg = load("expo", "smoke", alphas={1: [3], 0.5: [1, 2]})
+    assert cfg.alphas == {1.0: (3.0,), 0.5: (1.0, 2.0)}
+    assert load("expo", "smoke", fractions=[1.0], alphas={1.0: [3]}).alphas == {1.0: (3.0,)}
+
+
+def test_profiles_differ_from_base_only_where_they_say_so():
+    """smoke says no temperature: it has the base's; it says max_tokens: the others keep theirs."""
+    assert SMOKE.decoding.temperature == PAPER.decoding.temperature == 0.7
+    assert (SMOKE.decoding.max_tokens, PAPER.decoding.max_tokens) == (16, 2048)
+
+
+@pytest.mark.parametrize(
+    "changes, accumulation",
+    [
+        ({"global_batch": 128, "micro_batch": 4, "processes": 8}, 4),
+        ({"global_batch": 128, "micro_batch": 1, "processes": 1}, 128),
+        ({"global_batch": 6, "micro_batch": 6, "processes": 1}, 1),
+        ({"global_batch": 6, "micro_batch": 1, "processes": 3}, 2),
+    ],
+)
+def test_accumulation(changes, accumulation):
+    assert config.check_batch(train(**changes)) == accumulation
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ((128, 5, 8), r"global_batch=128 cannot be split into micro_batch=5 × processes=8; .* micro_batch=4$"),
+        ((12, 5, 1), r"nearest that fits is micro_batch=4$"),
+        ((16, 100, 2), r"nearest that fits is micro_batch=8$"),
+        ((10, 1, 4), r"cannot be split .* change processes or global_batch$"),
+        ((0, 1, 1), r"global_batch must be at least 1, got 0"),
+        ((8, 0, 1), r"micro_batch must be at least 1, got 0"),
+        ((8, 1, -1), r"processes must be at least 1, got -1"),
+    ],
+)
+def test_impossible_batches_name_the_key_and_the_nearest_fit(changes, message):
+    changes = dict(zip(("global_batch", "micro_batch", "processes"), changes, strict=True))
+    with pytest.raises(ConfigError, match="^train.*" + message):
+        config.check_batch(train(**changes))
+    with pytest.raises(ConfigError, match="^sft.*" + message):
+        load("expo", "smoke", **{f"sft.{k}": v for k, v in changes.items()})
+
+
+def test_recipe_holds_what_the_result_depends_on():
+    """The machine's fields are known by name: a new field enters the recipe unless it is put among them."""
+    names = {f.name for f in dataclasses.fields(Train)}
+    machine = {"micro_batch", "zero", "offload", "gradient_checkpointing", "processes", "launcher", "checkpoint_every"}
+    assert machine == set(Train.MACHINE) < names
+    assert SMOKE.train.recipe().keys() == names - machine
+    faster = train(micro_batch=1, zero=3, offload=True, gradient_checkpointing=True, processes=4, launcher="plain")
+    assert faster.recipe() == SMOKE.train.recipe() != train(lr=1.0).recipe()
+
+
+def test_differences_and_card():
+    cfg = load("expo", "paper", train__beta=0.5, alphas={**PAPER.alphas, 0.4: [9]}, world__dataset="<b>&")
+    rows = {key: (here, there) for key, here, there in config.differences(cfg, PAPER)}
+    assert rows.keys() == {"train.beta", "alphas", "world.dataset"}
+    assert rows["train.beta"] == (0.5, 0.01) and rows["alphas"][0][0.4] == (9.0,)
+    card = config.card(cfg)
+    assert card.rows == config.differences(cfg, PAPER)
+    assert "train.beta: 0.5 (paper: 0.01)" in repr(card)
+    page = card._repr_html_()
+    assert "<td>train.beta</td><td>0.5</td><td>0.01</td>" in page and "&lt;b&gt;&amp;" in page and "<b>" not in page
+    assert page.count("<tr>") == 4 and page == config.card(cfg)._repr_html_()
+
+
+def test_card_says_how_far_each_profile_is_from_the_paper():
+    assert config.card(PAPER).rows == []
+    for profile in ("smoke", "cpu", "gpu"):
+        keys = [key for key, *_ in config.card(load("expo", profile)).rows]
+        assert {"world.target", "train.beta", "train.lr"} <= set(keys) and "profile" not in keys
+        assert not {"decoding.temperature", "decoding.top_k", "decoding.top_p", "train.loss"} & set(keys)
+
+
+def test_this_machine():
+    config.check_machine(SMOKE)
+    cfg = load("expo", "smoke", needs__gpus=10_000, needs__gpu_gb=80, needs__memory_gb=10**7)
+    with pytest.raises(ConfigError, match=r"smoke needs 10000 GPUs of 80 GB \(found \d+\) and 10000000 GB of memory"):
+        config.check_machine(cfg)
+
+
+def test_import_is_light():
+    code = "import sys, beyond_dpo.config as c; c.load('expo', 'cpu'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "transformers", "vllm", "deepspeed", "pandas", "numpy", "sklearn"}
+    assert not heavy & set(done.stdout.split())
+
+
+def test_paper_profile_is_the_paper():
+    """ACL App. B of arXiv 2404.16792 and the zephyr recipe: 61,135 pairs in batches of 128 are its 478 steps."""
+    got, decoding = PAPER.train, PAPER.decoding
+    assert (got.loss, got.beta, got.lr, got.global_batch, got.epochs) == ("dpo", 0.01, 5e-7, 128, 1)
+    assert (got.optimizer, got.warmup, got.precision) == ("adamw", 0.1, "bf16")
+    assert (got.zero, got.offload, got.gradient_checkpointing, config.check_batch(got)) == (3, True, True, 4)
+    assert (got.max_prompt, got.max_length) == (1024, 2048)
+    assert -(-PAPER.world.prompts // got.global_batch) == 478
+    assert (decoding.backend, decoding.dtype, decoding.max_tokens) == ("vllm", "bfloat16", 2048)
+    assert (decoding.temperature, decoding.top_k, decoding.top_p) == (0.7, 40, 0.9)
+    assert (decoding.presence_penalty, decoding.frequency_penalty) == (0.1, 0.1)
+    assert PAPER.world.target == "alignment-handbook/zephyr-7b-sft-full" and PAPER.world.template == "chat"
+    assert PAPER.fractions == (0.05, 0.1, 0.2, 0.4, 1.0)
+
+
+def published(name, column):
+    with open(paths.PUBLISHED / f"{name}.csv", newline="") as f:
+        return {row[column]: row for row in csv.DictReader(f)}
+
+
+def test_paper_grids_hold_the_published_ranges_and_optima():
+    table = published("expo_table3", "aligned_model")
+    models = {0.1: "DPO (10% data)", 0.2: "DPO (20% data)", 1.0: "zephyr-7b-dpo-full"}
+    for fraction, model in models.items():
+        searched = {float(alpha) for alpha in ast.literal_eval(table[model]["search_range"])}
+        assert searched <= set(PAPER.alphas[fraction]) and float(table[model]["optimal_alpha"]) in searched
+    table = published("expo_acl_table7_alpha", "model")
+    models = {0.1: "DPO (10% data)", 0.2: "DPO (20% data)", 0.4: "DPO (40% data)", 1.0: "zephyr-7b-dpo"}
+    for fraction, model in (models | {0.05: "zephyr_0.05 (5% data)"}).items():
+        assert float(table[model]["optimal_alpha"]) in PAPER.alphas[fraction]

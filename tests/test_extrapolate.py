@@ -1,0 +1,502 @@
+"""Extrapolation: the exact rule, the same bits however the weights are stored, and no trace of a run that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from beyond_dpo import extrapolate as module
+from beyond_dpo.extrapolate import IncompatibleModels, blend, check, extrapolate, tensors
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12, "tie_word_embeddings": True}
+TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<s>"}]}
+
+
+def weights(seed: int = 0, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+    """Make a small state with an odd size, a scalar, an empty tensor, negative zeros and an integer buffer."""
+    draw = torch.Generator().manual_seed(seed)
+    state = {f"model.layers.{i}.{n}.weight": torch.randn(5, 7, generator=draw).to(dtype) for i in (0, 1) for n in "qv"}
+    state["model.embed_tokens.weight"] = torch.randn(12, 5, generator=draw).to(dtype)
+    state["model.scale"] = torch.randn((), generator=draw).to(dtype)
+    state["model.zeros"] = torch.tensor([-0.0, 0.0, -0.0, 1.5 + seed], dtype=dtype)
+    state["model.empty"] = torch.empty(0, 3, dtype=dtype)
+    state["model.steps"] = torch.tensor([3 + seed, 4])
+    return state
+
+
+def save(folder: Path, state: dict, *, shards: int = 1, config: dict | None = CONFIG, tokenizer=TOKENIZER) -> Path:
+    """Write a model folder as transformers does."""
+    folder.mkdir(parents=True)
+    names = [sorted(state)[i::shards] for i in range(shards)]
+    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    files = files if shards > 1 else ["model.safetensors"]
+    for file, part in zip(files, names, strict=True):
+        save_file({name: state[name].contiguous() for name in part}, folder / file, {"format": "pt", "by": "test"})
+    if shards > 1:
+        index = {name: file for file, part in zip(files, names, strict=True) for name in part}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    for name, content in (("config.json", config), ("tokenizer.json", tokenizer)):
+        if content is not None:
+            (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    assert files
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def same(left: dict, right: dict) -> bool:
+    """Compare bits, so that -0.0 is not 0.0."""
+    assert left.keys() == right.keys()
+    return all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8),
+                                                                          b.reshape(-1).view(torch.uint8))
+               for a, b in ((left[name], right[name]) for name in left))  # fmt: skip
+
+
+@pytest.fixture
+def pair(tmp_path) -> tuple[Path, Path]:
+    return save(tmp_path / "sft", weights(0)), save(tmp_path / "aligned", weights(1))
+
+
+def test_rule_by_hand():
+    """1 + 0.5 (1 - 0.5) = 1.25; -2 + 0.5 (-2 - 2) = -4; 3 + 0.5 (3 - 3) = 3, and halfway (alpha = -0.5) 0.75, 0, 3."""
+    sft, aligned = torch.tensor([0.5, 2.0, 3.0]), torch.tensor([1.0, -2.0, 3.0])
+    assert blend(sft, aligned, 0.5).tolist() == [1.25, -4.0, 3.0]
+    assert blend(sft, aligned, -0.5).tolist() == [0.75, 0.0, 3.0]
+    assert blend(torch.tensor([1]), torch.tensor([2]), 5.0).tolist() == [2]
+    with pytest.raises(IncompatibleModels, match=r"\[3\].*\[1\]"):
+        blend(sft, aligned[:1], 0.5)
+
+
+def test_float32_arithmetic_is_not_bfloat16():
+    """theta0 = 1, theta1 = 1 + 53/128, alpha = 5: 223/64 exactly, which bfloat16 (steps of 1/64 there) can hold.
+
+    In bfloat16 the step 132.5/64 is rounded to 132/64 and the sum 222.5/64 to 222/64. Over random weights the two ways
+    disagree in a good part, and float32 is nearer the exact value.
+    """
+    sft, aligned = torch.tensor([1.0]).bfloat16(), torch.tensor([1 + 53 / 128]).bfloat16()
+    assert blend(sft, aligned, 5).item() == 223 / 64
+    assert (aligned + 5 * (aligned - sft)).item() == 222 / 64
+    draw = torch.Generator().manual_seed(0)
+    aligned = torch.randn(10_000, generator=draw).bfloat16()
+    sft = (aligned.float() + 0.5 * torch.randn(10_000, generator=draw)).bfloat16()
+    exact = aligned.double() + 1.7 * (aligned.double() - sft.double())
+    ours, theirs = blend(sft, aligned, 1.7), aligned + 1.7 * (aligned - sft)
+    assert ours.dtype == torch.bfloat16 and (ours != theirs).float().mean() > 0.2
+    assert (ours.double() - exact).abs().mean() < 0.8 * (theirs.double() - exact).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_alpha_0_and_minus_1_give_the_inputs_bits(tmp_path, dtype, shards):
+    sft, aligned = weights(0, dtype), weights(1, dtype)
+    folders = save(tmp_path / "sft", sft), save(tmp_path / "aligned", aligned, shards=shards)
+    extrapolate(*folders, {0: tmp_path / "zero", -1: tmp_path / "minus"})
+    assert same(load(tmp_path / "zero"), aligned)
+    assert same(load(tmp_path / "minus"), {**sft, "model.steps": aligned["model.steps"]})
+
+
+def test_bits_do_not_depend_on_sharding_number_of_alphas_or_blocks(tmp_path, monkeypatch):
+    """Every way gives blend() of each tensor, and the digests know the weights, not the files."""
+    sft, aligned = weights(0, torch.float32), weights(1, torch.float32)
+    wanted = {name: blend(sft[name], aligned[name], 0.3) for name in aligned}
+    facts = []
+    for i, (left, right, block) in enumerate([(1, 1, 1 << 18), (1, 3, 8), (3, 2, 7)]):
+        monkeypatch.setattr(module, "BLOCK", block)
+        folders = save(tmp_path / f"sft{i}", sft, shards=left), save(tmp_path / f"al{i}", aligned, shards=right)
+        facts += extrapolate(*folders, {0.3: tmp_path / f"one{i}"}).values()
+        facts.append(extrapolate(*folders, {2: tmp_path / f"x{i}", 0.3: tmp_path / f"y{i}"})[0.3])
+        assert same(load(tmp_path / f"one{i}"), wanted) and same(load(tmp_path / f"y{i}"), wanted)
+        assert same(dict(tensors(*folders, 0.3)), wanted)
+        layout = [sorted(f.name for f in folder.iterdir()) for folder in (tmp_path / f"one{i}", folders[1])]
+        assert layout[0] == sorted([*layout[1], "expo.json"])
+    assert len(facts) == 6 and all(fact == facts[0] for fact in facts)
+
+
+def test_each_input_file_is_read_once_for_all_alphas(pair, tmp_path):
+    """The kernel counts: three alphas read less than 1.5 times what one alpha reads."""
+    save(tmp_path / "big0", {"w": torch.zeros(1 << 20)})
+    save(tmp_path / "big1", {"w": torch.ones(1 << 20)})
+
+    def read(outputs):
+        before = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1]
+        extrapolate(tmp_path / "big0", tmp_path / "big1", outputs)
+        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1]) - int(before)
+
+    assert 8 << 20 <= read({1: tmp_path / "a"}) < 9 << 20
+    assert 8 << 20 <= read({1: tmp_path / "b", 2: tmp_path / "c", 3: tmp_path / "d"}) < 9 << 20
+
+
+def test_small_files_and_provenance(pair, tmp_path):
+    """Everything but weights and training state comes from the aligned model; the rest says how the result was made."""
+    sft, aligned = pair
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "README.md"):
+        (aligned / name).write_text(name)
+        (sft / name).write_text("SFT")
+    for name in ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "manifest.json",
+                 "pytorch_model.bin.index.json", "model.safetensors.index.json"):  # fmt: skip
+        (aligned / name).write_text("no")
+    (aligned / "checkpoint-5").mkdir()
+    fact = extrapolate(sft, aligned, {0.5: tmp_path / "out"}, modules={"*.q.*": 2})[0.5]
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
+        "README.md", "chat_template.jinja", "config.json", "expo.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer.model"]  # fmt: skip
+    assert (tmp_path / "out/README.md").read_text() == "README.md"
+    assert json.loads((tmp_path / "out/expo.json").read_text()) == fact
+    assert fact["alpha"] == 0.5 and fact["modules"] == {"*.q.*": 2}
+    assert re.fullmatch("[0-9a-f]{64}", fact["sft_sha256"]) and fact["sft_sha256"] != fact["aligned_sha256"]
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["format"] == "pt" and metadata["by"] == "test" and metadata["expo_alpha"] == "0.5"
+    assert json.loads(metadata["expo_modules"]) == {"*.q.*": 2}
+    assert metadata["expo_aligned_sha256"] == fact["aligned_sha256"]
+    again = extrapolate(aligned, tmp_path / "out", {0: tmp_path / "again"})[0]  # an output is a model like any other
+    assert again["sft_sha256"] == fact["aligned_sha256"]
+
+
+def test_module_alphas(pair, tmp_path):
+    sft, aligned = load(pair[0]), load(pair[1])
+    modules = {r"re:model\.layers\.1\..*": 0, "*.q.weight": 3.0}
+    extrapolate(*pair, {0.5: tmp_path / "out"}, modules=modules)
+    expected = {name: 0 if ".1." in name else 3.0 if ".q." in name else 0.5 for name in aligned}
+    wanted = {name: blend(sft[name], aligned[name], expected[name]) for name in aligned}
+    assert len(set(expected.values())) == 3 and same(load(tmp_path / "out"), wanted)
+    assert same(dict(tensors(*pair, 0.5, modules)), wanted)
+    for bad, named in (({"*.k.weight": 1}, "k.weight"), ({"*": 1, "*.q.weight": 2}, "q.weight")):
+        with pytest.raises(ValueError, match=re.escape(named)):
+            extrapolate(*pair, {0.5: tmp_path / "no"}, modules=bad)
+    with pytest.raises(ValueError, match="nan"):
+        extrapolate(*pair, {0.5: tmp_path / "no"}, modules={"*": float("nan")})
+
+
+@pytest.mark.parametrize("where", ["sft", "aligned", "both"])
+def test_redundant_head_of_tied_embeddings(tmp_path, where):
+    """A stored lm_head that repeats the embeddings is the same model with or without it."""
+    states = {name: weights(seed) for seed, name in enumerate(("sft", "aligned"))}
+    wanted = {name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]}
+    for name, state in states.items():
+        if where in (name, "both"):
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    if where != "sft":
+        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
+    folders = [save(tmp_path / name, state) for name, state in states.items()]
+    extrapolate(*folders, {0.5: tmp_path / "out"})
+    assert same(load(tmp_path / "out"), wanted)
+    if where != "sft":
+        with pytest.raises(ValueError, match="tied"):
+            extrapolate(*folders, {0.5: tmp_path / "no"}, modules={"lm_head*": 2})
+
+
+def test_head_of_its_own_against_tied_embeddings(tmp_path):
+    state = weights(1)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
+    folders = save(tmp_path / "sft", weights(0)), save(tmp_path / "aligned", state)
+    for left, right in (folders, folders[::-1]):
+        with pytest.raises(IncompatibleModels, match="lm_head.weight.*absent"):
+            check(left, right)
+
+
+def without(state, name):
+    return {key: value for key, value in state.items() if key != name}
+
+
+def case(message: str, changes: dict | None = None, *, config: dict | None = None, tokenizer: dict | None = None):
+    """Make an aligned folder's arguments with one difference, and the message that names it."""
+    state = {**weights(1), **(changes or {})}
+    state = {name: tensor for name, tensor in state.items() if tensor is not None}
+    return message, {"state": state, "config": CONFIG | (config or {}), "tokenizer": TOKENIZER | (tokenizer or {})}
+
+
+EQUAL = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights(0).items()}
+REFUSALS = {
+    "name": case(r"layers.0.q.weight is 'float \[5, 7\]' .*'absent'", {"model.layers.0.q.weight": None}),
+    "extra": case(r"model.new is 'absent' .* 'float \[2\]'", {"model.new": torch.ones(2)}),
+    "shape": case(r"model.scale is 'float \[\]'.*'float \[2\]'", {"model.scale": torch.ones(2)}),
+    "kind": case(r"model.scale is 'float \[\]'.*'I64 \[\]'", {"model.scale": torch.tensor(1)}),
+    "vocabulary": case("vocab_size .* is 12 .* 13 ", config={"vocab_size": 13}),
+    "nested": case("vocab_size .* is 12 .* 9 ", config={"text_config": {"vocab_size": 9}}),
+    "tied": case("tie_word_embeddings .* True .* False ", config={"tie_word_embeddings": False}),
+    "architecture": case("model_type .* 'llama' .* 'gpt2' ", config={"model_type": "gpt2"}),
+    "token": case("token 1 .*'b' .*'c' ", tokenizer={"model": {"vocab": {"a": 0, "c": 1}}}),
+    "added token": case("token 2 .*'<s>' .*None ", tokenizer={"added_tokens": []}),
+    "unigram": case("token 1 .*'b' .*'d' ", tokenizer={"model": {"vocab": [["a", 0.1], ["d", 0.2]]}}),
+    "equal": case("equals the one", weights(0)),
+    "equal values": case("equals the one", EQUAL),
+    "nan": case("model.scale holds NaN .*aligned", {"model.scale": torch.tensor(float("nan"))}),
+    "infinite": case("model.scale holds NaN .*aligned", {"model.scale": torch.tensor(-float("inf"))}),
+    "four bits": case("quantised", config={"quantization_config": {"bits": 4}}),
+    "eight bits": case("model.scale.*F8_E4M3", {"model.scale": torch.ones(2).to(torch.float8_e4m3fn)}),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_name_the_difference_and_leave_nothing(tmp_path, name):
+    message, arguments = REFUSALS[name]
+    sft, aligned = save(tmp_path / "sft", weights(0)), save(tmp_path / "aligned", **arguments)
+    with pytest.raises(ValueError, match=message) as caught:
+        extrapolate(sft, aligned, {0.5: tmp_path / "a", 1: tmp_path / "b"})
+    assert str(tmp_path) in str(caught.value) and sorted(f.name for f in tmp_path.iterdir()) == ["aligned", "sft"]
+    with pytest.raises(ValueError, match=message):
+        list(tensors(sft, aligned, 0.5))
+
+
+def test_vocabulary_files_without_tokenizer_json(tmp_path):
+    """A vocab.json may well hold tokens called model and added_tokens."""
+    folders = [save(tmp_path / str(i), weights(i), tokenizer=None) for i in (0, 1)]
+    for i, folder in enumerate(folders):
+        (folder / "vocab.json").write_text(json.dumps({"model": 0, "added_tokens": 1}))
+        (folder / "added_tokens.json").write_text(json.dumps({f"<{i}>": 2}))
+    with pytest.raises(IncompatibleModels, match="token 2 of added_tokens.json is '<0>' .*'<1>'"):
+        check(*folders)
+    (folders[1] / "added_tokens.json").unlink()
+    assert len(check(*folders)) == len(weights())
+
+
+def test_refused_arguments(pair, tmp_path):
+    sft, aligned = pair
+    for alpha in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite"):
+            extrapolate(sft, aligned, {alpha: tmp_path / "out"})
+        with pytest.raises(ValueError, match="finite"):
+            tensors(sft, aligned, alpha)
+    with pytest.raises(ValueError, match="finite"):
+        extrapolate(sft, aligned, {})
+    with pytest.raises(IncompatibleModels, match="equals"):
+        tensors(aligned, tmp_path / "sft/../aligned", 0.5)
+    with pytest.raises(OSError, match="aligned"):
+        extrapolate(sft, aligned, {0.5: aligned})
+    with pytest.raises(OSError, match="out"):
+        extrapolate(sft, aligned, {0.5: tmp_path / "out", 1: tmp_path / "x/../out"})
+    (tmp_path / "out").mkdir()
+    extrapolate(sft, aligned, {0.5: tmp_path / "out"})  # an empty folder may be filled
+    assert (tmp_path / "out/expo.json").exists()
+
+
+def test_unreadable_folders(pair, tmp_path):
+    sft, aligned = pair
+    cut = save(tmp_path / "cut", weights(1))
+    os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 1)
+    part = save(tmp_path / "part", weights(1), shards=3)
+    (part / "model-00002-of-00003.safetensors").unlink()
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "pytorch_model.bin").write_bytes(b"")
+    for folder, message in ((cut, "cut/model"), (part, "00002"), (pickled, "convert"), (tmp_path / "none", "none")):
+        for models in ((sft, folder), (folder, aligned)):
+            with pytest.raises(ValueError, match=message):
+                extrapolate(*models, {0.5: tmp_path / "out"})
+    assert not (tmp_path / "out").exists()
+
+
+def test_overflow_of_the_result(tmp_path):
+    """60000 + 0.5 (60000 - 0) = 90000 is beyond float16's 65504; at alpha 0.05 it is 63000."""
+    sft = save(tmp_path / "sft", {"w": torch.zeros(70_000, dtype=torch.float16)})
+    aligned = save(tmp_path / "aligned", {"w": torch.full((70_000,), 60_000, dtype=torch.float16)})
+    with pytest.raises(ValueError, match="w leaves the range of torch.float16 at alpha=0.5"):
+        extrapolate(sft, aligned, {0.05: tmp_path / "low", 0.5: tmp_path / "high"})
+    assert not (tmp_path / "low").exists()
+    extrapolate(sft, aligned, {0.05: tmp_path / "low"})
+    assert load(tmp_path / "low")["w"].unique().tolist() == [63008]  # float16 steps are 32 wide there
+
+
+def test_another_dtype(tmp_path):
+    """A float32 SFT model under a bfloat16 aligned one: float32 arithmetic, bfloat16 result, alpha = -1 is a cast."""
+    sft, aligned = weights(0, torch.float32), weights(1)
+    folders = save(tmp_path / "sft", sft), save(tmp_path / "aligned", aligned)
+    extrapolate(*folders, {-1: tmp_path / "minus", 0.3: tmp_path / "out"})
+    assert same(load(tmp_path / "out"), {name: blend(sft[name], aligned[name], 0.3) for name in aligned})
+    assert same(without(load(tmp_path / "minus"), "model.steps"), without(weights(0), "model.steps"))
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> tuple[Path, Path]:
+    """Two sparse 400 MB models of 4 shards: one tensor of 64 MB and many of 4 MB, all zero but a few values."""
+    root = tmp_path_factory.mktemp("big")
+    for model in ("sft", "aligned"):
+        (root / model).mkdir()
+        index = {}
+        for shard in range(4):
+            sizes = [64, *[4] * 9] if shard == 0 else [4] * 25
+            header, end = {"__metadata__": {"format": "pt"}}, 0
+            for i, size in enumerate(sizes):
+                header[f"t{shard}.{i}"] = {"dtype": "BF16", "shape": [size << 9, 1 << 10],
+                                           "data_offsets": [end, end := end + (size << 20)]}  # fmt: skip
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            file = root / model / f"model-{shard}.safetensors"
+            with open(file, "wb") as opened:
+                opened.write(len(text).to_bytes(8, "little") + text + (b"\x80?" if model == "aligned" else b""))  # 1.0
+                opened.truncate(8 + len(text) + end)
+            index |= dict.fromkeys(without(header, "__metadata__"), file.name)
+        assert len(index) == 85
+        (root / model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return root / "sft", root / "aligned"
+
+
+def test_memory_is_bounded(big, tmp_path):
+    """A 400 MB model takes less than 100 MB beyond the imports, in a process and through a command line of its own."""
+    arguments = [*map(str, big), str(tmp_path / "out"), "--alpha", "0.5"]
+    code = """if True:
+        import resource, runpy, safetensors, torch, tqdm
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        runpy.run_module("beyond_dpo.extrapolate", run_name="__main__")  # what python -m does
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    path, growth = done.stdout.split()
+    assert path == arguments[2] and float(growth) < 100
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == 4 and sum(f.stat().st_size for f in files) > 388 << 20
+    with safe_open(files[0], "pt") as file:
+        assert file.get_tensor("t0.0")[0, :2].tolist() == [1.5, 0.0]  # 1 + 0.5 (1 - 0)
+    shutil.rmtree(tmp_path / "out")
+
+
+def wait_for_work(parent: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not list(parent.glob(".out.partial-*/*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_kill_9_blocks_nothing(big, tmp_path):
+    """A killed run leaves no result; the next run succeeds and clears what the dead one left."""
+    child = os.fork()
+    if child == 0:
+        extrapolate(*big, {0.5: tmp_path / "out"})
+        os._exit(0)
+    try:
+        wait_for_work(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+    assert [f.name[:13] for f in tmp_path.iterdir()] == [".out.partial-"]
+    (left,) = tmp_path.glob(".out.partial-*/model-0.safetensors")
+    with pytest.raises(Exception, match="header"):  # a half-written file does not load
+        safe_open(left, "pt")
+    extrapolate(*big, {0.5: tmp_path / "out"})
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_interrupt_leaves_nothing(big, tmp_path):
+    """Ctrl-C in the middle of the work stops the threads and deletes the working folder."""
+    threads = torch.get_num_threads()
+    pid = os.fork()
+    if pid == 0:  # only sends the signal
+        wait_for_work(tmp_path)
+        os.kill(os.getppid(), signal.SIGINT)
+        os._exit(0)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            extrapolate(*big, {0.5: tmp_path / "out"})
+            time.sleep(5)
+    finally:
+        os.waitpid(pid, 0)
+    assert not list(tmp_path.iterdir()) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("allocate", [True, False])
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch, allocate):
+    """A disk of 1 MB for a 2 MB result: an error at once where space can be reserved, in the middle where it cannot."""
+    sft = save(tmp_path / "sft", {f"w{i}": torch.zeros(1 << 17) for i in range(4)})
+    aligned = save(tmp_path / "aligned", {f"w{i}": torch.ones(1 << 17) for i in range(4)})
+    if not allocate:
+        monkeypatch.delattr(os, "posix_fallocate")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small disk")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            extrapolate(sft, aligned, {0.5: disk / "out"})
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("allocate", [True, False])
+def test_file_size_limit_leaves_nothing(tmp_path, monkeypatch, allocate):
+    sft, aligned = (save(tmp_path / str(i), {"w": torch.full((1 << 18,), i, dtype=torch.float32)}) for i in (0, 1))
+    if not allocate:
+        monkeypatch.delattr(os, "posix_fallocate")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            extrapolate(sft, aligned, {0.5: tmp_path / "out"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_command_line(pair, tmp_path, capsys):
+    sft, aligned = map(str, pair)
+    module.main([sft, aligned, str(tmp_path / "one"), "--alpha", "0.5", "--module", "*.q.weight=2"])
+    module.main([sft, aligned, str(tmp_path / "two"), "--alpha", "0.5", "--alpha", "-1", "--alpha", "1e-3"])
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in (
+        "one", "two/alpha=0.5", "two/alpha=-1", "two/alpha=0.001")]  # fmt: skip
+    assert json.loads((tmp_path / "one/expo.json").read_text())["modules"] == {"*.q.weight": 2.0}
+    assert same(load(tmp_path / "two/alpha=0.5"), dict(tensors(sft, aligned, 0.5)))
+    for extra in (["--alpha", "nan"], ["--alpha", "1", "--module", "*"], ["--alpha", "1", "--module", "re:(=1"]):
+        with pytest.raises(SystemExit, match="error: "):
+            module.main([sft, aligned, str(tmp_path / "no"), *extra])
+    with pytest.raises(SystemExit, match="error: .*one"):
+        module.main([sft, aligned, str(tmp_path / "one"), "--alpha", "1"])
+
+
+@pytest.mark.parametrize("terminal, disabled", [(True, False), (True, True), (False, False)])
+def test_progress_bar_only_on_a_terminal(pair, tmp_path, monkeypatch, terminal, disabled):
+    master, slave = os.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(slave, (24, 80))
+    monkeypatch.setenv("TQDM_DISABLE", "1") if disabled else monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    with open(slave, "w") as stderr, open(master, "rb", buffering=0) as screen:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        extrapolate(*pair, {0.5: tmp_path / "out"})
+        stderr.write("end")
+        stderr.flush()
+        shown = screen.read(10_000)
+    assert b"100%" in shown if terminal and not disabled else shown == b"end"
+
+
+def test_loads_in_transformers(tmp_path):
+    """A tied, sharded Llama from the output computes the logits of a model whose parameters were set by hand."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    sft, aligned, by_hand = (LlamaForCausalLM(config).eval() for _ in range(3))
+    with torch.no_grad():
+        for zero, one, two in zip(sft.parameters(), aligned.parameters(), by_hand.parameters(), strict=True):
+            one.copy_(zero + 0.01 * torch.randn_like(zero))
+            two.copy_(one + 0.5 * (one - zero))
+    for model, name in ((sft, "sft"), (aligned, "aligned")):
+        model.save_pretrained(tmp_path / name, max_shard_size="20KB" if name == "aligned" else "1GB")
+    assert len(list((tmp_path / "aligned").glob("*.safetensors"))) > 1
+    extrapolate(tmp_path / "sft", tmp_path / "aligned", {0.5: tmp_path / "out"})
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        logits = [model(ids).logits for model in (loaded, by_hand, aligned)]
+    assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2])

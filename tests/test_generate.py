@@ -1,0 +1,364 @@
+"""Generation: one living vLLM engine over a sweep of α against checkpoints and transformers, on a tiny random model.
+
+The engine runs in a child process that starts once for all tests; this file is also that child's program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy.stats import chi2
+from transformers import AutoModelForCausalLM
+
+from beyond_dpo import assets, extrapolate, launch, paths
+from beyond_dpo.generate import Engine, StaleWeights
+
+DECODING = {
+    "backend": "vllm", "temperature": 0.7, "top_k": 12, "top_p": 0.9, "presence_penalty": 0.6, "frequency_penalty": 0.4,
+    "max_tokens": 12, "dtype": "float32", "max_model_len": 512,
+}  # fmt: skip
+TEXT = [0, *range(40, 70), 7, 300, 511, 2, 33]
+LONG = [0, *(i % 500 + 5 for i in range(399))]  # three of vLLM's blocks on the CPU, so that its prefix cache is used
+PROMPTS = [[0, 10 + i, *range(60, 60 + i)] for i in range(16)]
+END = [1, *range(200, 260)]
+
+
+class Sabotaged(Engine):
+    """The engine, with the faults and the other decoding that the tests want of it."""
+
+    def decode(self, **decoding):
+        self.decoding.update(decoding)
+        if "vllm" in self.decoding["backend"]:
+            self.backend.llm.llm_engine.vllm_config.additional_config.update(decoding)
+
+    def swap_without_effect(self, **arguments):
+        swap, self.backend.swap = self.backend.swap, lambda tensors: None
+        try:
+            self.swap(**arguments)
+        finally:
+            self.backend.swap = swap
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny SFT model with peaked predictions and several end tokens, and an "aligned" one 3 % of its weights away."""
+    folder = tmp_path_factory.mktemp("models")
+    weights = load_file(assets.model_dir("tiny") / "model.safetensors")
+    random = torch.Generator().manual_seed(5)
+    for name, share in {"sft": 0.0, "aligned": 0.03}.items():
+        shutil.copytree(assets.model_dir("tiny"), folder / name)
+        Path(folder, name, "generation_config.json").write_text(json.dumps({"eos_token_id": END, "bos_token_id": 0}))
+        new = {}
+        for key, value in weights.items():
+            value = value * (12 if "embed" in key else 4 if value.ndim == 2 else 1)
+            new[key] = value + share * value.std(correction=0) * torch.randn(value.shape, generator=random)
+        save_file(new, folder / name / "model.safetensors", metadata={"format": "pt"})
+    extrapolate.extrapolate(folder / "sft", folder / "aligned", {a: folder / f"{a}" for a in (0, -1, 0.5, 3)})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(models):
+    """ln p of sequences after `given` tokens under a written checkpoint, by transformers."""
+    loaded = {}
+
+    def logp(name, ids, given=1):
+        if name not in loaded:
+            loaded[name] = AutoModelForCausalLM.from_pretrained(models / str(name), dtype=torch.float32)
+        with torch.no_grad():
+            logps = loaded[name](torch.tensor([ids])).logits[0].log_softmax(-1)
+        return math.fsum(logps[i - 1, ids[i]].item() for i in range(given, len(ids)))
+
+    logp.models = loaded
+    return logp
+
+
+@pytest.fixture(scope="module")
+def engine(models, tmp_path_factory):
+    here = os.pathsep.join([str(Path(__file__).parent), str(paths.ROOT / "lib")])
+    workdir, began = tmp_path_factory.mktemp("engine"), time.monotonic()
+    settings = {"model": str(models / "sft"), "decoding": DECODING}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", here)
+        worker = launch.Worker("test_generate", settings, workdir, desc="vllm")
+    with worker:
+        yield SimpleNamespace(call=worker.call, start=time.monotonic() - began)
+
+
+@pytest.fixture
+def swap(engine, models):
+    return lambda alpha: engine.call("swap", sft=str(models / "sft"), aligned=str(models / "aligned"), alpha=alpha)
+
+
+@pytest.fixture(scope="module")
+def transformers_engine(models):
+    return Sabotaged(str(models / "sft"), DECODING | {"backend": "transformers"})
+
+
+def sample(engine, folder, prompts=PROMPTS, samples=1, seed=0):
+    """Responses of a Worker or of an Engine in this process."""
+    call = engine.call if hasattr(engine, "call") else lambda method, **given: getattr(engine, method)(**given)
+    rows = [{"id": f"p{i}", "prompt_ids": p} for i, p in enumerate(prompts)]
+    Path(folder, "prompts.json").write_text(json.dumps(rows))
+    where = {"prompts": str(folder / "prompts.json"), "out": str(folder / "out.jsonl")}
+    facts = call("generate", **where, samples=samples, seed=seed)
+    lines = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [(r["id"], r["sample"]) for r in lines] == [(r["id"], s) for r in rows for s in range(samples)]
+    assert facts == {"responses": len(lines), "tokens": sum(len(r["response_ids"]) for r in lines)}
+    return lines
+
+
+def ids(lines):
+    return [r["response_ids"] for r in lines]
+
+
+def test_sweep_equals_checkpoints_written_by_the_extrapolator(engine, swap, reference):
+    """Each α, the end points, and a way back: the engine's ln p of a text is that of the checkpoint of this α."""
+    expected = {alpha: reference(alpha, TEXT) for alpha in (0, -1, 0.5, 3)}
+    apart = sorted(expected.values())
+    assert all(b - a > 0.01 for a, b in itertools.pairwise(apart)), "too alike to tell"
+    probes = {}
+    for alpha in (-1, 0, 0.5, 3, 0.5, 0, -1):
+        probe = swap(alpha)
+        assert probe == pytest.approx(probes.setdefault(alpha, probe), abs=1e-4)
+        assert engine.call("logps", sequences=[TEXT, TEXT[:9]]) == pytest.approx(
+            [expected[alpha], reference(alpha, TEXT[:9])], abs=2e-3
+        )
+    assert len(set(probes.values())) == 4
+    assert expected[-1] == pytest.approx(reference("sft", TEXT), abs=1e-6)
+
+
+def test_swap_is_cheap(engine, swap, record_property):
+    """A sweep pays a swap, not a start, per α."""
+    swap(0)
+    began = time.monotonic()
+    swap(3)
+    seconds = time.monotonic() - began
+    record_property("start_seconds", round(engine.start, 2))
+    record_property("swap_seconds", round(seconds, 2))
+    print(f"start {engine.start:.1f} s, swap {seconds:.2f} s")
+    assert seconds < engine.start / 10
+
+
+def test_swap_drops_cached_prefixes(engine, swap, reference, tmp_path):
+    """The second prompt of a pair reads the first one's blocks; after a swap it must not read the old weights' ones."""
+    for alpha in (0, 3, 0):
+        swap(alpha)
+        for row in sample(engine, tmp_path, [LONG, LONG]):
+            given = LONG + row["response_ids"]
+            assert row["logp"] == pytest.approx(reference(alpha, given, len(LONG)), abs=2e-3)
+
+
+def test_weights_that_did_not_change_are_noticed(engine, swap, models):
+    swap(0)
+    where = {"sft": str(models / "sft"), "aligned": str(models / "aligned")}
+    with pytest.raises(launch.JobFailed, match=r"(?s)StaleWeights: after the swap to α=0\.5 .*old weights"):
+        engine.call("swap_without_effect", **where, alpha=0.5)
+    with pytest.raises(launch.JobFailed, match="StaleWeights: the last swap failed"):
+        engine.call("logps", sequences=[TEXT])
+    assert swap(0.5) != swap(0)
+
+
+def test_known_weights_that_changed_are_noticed(transformers_engine, models):
+    engine, where = transformers_engine, {"sft": str(models / "sft"), "aligned": str(models / "aligned")}
+    first = engine.swap(**where, alpha=0)
+    engine.swap(**where, alpha=3)
+    engine.probes[*where.values(), 0.0] += 1
+    with pytest.raises(StaleWeights, match="gave the probe .* and now"):
+        engine.swap(**where, alpha=0)
+    engine.probes[*where.values(), 0.0] = first
+    assert engine.swap(**where, alpha=0) == pytest.approx(first, abs=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_failed_swap_leaves_no_half_model(backend, request, models, reference):
+    """α = 1e39 leaves the range of float32 when the engine already has some tensors: the α held before is gone too."""
+    worker = request.getfixturevalue("engine" if backend == "vllm" else "transformers_engine")
+    call = worker.call if backend == "vllm" else lambda method, **given: getattr(worker, method)(**given)
+    where = {"sft": str(models / "sft"), "aligned": str(models / "aligned")}
+    call("swap", **where, alpha=3)
+    for _ in range(2):
+        with pytest.raises((ValueError, launch.JobFailed), match=r"alpha=1e\+39"):
+            call("swap", **where, alpha=1e39)
+        with pytest.raises((StaleWeights, launch.JobFailed), match="the last swap failed"):
+            call("logps", sequences=[TEXT])
+        call("swap", **where, alpha=3)
+        assert call("logps", sequences=[TEXT]) == pytest.approx([reference(3, TEXT)], abs=2e-3)
+
+
+def test_models_of_another_shape_are_refused(transformers_engine, models, tmp_path):
+    """A tensor that the engine has and the checkpoint lacks would silently keep its old value."""
+    for name in ("sft", "aligned"):
+        shutil.copytree(models / name, tmp_path / name)
+        weights = load_file(tmp_path / name / "model.safetensors")
+        del weights["model.layers.1.mlp.up_proj.weight"]
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(extrapolate.IncompatibleModels, match="up_proj"):
+        transformers_engine.swap(str(tmp_path / "sft"), str(tmp_path / "aligned"), 1.0)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_responses(backend, request, swap, models, reference, tmp_path):
+    """They end with an end token or have max_tokens; logp is ln p of the response; the seed alone decides the draw."""
+    if backend == "vllm":
+        worker = request.getfixturevalue("engine")
+        swap(0.5)
+    else:
+        worker = request.getfixturevalue("transformers_engine")
+        worker.swap(str(models / "sft"), str(models / "aligned"), 0.5)
+    lines = sample(worker, tmp_path, samples=4, seed=3)
+    ended = [r["response_ids"][-1] in END for r in lines]
+    assert all(done or len(r["response_ids"]) == DECODING["max_tokens"] for done, r in zip(ended, lines, strict=True))
+    assert not any(t in END for r in lines for t in r["response_ids"][:-1])
+    assert 0 < sum(ended) < len(lines) == 64, "one way to end was not seen"
+    for row in lines:
+        prompt = PROMPTS[int(row["id"][1:])]
+        expected = reference(0.5, prompt + row["response_ids"], len(prompt))
+        assert row["logp"] == pytest.approx(expected, abs=2e-3)
+    assert ids(sample(worker, tmp_path, samples=4, seed=3)) == ids(lines)
+    other = ids(sample(worker, tmp_path, samples=4, seed=4))
+    assert sum(a != b for a, b in zip(other, ids(lines), strict=True)) > 48
+
+
+def test_a_warm_cache_changes_no_response(engine, swap, tmp_path):
+    """Cached prefixes would let more prompts into one step, and so change which random numbers each gets."""
+    swap(0)
+    prompts = [LONG[: 390 - i] for i in range(24)]
+    first = sample(engine, tmp_path, prompts, samples=2, seed=1)
+    assert sample(engine, tmp_path, prompts, samples=2, seed=1) == first
+
+
+def distributions(model, prompt, said):
+    """What each token of a response is drawn from by the definition: penalties, temperature, top-k, top-p."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + said])).logits[0, len(prompt) - 1 : -1]
+    for i, token in enumerate(said[:-1]):
+        again = DECODING["presence_penalty"] * (token not in said[:i]) + DECODING["frequency_penalty"]
+        logits[i + 1 :, token] -= again
+    values, tokens = (logits / DECODING["temperature"]).topk(DECODING["top_k"])
+    p = values.softmax(-1)
+    p = p * (p.cumsum(-1) - p < DECODING["top_p"])
+    p /= p.sum(-1, keepdim=True)
+    return [dict(zip(*row, strict=True)) for row in zip(tokens.tolist(), p.tolist(), strict=True)]
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_samples_follow_the_definition(backend, request, swap, models, reference, tmp_path):
+    """First tokens: χ² against the exact distribution (99.99 % bound). Later ones: none outside top-k and top-p after
+    penalties, and their mean surprise equals the mean entropy of what they are drawn from within five standard errors.
+    """
+    worker = request.getfixturevalue("engine" if backend == "vllm" else "transformers_engine")
+    if backend == "vllm":
+        swap(0)
+    else:
+        worker.swap(str(models / "sft"), str(models / "aligned"), 0)
+    reference(0, TEXT)
+    model, prompt, n = reference.models[0], PROMPTS[2], 768
+    said = ids(sample(worker, tmp_path, [prompt], samples=n, seed=7))
+    exact = {t: p for t, p in distributions(model, prompt, said[0])[0].items() if p}
+    counts = Counter(response[0] for response in said)
+    assert 4 <= len(exact) < DECODING["top_k"] and counts.keys() <= exact.keys(), "top-p must cut something"
+    statistic = sum((counts[t] - n * p) ** 2 / (n * p) for t, p in exact.items())
+    assert statistic < chi2.ppf(0.9999, len(exact) - 1)
+    excess = []
+    for response in said[:256]:
+        for token, p in zip(response, distributions(model, prompt, response), strict=True):
+            assert p.get(token), f"token {token} is outside top-k and top-p"
+            excess.append(-math.log(p[token]) + sum(q * math.log(q) for q in p.values() if q))
+    excess = torch.tensor(excess)
+    assert len(excess) > 2000 and abs(excess.mean()) < 5 * excess.std() / len(excess) ** 0.5
+
+
+def test_top_k_1_is_greedy(engine, swap, tmp_path):
+    """With k = 1 the processor leaves one token at temperature 1; without limits the same seed gives something else."""
+    swap(0)
+    try:
+        engine.call("decode", temperature=0.0)
+        greedy = ids(sample(engine, tmp_path))
+        engine.call("decode", temperature=1.0, top_k=1, top_p=1.0)
+        assert ids(sample(engine, tmp_path)) == greedy
+        engine.call("decode", top_k=0, top_p=1e-6)
+        assert ids(sample(engine, tmp_path)) == greedy
+        engine.call("decode", top_k=0, top_p=1.0)
+        assert ids(sample(engine, tmp_path)) != greedy
+    finally:
+        engine.call("decode", **{k: DECODING[k] for k in ("temperature", "top_k", "top_p")})
+
+
+def test_model_defaults_do_not_decide(models, tmp_path):
+    """A generation config that forbids all tokens but two (and repeats none) is no part of our decoding."""
+    shutil.copytree(models / "sft", tmp_path / "model")
+    loud = {"eos_token_id": END, "suppress_tokens": list(range(2, 512)), "repetition_penalty": 5.0, "min_new_tokens": 9}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(loud))
+    decoding = DECODING | {"backend": "transformers"}
+    both = [Engine(str(folder), decoding) for folder in (models / "sft", tmp_path / "model")]
+    one, other = [sample(engine, tmp_path) for engine in both]
+    assert one == other
+
+
+def test_a_response_that_may_not_fit_is_refused(transformers_engine, models, tmp_path):
+    transformers_engine.swap(str(models / "sft"), str(models / "aligned"), 0)
+    sample(transformers_engine, tmp_path, [[5] * 500])
+    for prompt, tokens in (([5] * 501, 501), ([], 0)):
+        with pytest.raises(ValueError, match=f"prompt p1 has {tokens} tokens; between 1 and .* = 500"):
+            sample(transformers_engine, tmp_path, [[5], prompt])
+
+
+def test_unknown_backend_is_refused(models):
+    with pytest.raises(ValueError, match="unknown generation backend 'vlm'; there are vllm and transformers"):
+        Engine(str(models / "sft"), DECODING | {"backend": "vlm"})
+
+
+def test_model_without_end_token_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no eos_token_id"):
+        Engine(str(tmp_path), DECODING | {"backend": "transformers"})
+
+
+LIMITS = [(1, 1.0), (1, 0.5), (5, 0.9), (40, 0.9), (40, 1.0), (0, 0.9), (0, 1e-9), (0, 1.0), (300, 0.3), (299, 0.99)]
+
+
+@pytest.mark.parametrize("k, p", LIMITS)
+def test_top_k_top_p_equals_vllms_own(k, p):
+    """The mask of a full sort. Of equal logits at p's border vLLM keeps some, by the sort's order, and we all."""
+    sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
+    from beyond_dpo.sampling import top_k_top_p
+
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * 3
+    for given in (logits, logits.round(), torch.zeros(2, 300), logits.masked_fill(logits < 0, -float("inf"))):
+        limits = [torch.full((len(given),), value) for value in (k or 300, p)]
+        sorted_out = sampler.apply_top_k_top_p_pytorch(given.clone(), *limits)
+        lowest = sorted_out.masked_fill(sorted_out.isinf(), float("inf")).amin(-1, keepdim=True)
+        expected = given.masked_fill(given < lowest, -float("inf"))
+        found = top_k_top_p(given.clone(), k, p)
+        assert torch.equal(found, expected)
+        if given is logits:
+            assert torch.equal(found, sorted_out)
+            assert (found.isfinite().sum(-1) == k).all() or p < 1 or not k
+
+
+def test_top_k_top_p_by_hand():
+    """Masses 4, 3, 1, 1, 1 of 10. k 3 keeps the ties: 4, 3, 1, 1, 1; the four before the last hold 9 of 10 > .8, the
+    first two 7 of 10 < .8, so p = .8 keeps all five (vLLM would keep three); p = .7 keeps two.
+    """
+    pytest.importorskip("vllm")
+    from beyond_dpo.sampling import top_k_top_p
+
+    logits = torch.tensor([[1.0, 4.0, 1.0, 3.0, 1.0, 1e-9]]).log()
+    for k, p, kept in ((3, 1.0, 5), (3, 0.8, 5), (3, 0.699, 2), (2, 1.0, 2), (1, 1.0, 1), (3, 0.1, 1), (0, 1.0, 6)):
+        assert top_k_top_p(logits.clone(), k, p).isfinite().sum() == kept
+
+
+if __name__ == "__main__":
+    launch.serve(Sabotaged)

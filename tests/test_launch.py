@@ -1,0 +1,313 @@
+"""Child processes: real ones, with every launcher; none survives its parent, an interrupt, or a failure of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from beyond_dpo import launch
+
+JOB = """
+import json, os, subprocess, sys, time
+from beyond_dpo import launch
+
+launch.follow_parent()
+config = json.load(open(sys.argv[1]))
+rank = os.environ.get("RANK", "0")
+if "note" in config:
+    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TQDM_DISABLE", "CUDA_VISIBLE_DEVICES")
+    open(config["note"] + rank, "w").write(json.dumps({name: os.environ.get(name) for name in names}))
+for step in range(config.get("steps", 0)):
+    time.sleep(0.7)
+    launch.progress(step + 1, config["steps"])
+if "say" in config:
+    print(config["say"], flush=True)
+if "fail" in config:
+    raise ValueError(config["fail"])
+if "hang" in config:
+    below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+    open(config["hang"] + rank, "w").write(f"{os.getpid()} {below.pid}")
+    time.sleep(300)
+"""
+WORKER = """
+import os, time
+from beyond_dpo import launch
+
+class Counter:
+    def __init__(self, start):
+        self.value = 10 // start
+    def add(self, n):
+        self.value += n
+        return {"value": self.value}
+    def size(self, text):
+        return [len(text), text[-1]]
+    def echo(self, n):
+        return "y" * n
+    def fail(self):
+        return {}["no such key"]
+    def odd(self):
+        return object()
+    def die(self):
+        print("about to die", flush=True)
+        os._exit(3)
+    def hang(self):
+        time.sleep(300)
+    def slow(self):
+        for i in range(4):
+            time.sleep(0.7)
+            launch.progress(i + 1, 4)
+
+launch.serve(Counter)
+"""
+PARENT = """
+import json, sys, time
+from pathlib import Path
+from beyond_dpo import launch
+
+pids, work, launcher, processes = sys.argv[1:]
+try:
+    launch.run("a_job", {"hang": pids}, Path(work), desc="job", launcher=launcher, processes=int(processes))
+except launch.JobFailed as failure:
+    print(failure, flush=True)
+    time.sleep(300)
+"""
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path, monkeypatch):
+    """Put the modules that the children run where they find them."""
+    for name, text in {"a_job": JOB, "a_worker": WORKER, "a_parent": PARENT}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ['PYTHONPATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def worker(tmp_path, start=2):
+    return launch.Worker("a_worker", {"start": start}, tmp_path / "logs", desc="counter")
+
+
+def wait_for(condition, seconds=30.0):
+    """Return condition()'s first true value; fail when it takes too long."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def parent_of_hanging_job(tmp_path, launcher="plain", processes=1):
+    """Start a python that runs `launch.run`; return it and the process ids below: jobs and their own children."""
+    arguments = [str(tmp_path / "pids"), str(tmp_path / "work"), launcher, str(processes)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen([sys.executable, "-m", "a_parent", *arguments], text=True, **pipes)
+    files = [tmp_path / f"pids{rank}" for rank in range(processes)]
+    wait_for(lambda: all(f.exists() and len(f.read_text().split()) == 2 for f in files))
+    pids = [int(pid) for f in files for pid in f.read_text().split()]
+    assert len(pids) == 2 * processes and all(map(alive, pids))
+    return parent, pids
+
+
+# ---- command lines
+
+
+def test_commands(tmp_path, monkeypatch):
+    config = tmp_path / "c.json"
+    assert launch.command("m", config) == [sys.executable, "-m", "m", str(config)]
+    assert launch.command("m", config, launcher="torchrun", processes=2) == [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "m", str(config),
+    ]  # fmt: skip
+    line = launch.command("m", config, launcher="deepspeed", processes=2)
+    port = line.pop(line.index("--master_port") + 1)
+    assert 1024 <= int(port) < 65536
+    assert line == [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2",
+        "--master_port", "--no_local_rank", "--module", "m", str(config),
+    ]  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,7")
+    line = launch.command("m", config, launcher="deepspeed", processes=2)
+    assert line[3:5] == ["--include", "localhost:5,2"] and "--num_accelerators" not in line
+
+
+@pytest.mark.parametrize(
+    "launcher, processes, visible, message",
+    [("plain", 2, "", "plain"), ("mpirun", 1, "", "mpirun"), ("deepspeed", 2, "3", "=3"), ("deepspeed", 1, "MIG", "MI")],
+)
+def test_impossible_commands(tmp_path, monkeypatch, launcher, processes, visible, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ValueError, match=message):
+        launch.command("m", tmp_path, launcher=launcher, processes=processes)
+
+
+# ---- run
+
+
+def test_run_tells_the_runner_how_far_it_is(tmp_path, monkeypatch):
+    """Four reports of 0.7 s each; the runner gets the first, one every two seconds, and the last, which is 1."""
+    reports = tmp_path / "reports"
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
+    note = str(tmp_path / "note")
+    launch.run("a_job", {"steps": 4, "note": note}, tmp_path / "work", desc="counting")
+    events = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert {(e["event"], e["stage"]) for e in events} == {("progress", "counting")}
+    fractions = [e["fraction"] for e in events]
+    assert 2 <= len(fractions) <= 4 and fractions[-1] == 1 and fractions == sorted(set(fractions))
+    assert events[0]["eta"] > 0 == events[-1]["eta"] and events[-1]["seconds"] > 2.8
+    environment = json.loads((tmp_path / "note0").read_text())
+    assert environment["TQDM_DISABLE"] == "1" and environment["RANK"] is None
+    assert int(environment["OMP_NUM_THREADS"]) == len(os.sched_getaffinity(0))
+
+
+def test_a_failing_job_raises_with_its_traceback_and_not_an_older_one(tmp_path):
+    for attempt in ("first", "second"):
+        with pytest.raises(launch.JobFailed) as failure:
+            launch.run("a_job", {"say": f"{attempt} try", "fail": f"{attempt} lamp"}, tmp_path / "work", desc="job")
+        message = str(failure.value)
+        assert "job: a_job ended with status 1" in message and f"ValueError: {attempt} lamp" in message
+        assert "job.log" in message and message.count("Traceback") == 1
+    log = (tmp_path / "work" / "job.log").read_text()
+    assert "first try" in log and "second try" in log  # a resumed job's log holds all attempts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_launchers_do_not_hide_the_traceback(tmp_path, monkeypatch, launcher):
+    """Both end with status 1 and tables or lines of their own; torchrun's are longer than a usual tail."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    config = {"note": str(tmp_path / "note"), "fail": "broken lamp"}
+    with pytest.raises(launch.JobFailed, match="ended with status 1") as failure:
+        launch.run("a_job", config, tmp_path / "work", desc="job", launcher=launcher, processes=2)
+    assert "ValueError: broken lamp" in str(failure.value)
+    first = json.loads(next(tmp_path.glob("note[01]")).read_text())
+    assert first["WORLD_SIZE"] == "2" and first["OMP_NUM_THREADS"] == "1"
+
+
+def test_without_a_traceback_the_last_lines_are_shown(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("\n".join(f"line {i}" for i in range(100)))
+    assert launch._tail(log).splitlines()[1:] == [f"line {i}" for i in range(75, 100)]
+    log.write_text("before\nTraceback (most recent call last):\n" + "\n".join(f"line {i}" for i in range(100)))
+    shown = launch._tail(log).splitlines()[1:]
+    assert shown[0].startswith("Traceback") and shown[-1] == "line 99" and "before" not in shown and len(shown) == 61
+
+
+@pytest.mark.parametrize("launcher, processes", [("plain", 1), ("torchrun", 2)])
+def test_ctrl_c_leaves_no_process(tmp_path, launcher, processes):
+    parent, pids = parent_of_hanging_job(tmp_path, launcher, processes)
+    parent.send_signal(signal.SIGINT)
+    _, err = parent.communicate(timeout=20)
+    assert parent.returncode and "KeyboardInterrupt" in err
+    ours = pids if launcher == "plain" else pids[::2]  # torchrun gives each process a session of its own
+    assert not any(map(alive, ours))
+    for pid in set(pids) - set(ours):
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_parent_takes_its_job_along(tmp_path):
+    parent, pids = parent_of_hanging_job(tmp_path)
+    parent.kill()
+    parent.communicate()
+    wait_for(lambda: not alive(pids[0]), 3)
+    os.kill(pids[1], signal.SIGKILL)  # a job's own children are the job's business
+
+
+def test_a_killed_launcher_takes_its_processes_along(tmp_path):
+    parent, pids = parent_of_hanging_job(tmp_path, "torchrun", 1)
+    with open(f"/proc/{pids[0]}/stat") as f:
+        launcher = int(f.read().rpartition(")")[2].split()[1])
+    os.kill(launcher, signal.SIGKILL)
+    wait_for(lambda: not alive(pids[0]), 3)
+    assert "ended with status -9" in parent.stdout.readline() and alive(parent.pid)
+    parent.kill()
+    parent.communicate()
+    os.kill(pids[1], signal.SIGKILL)
+
+
+# ---- Worker
+
+
+def test_worker_answers_calls_and_lives_on_after_an_exception(tmp_path):
+    with worker(tmp_path) as counter:
+        assert counter.settings == {"start": 2}
+        assert counter.call("add", n=3) == {"value": 8}
+        with pytest.raises(launch.JobFailed, match="KeyError: 'no such key'") as failure:
+            counter.call("fail")
+        assert "Traceback" in str(failure.value) and "in fail" in str(failure.value)
+        with pytest.raises(launch.JobFailed, match="not JSON serializable"):
+            counter.call("odd")
+        with pytest.raises(launch.JobFailed, match="AttributeError"):
+            counter.call("subtract")
+        with pytest.raises(TypeError, match="not JSON serializable"):
+            counter.call("add", n=tmp_path)
+        assert counter.call("add", n=1) == {"value": 9}
+    assert counter.child.returncode is not None
+    with pytest.raises(launch.JobFailed, match="has ended"):
+        counter.call("add", n=1)
+    counter.close()  # twice does no harm
+
+
+def test_worker_takes_and_returns_more_than_a_pipe_holds(tmp_path):
+    with worker(tmp_path) as counter:
+        assert counter.call("size", text="x" * 5_000_000 + "ö\n") == [5_000_002, "\n"]
+        assert counter.call("echo", n=5_000_000) == "y" * 5_000_000
+
+
+def test_worker_whose_object_fails_leaves_no_process(tmp_path):
+    before = children()
+    with pytest.raises(launch.JobFailed, match="ZeroDivisionError"):
+        worker(tmp_path, start=0)
+    assert children() == before
+
+
+def test_worker_that_dies_raises_with_its_log(tmp_path):
+    counter = worker(tmp_path)
+    with pytest.raises(launch.JobFailed, match=r"(?s)died with status 3.*about to die"):
+        counter.call("die")
+    with pytest.raises(launch.JobFailed, match="has ended"):
+        counter.call("add", n=1)
+
+
+def test_worker_killed_between_two_calls_raises(tmp_path):
+    """Writing to the pipe fails here, and so does closing it with the unwritten rest inside."""
+    counter = worker(tmp_path)
+    counter.child.kill()
+    counter.child.wait()
+    with pytest.raises(launch.JobFailed, match="died with status -9"):
+        counter.call("add", n=1)
+
+
+def test_worker_reports_progress_of_each_call(tmp_path, monkeypatch):
+    reports = tmp_path / "reports"
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
+    with worker(tmp_path) as counter:
+        counter.call("slow")
+        counter.call("add", n=1)  # reports nothing of its own, nor the last call's end
+    events = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert {e["stage"] for e in events} == {"counter: slow"} and events[-1]["fraction"] == 1
+
+
+def test_an_interrupted_call_ends_the_worker(tmp_path):
+    counter = worker(tmp_path)
+    timer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -INT {os.getpid()}"])
+    with pytest.raises(KeyboardInterrupt):
+        counter.call("hang")
+    timer.wait()
+    assert not alive(counter.child.pid)
+
+
+def children():
+    with open(f"/proc/self/task/{os.getpid()}/children") as f:
+        return {pid for pid in f.read().split() if alive(pid)}

@@ -1,0 +1,103 @@
+"""The committed notebooks: they say what they said (nbval), keep the rules of the house, and run cold at profile smoke."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+from beyond_dpo import paths
+
+NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+LIBRARIES = {"beyond_dpo", "numpy", "pandas", "matplotlib", "IPython"}
+
+
+def code_cells(path):
+    return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert {p.stem for p in NOTEBOOKS} >= {"00_start_here", "11_expo_headline", "12_expo_interpolation"}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_house_rules(path):
+    """At most 20 code cells of 15 lines, one parameters cell, no class, no long function, no path, no shell, few imports."""
+    cells = code_cells(path)
+    assert 1 <= len(cells) <= 20
+    assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
+    for cell in cells:
+        assert len(cell.source.splitlines()) <= 15, cell.source
+        assert not re.search(r"^\s*[%!]", cell.source, re.M), "no shell and no magic"
+        tree = ast.parse(cell.source)
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.ClassDef)
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 8, node.name
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                assert {n.split(".")[0] for n in names} <= LIBRARIES
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.match(r"(\.{0,2}/|~|[A-Z]:\\)\w", node.value), f"a path: {node.value}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_committed_outputs_are_whole_and_clean(path):
+    """Every cell was run in order, none failed, and nothing of one machine or one run is in the file."""
+    text, cells = path.read_text(), code_cells(path)
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
+    assert "papermill" not in json.loads(text)["metadata"] and '"execution": {' not in text
+    assert not re.search(r"/(home|root|tmp|Users)/", text), "a path of one machine"
+    if path.stem[0] in "123":
+        joined = json.dumps([o.get("data", {}) for c in cells for o in c.outputs])
+        assert "image/svg+xml" in joined and "verdict" in joined, "a figure and a verdict"
+
+
+def test_committed_notebooks_say_what_they_said():
+    """nbval, strictly: all committed outputs come again from the frozen results alone, on a machine that computes nothing."""
+    env = {**os.environ, "COMPUTE": "never", "BEYOND_DPO_ARTIFACTS": str(paths.ROOT / "artifacts" / "nbval")}
+    command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider"]
+    done = subprocess.run([*command, *map(str, NOTEBOOKS)], env=env, capture_output=True, text=True, cwd=paths.ROOT)
+    assert done.returncode == 0, done.stdout[-6000:]
+    passed = int(re.search(r"(\d+) passed", done.stdout)[1])
+    assert passed == sum(len(code_cells(p)) for p in NOTEBOOKS), "every code cell was compared"
+
+
+def test_every_notebook_runs_cold_at_smoke(tmp_path):
+    """`make smoke` into an empty store: real training, sampling, scoring and figures, in minutes; then again at once."""
+    env = {**os.environ, "COMPUTE": "cold", "BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"), "BEYOND_DPO_FIGURES": str(tmp_path / "figures")}
+    command = [sys.executable, "-m", "beyond_dpo.run", "--all", "--profile", "smoke"]
+    for _ in range(2):
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
+    assert len(list((tmp_path / "artifacts" / "runs").glob("*.ipynb"))) == len([p for p in NOTEBOOKS if p.stem[0] != "9"])
+
+
+def test_readme_examples_run(tmp_path):
+    """Each Python block of the README, on two tiny models and a tiny reward model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from beyond_dpo import assets
+
+    for name, noise in (("sft", 0.0), ("aligned", 0.01)):
+        model = AutoModelForCausalLM.from_pretrained(assets.model_dir("tiny"))
+        with torch.no_grad():
+            for p in model.parameters():
+                p += noise
+        model.save_pretrained(tmp_path / name)
+    AutoModelForSequenceClassification.from_pretrained(assets.model_dir("tiny-encoder"), num_labels=1).save_pretrained(tmp_path / "reward")
+    AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(tmp_path / "reward")
+    blocks = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.S)
+    assert len(blocks) == 3
+    folders = {"sft_folder": tmp_path / "sft", "aligned_folder": tmp_path / "aligned", "reward_folder": tmp_path / "reward"}
+    os.chdir(tmp_path)
+    for block in blocks:
+        exec(block, dict(folders))
+    assert (tmp_path / "out/alpha-0.5/model.safetensors").exists()

@@ -1,0 +1,194 @@
+"""Verdicts case by case, tables that repeat byte for byte, claims from record to README."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from beyond_dpo import paths, report
+
+NOTEBOOK = "11_expo_headline"
+ROW = {"claim": "ExPO lifts DPO", "paper": 2.6, "paper_source": "Table 1", "ours": 2.0, "low": 1.5, "high": 2.5}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for name, folder in {"ROOT": "", "ARTIFACTS": "artifacts", "FROZEN": "data/frozen"}.items():
+        monkeypatch.setattr(paths, name, tmp_path / folder)
+    return tmp_path
+
+
+def freeze(project, notebook, profile):
+    target = project / "data/frozen/claims"
+    target.mkdir(parents=True, exist_ok=True)
+    report.claims_path(notebook, profile).rename(target / f"{notebook}.{profile}.json")
+
+
+CASES = [
+    # paper, ours, low, high, extra, verdict
+    (2.6, 2.0, 1.5, 2.7, {}, "reproduced"),  # the paper's value is inside
+    (2.6, 2.0, 1.5, 2.5, {}, "direction"),  # just outside, same sign
+    (2.6, 2.0, 1.5, 2.6, {}, "reproduced"),  # on the border
+    (2.6, 2.0, 1.5, 2.5, {"tolerance": 0.6}, "reproduced"),  # |2.0 - 2.6| = 0.6 in floats is just within
+    (2.6, 2.0, 1.5, 2.5, {"tolerance": 0.5}, "direction"),
+    (2.6, 0.2, -0.1, 0.5, {}, "not reproduced"),  # same sign, but 0 is inside
+    (2.6, 0.2, 0.0, 0.5, {}, "not reproduced"),  # an interval that ends at 0 does not exclude it
+    (2.6, -2.0, -2.5, -1.5, {}, "not reproduced"),  # clearly the other way
+    (0.1, -0.1, -0.3, 0.2, {}, "not reproduced"),  # inside the interval, yet the other sign
+    (0.1, -0.1, -0.3, 0.2, {"tolerance": 1}, "not reproduced"),
+    (-0.5, -0.4, -0.6, -0.2, {}, "reproduced"),
+    (2.6, None, None, None, {}, "not run"),
+    (2.6, 2.6, None, None, {}, "reproduced"),  # a number without uncertainty
+    (2.6, 2.5, None, None, {}, "direction"),
+    (2.6, 2.0, 1.5, 2.7, {"sign_only": True}, "direction"),  # a sign alone is never reproduced as a number
+    (1, 2.0, -0.1, 2.7, {"sign_only": True}, "not reproduced"),
+    (0.0, 0.1, -0.1, 0.3, {}, "reproduced"),  # the paper found no effect, neither did we
+    (0.0, 0.4, 0.3, 0.5, {}, "not reproduced"),
+    (0.0, 0.4, 0.3, 0.5, {"tolerance": 0.5}, "reproduced"),
+]
+
+
+@pytest.mark.parametrize(("paper", "ours", "low", "high", "extra", "expected"), CASES)
+def test_verdict(paper, ours, low, high, extra, expected):
+    """Each case again with all signs turned, which changes nothing."""
+    assert report.verdict(paper, ours, low, high, **extra) == expected
+    turned = [None if x is None else -x for x in (paper, ours, high, low)]
+    assert report.verdict(*turned, **extra) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "message"),
+    [
+        ((1, float("nan"), 0, 1), {}, "ours is nan"),
+        ((None, 1, 0, 1), {}, "paper is None"),
+        ((1, 1, 2, 1), {}, "low <= high"),
+        ((1, 1, 0, 1), {"tolerance": -1}, "tolerance >= 0"),
+        ((0, 1, 0, 1), {"sign_only": True}, "sign"),
+    ],
+)
+def test_verdict_refuses(arguments, extra, message):
+    with pytest.raises(ValueError, match=message):
+        report.verdict(*arguments, **extra)
+
+
+def test_compare_names_the_claim_and_the_column():
+    df = report.compare([ROW, ROW | {"claim": "b", "ours": None, "low": None, "high": None}])
+    assert list(df["verdict"]) == ["direction", "not run"]
+    assert list(df.columns) == list(report.COLUMNS)
+    with pytest.raises(ValueError, match=r"'ExPO lifts DPO': \['tolerence'\]"):
+        report.compare([ROW | {"tolerence": 1}])
+    with pytest.raises(ValueError, match=r"\['ours'\]"):
+        report.compare([{name: value for name, value in ROW.items() if name != "ours"}])
+    with pytest.raises(ValueError, match="'ExPO lifts DPO': ours is nan"):
+        report.compare([ROW | {"ours": float("nan")}])
+
+
+def test_tables_repeat_escape_and_round():
+    df = report.compare([ROW | {"claim": "a < b & <script>", "ours": 1.23456}])
+    first, second = report.show(df, "caption <i>"), report.show(df.copy(), "caption <i>")
+    html = first._repr_html_()
+    assert html == second._repr_html_()
+    assert repr(first) == repr(second) and "0x" not in repr(first) and "1.235" in repr(first)
+    assert "a &lt; b &amp; &lt;script&gt;" in html and "<script>" not in html and "caption &lt;i&gt;" in html
+    assert "1.235" in html and "1.2346" not in html and report.SHADES["direction"] in html
+    assert "None" not in html + repr(first) and "tolerance" not in html
+    assert "sign_only" in report.show(report.compare([ROW | {"sign_only": True}]), "c")._repr_html_()
+    assert html != report.show(df, "another caption")._repr_html_()
+
+
+def test_environment():
+    manifest = {"stage": "train", "key": "train-0", "seconds": 1.5, "hardware": {"cpu": "x"}, "files": {"a": {}}}
+    df = report.environment([manifest, manifest | {"git": None}])
+    assert len(df) == 2 and df["hardware.cpu"][0] == "x" and "files.a" not in df
+
+
+def test_published_tables_are_read_as_printed():
+    """Four numbers by eye from the paper's Tables 1 and 3: the tables shipped are eight."""
+    tables = sorted(paths.PUBLISHED.glob("expo_*.csv"))
+    assert len(tables) >= 8
+    for path in tables:
+        df = report.published(path.stem)
+        assert len(df) and df["source"].notna().all()
+        assert not df["source"].str.contains(r"(?:^|\s)(?:/|~/|\.\./)").any(), path
+    table = report.published("expo_table1").set_index("row")
+    assert table.loc["DPO 10% data + ExPO", "reward"] == 6.57
+    assert table.loc["DPO 10% data + ExPO", "delta_reward"] == 2.6
+    assert report.published("expo_table3")["optimal_alpha"].iloc[0] == 8
+    with pytest.raises(FileNotFoundError, match="did you mean 'expo_table1'"):
+        report.published("expo_tabel1")
+
+
+def test_scoreboard_prefers_the_highest_profile(project):
+    """cpu and smoke ran claim a; gpu ran a and left b out; b therefore comes from cpu."""
+    a, b = ROW | {"claim": "a"}, ROW | {"claim": "b"}
+    nothing = {"ours": None, "low": None, "high": None}
+    for profile, rows in {
+        "smoke": [a | {"ours": 99.0, "high": 99.0}, ROW | {"claim": "smoke only"}],
+        "cpu": [a, b],
+        "gpu": [a | {"ours": 2.25}, b | nothing],
+    }.items():
+        report.record(NOTEBOOK, rows, profile, keys=["score-1", "score-1"])
+        freeze(project, NOTEBOOK, profile)
+    board = report.scoreboard()
+    assert board[["claim", "profile", "ours", "verdict"]].values.tolist() == [
+        ["a", "gpu", 2.25, "direction"],
+        ["b", "cpu", 2.0, "direction"],
+    ]
+    report.record(NOTEBOOK, [a | {"ours": 2.5}], "gpu")
+    assert report.scoreboard().equals(board), "local runs must not change the committed scoreboard"
+    assert report.scoreboard(local=True)["ours"].tolist() == [2.5, 2.0]
+
+
+def test_record_writes_plain_json(project):
+    df = report.record(NOTEBOOK, report.compare([ROW | {"low": None, "high": None}]), "cpu", keys=["k-1", "k-1", "k-2"])
+    content = json.loads(report.claims_path(NOTEBOOK, "cpu").read_text())
+    assert content["keys"] == ["k-1", "k-2"] and content["claims"][0]["low"] is None
+    assert content["claims"][0]["verdict"] == df["verdict"][0] == "direction"
+    with pytest.raises(ValueError, match="profile 'cup'"):
+        report.record(NOTEBOOK, [ROW], "cup")
+
+
+def test_update_readme(project):
+    report.record(
+        NOTEBOOK, [ROW | {"claim": "a | b"}, ROW | {"claim": "c", "ours": None, "low": None, "high": None}], "cpu"
+    )
+    freeze(project, NOTEBOOK, "cpu")
+    readme = project / "README.md"
+    readme.write_text("# T\n<!-- scoreboard -->\nold\n<!-- /scoreboard -->\nend\n")
+    assert report.update_readme() is True
+    text = readme.read_text()
+    assert text.startswith("# T\n<!-- scoreboard -->\n| claim |") and text.endswith("<!-- /scoreboard -->\nend\n")
+    link = "[11_expo_headline](notebooks/11_expo_headline.ipynb)"
+    assert f"| a \\| b | +2.6 | +2 [+1.5, +2.5] | cpu | direction | {link} |" in text
+    assert f"| c | +2.6 | – | cpu | not run | {link} |" in text and "old" not in text
+    assert report.update_readme() is False and readme.read_text() == text
+    readme.write_text("# T\n<!-- scoreboard -->\n")
+    with pytest.raises(ValueError, match="README.md needs one"):
+        report.update_readme()
+
+
+def test_main_prints_and_updates(project):
+    environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
+    environment.pop("BEYOND_DPO_ARTIFACTS", None)
+    command = [sys.executable, "-m", "beyond_dpo.report"]
+    empty = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert empty.stdout == "No claim has been recorded yet.\n"
+    report.record(NOTEBOOK, [ROW], "cpu")
+    assert "No claim" in subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    (project / "README.md").write_text("<!-- scoreboard -->\n<!-- scoreboard -->\n")
+    done = subprocess.run(
+        [*command, "--local", "--readme"], capture_output=True, text=True, env=environment, check=True
+    )
+    assert "ExPO lifts DPO" in done.stdout and "direction" in done.stdout and "README.md updated" in done.stdout
+
+
+def test_light_imports():
+    code = "import sys, beyond_dpo.report; print({'torch', 'transformers', 'vllm', 'deepspeed'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_table_in_pandas_terms():
+    assert isinstance(report.show(pd.DataFrame({"a": [1.0]}), "c"), pd.io.formats.style.Styler)

@@ -1,0 +1,386 @@
+"""The runner: what it refuses, and real runs of small notebooks in a project of their own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+
+from beyond_dpo import paths, progress, run
+
+PARAMETERS = (
+    'profile = "smoke"  # how much\nseed = 0\nlr = 1e-5\nalphas = [0, 0.5]\ntag = "x"\nlimit = None\nquick = True'
+)
+
+
+def notebook(path, *cells, parameters=PARAMETERS, tags=("parameters",)):
+    """Write a notebook: a title, the parameters cell if any, then `cells`."""
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nb.cells = [nbformat.v4.new_markdown_cell("# title")]
+    if parameters is not None:
+        nb.cells.append(nbformat.v4.new_code_cell(parameters, metadata={"tags": list(tags)}))
+    nb.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(nb, path)
+    return path
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    for name, folder in {"ROOT": "", "NOTEBOOKS": "notebooks", "ARTIFACTS": "artifacts", "FROZEN": "data/frozen",
+                         "FIGURES": "figures"}.items():  # fmt: skip
+        monkeypatch.setattr(paths, name, tmp_path / folder)
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path
+
+
+def start(project, *arguments):
+    """Start the runner, in another folder and with the relative PYTHONPATH of a checkout."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")}
+    environment |= {"BEYOND_DPO_ROOT": str(project), "PYTHONPATH": "lib", "JUPYTER_PATH": str(project / "jupyter")}
+    spec = project / "jupyter" / "kernels" / "python3"  # a `python3` that cannot work and is found first
+    spec.mkdir(parents=True, exist_ok=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    command = [sys.executable, "-m", "beyond_dpo.run", *arguments]
+    where = Path(run.__file__).parents[2]
+    return subprocess.Popen(
+        command, cwd=where, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    return condition()
+
+
+def test_find(project, tmp_path):
+    for name in ("00_start_here", "11_expo_headline", "12_expo_search", "90_playground"):
+        notebook(project / "notebooks" / f"{name}.ipynb")
+    other = notebook(tmp_path / "elsewhere" / "mine.ipynb")
+    assert [p.stem for p in run.find(["11", "12_expo_search"])] == ["11_expo_headline", "12_expo_search"]
+    assert run.find([str(other)]) == [other]
+    assert [p.stem[:2] for p in run.find([])] == ["00", "11", "12"], "the playground is not part of --all"
+    for wrong in ("1", "11_expo", "13", "11_expo_headlin"):
+        if wrong == "11_expo":
+            assert run.find([wrong])[0].stem == "11_expo_headline"
+            continue
+        with pytest.raises(run.Refused, match=f"{wrong}: fits 0 notebooks"):
+            run.find([wrong])
+    notebook(project / "notebooks" / "11_expo_second.ipynb")
+    with pytest.raises(run.Refused, match="11: fits 2 notebooks"):
+        run.find(["11"])
+
+
+DECLARED = {"profile": "smoke", "seed": 0, "lr": 1e-5, "alphas": [0, 0.5], "tag": "x", "limit": None, "quick": True}
+
+
+def test_parameters_are_read_with_their_types(tmp_path):
+    assert run.parameters(nbformat.read(notebook(tmp_path / "n.ipynb"), 4), "n") == DECLARED
+    negative = (
+        "a = -1\nb = {'x': [1, None]}\nc: int = 3\n\n# comment with = inside\nd = [\n    0.0,  # first\n    1.0,\n]"
+    )
+    read = run.parameters(nbformat.read(notebook(tmp_path / "n.ipynb", parameters=negative), 4), "n")
+    assert read == {"a": -1, "b": {"x": [1, None]}, "c": 3, "d": [0.0, 1.0]}
+    assert run.parameters(nbformat.read(notebook(tmp_path / "n.ipynb", parameters=None), 4), "n") == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("a = 1\ntwice = a * 2", "line 2: `twice = a \\* 2` is not `name = value`"),  # would stay 2 when a is set
+        ("import os", "`import os` is not"),
+        ("a = b = 1", "`a = b = 1` is not"),
+        ("a, b = 1, 2", "is not `name = value`"),
+        ("a = (1, 2)", "is not `name = value`"),  # papermill would pass the text '(1, 2)'
+        ("a = {1, 2}", "is not `name = value`"),
+        ("a = f'{1}'", "is not `name = value`"),
+        ("a = 1\na = 2", "line 2: `a = 2` is not"),
+        ("a = 1\na += 1", "line 2: `a \\+= 1` is not"),
+        ("a: int", "is not `name = value`"),
+        ("a: float | None = None", "papermill cannot see a;"),
+        ("s = 'a=b'", "papermill cannot see s;"),
+        ("a = 1  # a = 2 is worse", "papermill cannot see a;"),
+        ("a = ", "line 1: invalid syntax"),
+    ],
+)
+def test_parameters_refuses_what_papermill_gets_wrong(tmp_path, source, message):
+    nb = nbformat.read(notebook(tmp_path / "n.ipynb", parameters=source), 4)
+    with pytest.raises(run.Refused, match=f"^n: .*{message}"):
+        run.parameters(nb, "n")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("seed", "3", 3),
+        ("lr", "1", 1.0),
+        ("lr", "0.1", 0.1),
+        ("alphas", "[1, 2.5]", [1, 2.5]),
+        ("alphas", "(1, 2)", [1, 2]),
+        ("alphas", "[]", []),
+        ("tag", "0.1", "0.1"),  # a text parameter takes the text
+        ("tag", "'0.1'", "0.1"),
+        ("tag", "org/model@main", "org/model@main"),
+        ("limit", "5", 5),
+        ("quick", "False", False),
+    ],
+)
+def test_check_accepts(name, text, value):
+    assert run.check("n", DECLARED, {name: text}) == {name: value}
+    assert type(run.check("n", DECLARED, {name: text})[name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("sede", "1", "n: no parameter 'sede'; did you mean 'seed'\\? It declares profile, seed, lr"),
+        ("seed", "1.5", "seed=1.5 is a float, unlike its default 0"),
+        ("seed", "one", "seed=one is a str"),
+        ("seed", "True", "seed=True is a bool"),
+        ("seed", "", "seed= is a str"),
+        ("lr", "False", "lr=False is a bool"),
+        ("lr", "None", "lr=None is a NoneType"),
+        ("quick", "1", "quick=1 is a int, unlike its default True"),
+        ("alphas", "0.5", "alphas=0.5 is a float"),
+        ("alphas", "['a']", "alphas=\\['a'\\] is a list, unlike"),
+    ],
+)
+def test_check_refuses(name, text, message):
+    with pytest.raises(run.Refused, match=message):
+        run.check("n", DECLARED, {name: text})
+    with pytest.raises(run.Refused, match="it declares none"):
+        run.check("n", {}, {name: text})
+
+
+def test_command_line_refuses_before_anything_runs(project, capsys):
+    notebook(project / "notebooks" / "11_expo_a.ipynb")
+    notebook(project / "notebooks" / "12_expo_b.ipynb", parameters="seed = 0")
+    for arguments, message in {
+        ("11", "-p", "sede=1"): "did you mean 'seed'",
+        ("11", "12", "--profile", "cpu"): "12_expo_b: no parameter 'profile'",
+        (): "name notebooks, or give --all",
+        ("11", "--all"): "name notebooks, or give --all",
+        ("11", "--in-place", "-p", "seed=1"): "--in-place runs the values written",
+        ("13",): "13: fits 0 notebooks",
+    }.items():
+        assert run.main(list(arguments)) == 2
+        assert message in capsys.readouterr().err
+    assert not (project / "artifacts").exists()
+
+
+def test_dry_run_describes_and_executes_nothing(project, capsys):
+    from beyond_dpo import expo
+
+    notebook(project / "notebooks" / "00_start_here.ipynb", parameters=None)
+    notebook(project / "notebooks" / "11_expo_a.ipynb", "1/0")
+    assert run.main(["--all", "--profile", "gpu", "--dry-run"]) == 0
+    lines = [
+        "00_start_here",
+        "  computes nothing",
+        "11_expo_a profile='gpu'",
+        *("  " + x for x in expo.describe("gpu")),
+    ]
+    said = [re.sub(r"(port|endpoint) \S+", "", line) for line in capsys.readouterr().out.splitlines()]
+    assert said == [re.sub(r"(port|endpoint) \S+", "", line) for line in lines] and len(said) > 5
+    assert not (project / "artifacts").exists()
+
+
+GOOD = """
+import os, sys, pathlib, logging
+from tqdm.auto import tqdm
+from beyond_dpo.artifacts import Artifact
+assert (seed, lr, profile) == (7, 2.0, "cpu") and type(lr) is float
+assert list(tqdm([1])) == [1]
+logging.getLogger("beyond_dpo").warning("to the log file")
+made = Artifact("train", 1, {"seed": seed}, lambda folder: (folder / "a.txt").write_text("a") and None)
+made.get(), made.get(), Artifact("score", 1, {"on": made}, lambda folder: None).get()
+print(sys.executable, pathlib.Path.cwd().name)
+"""
+
+
+def test_runs_failures_and_dead_kernels(project):
+    """Three notebooks in one go: one is fine, one raises in cell 3, one kills its kernel; none stops the next one.
+
+    The kernels are this interpreter's although another `python3` comes first on the Jupyter path.
+    """
+    folder = project / "notebooks"
+    notebook(folder / "11_expo_good.ipynb", GOOD)
+    notebook(folder / "12_expo_bad.ipynb", "def f():\n    raise ValueError('boom')\nprint('so far')\nf()", "1")
+    notebook(folder / "13_expo_dead.ipynb", "x = 1", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    done = start(project, "--all", "--profile", "cpu", "-p", "seed=7", "-p", "lr=2")
+    out, err = done.communicate(timeout=120)
+    assert done.returncode == 1, err
+    runs = project / "artifacts" / "runs"
+    good, bad, dead = (runs / f"{name}.cpu.ipynb" for name in ("11_expo_good", "12_expo_bad", "13_expo_dead"))
+
+    cells = nbformat.read(good, 4).cells
+    assert "injected-parameters" in cells[2].metadata.tags and [o.text for c in cells[3:] for o in c.outputs] == [
+        f"{sys.executable} notebooks\n"
+    ], "nothing but its own print: no progress bar, no log line"
+    assert "to the log file" in good.with_suffix(".log").read_text()
+
+    report = err[err.index("[2/3] 12_expo_bad · failed") : err.index("[3/3]")]
+    assert "cell 3 of 4" in report and "raise ValueError('boom')" in report and f"executed copy: {bad}" in report
+    assert "\nValueError: boom\n\nexecuted copy: " in report and "\x1b" not in report, report
+    assert nbformat.read(bad, 4).cells[-1].execution_count is None, "the cell after the failure ran"
+
+    report = err[err.index("[3/3] 13_expo_dead · failed") :]
+    assert "cell 4 of 4" in report and "DeadKernelError" in report and "os.kill" in report and str(dead) in report
+
+    table = [re.split(r"\s+", line.strip()) for line in out.strip().splitlines()]
+    assert table[0] == ["notebook", "seconds", "peak", "GiB", "computed", "found", "status"]
+    assert [(row[0], *row[3:]) for row in table[1:]] == [
+        ("11_expo_good", "2", "0", "ok"),
+        ("12_expo_bad", "0", "0", "failed"),
+        ("13_expo_dead", "0", "0", "failed"),
+    ]
+    assert "WARNING" not in err and "[1/3] 11_expo_good · ok" in err
+    assert all(0.02 < float(row[2]) < 4 for row in table[1:2])
+    assert not list(runs.glob("*.jsonl"))
+
+
+DRAWN = """
+import matplotlib.pyplot as plt, pandas as pd
+from beyond_dpo import figures, report
+from beyond_dpo.artifacts import Artifact
+figures.style()
+df = pd.DataFrame({"gamma": [0, 1, 2], "r": [0.1, 1, 0.7]})
+made = Artifact("score", 1, {"seed": seed}, lambda folder: df.to_csv(folder / "s.csv"))
+made.get()
+fig, ax = plt.subplots()
+figures.interpolation(df, ax, y="r")
+path = figures.save(fig, "expo_fig2_x", data=df, keys=[made.key], stamp="profile smoke")
+"""
+CLAIM = """
+row = {"claim": "it rises", "paper": 1, "paper_source": "Fig 2", "ours": 0.9, "low": 0.8, "high": 1.1}
+report.show(report.record("12_expo_drawn", [row], profile, keys=[made.key]), "claims")
+"""
+
+
+def test_in_place_and_freeze(project):
+    """Outputs come back clean and the second run changes no byte; the results behind them are in data/frozen."""
+    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", DRAWN, CLAIM)
+    before = nbformat.read(path, 4)
+    written = []
+    for _ in range(2):
+        done = start(project, "12", "--in-place", "--freeze")
+        assert "frozen: score-" in done.communicate(timeout=60)[1] and done.returncode == 0
+        written.append(path.read_bytes())
+    assert written[0] == written[1]
+    nb = nbformat.read(path, 4)
+    nbformat.validate(nb)
+    assert nb.metadata == before.metadata and nb.cells[1].metadata == {"tags": ["parameters"]}
+    assert [cell.source for cell in nb.cells] == [cell.source for cell in before.cells], (
+        "a parameters cell was injected"
+    )
+    assert [cell.get("execution_count") for cell in nb.cells] == [None, 1, 2, 3]
+    assert "image/svg+xml" in nb.cells[2].outputs[0].data and "0x" not in nb.cells[3].outputs[0].data["text/plain"]
+    assert str(project) not in path.read_text(), "an absolute path in the outputs"
+    run.clean(nb)
+    assert nb == nbformat.read(path, 4), "nbstripout would still change it"
+    (key,) = json.loads((project / "figures/expo_fig2_x.json").read_text())["keys"]
+    assert sorted(p.name for p in (project / "data/frozen").iterdir()) == ["claims", key]
+    assert [p.name for p in (project / "data/frozen/claims").iterdir()] == ["12_expo_drawn.smoke.json"]
+    assert (project / "data/frozen" / key / "s.csv").is_file()
+
+
+def test_freeze_names_a_key_that_is_nowhere(project):
+    (project / "figures").mkdir()
+    (project / "figures" / "expo_fig1_x.json").write_text(json.dumps({"keys": ["score-0123456789abcdef"]}))
+    with pytest.raises(ValueError, match="score-0123456789abcdef, named by a figure or claim, is neither in"):
+        run.freeze(0)
+
+
+def test_clean_is_nbstripout(project):
+    """On a notebook with everything in its metadata that runs leave there; cleaning again changes nothing."""
+    nb = nbformat.read(notebook(project / "notebooks" / "1_a.ipynb", "1 + 1"), 4)
+    nb.metadata |= {"papermill": {}, "language_info": {"name": "python"}, "widgets": {}, "keep": 1}
+    nb.cells[1].metadata |= {"papermill": {"status": "x"}, "execution": {"t": 1}, "scrolled": True, "collapsed": False}
+    nb.cells[2] |= {"execution_count": 3, "outputs": [nbformat.v4.new_output("stream", text="a")]}
+    path = project / "b.ipynb"
+    nbformat.write(nb, path)
+    keys = "metadata.papermill cell.metadata.papermill metadata.language_info metadata.widgets"
+    options = ["--keep-output", "--keep-count", "--extra-keys", keys]
+    subprocess.run([sys.executable, "-m", "nbstripout", *options, path], check=True)
+    run.clean(nb)
+    assert nb == nbformat.read(path, 4) and nb.cells[2].outputs and nb.metadata.keep == 1
+    run.clean(nb)
+    assert nb == nbformat.read(path, 4)
+
+
+BUSY = """
+import os, pathlib, subprocess, time
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+shell = ["sh", "-c", "sleep 600 & echo $!"]
+orphan = subprocess.Popen(shell, start_new_session=True, stdout=subprocess.PIPE, text=True)
+pids = [os.getpid(), child.pid, int(orphan.stdout.readline())]
+temporary = pathlib.Path(f"{tag}.tmp")
+temporary.write_text(" ".join(map(str, pids)))
+temporary.rename(f"{tag}.pids")
+time.sleep(600)
+"""
+
+
+def test_interrupt_leaves_no_process(project):
+    """Ctrl-C (or a batch system's SIGTERM) ends the kernel, its child in another session, and an orphan of that."""
+    notebook(project / "notebooks" / "11_expo_busy.ipynb", BUSY)
+    runs = {number: start(project, "11", "-p", f"tag={number.name}") for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, runner in runs.items():
+        pids = project / "notebooks" / f"{number.name}.pids"
+        assert wait_for(pids.exists)
+        started = list(map(int, pids.read_text().split()))
+        assert len(started) == 3 and all(map(psutil.pid_exists, started))
+        runner.send_signal(number)
+        err = runner.communicate(timeout=30)[1]
+        assert runner.returncode == 130 and "11_expo_busy · interrupted" in err
+        assert "cell 3 of 3, executed copy: " in err
+        assert wait_for(lambda pids=started: not any(map(psutil.pid_exists, pids)), 5)
+
+
+def test_watch_reads_reports(tmp_path):
+    """What artifacts and child jobs report becomes one line; half a line is left for the next time."""
+    reports = tmp_path / "reports"
+    reports.touch()
+    watch = progress.Watch("[2/3] 11_expo_headline", reports)
+    watch.cell = "cell 4 of 9"
+    train, score = f"train-{'ab12cd' + '0' * 10}", f"score-{'1' * 16}"
+
+    def told(*lines):
+        with open(reports, "a") as file:
+            file.write("".join(lines))
+        watch._read()
+        return watch.line().removeprefix("[2/3] 11_expo_headline · cell 4 of 9")
+
+    def line(event, key=None, **fields):
+        known = {"key": key, "stage": key.split("-")[0]} if key else {"stage": "job"}  # child processes know no keys
+        return json.dumps({"event": event, **known, **fields}) + "\n"
+
+    assert told(line("hit", score)) == ""
+    assert told(line("start", train, seconds=None)) == " · train-ab12cd · for 0 s"
+    half = line("progress", fraction=0.434, eta=130.2)
+    assert told(half[:20]) == " · train-ab12cd · for 0 s"
+    assert told(half[20:]) == " · train-ab12cd · 43 % · 2 min 10 s left"
+    assert told(line("done", train, seconds=60)) == ""
+    assert told(line("hit", train)) == ""
+    assert (watch.computed, watch.found - watch.computed) == ({train}, {score})
+    assert "job · 50 %" in told(line("progress", fraction=0.5, eta=None))
+    assert told(line("progress", fraction=1, eta=0)) == ""
+
+
+def test_duration():
+    assert [progress.duration(s) for s in (45.9, 130, 3600, 11520)] == ["45 s", "2 min 10 s", "1 h 0 min", "3 h 12 min"]
+
+
+def test_light_imports():
+    heavy = "{'torch', 'transformers', 'vllm', 'deepspeed', 'pandas', 'papermill', 'psutil'}"
+    code = f"import sys, beyond_dpo.run; print({heavy} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

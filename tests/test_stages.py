@@ -1,0 +1,156 @@
+"""The stage graph at profile smoke: real DeepSpeed children, a real sweep, resumed after kill -9, read from the store."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from beyond_dpo import artifacts, config, expo, launch, paths, stages
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
+    yield tmp_path
+    stages.close()
+
+
+def plain(**overrides):
+    """Smoke with plain python in place of the deepspeed launcher: the same engine, started in half the time."""
+    return config.load("expo", "smoke", sft__launcher="plain", train__launcher="plain", **overrides)
+
+
+def test_keys_hold_what_matters_and_nothing_else():
+    base = config.load("expo", "smoke")
+    key = expo.curves(base).key
+    for machine in ({"train__launcher": "plain"}, {"train__micro_batch": 2}, {"train__zero": 1}, {"train__checkpoint_every": 1}):
+        assert expo.curves(config.load("expo", "smoke", **machine)).key == key, machine
+    for matters in ({"train__lr": 2e-3}, {"train__beta": 0.2}, {"decoding__top_k": 50}, {"world__samples": 4}, {"test_samples": 1}):
+        assert expo.curves(config.load("expo", "smoke", **matters)).key != key, matters
+    assert expo.curves(dataclasses.replace(base, profile="cpu")).key == key, "the profile's name is not a setting"
+
+
+def test_reference_is_shared_by_every_beta_loss_and_seed():
+    key = stages.reference(config.load("expo", "smoke")).key
+    for change in ({"train__beta": 0.5}, {"train__loss": "ipo"}, {"train__lr": 1.0}, {"seeds": [3]}):
+        assert stages.reference(config.load("expo", "smoke", **change)).key == key
+
+
+def test_splits_are_disjoint_and_sized_as_asked(store):
+    """On the real reviews: no prompt is shared between train, dev, test, the reward's labels and the held-out ones."""
+    world = config.load("expo", "cpu").world
+    try:
+        folder = stages.texts(world).get()
+    except Exception as error:
+        if type(error).__name__ != "AssetError":
+            raise
+        pytest.skip(str(error))
+    splits = {s: json.loads((folder / f"{s}.json").read_text()) for s in ("prompts", "dev_prompts", "test_prompts")}
+    ids = [r["id"] for rows in splits.values() for r in rows]
+    assert len(ids) == len(set(ids)) == world.prompts + world.dev_prompts + world.test_prompts
+    labelled = json.loads((folder / "labelled.json").read_text())
+    assert len(labelled["reward"][0]) == world.reward_rows and len(labelled["held_out"][0]) == 2000
+    first = min(int(i[1:]) for i in ids)
+    assert first == world.reward_rows + 2000, "prompts begin where the labelled reviews of half B end"
+    assert all(set(labels) == {0, 1} for _, labels in labelled.values())
+    lengths = {len(r["prompt_ids"]) for rows in splits.values() for r in rows}
+    assert min(lengths) >= 4 and max(lengths) <= 10
+    rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
+    assert len(rows) == world.sft_rows
+    assert all(8 <= len(r["responses"]["chosen"]) <= world.sft_tokens for r in rows)
+
+
+def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
+    """One run through the whole graph: pairs follow the gold scores, α = −1 is SFT, all α answer the same prompts."""
+    cfg = plain(fractions=[1.0], alphas={1.0: [0, 2]}, seeds=[0], seed_fractions=[])
+    curves = expo.curves(cfg)
+    table, best = curves.csv("responses.csv.gz"), curves.json("best.json")
+    pairs = [json.loads(line) for line in (stages.pairs(cfg).get() / "pairs.jsonl").read_text().splitlines()]
+    pool = stages.responses(cfg, stages.sft(cfg), "prompts", samples=cfg.world.samples, seed=1)
+    gold = pd.read_json(stages.scores(cfg, pool, "prompts", judges=("gold",)).get() / "scores.jsonl", lines=True)
+    said = pd.read_json(pool.get() / "responses.jsonl", lines=True)
+    said["gold"] = gold["gold"]
+    for pair in pairs:
+        mine = said[said["id"] == pair["id"]]
+        score = {tuple(r): g for r, g in zip(mine["response_ids"], mine["gold"], strict=True)}
+        assert score[tuple(pair["responses"]["chosen"])] == mine["gold"].max()
+        assert score[tuple(pair["responses"]["rejected"])] == mine["gold"].min()
+    assert set(table.groupby(["split", "fraction", "alpha"]).size()) == {6, 12}  # 6 dev prompts × 1, 6 test prompts × 2
+    sft = table[(table["fraction"] == 0) & (table["split"] == "dev")]
+    assert sft["logratio"].abs().max() < 0.05, "the SFT model's own responses have no divergence from it"
+    dev = table[(table["split"] == "dev") & (table["fraction"] == 1)].groupby("alpha")["reward"].mean()
+    assert best == [{"fraction": 1.0, "seed": 0, "alpha": dev.idxmax()}]
+    assert curves.manifest["files"].keys() == {"best.json", "facts.json", "points.json", "responses.csv.gz"}
+    text = "".join(p.read_text(errors="ignore") for p in curves.get().glob("*.json"))
+    assert "response_ids" not in text, "no text and no token of the data set is frozen"
+
+    known = set(p.name for p in paths.ARTIFACTS.iterdir())
+    wider = plain(fractions=[1.0], alphas={1.0: [0, 2, 3]}, seeds=[0], seed_fractions=[])
+    expo.curves(wider).get()
+    new = {p.name.split("-")[0] for p in paths.ARTIFACTS.iterdir() if p.name not in known and p.suffix != ".lock"}
+    assert new <= {"responses", "scores", "curves"}, "one more α samples one more point and trains nothing"
+
+    frozen = artifacts.freeze(curves)
+    assert sum(f.stat().st_size for f in frozen.iterdir()) < 100_000
+    os.rename(paths.ARTIFACTS, store / "gone")
+    os.environ["COMPUTE"] = "never"
+    try:
+        assert curves.csv("responses.csv.gz").equals(table), "a hit on the last stage needs none of those above it"
+        with pytest.raises(artifacts.MissingArtifact, match="make reproduce"):
+            expo.curves(wider).get()
+    finally:
+        del os.environ["COMPUTE"]
+
+
+def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):
+    code = (
+        "from beyond_dpo import config, stages\n"
+        "cfg = config.load('expo', 'smoke', sft__launcher='plain', sft__checkpoint_every=2, sft__epochs=8)\n"
+        "print(stages.sft(cfg).get())"
+    )
+
+    def start(root):
+        lib = str(Path(launch.__file__).parents[1])
+        env = {**os.environ, "BEYOND_DPO_ARTIFACTS": str(root), "PYTHONPATH": lib}
+        return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    killed, root = start(store / "a"), store / "a"
+    deadline = time.time() + 120
+    while not list(root.glob("train-*.partial/checkpoints/zero*/latest")) and time.time() < deadline:
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    (partial,) = root.glob("train-*.partial")
+    assert not list(root.glob("train-*[0-9a-f]")), "killed before the end"
+    time.sleep(2)  # the training process notices that its parent is gone
+    begun = (partial / "log.jsonl").read_text().splitlines()
+    again, whole = start(root), start(store / "b")
+    folders = [Path(p.communicate(timeout=240)[0].strip()) for p in (again, whole)]
+    logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in folders]
+    assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]] == list(range(len(logs[1])))
+    assert 2 <= len(begun) < len(logs[1])
+    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
+
+
+def test_describe_names_commands_models_and_needs_for_every_profile():
+    for profile in config.PROFILES:
+        lines = "\n".join(expo.describe(profile))
+        cfg = config.load("expo", profile)
+        assert cfg.world.target in lines and "beyond_dpo.train" in lines and f"{cfg.needs.hours:g} h" in lines
+    assert "--num_accelerators 8" in lines and "80 GB" in lines  # paper comes last
+
+
+def test_a_machine_that_is_too_small_is_told_so_before_anything_starts(store):
+    cfg = plain()
+    cfg = dataclasses.replace(cfg, needs=dataclasses.replace(cfg.needs, memory_gb=10**6))
+    with pytest.raises(config.ConfigError, match=r"1000000 GB of memory.*--profile smoke|--dry-run"):
+        expo.curves(cfg).get()
+    assert not [p for p in paths.ARTIFACTS.iterdir() if p.name.startswith("train-")]
