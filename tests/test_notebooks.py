@@ -61,7 +61,17 @@ def test_committed_outputs_are_whole_and_clean(path):
 def test_committed_notebooks_say_what_they_said():
     """nbval, strictly: all committed outputs come again from the frozen results alone, on a machine that computes nothing."""
     env = {**os.environ, "COMPUTE": "never", "BEYOND_DPO_ARTIFACTS": str(paths.ROOT / "artifacts" / "nbval")}
-    command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=120", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--nbval",
+        "--nbval-current-env",
+        "--nbval-cell-timeout=120",
+        "-p",
+        "no:cacheprovider",
+    ]
     done = subprocess.run([*command, *map(str, NOTEBOOKS)], env=env, capture_output=True, text=True, cwd=paths.ROOT)
     assert done.returncode == 0, done.stdout[-6000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
@@ -70,13 +80,20 @@ def test_committed_notebooks_say_what_they_said():
 
 def test_every_notebook_runs_cold_at_smoke(tmp_path):
     """`make smoke` into an empty store: real training, sampling, scoring and figures, in minutes; then again at once."""
-    env = {**os.environ, "COMPUTE": "cold", "BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"), "BEYOND_DPO_FIGURES": str(tmp_path / "figures")}
+    env = {
+        **os.environ,
+        "COMPUTE": "cold",
+        "BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"),
+        "BEYOND_DPO_FIGURES": str(tmp_path / "figures"),
+    }
     command = [sys.executable, "-m", "beyond_dpo.run", "--all", "--profile", "smoke"]
     for _ in range(2):
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
-    assert len(list((tmp_path / "artifacts" / "runs").glob("*.ipynb"))) == len([p for p in NOTEBOOKS if p.stem[0] != "9"])
+    assert len(list((tmp_path / "artifacts" / "runs").glob("*.ipynb"))) == len(
+        [p for p in NOTEBOOKS if p.stem[0] != "9"]
+    )
 
 
 def test_readme_examples_run(tmp_path):
@@ -92,11 +109,17 @@ def test_readme_examples_run(tmp_path):
             for p in model.parameters():
                 p += noise
         model.save_pretrained(tmp_path / name)
-    AutoModelForSequenceClassification.from_pretrained(assets.model_dir("tiny-encoder"), num_labels=1).save_pretrained(tmp_path / "reward")
+    AutoModelForSequenceClassification.from_pretrained(assets.model_dir("tiny-encoder"), num_labels=1).save_pretrained(
+        tmp_path / "reward"
+    )
     AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(tmp_path / "reward")
     blocks = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.S)
     assert len(blocks) == 3
-    folders = {"sft_folder": tmp_path / "sft", "aligned_folder": tmp_path / "aligned", "reward_folder": tmp_path / "reward"}
+    folders = {
+        "sft_folder": tmp_path / "sft",
+        "aligned_folder": tmp_path / "aligned",
+        "reward_folder": tmp_path / "reward",
+    }
     os.chdir(tmp_path)
     for block in blocks:
         exec(block, dict(folders))

@@ -31,9 +31,20 @@ def plain(**overrides):
 def test_keys_hold_what_matters_and_nothing_else():
     base = config.load("expo", "smoke")
     key = expo.curves(base).key
-    for machine in ({"train__launcher": "plain"}, {"train__micro_batch": 2}, {"train__zero": 1}, {"train__checkpoint_every": 1}):
+    for machine in (
+        {"train__launcher": "plain"},
+        {"train__micro_batch": 2},
+        {"train__zero": 1},
+        {"train__checkpoint_every": 1},
+    ):
         assert expo.curves(config.load("expo", "smoke", **machine)).key == key, machine
-    for matters in ({"train__lr": 2e-3}, {"train__beta": 0.2}, {"decoding__top_k": 50}, {"world__samples": 4}, {"test_samples": 1}):
+    for matters in (
+        {"train__lr": 2e-3},
+        {"train__beta": 0.2},
+        {"decoding__top_k": 50},
+        {"world__samples": 4},
+        {"test_samples": 1},
+    ):
         assert expo.curves(config.load("expo", "smoke", **matters)).key != key, matters
     assert expo.curves(dataclasses.replace(base, profile="cpu")).key == key, "the profile's name is not a setting"
 
@@ -120,7 +131,9 @@ def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):
     def start(root):
         lib = str(Path(launch.__file__).parents[1])
         env = {**os.environ, "BEYOND_DPO_ARTIFACTS": str(root), "PYTHONPATH": lib}
-        return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     killed, root = start(store / "a"), store / "a"
     deadline = time.time() + 120

@@ -15,7 +15,7 @@ from beyond_dpo.artifacts import Artifact
 
 
 def curves(cfg) -> Artifact:
-    """Search α with the reward model on dev prompts, for every fraction and seed, and judge the chosen α on test prompts.
+    """Search α with the reward model on dev prompts, for every fraction and seed; judge the chosen α on test prompts.
 
     responses.csv.gz: one line a response (split, fraction, seed, alpha, prompt, sample, every score, logratio in nats);
     points.json: one entry per (split, fraction, seed, alpha) with distinct-2, and best.json: the chosen α.
@@ -38,8 +38,11 @@ def curves(cfg) -> Artifact:
         table = pd.concat(frames)
         for fraction, seed in runs(cfg):
             here = table[(table["fraction"] == fraction) & (table["seed"] == seed)]
-            best.append({"fraction": fraction, "seed": seed, "alpha": float(here.groupby("alpha")["reward"].mean().idxmax())})
-        wanted = [(0.0, 0, 0.0)] + [(b["fraction"], b["seed"], a) for b in best for a in dict.fromkeys([0.0, b["alpha"]])]
+            alpha = float(here.groupby("alpha")["reward"].mean().idxmax())
+            best.append({"fraction": fraction, "seed": seed, "alpha": alpha})
+        wanted = [(0.0, 0, 0.0)]
+        for b in best:
+            wanted += [(b["fraction"], b["seed"], alpha) for alpha in dict.fromkeys([0.0, b["alpha"]])]
         for fraction, seed, alpha in stages.watched(wanted, "chosen α on test prompts"):
             _table(frames, points, point(cfg, fraction, seed, alpha, "test_prompts"), "test", fraction, seed, alpha)
         _write_table(out, frames, points)
@@ -66,29 +69,33 @@ def interpolation(cfg) -> Artifact:
 
 
 def runs(cfg) -> list[tuple[float, int]]:
-    """Return every (fraction, seed) that is trained: the first seed for all fractions, the others where they are cheap."""
+    """Return every (fraction, seed) that is trained: the first seed for all, the others where they are cheap."""
     return [(f, s) for f in cfg.fractions for s in cfg.seeds if s == cfg.seeds[0] or f in cfg.seed_fractions]
 
 
 def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact:
-    """Return the scores of one α of one model on one set of prompts; fraction 0 is the SFT model (α = −1 of any other)."""
+    """Return the scores of one α of one model on one split; fraction 0 is the SFT model (α = −1 of any other)."""
     samples = cfg.test_samples if split == "test_prompts" else cfg.dev_samples
     model = stages.aligned(cfg, fraction or cfg.fractions[-1], seed if fraction else cfg.seeds[0])
-    answers = stages.responses(cfg, stages.sft(cfg), split, aligned=model, alpha=alpha if fraction else -1.0, samples=samples, seed=2)
+    alpha = alpha if fraction else -1.0
+    answers = stages.responses(cfg, stages.sft(cfg), split, aligned=model, alpha=alpha, samples=samples, seed=2)
     return stages.scores(cfg, answers, split, kl_prompts=cfg.kl_prompts)
 
 
 def describe(profile: str, **overrides) -> list[str]:
-    """Return what a run of ExPO's notebooks at `profile` needs, reads and executes, one line each; nothing is started."""
+    """Return what a run of the notebooks at `profile` needs, reads and executes, a line each; nothing is started."""
     cfg = config.load("expo", profile, **overrides)
     world, train, needs = cfg.world, cfg.train, cfg.needs
     lines = [
-        f"needs: {needs.gpus} GPUs of {needs.gpu_gb} GB, {needs.memory_gb} GB memory, {needs.disk_gb} GB disk, about {needs.hours:g} h",
+        f"needs: {needs.gpus} GPUs of {needs.gpu_gb} GB, {needs.memory_gb} GB memory, {needs.disk_gb} GB disk, "
+        f"about {needs.hours:g} h",
         f"models: target {world.target}, reward model {world.reward_model}; data: {world.dataset}",
-        f"pairs: {world.prompts} prompts × {world.samples} samples, best against worst; {world.dev_prompts} dev and {world.test_prompts} test prompts",
+        f"pairs: {world.prompts} prompts × {world.samples} samples, best against worst; "
+        f"{world.dev_prompts} dev and {world.test_prompts} test prompts",
     ]
     job = Path("artifacts/train-KEY.partial/checkpoints/config.json")
-    trainings = [("SFT", cfg.sft)] * bool(world.sft_rows) + [(f"{train.loss} on {f:.0%} of the pairs, seed {s}", train) for f, s in runs(cfg)]
+    trainings = [("SFT", cfg.sft)] * bool(world.sft_rows)
+    trainings += [(f"{train.loss} on {f:.0%} of the pairs, seed {s}", train) for f, s in runs(cfg)]
     for what, t in trainings:
         command = " ".join(launch.command("beyond_dpo.train", job, launcher=t.launcher, processes=t.processes))
         lines += [f"{what} (lr {t.lr:g}, β {t.beta:g}, batch {t.global_batch} = {t.processes} × {t.micro_batch} × "
@@ -98,7 +105,7 @@ def describe(profile: str, **overrides) -> list[str]:
     return lines
 
 
-def _table(frames: list, points: list, artifact: Artifact, split: str, fraction: float, seed: int, alpha: float) -> None:
+def _table(frames: list, points: list, artifact, split: str, fraction: float, seed: int, alpha: float) -> None:
     table = pd.read_json(artifact.get() / "scores.jsonl", lines=True)
     place = {"split": split, "fraction": fraction, "seed": seed, "alpha": alpha}
     table["logratio"] = (table["logp"] - table["logp_sft"]).round(4)

@@ -113,7 +113,9 @@ def gain(table, value: str, to: dict, since: dict, *, seed: int) -> tuple[float,
     for place in (to, since):
         picked = table
         for column, wanted in place.items():
-            picked = picked[np.isclose(picked[column], wanted) if isinstance(wanted, float) else picked[column] == wanted]
+            picked = picked[
+                np.isclose(picked[column], wanted) if isinstance(wanted, float) else picked[column] == wanted
+            ]
         means.append(picked.groupby("prompt")[value].mean().sort_index())
     if not len(means[0]) or list(means[0].index) != list(means[1].index):
         raise ValueError(f"{to} and {since} do not answer the same prompts ({len(means[0])} and {len(means[1])})")
