@@ -130,26 +130,26 @@ def test_commands(tmp_path, monkeypatch):
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
         "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "m", str(config),
     ]  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,7")  # says nothing about the machine that a command is printed for
+    rest = ["--no_local_rank", "--module", "m", str(config)]
     line = launch.command("m", config, launcher="deepspeed", processes=2)
-    port = line.pop(line.index("--master_port") + 1)
-    assert 1024 <= int(port) < 65536
-    assert line == [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2",
-        "--master_port", "--no_local_rank", "--module", "m", str(config),
-    ]  # fmt: skip
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,7")
-    line = launch.command("m", config, launcher="deepspeed", processes=2)
-    assert line[3:5] == ["--include", "localhost:5,2"] and "--num_accelerators" not in line
+    assert line == [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", *rest]
+    line = launch.command("m", config, launcher="deepspeed", processes=2, now=True)
+    assert line[3:6] == ["--include", "localhost:5,2", "--master_port"] and line[7:] == rest
+    assert 1024 <= int(line[6]) < 65536
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    line = launch.command("m", config, launcher="deepspeed", processes=2, now=True)
+    assert line[3:6] == ["--num_accelerators", "2", "--master_port"]
 
 
 @pytest.mark.parametrize(
     "launcher, processes, visible, message",
-    [("plain", 2, "", "plain"), ("mpirun", 1, "", "mpirun"), ("deepspeed", 2, "3", "=3"), ("deepspeed", 1, "MIG", "MI")],
+    [("plain", 2, "", "plain"), ("mpi", 1, "", "mpi"), ("deepspeed", 2, "3", "=3"), ("deepspeed", 1, "MIG-1", "MIG")],
 )
 def test_impossible_commands(tmp_path, monkeypatch, launcher, processes, visible, message):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     with pytest.raises(ValueError, match=message):
-        launch.command("m", tmp_path, launcher=launcher, processes=processes)
+        launch.command("m", tmp_path, launcher=launcher, processes=processes, now=True)
 
 
 # ---- run

@@ -1,4 +1,4 @@
-"""The committed notebooks: they say what they said (nbval), keep the rules of the house, and run cold at profile smoke."""
+"""The committed notebooks: they say what they said (nbval), keep the house rules, and run cold at smoke."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ def test_there_are_notebooks():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_house_rules(path):
-    """At most 20 code cells of 15 lines, one parameters cell, no class, no long function, no path, no shell, few imports."""
+    """At most 20 code cells of 15 lines, one parameters cell, no class, no long function, no path, no shell."""
     cells = code_cells(path)
     assert 1 <= len(cells) <= 20
     assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
@@ -59,7 +59,7 @@ def test_committed_outputs_are_whole_and_clean(path):
 
 
 def test_committed_notebooks_say_what_they_said():
-    """nbval, strictly: all committed outputs come again from the frozen results alone, on a machine that computes nothing."""
+    """nbval, strictly: all committed outputs come again from the frozen results, computing nothing."""
     env = {**os.environ, "COMPUTE": "never", "BEYOND_DPO_ARTIFACTS": str(paths.ROOT / "artifacts" / "nbval")}
     command = [
         sys.executable,
@@ -79,7 +79,7 @@ def test_committed_notebooks_say_what_they_said():
 
 
 def test_every_notebook_runs_cold_at_smoke(tmp_path):
-    """`make smoke` into an empty store: real training, sampling, scoring and figures, in minutes; then again at once."""
+    """`make smoke` into an empty store: real training, sampling, scoring, figures; then again at once."""
     env = {
         **os.environ,
         "COMPUTE": "cold",

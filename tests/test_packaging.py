@@ -1,5 +1,6 @@
 """What a user installs and reads: pins that agree, light imports, files that git keeps, a Makefile that works."""
 
+import ast
 import os
 import re
 import subprocess
@@ -17,7 +18,7 @@ from beyond_dpo import __version__, paths
 
 ROOT = paths.ROOT
 TARGETS = "help setup reproduce test smoke lab render freeze lint clean".split()
-LIGHT = "config artifacts figures report stats".split()
+LIGHT = "config artifacts figures report stats stages expo run launch assets".split()
 HEAVY = "torch transformers vllm deepspeed".split()
 in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 
@@ -137,11 +138,21 @@ def test_no_tracked_file_is_larger_than_one_megabyte():
 
 
 def test_lib_stays_small():
-    """Size is a feature: no file over 300 lines, 2,600 in all."""
-    lines = {p.name: len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "lib").rglob("*.py")}
-    assert len(lines) > 10
-    assert not {n: c for n, c in lines.items() if c > 300}
-    assert sum(lines.values()) <= 2600, lines
+    """Size is a feature: no file over 300 lines, 3,000 of code in all (no docstrings, comments, blanks)."""
+    sizes = {}
+    files = sorted((ROOT / "lib").rglob("*.py"))
+    assert len(files) > 15
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 300, path
+        said = set()
+        for node in ast.walk(ast.parse(text)):
+            constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if constant and isinstance(node.value.value, str):
+                said |= set(range(node.lineno, node.end_lineno + 1))
+        code = [line for n, line in enumerate(text.splitlines(), 1) if n not in said and line.split("#")[0].strip()]
+        sizes[path.name] = len(code)
+    assert sum(sizes.values()) <= 3000, sizes
 
 
 def test_license_is_apache_2():
@@ -211,7 +222,7 @@ def test_setup_refuses_an_old_python_with_a_clear_message_and_leaves_no_stamp(tm
 
 
 def test_ruff_finds_nothing():
-    result = run(sys.executable, "-m", "ruff", "check", "--no-cache", "lib", "tests")
+    result = run(sys.executable, "-m", "ruff", "check", "--no-cache", "lib", "tests", "notebooks")
     assert result.returncode == 0, result.stdout
 
 

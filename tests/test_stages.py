@@ -1,4 +1,4 @@
-"""The stage graph at profile smoke: real DeepSpeed children, a real sweep, resumed after kill -9, read from the store."""
+"""The stage graph at profile smoke: real DeepSpeed children, a real sweep, resumed after kill -9."""
 
 import dataclasses
 import json

@@ -90,7 +90,7 @@ def describe(profile: str, **overrides) -> list[str]:
         f"needs: {needs.gpus} GPUs of {needs.gpu_gb} GB, {needs.memory_gb} GB memory, {needs.disk_gb} GB disk, "
         f"about {needs.hours:g} h",
         f"models: target {world.target}, reward model {world.reward_model}; data: {world.dataset}",
-        f"pairs: {world.prompts} prompts × {world.samples} samples, best against worst; "
+        f"pairs: {world.prompts} {'published' if '/' in world.dataset else f'prompts × {world.samples} samples'}; "
         f"{world.dev_prompts} dev and {world.test_prompts} test prompts",
     ]
     job = Path("artifacts/train-KEY.partial/checkpoints/config.json")

@@ -25,16 +25,18 @@ class JobFailed(RuntimeError):
     """A child process ended with an error; the message holds what its log says about it."""
 
 
-def command(module: str, config: Path, *, launcher: str = "plain", processes: int = 1) -> list[str]:
-    """Return the command line that runs `python -m module config` in `processes` processes on this machine.
+def command(module: str, config: Path, *, launcher: str = "plain", processes: int = 1, now: bool = False) -> list[str]:
+    """Return the command line that runs `python -m module config` in `processes` processes on one machine.
 
-    Raises ValueError for an unknown launcher, several processes with the plain one, or too few CUDA_VISIBLE_DEVICES.
+    now: to be run here and at once: with a port that is free, on devices that CUDA_VISIBLE_DEVICES names.
+    Raises ValueError for an unknown launcher, several processes with the plain one, or too few such devices.
     """
     if launcher == "plain" and processes == 1:
         return [sys.executable, "-m", module, str(config)]
     if launcher == "deepspeed":
         here = ["--num_accelerators", str(processes)]
-        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):  # with a number alone, it would take the first devices
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if now and visible:  # given a number of devices, deepspeed would take the machine's first ones
             devices = visible.split(",")[:processes]
             if len(devices) < processes or not all(d.isdigit() for d in devices):
                 raise ValueError(
@@ -42,6 +44,7 @@ def command(module: str, config: Path, *, launcher: str = "plain", processes: in
                     "give it that many device numbers, or use torchrun"
                 )
             here = ["--include", "localhost:" + ",".join(devices)]
+        here += ["--master_port", str(_free_port())] if now else []
         here += ["--no_local_rank", "--module", module, str(config)]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *here]
     if launcher == "torchrun":
@@ -58,7 +61,7 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
     workdir.mkdir(parents=True, exist_ok=True)
     path, log, progress_file = workdir / "config.json", workdir / "job.log", workdir / ".progress"
     path.write_text(json.dumps(config, indent=1))
-    arguments = command(module, path, launcher=launcher, processes=processes)
+    arguments = command(module, path, launcher=launcher, processes=processes, now=True)
     with open(log, "ab") as out, _bar(desc, progress_file):
         begin = out.tell()  # an earlier attempt's output stays in front
         child = _start(arguments, out, progress_file, processes)

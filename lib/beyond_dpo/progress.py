@@ -43,6 +43,7 @@ class Watch:
     def __init__(self, title: str, reports: Path):
         self.title, self.reports, self.cell, self.peak = title, reports, "", 0
         self.running, self.computed, self.found = {}, set(), set()
+        self.spent = {}  # stage: (how many were computed, their seconds)
         self._offset, self._printed, self._stop = 0, (0.0, ""), threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -97,8 +98,12 @@ class Watch:
         for told in map(json.loads, lines):
             key = told.get("key") or next(reversed(self.running), told.get("stage") or "working")
             began = self.running.pop(key, (time.monotonic(),))[0]
-            if told["event"] in ("hit", "done"):
-                (self.computed if told["event"] == "done" else self.found).add(key)
+            if told["event"] == "done":
+                self.computed.add(key)
+                count, seconds = self.spent.get(told["stage"], (0, 0.0))
+                self.spent[told["stage"]] = (count + 1, seconds + told["seconds"])
+            elif told["event"] == "hit":
+                self.found.add(key)
             elif told.get("fraction") != 1 or key != told["stage"]:  # a job outside of any artifact ends at 1
                 self.running[key] = (began, told.get("fraction"), told.get("eta"))
 

@@ -26,7 +26,7 @@ class ResponseScorer(torch.nn.Module):
     forward(input_ids, attention_mask, response_mask, entropy=False), each (rows, length), returns a dict of (rows,)
     float32: `logps`, the sum over response tokens of ln p in nats; `tokens`, their number; with `entropy` also
     `entropies`, the mean over response tokens of the entropy of p divided by ln |V|, in 0…1.
-    A row without response tokens gets logps 0 and entropy NaN. precision "bf16" autocasts, the log-sum-exp stays float32.
+    A row without response tokens gets logps 0 and entropy NaN. precision "bf16" autocasts; log-sum-exp stays float32.
     """
 
     def __init__(self, model, precision: str = "fp32", chunk: int = CHUNK):
@@ -48,7 +48,8 @@ class ResponseScorer(torch.nn.Module):
                 checkpoint(self._tokens, h, y, entropy, use_reentrant=False) if again else self._tokens(h, y, entropy)
             )
         rows = predicts.nonzero()[:, 0]
-        sums = [torch.zeros(len(input_ids), device=rows.device).index_add(0, rows, torch.cat(p)) for p in zip(*pieces, strict=True)]
+        zeros = torch.zeros(len(input_ids), device=rows.device)
+        sums = [zeros.index_add(0, rows, torch.cat(p)) for p in zip(*pieces, strict=True)]
         tokens = predicts.sum(1).float()
         out = {"logps": sums[0], "tokens": tokens}
         return out | {"entropies": sums[1] / tokens / math.log(self.model.config.vocab_size)} if entropy else out
@@ -67,15 +68,17 @@ class ResponseScorer(torch.nn.Module):
 
 
 def by_length(rows: list[dict], names: list[str], size: int) -> list[list[int]]:
-    """Group row indices into batches of `size` rows of similar length, the longest first (out of memory shows at once)."""
+    """Group row indices into batches of `size` rows of similar length, longest first (out of memory shows at once)."""
     longest = [len(r["prompt_ids"]) + max(len(r["responses"][n]) for n in names) for r in rows]
     order = sorted(range(len(rows)), key=lambda i: (-longest[i], i))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 @torch.no_grad()
-def score_rows(model, rows: list[dict], names: list[str], *, pad_id: int, precision: str, micro_batch: int = 16) -> dict:
-    """Return {"logps", "tokens", "entropies"}, each float32 (len(rows), len(names)) on the CPU, in the order of `rows`."""
+def score_rows(
+    model, rows: list[dict], names: list[str], *, pad_id: int, precision: str, micro_batch: int = 16
+) -> dict:
+    """Return {"logps", "tokens", "entropies"}, each float32 (len(rows), len(names)) on the CPU, in `rows`' order."""
     scorer = ResponseScorer(model, precision).eval()
     device = next(model.parameters()).device
     out = {k: torch.full((len(rows), len(names)), float("nan")) for k in ("logps", "tokens", "entropies")}

@@ -213,15 +213,18 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that Watch can end them
-    rows = []
+    rows, spent = [], {}
     for i, (path, nb, values, profile) in enumerate(plan, 1):
-        rows.append(_run(f"[{i}/{len(plan)}] {path.stem}", path, nb, values, profile, options))
+        rows.append(_run(f"[{i}/{len(plan)}] {path.stem}", path, nb, values, profile, options, spent))
         if rows[-1]["status"] == "interrupted":
             return 130
     if len(rows) > 1:
         import pandas as pd
 
         print(pd.DataFrame(rows).to_string(index=False))
+    if spent:
+        parts = [f"{stage} {count} in {progress.duration(s)}" for stage, (count, s) in spent.items() if s >= 1]
+        print("computed: " + " · ".join(parts))
     return int(any(row["status"] != "ok" for row in rows))
 
 
@@ -254,7 +257,7 @@ def _describe(plan: list[tuple]) -> int:
     return 0
 
 
-def _run(title: str, path: Path, nb, values: dict, profile: str | None, options) -> dict:
+def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, spent: dict) -> dict:
     folder = paths.ARTIFACTS / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
@@ -281,6 +284,8 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options)
         signal.signal(signal.SIGTERM, before)
         os.unlink(reports)
     seconds = time.time() - began
+    for stage, (count, s) in watch.spent.items():
+        spent[stage] = (spent.get(stage, (0, 0))[0] + count, spent.get(stage, (0, 0))[1] + s)
     print(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note), file=sys.stderr, flush=True)
     row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}
     return row | {"computed": len(watch.computed), "found": len(watch.found - watch.computed), "status": status}

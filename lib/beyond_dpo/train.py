@@ -1,6 +1,6 @@
 """One training loop on a DeepSpeed engine: `python -m beyond_dpo.train CONFIG.json`, under any launcher.
 
-Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* only, so `deepspeed`, `torchrun`, `srun` and plain python start it alike.
+Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* only, so `deepspeed`, `torchrun`, `srun` and python start it alike.
 The job file holds config.Train's fields and: model, rows, names, reference (or null), limits, seed, out.
 Supervised fine-tuning is the loss "sft" on rows with one response.
 """
@@ -195,7 +195,7 @@ def _order(n: int, seed: int, epoch: int) -> list[int]:
     return _orders[n, seed, epoch]
 
 
-def _log_step(log_file: Path, step: int, sums: list, batch: list, names: list, settings, engine, seconds: float) -> None:
+def _log_step(log_file: Path, step: int, sums: list, batch: list, names: list, settings, engine, seconds) -> None:
     loss, chosen, rejected, correct, logps_chosen, logps_rejected = sums
     n = len(batch)
     tokens = sum(len(r["prompt_ids"]) + len(r["responses"][name]) for r in batch for name in names)
