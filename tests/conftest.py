@@ -1,8 +1,12 @@
 """Environment of the tests and of every child process they start."""
 
+import json
 import os
+import random
 
-from beyond_dpo import paths
+import pytest
+
+from beyond_dpo import assets, paths
 
 os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(paths.ROOT / "lib"), os.environ.get("PYTHONPATH")])),
@@ -13,3 +17,25 @@ os.environ.update(
 )
 for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)  # what the caller (or make) set for itself is not part of a test
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Return the folder of the tiny random model with its tokenizer."""
+    return assets.model_dir("tiny")
+
+
+@pytest.fixture(scope="session")
+def rows(tiny):
+    """Return preference rows of different lengths, cut out of the invented reviews."""
+    from beyond_dpo import data
+
+    tokenizer, rng = data.load_tokenizer(tiny), random.Random(0)
+    texts = [json.loads(line)["text"] for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
+    made = []
+    for i in range(12):
+        prompt = data.render(tokenizer, texts[i], "plain")[: rng.randint(3, 12)]
+        answers = [data.encode_response(tokenizer, texts[i + k][: rng.randint(5, 90)]) for k in (20, 40)]
+        responses = {"chosen": answers[0], "rejected": answers[1]}
+        made.append({"id": f"r{i}", "prompt_ids": prompt, "responses": responses})
+    return made

@@ -58,9 +58,10 @@ def test_committed_outputs_are_whole_and_clean(path):
         assert "image/svg+xml" in joined and "verdict" in joined, "a figure and a verdict"
 
 
-def test_committed_notebooks_say_what_they_said():
+def test_committed_notebooks_say_what_they_said(tmp_path):
     """nbval, strictly: all committed outputs come again from the frozen results, computing nothing."""
-    env = {**os.environ, "COMPUTE": "never", "BEYOND_DPO_ARTIFACTS": str(paths.ROOT / "artifacts" / "nbval")}
+    env = {**os.environ, "COMPUTE": "never", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    env |= {"BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"), "BEYOND_DPO_FIGURES": str(tmp_path / "figures")}
     command = [
         sys.executable,
         "-m",
@@ -76,6 +77,8 @@ def test_committed_notebooks_say_what_they_said():
     assert done.returncode == 0, done.stdout[-6000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed == sum(len(code_cells(p)) for p in NOTEBOOKS), "every code cell was compared"
+    drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.svg")}
+    assert drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 3, "the same bytes"
 
 
 def test_every_notebook_runs_cold_at_smoke(tmp_path):

@@ -19,6 +19,7 @@ from beyond_dpo.rewards import Classifier, Scorer, Vader
 ROWS = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
 TEXTS, LABELS = [r["text"] for r in ROWS], [r["label"] for r in ROWS]
 HELD_OUT = (TEXTS[64:], LABELS[64:])
+torch.set_num_threads(1)  # a tiny model's threads mostly wait for each other, the longer the busier the machine
 
 
 def real(name):
@@ -322,8 +323,9 @@ def answers(tmp_path_factory):
     return folder, prompts, lines
 
 
-def test_scorer(answers, bag, head, tmp_path):
+def test_scorer(answers, bag, head, tmp_path, monkeypatch):
     """In a child: each reward reads prompt and response together; logp_sft is the response's, for the first prompts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, prompts, lines = answers
     target, classifier = assets.model_dir("tiny"), head()
     kinds = {
@@ -370,8 +372,9 @@ def test_unknown_kind_of_reward_is_named():
 
 
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])
-def test_training_job_in_a_child(encoder, bag, tmp_path):
+def test_training_job_in_a_child(encoder, bag, tmp_path, monkeypatch):
     """`python -m beyond_dpo.rewards JOB.json` leaves the reward and facts.json; the same numbers as in this process."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = {"texts": TEXTS[:64], "labels": LABELS[:64], "held_out": HELD_OUT, "seed": 0, "out": str(tmp_path)}
     job |= {"encoder": str(assets.model_dir("tiny-encoder"))} if encoder else {}
     launch.run("beyond_dpo.rewards", job, tmp_path / "checkpoints", desc="train")

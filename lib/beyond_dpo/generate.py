@@ -34,8 +34,9 @@ class Engine:
         backend = {"vllm": VllmBackend, "transformers": TransformersBackend}.get(decoding["backend"])
         if backend is None:
             raise ValueError(f"unknown generation backend {decoding['backend']!r}; there are vllm and transformers")
-        self.decoding, self.model, self.weights = dict(decoding), model, (model, model, 0.0)
+        self.decoding, self.model = dict(decoding), model
         self.backend = backend(model, self.decoding, seed)
+        self.weights, self.whole = (model, model, 0.0), True
         self.probes = {self.weights: self._probe()}
 
     def swap(self, sft: str, aligned: str, alpha: float) -> float:
@@ -46,17 +47,17 @@ class Engine:
         extrapolate.tensors() does. After any error only another swap helps: the engine may hold half of each.
         """
         wanted, held = (sft, aligned, float(alpha)), self.weights
-        if wanted != held:
+        if wanted != held or not self.whole:
             if not Path(sft).samefile(self.model):
                 extrapolate.check(self.model, sft)  # a back-end would keep its own tensor where one is missing
-            self.weights = None
+            self.whole = False
             self.backend.swap(extrapolate.tensors(sft, aligned, alpha))
             probe = self._probe()
-            if held and probe == self.probes[held] and _source(*held) != _source(*wanted):
+            if probe == self.probes[held] and _source(*held) != _source(*wanted):
                 raise StaleWeights(f"after the swap to α={alpha} of {aligned} the probe is still {probe}: old weights")
             if abs(self.probes.setdefault(wanted, probe) - probe) > 1e-3 * abs(probe):
                 raise StaleWeights(f"α={alpha} of {aligned} gave the probe {self.probes[wanted]}, and now {probe}")
-            self.weights = wanted
+            self.weights, self.whole = wanted, True
         return self.probes[wanted]
 
     def generate(self, prompts: str, out: str, samples: int, seed: int) -> dict:
@@ -84,7 +85,7 @@ class Engine:
         return self._held().logps(sequences)
 
     def _held(self):
-        if self.weights is None:
+        if not self.whole:
             raise StaleWeights("the last swap failed and left the engine without whole weights: swap again")
         return self.backend
 

@@ -18,7 +18,7 @@ import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 
 class JobFailed(RuntimeError):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ class ResponseScorer(torch.nn.Module):
     forward(input_ids, attention_mask, response_mask, entropy=False), each (rows, length), returns a dict of (rows,)
     float32: `logps`, the sum over response tokens of ln p in nats; `tokens`, their number; with `entropy` also
     `entropies`, the mean over response tokens of the entropy of p divided by ln |V|, in 0…1.
-    A row without response tokens gets logps 0 and entropy NaN. precision "bf16" autocasts; log-sum-exp stays float32.
+    A row without response tokens gets logps 0 and entropy NaN. precision "bf16" autocasts, the softmax stays float32.
     """
 
     def __init__(self, model, precision: str = "fp32", chunk: int = CHUNK):
@@ -41,18 +42,15 @@ class ResponseScorer(torch.nn.Module):
             hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         predicts = response_mask[:, 1:]  # position t-1 predicts token t
         hidden, labels = hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
-        pieces = []
-        for h, y in zip(hidden.split(self.chunk), labels.split(self.chunk), strict=True):
-            again = len(labels) > self.chunk and torch.is_grad_enabled()  # one chunk's logits may stay, many may not
-            pieces.append(
-                checkpoint(self._tokens, h, y, entropy, use_reentrant=False) if again else self._tokens(h, y, entropy)
-            )
-        rows = predicts.nonzero()[:, 0]
-        zeros = torch.zeros(len(input_ids), device=rows.device)
-        sums = [zeros.index_add(0, rows, torch.cat(p)) for p in zip(*pieces, strict=True)]
+        score = self._tokens
+        if len(labels) > self.chunk and torch.is_grad_enabled():  # one chunk's logits may stay, many may not
+            score = partial(checkpoint, self._tokens, use_reentrant=False)
+        chunks = zip(hidden.split(self.chunk), labels.split(self.chunk), strict=True)
+        pieces = [score(h, y, entropy) for h, y in chunks]
+        grid = torch.zeros(predicts.shape, device=labels.device)
+        sums = [grid.masked_scatter(predicts, torch.cat(p)).sum(1) for p in zip(*pieces, strict=True)]
         tokens = predicts.sum(1).float()
-        out = {"logps": sums[0], "tokens": tokens}
-        return out | {"entropies": sums[1] / tokens / math.log(self.model.config.vocab_size)} if entropy else out
+        return {"logps": sums[0], "tokens": tokens} | ({"entropies": sums[1] / tokens} if entropy else {})
 
     def _tokens(self, hidden, labels, entropy: bool) -> tuple[torch.Tensor, ...]:
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
@@ -60,25 +58,23 @@ class ResponseScorer(torch.nn.Module):
         logits = logits.float()
         if cap := getattr(self.model.config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
-        normaliser = logits.logsumexp(-1)
-        logps = logits.gather(-1, labels[:, None])[:, 0] - normaliser
+        logps = logits.log_softmax(-1)
+        picked = logps.gather(-1, labels[:, None])[:, 0]
         if not entropy:
-            return (logps,)
-        return logps, normaliser - (logits * (logits - normaliser[:, None]).exp()).sum(-1)  # H = ln Z - E[logit]
+            return (picked,)
+        return picked, -(logps.exp() * logps).sum(-1) / math.log(logits.shape[-1])
 
 
 def by_length(rows: list[dict], names: list[str], size: int) -> list[list[int]]:
-    """Group row indices into batches of `size` rows of similar length, longest first (out of memory shows at once)."""
+    """Group row indices into batches of `size` rows of similar length, the longest first (memory fails early)."""
     longest = [len(r["prompt_ids"]) + max(len(r["responses"][n]) for n in names) for r in rows]
     order = sorted(range(len(rows)), key=lambda i: (-longest[i], i))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 @torch.no_grad()
-def score_rows(
-    model, rows: list[dict], names: list[str], *, pad_id: int, precision: str, micro_batch: int = 16
-) -> dict:
-    """Return {"logps", "tokens", "entropies"}, each float32 (len(rows), len(names)) on the CPU, in `rows`' order."""
+def score_rows(model, rows: list[dict], names: list, *, pad_id: int, precision: str, micro_batch: int = 16) -> dict:
+    """Return logps, tokens and entropies of `rows` in their order, each float32 (len(rows), len(names)) on the CPU."""
     scorer = ResponseScorer(model, precision).eval()
     device = next(model.parameters()).device
     out = {k: torch.full((len(rows), len(names)), float("nan")) for k in ("logps", "tokens", "entropies")}
@@ -106,23 +102,36 @@ def main(path: str) -> None:
     job = json.loads(Path(path).read_text())
     tokenizer = data.load_tokenizer(job["model"])
     rows, dropped = data.prepare(data.read_rows(job["rows"]), job["names"], **job["limits"])
+    if len({r["id"] for r in rows}) < len(rows):
+        raise ValueError(f"{job['rows']}: rows share an id, so their scores could not be told apart")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(device)
     arguments = {"pad_id": tokenizer.pad_token_id, "precision": job["precision"], "micro_batch": job["micro_batch"]}
     scores = score_rows(model, rows, job["names"], **arguments)
-    ids = json.dumps([r["id"] for r in rows])
-    partial = job["out"] + ".partial"
-    save_file(scores, partial, metadata={"ids": ids, "names": json.dumps(job["names"]), "dropped": str(dropped)})
-    os.replace(partial, job["out"])
+    about = {"ids": json.dumps([r["id"] for r in rows]), "names": json.dumps(job["names"]), "dropped": str(dropped)}
+    save_file(scores, job["out"] + ".partial", metadata=about)
+    os.replace(job["out"] + ".partial", job["out"])
 
 
-def load(path) -> tuple[dict, dict]:
-    """Return (row id -> index, tensors) of a reference file."""
+def load(path, rows: list[dict], names: list[str]) -> dict:
+    """Return a reference file's logps (nats), tokens and entropies, each float32 (len(rows), len(names)), for `rows`.
+
+    Raises ValueError if the file lacks a row or a response, or was made from responses of other lengths.
+    """
     from safetensors import safe_open
 
     with safe_open(path, "pt") as f:
-        ids = json.loads(f.metadata()["ids"])
-        return {row: i for i, row in enumerate(ids)}, {k: f.get_tensor(k) for k in f.keys()}
+        ids, known = (json.loads(f.metadata()[k]) for k in ("ids", "names"))
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+    place = {row: i for i, row in enumerate(ids)}
+    if missing := [n for n in names if n not in known] + [r["id"] for r in rows if r["id"] not in place]:
+        raise ValueError(f"{path} holds no {missing[0]!r} ({len(missing)} missing): it is of other rows; make it again")
+    columns = [known.index(n) for n in names]
+    out = {k: v[[place[r["id"]] for r in rows]][:, columns] for k, v in tensors.items()}
+    tokens = torch.tensor([[float(len(r["responses"][n])) for n in names] for r in rows])
+    if differ := (out["tokens"] != tokens).any(1).nonzero()[:, 0].tolist():
+        raise ValueError(f"{path}: row {rows[differ[0]]['id']} had responses of other lengths (other limits or data)")
+    return out
 
 
 if __name__ == "__main__":

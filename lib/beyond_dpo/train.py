@@ -1,12 +1,13 @@
 """One training loop on a DeepSpeed engine: `python -m beyond_dpo.train CONFIG.json`, under any launcher.
 
-Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* only, so `deepspeed`, `torchrun`, `srun` and python start it alike.
+Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* only, so `deepspeed`, `torchrun` and plain python start it alike.
 The job file holds config.Train's fields and: model, rows, names, reference (or null), limits, seed, out.
 Supervised fine-tuning is the loss "sft" on rows with one response.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -14,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -22,15 +24,11 @@ from beyond_dpo import config as configuration
 from beyond_dpo import data, launch, losses, reference
 
 log = logging.getLogger("beyond_dpo.train")
-OPTIMIZERS = {
-    "adamw": lambda p, c: torch.optim.AdamW(p, lr=c.lr, weight_decay=c.weight_decay),
-    "adagrad": lambda p, c: torch.optim.Adagrad(p, lr=c.lr, weight_decay=c.weight_decay),
-    "rmsprop": lambda p, c: torch.optim.RMSprop(p, lr=c.lr, weight_decay=c.weight_decay),
-}
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a batch is not finite; the message holds the row ids."""
+    """The loss of a row, a gradient or a weight is not finite; the message holds the row ids or the weight's name."""
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
@@ -69,8 +67,10 @@ def row_losses(settings: configuration.Train, scores: dict, base: torch.Tensor |
     raise ValueError(f"unknown loss {settings.loss!r}; there are sft, dpo, ipo, simpo")
 
 
-def engine_config(settings: configuration.Train, accumulation: int, world: int) -> dict:
+def engine_config(settings: configuration.Train, accumulation: int) -> dict:
     """Return DeepSpeed's configuration: no "auto", every number explicit. Weights are float32 in every stage."""
+    if settings.offload and not settings.zero:
+        raise configuration.ConfigError("offload=True needs zero 1, 2 or 3; stage 0 keeps the optimizer on the device")
     zero = {"stage": settings.zero, "overlap_comm": False}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -89,46 +89,60 @@ def engine_config(settings: configuration.Train, accumulation: int, world: int) 
 def main(path: str) -> None:
     """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
     launch.follow_parent()
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", str(launch._free_port()) if os.environ["WORLD_SIZE"] == "1" else "29500")
+    if "RANK" not in os.environ:  # started by plain python
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # 0: any that is free
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job = json.loads(Path(path).read_text())
+    settings = configuration.Train(**{**job["settings"], "processes": world})
+    accumulation = configuration.check_batch(settings)
+    engine_settings = engine_config(settings, accumulation)
+    if settings.optimizer not in OPTIMIZERS:
+        raise configuration.ConfigError(f"unknown optimizer {settings.optimizer!r}; there are {', '.join(OPTIMIZERS)}")
+    save_dtype = getattr(torch, settings.save_dtype)
+    out, names = Path(job["out"]), job["names"]
+    rows, dropped = data.prepare(data.read_rows(job["rows"]), names, **job["limits"])
+    if not rows:
+        raise ValueError(f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or response)")
+    base = None
+    if job["reference"]:
+        base = dict(zip((r["id"] for r in rows), reference.load(job["reference"], rows, names)["logps"], strict=True))
+
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+    os.environ.pop("LOCAL_SIZE", None)  # by it DeepSpeed on a CPU leaves 66 MiB in /dev/shm, for inference only
     import deepspeed
     from deepspeed import comm as dist
     from transformers import AutoModelForCausalLM
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
-    rank, world, device = dist.get_rank(), dist.get_world_size(), f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
-    job = json.loads(Path(path).read_text())
-    settings = configuration.Train(**{**job["settings"], "processes": world})
-    accumulation = configuration.check_batch(settings)
-    out, names = Path(job["out"]), job["names"]
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     tokenizer = data.load_tokenizer(job["model"])
-    rows, dropped = data.prepare(data.read_rows(job["rows"]), names, **job["limits"])
-    if dropped and rank == 0:
-        log.warning("%d rows have no response token within the limits and are left out", dropped)
-    if not rows:
-        raise ValueError(f"{job['rows']}: no row is left to train on ({dropped} dropped)")
-    index, base = reference.load(job["reference"]) if job["reference"] else ({}, None)
     torch.manual_seed(job["seed"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
-    model.config.use_cache = False
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = reference.ResponseScorer(model.train(), settings.precision)
+    weights = list(scorer.parameters())
     engine, *_ = deepspeed.initialize(
         model=scorer,
-        optimizer=OPTIMIZERS[settings.optimizer](scorer.parameters(), settings),
-        config=engine_config(settings, accumulation, world),
+        optimizer=OPTIMIZERS[settings.optimizer](weights, lr=settings.lr, weight_decay=settings.weight_decay),
+        config=engine_settings,
     )
     total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
-    saved, log_file = out / "checkpoints" / f"zero{settings.zero}-of{world}", out / "log.jsonl"
+    checkpoints, log_file = out / "checkpoints", out / "log.jsonl"
+    saved = checkpoints / f"zero{settings.zero}-of{world}"
     first = engine.load_checkpoint(str(saved))[1]["step"] if (saved / "latest").exists() else 0
-    if rank == 0:  # a run that was killed may have logged steps that its last checkpoint does not hold
+    if rank == 0:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        for other in checkpoints.glob("zero*"):  # of an attempt with other processes: its steps leave the log
+            if not first or other != saved:
+                shutil.rmtree(other)
         kept = log_file.read_text().splitlines()[:first] if log_file.exists() else []
-        log_file.write_text("".join(line + "\n" for line in kept))
+        log_file.write_text("".join(line + "\n" for line in kept))  # not what came after the checkpoint
+        (out / "facts.json").write_text(json.dumps({"rows": len(rows), "dropped": dropped, "steps": total}))
+        log.info("%d rows (%d dropped: no prompt or no response), steps %d to %d", len(rows), dropped, first, total)
 
     for step in range(first, total):
         began = time.time()
@@ -143,15 +157,18 @@ def main(path: str) -> None:
             tensors = data.collate(part, names, tokenizer.pad_token_id)
             ids = tensors.pop("ids")
             scores = engine(**{k: v.to(device) for k, v in tensors.items()})
-            against = None if base is None else base["logps"][[index[i] for i in ids]].T.to(device)
+            against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
             row_loss, chosen, rejected = row_losses(settings, scores, against, names)
             if not row_loss.isfinite().all():
-                raise NonFiniteLoss(f"step {step}: the loss of rows {ids} is {row_loss.detach().tolist()}")
+                bad = [i for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True) if not finite]
+                raise NonFiniteLoss(f"step {step}: the loss of rows {bad} is not finite")
             # the engine averages over accumulation and processes; the weight already is of the whole step
             engine.backward(row_loss.sum() * weight * accumulation * world)
             if micro == accumulation - 1:
                 for group in engine.optimizer.param_groups:
                     group["lr"] = settings.lr * schedule(step, total, settings.warmup)
+                if not settings.zero:  # which alone does not keep its norm
+                    norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
             engine.step()
             logps = scores["logps"].detach().view(len(names), -1)
             with torch.no_grad():
@@ -160,8 +177,12 @@ def main(path: str) -> None:
                     logps[0].sum(), logps[-1].sum(),
                 ])  # fmt: skip
         dist.all_reduce(sums)
+        norm = float(engine.get_global_grad_norm() if settings.zero else norm)
+        if not 0 <= norm < math.inf:  # the sharded stages report -1 for NaN
+            raise NonFiniteLoss(f"step {step}: the gradient of rows {[r['id'] for r in batch]} is not finite")
         if rank == 0:
-            _log_step(log_file, step, sums.tolist(), batch, names, settings, engine, time.time() - began)
+            rate = engine.optimizer.param_groups[0]["lr"]
+            _log_step(log_file, step, sums.tolist(), batch, names, settings.loss, rate, norm, time.time() - began)
             launch.progress(step + 1, total)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
             engine.save_checkpoint(str(saved), tag=f"step{step + 1}", client_state={"step": step + 1})
@@ -169,9 +190,12 @@ def main(path: str) -> None:
                 for old in saved.glob("step*"):
                     if old.name != f"step{step + 1}":
                         shutil.rmtree(old)
-    _save(engine, scorer, tokenizer, out, settings.save_dtype, rank)
+    _save(model, tokenizer, out, save_dtype, rank)
     dist.barrier()
     dist.destroy_process_group()
+
+
+_order = functools.lru_cache(2)(data.order)
 
 
 def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: int) -> list[dict]:
@@ -186,25 +210,15 @@ def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: i
     return sorted(picked, key=lambda r: (len(r["prompt_ids"]) + sum(len(r["responses"][n]) for n in names), r["id"]))
 
 
-_orders: dict[tuple, list[int]] = {}
-
-
-def _order(n: int, seed: int, epoch: int) -> list[int]:
-    if (n, seed, epoch) not in _orders:
-        _orders[n, seed, epoch] = data.order(n, seed, epoch)
-    return _orders[n, seed, epoch]
-
-
-def _log_step(log_file: Path, step: int, sums: list, batch: list, names: list, settings, engine, seconds) -> None:
-    loss, chosen, rejected, correct, logps_chosen, logps_rejected = sums
+def _log_step(log_file, step: int, sums: list, batch: list, names: list, loss: str, rate, norm, seconds: float) -> None:
+    value, chosen, rejected, correct, logps_chosen, logps_rejected = sums
     n = len(batch)
     tokens = sum(len(r["prompt_ids"]) + len(r["responses"][name]) for r in batch for name in names)
-    norm = engine.get_global_grad_norm()
     entry = {
-        "step": step, "loss": loss, "lr": engine.optimizer.param_groups[0]["lr"],
-        "grad_norm": None if norm is None else float(norm), "tokens_per_s": tokens / seconds, "rows_per_s": n / seconds,
+        "step": step, "loss": value, "lr": rate, "grad_norm": norm,
+        "tokens_per_s": tokens / seconds, "rows_per_s": n / seconds,
     }  # fmt: skip
-    if settings.loss != "sft":
+    if loss != "sft":
         entry |= {
             "chosen_reward": chosen / n, "rejected_reward": rejected / n, "margin": (chosen - rejected) / n,
             "accuracy": correct / n, "chosen_logps": logps_chosen / n, "rejected_logps": logps_rejected / n,
@@ -213,22 +227,25 @@ def _log_step(log_file: Path, step: int, sums: list, batch: list, names: list, s
         f.write(json.dumps(entry) + "\n")
 
 
-def _save(engine, scorer, tokenizer, out: Path, dtype: str, rank: int) -> None:
+def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
     """Write the model as safetensors, gathering ZeRO-3's shards one parameter at a time."""
     import deepspeed
 
     weights = {}
-    for name, parameter in scorer.model.named_parameters():
+    for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank == 0:
-                weights[name] = parameter.detach().to("cpu", getattr(torch, dtype), copy=True)
+                weights[name] = parameter.detach().to("cpu", dtype, copy=True)
+                if not weights[name].isfinite().all():
+                    raise NonFiniteLoss(f"the trained weight {name} is not finite in {dtype}")
     if rank == 0:
-        model = scorer.model
-        model.config.use_cache, model.config.dtype = True, dtype
         model.save_pretrained(out, state_dict=weights)
+        model.config.dtype = dtype  # save_pretrained wrote that of the model in memory
+        model.config.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at each step
     main(sys.argv[1])

@@ -1,0 +1,240 @@
+"""Scores of responses against a plain computation with all logits in float64, and the reference's file of scores."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from beyond_dpo import data, launch, reference
+from beyond_dpo.reference import ResponseScorer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are slower with more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def capped():
+    """Return a random Gemma-2: its logits are 4 tanh(logits / 4), and embeddings are scaled."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(1)
+    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 4.0}
+    loud = Gemma2ForCausalLM(Gemma2Config(**shape, **heads, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        loud.lm_head.weight.mul_(30)  # so that the cap matters
+    return loud
+
+
+def batch(rows, names=("chosen", "rejected"), pad_id=2):
+    tensors = data.collate(rows, list(names), pad_id)
+    tensors.pop("ids")
+    return tensors
+
+
+@torch.no_grad()
+def by_hand(model, prompt_ids, response_ids):
+    """Return (sum of ln p, mean entropy / ln |V|) of one response: alone, all logits, float64, a Python loop."""
+    ids = torch.tensor([prompt_ids + response_ids])
+    logp = model(input_ids=ids).logits[0].double().log_softmax(-1)
+    start, end = len(prompt_ids), ids.shape[1]
+    entropies = -(logp.exp() * logp).sum(-1)[start - 1 : end - 1] / math.log(logp.shape[-1])
+    return sum(logp[t - 1, ids[0, t]].item() for t in range(start, end)), entropies.mean().item()
+
+
+@pytest.mark.parametrize("which", ["model", "capped"])
+def test_scores_equal_all_logits_in_float64(which, request, rows):
+    """Rows of different lengths, so most are padded; response tokens far outnumber the smaller chunks."""
+    model = request.getfixturevalue(which)
+    wanted = [by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("chosen", "rejected") for r in rows]
+    for chunk in (1, 7, 100_000):
+        with torch.no_grad():
+            scores = ResponseScorer(model, chunk=chunk)(**batch(rows), entropy=True)
+        assert scores["logps"].tolist() == pytest.approx([w[0] for w in wanted], rel=1e-5)
+        assert scores["entropies"].tolist() == pytest.approx([w[1] for w in wanted], rel=1e-5)
+        assert scores["tokens"].tolist() == [len(r["responses"][n]) for n in ("chosen", "rejected") for r in rows]
+        assert all(v.dtype == torch.float32 and v.shape == (2 * len(rows),) for v in scores.values())
+        assert ((scores["entropies"] > 0) & (scores["entropies"] < 1)).all()
+
+
+def test_gradients_are_those_of_all_logits_however_they_are_cut(model, rows):
+    """One chunk keeps its logits; several are computed again in the backward pass."""
+    tensors = batch(rows)
+
+    def gradient(score):
+        twin = copy.deepcopy(model)
+        (score(twin) * torch.linspace(-1, 1, 2 * len(rows))).sum().backward()
+        return {name: w.grad for name, w in twin.named_parameters()}
+
+    def plain(twin):
+        logps = twin(tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits[:, :-1].log_softmax(-1)
+        return (logps.gather(-1, tensors["input_ids"][:, 1:, None])[..., 0] * tensors["response_mask"][:, 1:]).sum(1)
+
+    wanted = gradient(plain)
+    assert len(wanted) == 20
+    for chunk in (3, 50, 100_000):
+        found = gradient(lambda twin, chunk=chunk: ResponseScorer(twin, chunk=chunk)(**tensors)["logps"])
+        for name, grad in wanted.items():
+            torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_logits_exist_for_response_positions_only_and_a_chunk_at_a_time(model, rows):
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    total = sum(len(ids) for r in rows for ids in r["responses"].values())
+    ResponseScorer(model)(**batch(rows))
+    assert seen == [total]
+    seen.clear()
+    ResponseScorer(model, chunk=64)(**batch(rows))["logps"].sum().backward()
+    hook.remove()
+    model.zero_grad()
+    assert max(seen) == 64 and sum(seen) == 2 * total  # forward, and once more for backward
+
+
+def test_a_model_that_knows_nothing_has_entropy_one(model, rows):
+    """Logits all 0: ln p = -ln 512 for each token, and the entropy is ln |V|."""
+    blank = copy.deepcopy(model)
+    with torch.no_grad():
+        blank.lm_head.weight.zero_()
+        scores = ResponseScorer(blank)(**batch(rows), entropy=True)
+    assert scores["entropies"].tolist() == pytest.approx([1.0] * 2 * len(rows), abs=2e-7)
+    assert scores["logps"].tolist() == pytest.approx((-math.log(512) * scores["tokens"]).tolist(), rel=1e-6)
+
+
+def test_a_model_that_is_sure_has_entropy_zero_and_never_less(model, rows):
+    sure = copy.deepcopy(model)
+    with torch.no_grad():
+        sure.lm_head.weight.mul_(1e4)
+        scores = ResponseScorer(sure)(**batch(rows), entropy=True)
+    assert (scores["entropies"] >= 0).all() and scores["entropies"].median() < 0.01
+
+
+def test_a_row_without_response_tokens_scores_zero_and_its_entropy_is_nan(model, rows):
+    tensors = batch(rows[:3], ["chosen"])
+    tensors["response_mask"][1] = False
+    with torch.no_grad():
+        scores = ResponseScorer(model)(**tensors, entropy=True)
+        tensors["response_mask"][:] = False
+        nothing = ResponseScorer(model)(**tensors, entropy=True)
+    assert scores["logps"][1] == scores["tokens"][1] == 0 and scores["entropies"][1].isnan()
+    assert scores["logps"][0] < 0 and scores["entropies"][[0, 2]].isfinite().all()
+    assert nothing["logps"].tolist() == [0, 0, 0] and nothing["entropies"].isnan().all()
+
+
+def test_precision(model, rows):
+    with torch.no_grad():
+        exact, rough = (ResponseScorer(model, precision)(**batch(rows))["logps"] for precision in ("fp32", "bf16"))
+    assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
+    torch.testing.assert_close(exact, rough, rtol=5e-3, atol=0)
+    with pytest.raises(ValueError, match="fp16"):
+        ResponseScorer(model, "fp16")
+
+
+# ---- whole sets of rows
+
+
+def test_scores_keep_the_order_of_the_rows_whatever_the_batches(model, rows):
+    names, columns = ["rejected", "chosen"], torch.tensor([1, 0])
+    for batch_of_one in reference.by_length(rows, names, 1):
+        assert len(batch_of_one) == 1
+    assert sorted(i for b in reference.by_length(rows, names, 5) for i in b) == list(range(len(rows)))
+    wanted = reference.score_rows(model, rows, names, pad_id=2, precision="fp32", micro_batch=1)
+    for size in (2, 5, 100):
+        found = reference.score_rows(model, rows, names, pad_id=2, precision="fp32", micro_batch=size)
+        for key in ("logps", "tokens", "entropies"):
+            assert found[key].shape == (len(rows), 2) and not found[key].requires_grad
+            torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-5)
+    backwards = reference.score_rows(model, rows[::-1], names[::-1], pad_id=2, precision="fp32", micro_batch=5)
+    torch.testing.assert_close(backwards["logps"].flip(0)[:, columns], wanted["logps"], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_with_the_end_token_changes_nothing(model, rows):
+    """As in SmolLM2, where pad and end are one token, and responses end with it."""
+    assert all(r["responses"]["chosen"][-1] == 1 for r in rows[:2])
+    with_pad, with_end = (
+        reference.score_rows(model, rows, ["chosen"], pad_id=pad, precision="fp32") for pad in (2, 1)
+    )  # fmt: skip
+    for key, value in with_pad.items():
+        assert torch.equal(value, with_end[key])
+
+
+def test_a_score_that_is_not_finite_names_the_rows(model, rows):
+    broken = copy.deepcopy(model)
+    token = rows[3]["responses"]["chosen"][0]
+    holding = [r["id"] for r in rows if token in r["prompt_ids"] + r["responses"]["chosen"][:-1]]
+    with torch.no_grad():
+        broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.clone())  # the head stays whole
+        broken.get_input_embeddings().weight[token] = float("inf")
+    assert 0 < len(holding) < len(rows)
+    with pytest.raises(ValueError, match="not finite") as failure:
+        reference.score_rows(broken, rows, ["chosen"], pad_id=2, precision="fp32", micro_batch=1)
+    assert all(repr(i) in str(failure.value) for i in holding[:5])
+
+
+# ---- the job and its file
+
+
+@pytest.fixture(scope="module")
+def job(tiny, rows, tmp_path_factory):
+    """Run the job in a child process, on rows of which one is empty; return its settings."""
+    folder = tmp_path_factory.mktemp("reference")
+    empty = {"id": "empty", "prompt_ids": [5], "responses": {"chosen": [], "rejected": [7]}}
+    data.write_rows(folder / "rows.jsonl", [*rows, empty])
+    job = {
+        "model": str(tiny), "rows": str(folder / "rows.jsonl"), "names": ["chosen", "rejected"],
+        "limits": {"max_prompt": 6, "max_length": 20}, "precision": "fp32", "micro_batch": 4,
+        "out": str(folder / "reference.safetensors"),
+    }  # fmt: skip
+    launch.run("beyond_dpo.reference", job, folder / "work", desc="reference")
+    return job
+
+
+def test_reference_file_holds_the_scores_of_the_cut_rows(job, model, rows):
+    """The file is whole or missing, has one line per row that is not empty, and can be read in any order."""
+    from safetensors import safe_open
+
+    with safe_open(job["out"], "pt") as f:
+        assert f.metadata()["dropped"] == "1" and json.loads(f.metadata()["names"]) == job["names"]
+        assert json.loads(f.metadata()["ids"]) == [r["id"] for r in rows]
+        assert set(f.keys()) == {"logps", "tokens", "entropies"}
+    kept, dropped = data.prepare(rows, job["names"], **job["limits"])
+    assert dropped == 0 and kept != rows
+    wanted = [[by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("rejected", "chosen")] for r in kept[::-1]]
+    found = reference.load(job["out"], kept[::-1], ["rejected", "chosen"])
+    torch.testing.assert_close(found["logps"], torch.tensor(wanted)[..., 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["entropies"], torch.tensor(wanted)[..., 1], rtol=1e-5, atol=1e-5)
+    few = reference.load(job["out"], kept[3:5], ["chosen"])
+    assert few["tokens"].tolist() == [[len(r["responses"]["chosen"])] for r in kept[3:5]]
+
+
+def test_reference_file_of_other_rows_is_refused(job, rows):
+    kept, _ = data.prepare(rows, job["names"], **job["limits"])
+    with pytest.raises(ValueError, match="holds no 'stranger'"):
+        reference.load(job["out"], [*kept, {**kept[0], "id": "stranger"}], ["chosen"])
+    with pytest.raises(ValueError, match="holds no 'target_chosen'"):
+        reference.load(job["out"], kept, ["target_chosen", "rejected"])
+    assert len(rows[2]["responses"]["chosen"]) > len(kept[2]["responses"]["chosen"])
+    with pytest.raises(ValueError, match="other lengths"):  # not truncated, or truncated otherwise
+        reference.load(job["out"], rows, job["names"])
+
+
+def test_two_rows_with_one_id_are_refused(job, rows, tmp_path):
+    data.write_rows(tmp_path / "rows.jsonl", [rows[0], rows[1], rows[0]])
+    (tmp_path / "job.json").write_text(json.dumps(job | {"rows": str(tmp_path / "rows.jsonl")}))
+    with pytest.raises(ValueError, match="share an id"):
+        reference.main(str(tmp_path / "job.json"))

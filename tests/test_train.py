@@ -1,0 +1,411 @@
+"""Training on a real DeepSpeed engine in real processes, against a plain torch loop and against itself.
+
+Many jobs share one start: `python -m test_train` runs a list of them (a start costs more than all the training).
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from beyond_dpo import config, data, launch, reference, train
+
+pytestmark = pytest.mark.slow
+LIMITS = {"max_prompt": 8, "max_length": 24, "bos_id": 0, "eos_id": 1}
+SETTINGS = {"lr": 3e-3, "global_batch": 4, "micro_batch": 4, "epochs": 2, "loss": "sft", "precision": "fp32"}
+PAIRS = {
+    "dpo": {"loss": "dpo", "beta": 0.5, "label_smoothing": 0.1},
+    "ipo": {"loss": "ipo", "beta": 0.1},
+    "simpo": {"loss": "simpo", "beta": 2.0, "gamma": 0.5},
+    "rmsprop": {"loss": "dpo", "beta": 0.5, "optimizer": "rmsprop", "lr": 1e-3},
+}
+LONG = {"epochs": 40, "checkpoint_every": 20}  # 120 steps: long enough to be killed before its end
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, rows, tmp_path_factory):
+    """Write twelve good rows with a reference of theirs, and two with nothing to train on."""
+    folder = tmp_path_factory.mktemp("train")
+    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    empty = [
+        {"id": "no answer", "prompt_ids": [0, 7], "responses": {"chosen": [], "rejected": []}},
+        {"id": "no prompt", "prompt_ids": [], "responses": {"chosen": [9], "rejected": [8]}},
+    ]
+    data.write_rows(folder / "rows.jsonl", [empty[0], *rows, empty[1]])
+    data.write_rows(folder / "empty.jsonl", empty)
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # faster for models this small
+    job = {
+        "model": str(tiny), "rows": str(folder / "rows.jsonl"), "names": ["chosen", "rejected"], "limits": LIMITS,
+        "precision": "fp32", "micro_batch": 5, "out": str(folder / "reference"),
+    }  # fmt: skip
+    (folder / "reference.json").write_text(json.dumps(job))
+    reference.main(str(folder / "reference.json"))
+    broken = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)  # NaN for one row only: the head is untied
+    broken.config.tie_word_embeddings = False
+    broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.detach().clone())
+    used = [set(r["prompt_ids"] + r["responses"]["chosen"][:-1]) for r in good]
+    token = min(used[5] - set().union(*(u for i, u in enumerate(used) if i != 5)))
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[token] = float("nan")
+    broken.save_pretrained(folder / "broken")
+    data.load_tokenizer(tiny).save_pretrained(folder / "broken")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.environ['PYTHONPATH']}"
+    yield folder
+    os.environ.pop("OMP_NUM_THREADS")
+    torch.set_num_threads(threads)
+
+
+def a_job(folder, name, tiny, **changes):
+    """Return a job that trains into folder/name; a loss on pairs gets both responses and the reference."""
+    special = {key: changes.pop(key) for key in ("model", "rows") if key in changes}
+    settings = config.Train(**{"warmup": 0.2, **SETTINGS, **changes})
+    pairs = settings.loss != "sft"
+    return {
+        "model": str(tiny), "rows": str(folder / "rows.jsonl"), "limits": LIMITS, "seed": 3, "out": str(folder / name),
+        "names": ["chosen", "rejected"] if pairs else ["chosen"], "settings": dataclasses.asdict(settings),
+        "reference": str(folder / "reference") if settings.loss in ("dpo", "ipo") else None,
+    } | special  # fmt: skip
+
+
+def run_all(jobs, workdir, **how):
+    """Run many jobs in one start; each of several processes' jobs meets at a port of its own."""
+    ports = [launch._free_port() for _ in jobs]
+    launch.run("test_train", {"jobs": jobs, "ports": ports}, workdir, desc="jobs", **how)
+
+
+@pytest.fixture(scope="module")
+def single(folder, tiny):
+    """Run all that one process can show; `killed` is `long`, killed by force after its first checkpoint and resumed."""
+    killed = a_job(folder, "killed", tiny, **LONG)
+    (folder / "killed.json").write_text(json.dumps(killed))
+    child = subprocess.Popen(launch.command("beyond_dpo.train", folder / "killed.json"), start_new_session=True)
+    end = time.monotonic() + 300
+    while not (folder / "killed" / "checkpoints" / "zero0-of1" / "latest").exists():
+        assert child.poll() is None and time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    with open(folder / "killed" / "log.jsonl", "a") as f:  # as if it had been killed while it wrote
+        f.write('{"step": 2')
+    (folder / "steps_at_kill").write_text(str(len((folder / "killed" / "log.jsonl").read_text().splitlines())))
+
+    changes = {
+        "sft": {}, "sft_1": {"micro_batch": 1}, "sft_2": {"micro_batch": 2},
+        "adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
+        **PAIRS, "dpo_1": {**PAIRS["dpo"], "micro_batch": 1},
+        "recomputed": {**PAIRS["dpo"], "micro_batch": 2, "gradient_checkpointing": True},
+        "bf16": {"precision": "bf16", "save_dtype": "bfloat16"},
+        "offload": {"zero": 2, "offload": True}, "clipped": {"max_grad_norm": 0.1},
+        "plain_dpo": {"loss": "dpo", "beta": 0.1}, "long": LONG, "killed": LONG,
+        "overflow": {"lr": 1e6, "epochs": 1, "global_batch": 12, "save_dtype": "float16", "warmup": 0.0},
+    }  # fmt: skip
+    run_all([a_job(folder, name, tiny, **change) for name, change in changes.items()], folder / "single")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def double(folder, tiny):
+    """Run with two processes that torchrun started; each ZeRO stage twice, the second time from its checkpoint."""
+    stages = [a_job(folder, f"zero{z}_2", tiny, zero=z, micro_batch=2, checkpoint_every=4) for z in range(4)]
+    pairs = a_job(folder, "dpo_2", tiny, zero=3, gradient_checkpointing=True, **PAIRS["dpo"] | {"micro_batch": 1})
+    run_all([*stages, pairs, *stages], folder / "double", launcher="torchrun", processes=2)
+    return folder
+
+
+def log(folder, name):
+    return [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder, name):
+    return [entry["loss"] for entry in log(folder, name)]
+
+
+def weights(path, file="model.safetensors"):
+    from safetensors.torch import load_file
+
+    return load_file(path / file)
+
+
+def difference(a, b):
+    """Return the largest difference of any weight, in learning rates."""
+    assert a.keys() == b.keys() and len(a) == 20
+    return max((a[name] - b[name]).abs().max().item() for name in a) / SETTINGS["lr"]
+
+
+# ---- against a plain torch loop
+
+
+def by_hand(tiny, rows, *, loss="sft", optimizer="adamw", lr, weight_decay=0.0, max_grad_norm=1.0, **how):
+    """Train with all logits, no engine, and the losses' formulas written out; return losses and weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    made = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}[optimizer](
+        model.parameters(), lr=lr, weight_decay=weight_decay
+    )
+    rows, dropped = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    assert len(rows) == 12 and dropped == 0
+    visits = [rows[i] for epoch in range(2) for i in data.order(12, 3, epoch)]
+
+    def logp(row, name):
+        response = row["responses"][name]
+        ids = torch.tensor([row["prompt_ids"] + response])
+        table = model(input_ids=ids).logits[0, -len(response) - 1 : -1].log_softmax(-1)
+        return table[range(len(response)), response].sum()
+
+    with torch.no_grad():
+        base = {(r["id"], name): logp(r, name) for r in rows for name in ("chosen", "rejected")}
+    found, sigmoid = [], torch.nn.functional.logsigmoid
+    for step in range(6):
+        values = []
+        for row in visits[4 * step : 4 * step + 4]:
+            c, r = logp(row, "chosen"), logp(row, "rejected")
+            h = (c - base[row["id"], "chosen"]) - (r - base[row["id"], "rejected"])
+            tokens = [len(row["responses"][name]) for name in ("chosen", "rejected")]
+            if loss == "dpo":
+                e = how.get("label_smoothing", 0.0)
+                values.append(-(1 - e) * sigmoid(how["beta"] * h) - e * sigmoid(-how["beta"] * h))
+            elif loss == "ipo":
+                values.append((h - 1 / (2 * how["beta"])) ** 2)
+            elif loss == "simpo":
+                values.append(-sigmoid(how["beta"] * (c / tokens[0] - r / tokens[1]) - how["gamma"]))
+            else:
+                values.append(-c / sum(len(x["responses"]["chosen"]) for x in visits[4 * step : 4 * step + 4]) * 4)
+        value = sum(values) / 4
+        found.append(value.item())
+        made.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / 5))
+        made.param_groups[0]["lr"] = lr * (cosine if step else 0.5)  # one step of warm-up
+        made.step()
+    return found, {name: w.detach() for name, w in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["sft", "adagrad", "decay", "clipped", *PAIRS])
+def test_training_is_a_plain_torch_loop(single, tiny, rows, name):
+    changes = {"adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
+               "clipped": {"max_grad_norm": 0.1}, **PAIRS}.get(name, {})  # fmt: skip
+    wanted, theirs = by_hand(tiny, rows, **{"lr": SETTINGS["lr"], **changes})
+    assert losses(single, name) == pytest.approx(wanted, rel=1e-4)
+    assert [e["step"] for e in log(single, name)] == list(range(6))
+    assert difference(weights(single / name), theirs) < 0.02
+
+
+def test_three_steps_lower_the_loss(single):
+    """Each epoch is three steps over the same rows."""
+    for name in ("sft", "dpo", "ipo", "simpo", "adagrad", "rmsprop", "bf16"):
+        value = losses(single, name)
+        assert sum(value[3:]) < 0.99 * sum(value[:3]), name
+    assert log(single, "dpo")[-1]["accuracy"] == 1 and log(single, "dpo")[-1]["margin"] > 0.1
+
+
+def test_at_step_0_the_cached_reference_is_the_policy(single, rows):
+    """DPO's loss is ln 2 to 1e-6, its rewards 0; IPO's is 1 / (2 beta)^2 = 25. The reference had other batches."""
+    first = log(single, "plain_dpo")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(first["chosen_reward"]) + abs(first["rejected_reward"]) < 1e-5
+    assert losses(single, "ipo")[0] == pytest.approx(25, abs=1e-3)
+    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    base = reference.load(single / "reference", good, ["chosen", "rejected"])["logps"]
+    visited = base[data.order(12, 3, 0)[:4]].mean(0)
+    assert [first["chosen_logps"], first["rejected_logps"]] == pytest.approx(visited.tolist(), rel=1e-6)
+
+
+# ---- however it is computed
+
+
+def test_accumulation_does_not_change_the_result(single):
+    for name, others in {"sft": ["sft_1", "sft_2"], "dpo": ["dpo_1"]}.items():
+        for other in others:
+            assert losses(single, other) == pytest.approx(losses(single, name), rel=1e-5)
+            assert difference(weights(single / other), weights(single / name)) < 0.02
+
+
+def test_gradient_checkpointing_and_offload_do_not_change_the_result(single):
+    for name, other in [("dpo", "recomputed"), ("sft", "offload")]:
+        assert losses(single, other) == pytest.approx(losses(single, name), rel=1e-5)
+        assert difference(weights(single / other), weights(single / name)) < 0.02
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_two_processes_are_one(single, double, zero):
+    one, two = log(single, "sft"), log(double, f"zero{zero}_2")
+    for key in ("step", "loss", "lr", "grad_norm"):
+        assert [e[key] for e in two] == pytest.approx([e[key] for e in one], rel=1e-5), key
+    assert difference(weights(double / f"zero{zero}_2", "first.safetensors"), weights(single / "sft")) < 0.02
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_two_processes_resume_from_their_checkpoint(double, zero):
+    """The second run finds the checkpoint after step 4 of 6, and writes steps 4 and 5 again."""
+    again = double / f"zero{zero}_2"
+    assert [e["step"] for e in log(double, again.name)] == list(range(6))
+    assert difference(weights(again, "first.safetensors"), weights(again)) < 1e-3
+    assert (double / "double" / "job.log").read_text().count("steps 4 to 6") == 4
+
+
+def test_two_processes_with_pairs(single, double):
+    one, two = log(single, "dpo"), log(double, "dpo_2")
+    for key in ("loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logps", "rejected_logps"):
+        assert [e[key] for e in two] == pytest.approx([e[key] for e in one], rel=1e-4, abs=1e-5), key
+    assert difference(weights(double / "dpo_2"), weights(single / "dpo")) < 0.02
+
+
+def test_the_deepspeed_launcher(single, tiny):
+    """It sets LOCAL_SIZE, by which DeepSpeed would leave 66 MiB of shared memory behind for each process."""
+    job = a_job(single, "launched", tiny, zero=2, micro_batch=2)
+    launch.run("beyond_dpo.train", job, single / "launched", desc="SFT", launcher="deepspeed", processes=2)
+    assert losses(single, "launched") == pytest.approx(losses(single, "sft"), rel=1e-5)
+    assert difference(weights(single / "launched"), weights(single / "sft")) < 0.02
+    port = re.search(r"--master_port=(\d+)", (single / "launched" / "job.log").read_text())[1]
+    assert not [p for p in Path("/dev/shm").iterdir() if port in p.name]
+
+
+# ---- interrupted
+
+
+def test_killed_and_resumed_is_uninterrupted(single):
+    """Killed by force after the first of its checkpoints, in one process with float32: every bit is the same."""
+    assert 20 <= int((single / "steps_at_kill").read_text()) < 120
+    assert "steps 20 to 120" in (single / "single" / "job.log").read_text()
+    for key in ("step", "loss", "lr", "grad_norm"):
+        assert [e[key] for e in log(single, "killed")] == [e[key] for e in log(single, "long")]
+    assert [e["step"] for e in log(single, "killed")] == list(range(120))
+    assert difference(weights(single / "killed"), weights(single / "long")) == 0
+    kept = sorted(p.name for p in (single / "killed" / "checkpoints" / "zero0-of1").iterdir())
+    assert kept == ["latest", "step100"]  # older ones are gone, and the end needs none
+
+
+# ---- what is saved
+
+
+def test_saved_model(single, tiny):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name, dtype in [("sft", torch.float32), ("bf16", torch.bfloat16)]:
+        assert {w.dtype for w in weights(single / name).values()} == {dtype}  # 20 weights: no second copy of the tied
+        model = AutoModelForCausalLM.from_pretrained(single / name)
+        assert model.dtype == dtype and model.lm_head.weight is model.get_input_embeddings().weight
+        assert model.config.use_cache and model.config.vocab_size == 512
+    tokenizer = AutoTokenizer.from_pretrained(single / "sft")
+    assert tokenizer("A patient film.") == AutoTokenizer.from_pretrained(tiny)("A patient film.")
+    assert tokenizer.chat_template
+    facts = json.loads((single / "sft" / "facts.json").read_text())
+    assert facts == {"rows": 12, "dropped": 2, "steps": 6}
+
+
+def test_bf16_is_close_to_fp32(single, tiny):
+    """Losses within 1 %, and the same way through weight space but for rounding (weights stay float32 in training)."""
+    assert losses(single, "bf16") == pytest.approx(losses(single, "sft"), rel=0.01)
+    start, exact, rough = weights(tiny), weights(single / "sft"), weights(single / "bf16")
+    a, b = (torch.cat([(end[n].float() - start[n]).flatten() for n in start]) for end in (exact, rough))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+
+
+# ---- failures
+
+
+def test_weights_that_overflow_in_the_files_dtype_are_not_saved(single):
+    assert "is not finite in torch.float16" in (single / "overflow" / "error").read_text()
+    assert not list((single / "overflow").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("launcher, processes", [("plain", 1), ("torchrun", 2), ("deepspeed", 2)])
+def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(folder, tmp_path, launcher, processes):
+    """Of two processes one fails; the other waits for it in vain until the launcher ends it."""
+    job = a_job(folder, tmp_path.name, folder / "broken", micro_batch=2)
+    with pytest.raises(launch.JobFailed, match=r"NonFiniteLoss: step \d: the loss of rows \['r5'\]") as failure:
+        launch.run("beyond_dpo.train", job, tmp_path, desc="SFT", launcher=launcher, processes=processes)
+    assert "ended with status 1" in str(failure.value)
+    assert not list((folder / tmp_path.name).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"micro_batch": 3}, config.ConfigError, r"global_batch=4 cannot be split into micro_batch=3.*micro_batch="),
+        ({"optimizer": "adam"}, config.ConfigError, "'adam'; there are adamw"),
+        ({"offload": True}, config.ConfigError, "offload=True needs zero"),
+        ({"save_dtype": "floaty"}, AttributeError, "floaty"),
+        ({"rows": "empty.jsonl"}, ValueError, r"no row is left to train on \(2 dropped"),
+        ({"rows": "prompts.jsonl"}, ValueError, "no response 'chosen'"),
+    ],
+)
+def test_impossible_jobs_fail_at_once(folder, tiny, tmp_path, monkeypatch, changes, error, message):
+    data.write_rows(folder / "prompts.jsonl", [{"id": "p", "prompt_ids": [0, 5], "responses": {}}])
+    if "rows" in changes:
+        changes = {"rows": str(folder / changes["rows"])}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "job.json").write_text(json.dumps(a_job(folder, "impossible", tiny, **changes)))
+    with pytest.raises(error, match=message):
+        train.main(str(tmp_path / "job.json"))
+    assert not (folder / "impossible").exists()
+
+
+def test_losses_that_do_not_fit_the_rows():
+    scores = {"logps": torch.zeros(4), "tokens": torch.ones(4)}
+    for loss, names, message in [
+        ("dpo", ["chosen", "rejected"], "needs a reference"), ("ipo", ["rejected", "chosen"], "takes the responses"),
+        ("simpo", ["chosen"], "takes the responses"), ("kto", ["chosen", "rejected"], "unknown loss"),
+    ]:  # fmt: skip
+        base = torch.zeros(2, 2) if loss == "kto" else None
+        with pytest.raises(ValueError, match=message):
+            train.row_losses(config.Train(**SETTINGS | {"loss": loss}), scores, base, names)
+
+
+# ---- small parts
+
+
+def test_schedule_by_hand():
+    """Ten steps, 20 % warm-up: 1/3, 2/3, then 8 steps of (1 + cos(pi k / 8)) / 2; three steps are 1, 0.75, 0.25."""
+    found = [train.schedule(step, 10, 0.2) for step in range(10)]
+    assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and found[6] == pytest.approx(0.5)
+    assert all(0 < f <= 1 for f in found) and found[2:] == sorted(found[2:], reverse=True)
+    assert [train.schedule(step, 3, 0.1) for step in range(3)] == pytest.approx([1, 0.75, 0.25])
+    assert 0 < train.schedule(0, 1, 0.1) <= 1 and 0 < train.schedule(0, 1, 1.0) <= 1
+
+
+def test_every_epoch_visits_each_row_once_and_no_batch_is_short():
+    """Ten rows in batches of four: the third batch takes two rows of the first epoch and two of the second."""
+    rows = [{"id": f"{i}", "prompt_ids": [1], "responses": {"chosen": [1] * (1 + i % 3)}} for i in range(10)]
+    batches = [train._step_rows(rows, ["chosen"], step, 4, seed=7) for step in range(5)]
+    assert all(len(b) == 4 for b in batches)
+    ids = [r["id"] for b in batches for r in b]
+    assert {ids.count(f"{i}") for i in range(10)} == {2}
+    for epoch in range(2):
+        places = data.order(10, 7, epoch)
+        visited = sorted(f"{i}" for i in places[:8]) if epoch == 0 else sorted(f"{i}" for i in places[2:])
+        assert sorted(r["id"] for b in batches[3 * epoch : 3 * epoch + 2] for r in b) == visited
+    assert all(len(b[0]["responses"]["chosen"]) <= len(b[3]["responses"]["chosen"]) for b in batches)
+
+
+if __name__ == "__main__":  # run a list of jobs in this process (one of several, if a launcher started it)
+    logging.basicConfig(level=logging.INFO)
+    todo = json.loads(Path(sys.argv[1]).read_text())
+    for number, (each, port) in enumerate(zip(todo["jobs"], todo["ports"], strict=True)):
+        rank, out = os.environ.get("RANK", "0"), Path(each["out"])
+        file = Path(sys.argv[1]).with_name(f"job{number}-{rank}.json")
+        file.write_text(json.dumps(each))
+        if rank == "0" and (out / "model.safetensors").exists():
+            os.rename(out / "model.safetensors", out / "first.safetensors")
+        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        try:
+            train.main(str(file))
+        except train.NonFiniteLoss as failure:
+            (out / "error").write_text(str(failure))
