@@ -222,9 +222,8 @@ def main(arguments: list[str] | None = None) -> int:
         import pandas as pd
 
         print(pd.DataFrame(rows).to_string(index=False))
-    if spent:
-        parts = [f"{stage} {count} in {progress.duration(s)}" for stage, (count, s) in spent.items() if s >= 1]
-        print("computed: " + " · ".join(parts))
+    if parts := [f"{stage} {count} in {progress.duration(s)}" for stage, (count, s) in spent.items() if s >= 1]:
+        print("computed:", " · ".join(parts))
     return int(any(row["status"] != "ok" for row in rows))
 
 
