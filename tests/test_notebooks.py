@@ -99,7 +99,7 @@ def test_every_notebook_runs_cold_at_smoke(tmp_path):
     )
 
 
-def test_readme_examples_run(tmp_path):
+def test_readme_examples_run(tmp_path, monkeypatch):
     """Each Python block of the README, on two tiny models and a tiny reward model."""
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -123,7 +123,7 @@ def test_readme_examples_run(tmp_path):
         "aligned_folder": tmp_path / "aligned",
         "reward_folder": tmp_path / "reward",
     }
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(block, dict(folders))
     assert (tmp_path / "out/alpha-0.5/model.safetensors").exists()
