@@ -139,8 +139,8 @@ def test_smollm2():
     plain = data.render(tokenizer, "This film", "plain")
     assert tokenizer.decode(plain) == "This film"
     ids = data.encode_response(tokenizer, " is good.")
-    batch = data.collate([row(prompt=chat, chosen=ids)], ["chosen"], tokenizer.pad_token_id)
-    assert batch["response_mask"].sum() == len(ids) and batch["attention_mask"].sum() == len(chat) + len(ids)
+    batch = data.pack([row(prompt=chat, chosen=ids)], ["chosen"], tokenizer.pad_token_id)
+    assert batch["labels"].tolist() == ids and batch["input_ids"].tolist() == [chat + ids]
 
 
 # --- truncation
@@ -201,30 +201,44 @@ def test_prepare_names_a_missing_response():
 # --- batches
 
 
-def test_collate_by_hand():
-    """Two rows, two names: four lines, chosen first; the longest has 5 tokens. pad == eos == 1 is kept in the masks."""
-    rows = [row("a", [0, 5], chosen=[7, 1], rejected=[8, 9, 1]), row("b", [0], chosen=[6, 1], rejected=[1])]
-    batch = data.collate(rows, ["chosen", "rejected"], pad_id=1)
-    assert batch["input_ids"].tolist() == [[0, 5, 7, 1, 1], [0, 6, 1, 1, 1], [0, 5, 8, 9, 1], [0, 1, 1, 1, 1]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    want = [[0, 0, 1, 1, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
-    assert batch["response_mask"].tolist() == [[bool(x) for x in line] for line in want]
-    assert batch["ids"] == ["a", "b"]
-    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.long
-    assert batch["response_mask"].dtype == torch.bool
+def test_pack_by_hand():
+    """Rows of 4, 3, 3, 3 and 3 tokens: 16 // (2 × 4) is two lines, each row goes to the shorter. pad == eos == 1."""
+    rows = [
+        row("a", [0], chosen=[6], rejected=[9, 1]),
+        row("b", [5, 4], chosen=[7], rejected=[]),
+        row("c", [3], chosen=[1], rejected=[9]),
+        row("d", [2], chosen=[8, 1], rejected=[]),
+        row("e", [0], chosen=[], rejected=[8, 1]),
+    ]
+    batch = data.pack(rows, ["chosen", "rejected"], pad_id=1)
+    assert batch["input_ids"].tolist() == [[0, 6, 9, 1, 2, 8, 1, 1, 1], [5, 4, 7, 3, 1, 9, 0, 8, 1]]
+    assert batch["position_ids"].tolist() == [[0, 1, 1, 2, 0, 1, 2, 0, 0], [0, 1, 2, 0, 1, 1, 0, 1, 2]]
+    seen = [
+        "1........ 11....... 1.1...... 1.11..... ....1.... ....11... ....111.. .......1. .......11",
+        "1........ 11....... 111...... ...1..... ...11.... ...1.1... ......1.. ......11. ......111",
+    ]
+    want = [[[[x == "1" for x in position] for position in line.split()]] for line in seen]
+    assert batch["attention_mask"].tolist() == want
+    assert batch["labels"].tolist() == [6, 7, 1, 8, 1, 9, 1, 9, 8, 1]  # all chosen, then all rejected
+    assert batch["predictors"].tolist() == [0, 10, 12, 4, 5, 0, 2, 12, 15, 16]
+    assert batch["tokens"].tolist() == [1, 1, 1, 2, 0, 2, 0, 1, 0, 2] and batch["ids"] == list("abcde")
+    assert all(batch[k].dtype == torch.long for k in ("input_ids", "position_ids", "labels", "predictors", "tokens"))
+    assert batch["attention_mask"].dtype == torch.bool
 
 
-def test_collate_masks_do_not_depend_on_the_pad_token():
-    rows = [row(str(i), range(1, 2 + i), one=range(3), two=range(i + 1), three=[1]) for i in range(4)]
+def test_pack_does_not_depend_on_the_pad_token_and_wastes_little():
+    rows = [row(str(i), range(1, 2 + i), one=range(3), two=range(i + 1), three=[1]) for i in range(19)]
     names = ["one", "two", "three"]
-    a, b = data.collate(rows, names, pad_id=1), data.collate(rows, names, pad_id=2)
-    for mask in ("attention_mask", "response_mask"):
-        assert torch.equal(a[mask], b[mask])
-    real = a["attention_mask"].bool()
-    assert torch.equal(a["input_ids"][real], b["input_ids"][real]) and (b["input_ids"][~real] == 2).all()
-    assert a["response_mask"].sum(1).tolist() == [len(r["responses"][n]) for n in names for r in rows]
+    a, b = data.pack(rows, names, pad_id=1), data.pack(rows, names, pad_id=2)
+    differ = {k for k in a if k != "ids" and not torch.equal(a[k], b[k])}
+    assert differ == {"input_ids"}
+    needed = sum(len(r["prompt_ids"]) + sum(map(len, r["responses"].values())) for r in rows)
+    assert needed <= a["input_ids"].numel() < 1.1 * needed and len(a["input_ids"]) > 1
+    assert a["attention_mask"].any(-1).all(), "a position that sees nothing would be NaN, and its gradient too"
     with pytest.raises(ValueError, match="pad_id is None"):
-        data.collate(rows, names, None)
+        data.pack(rows, names, None)
+    with pytest.raises(ValueError, match="'e'.*no prompt"):
+        data.pack([*rows, row("e", [], one=[1], two=[1], three=[1])], names, 1)
 
 
 def test_order_is_a_permutation_that_only_seed_and_epoch_change():

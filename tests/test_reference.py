@@ -42,7 +42,7 @@ def capped():
 
 
 def batch(rows, names=("chosen", "rejected"), pad_id=2):
-    tensors = data.collate(rows, list(names), pad_id)
+    tensors = data.pack(rows, list(names), pad_id)
     tensors.pop("ids")
     return tensors
 
@@ -59,7 +59,8 @@ def by_hand(model, prompt_ids, response_ids):
 
 @pytest.mark.parametrize("which", ["model", "capped"])
 def test_scores_equal_all_logits_in_float64(which, request, rows):
-    """Rows of different lengths, so most are padded; response tokens far outnumber the smaller chunks."""
+    """Prompts are shared and rows share lines; response tokens far outnumber the smaller chunks."""
+    assert len(batch(rows)["input_ids"]) < len(rows)
     model = request.getfixturevalue(which)
     wanted = [by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("chosen", "rejected") for r in rows]
     for chunk in (1, 7, 100_000):
@@ -72,9 +73,9 @@ def test_scores_equal_all_logits_in_float64(which, request, rows):
         assert ((scores["entropies"] > 0) & (scores["entropies"] < 1)).all()
 
 
-def test_gradients_are_those_of_all_logits_however_they_are_cut(model, rows):
+def test_gradients_are_those_of_each_response_alone_however_they_are_cut(model, rows):
     """One chunk keeps its logits; several are computed again in the backward pass."""
-    tensors = batch(rows)
+    alone = [(r["prompt_ids"], r["responses"][n]) for n in ("chosen", "rejected") for r in rows]
 
     def gradient(score):
         twin = copy.deepcopy(model)
@@ -82,15 +83,46 @@ def test_gradients_are_those_of_all_logits_however_they_are_cut(model, rows):
         return {name: w.grad for name, w in twin.named_parameters()}
 
     def plain(twin):
-        logps = twin(tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits[:, :-1].log_softmax(-1)
-        return (logps.gather(-1, tensors["input_ids"][:, 1:, None])[..., 0] * tensors["response_mask"][:, 1:]).sum(1)
+        sums = []
+        for prompt, said in alone:
+            ids = torch.tensor([prompt + said])
+            logps = twin(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            sums.append(logps.gather(-1, ids[0, len(prompt) :, None]).sum())
+        return torch.stack(sums)
 
     wanted = gradient(plain)
     assert len(wanted) == 20
     for chunk in (3, 50, 100_000):
-        found = gradient(lambda twin, chunk=chunk: ResponseScorer(twin, chunk=chunk)(**tensors)["logps"])
+        found = gradient(lambda twin, chunk=chunk: ResponseScorer(twin, chunk=chunk)(**batch(rows))["logps"])
         for name, grad in wanted.items():
             torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_three_responses_share_one_prompt(model, rows):
+    """As WRPO needs: source, target and rejected answer of one prompt, each scored as if it stood alone."""
+    said = [r["responses"]["chosen"] for r in rows]
+    extra = [{**r, "responses": {**r["responses"], "source": said[i - 1]}} for i, r in enumerate(rows)]
+    names = ("source", "chosen", "rejected")
+    with torch.no_grad():
+        scores = ResponseScorer(model)(**batch(extra, names))
+    wanted = [by_hand(model, r["prompt_ids"], r["responses"][n])[0] for n in names for r in extra]
+    assert scores["logps"].tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_models_that_would_read_across_responses_are_refused(model, rows):
+    from transformers import LlamaConfig
+
+    twin = copy.deepcopy(model)
+    twin.config = LlamaConfig(**model.config.to_dict() | {"layer_types": ["linear_attention"] * 2})
+    with pytest.raises(ValueError, match="linear_attention"):
+        ResponseScorer(twin)
+    scorer = ResponseScorer(model)
+    scorer.window = 1 + max(int(batch([r])["position_ids"].max()) for r in rows)
+    with torch.no_grad():
+        scorer(**batch(rows))  # lines may be longer than the window, sequences not
+        scorer.window -= 1
+        with pytest.raises(ValueError, match="window"):
+            scorer(**batch(rows))
 
 
 def test_logits_exist_for_response_positions_only_and_a_chunk_at_a_time(model, rows):
@@ -124,16 +156,14 @@ def test_a_model_that_is_sure_has_entropy_zero_and_never_less(model, rows):
     assert (scores["entropies"] >= 0).all() and scores["entropies"].median() < 0.01
 
 
-def test_a_row_without_response_tokens_scores_zero_and_its_entropy_is_nan(model, rows):
-    tensors = batch(rows[:3], ["chosen"])
-    tensors["response_mask"][1] = False
+def test_a_response_without_tokens_scores_zero_and_its_entropy_is_nan(model, rows):
+    rows = [{**r, "responses": {"chosen": r["responses"]["chosen"] if i != 1 else []}} for i, r in enumerate(rows[:3])]
     with torch.no_grad():
-        scores = ResponseScorer(model)(**tensors, entropy=True)
-        tensors["response_mask"][:] = False
-        nothing = ResponseScorer(model)(**tensors, entropy=True)
+        scores = ResponseScorer(model)(**batch(rows, ["chosen"]), entropy=True)
+        nothing = ResponseScorer(model)(**batch(rows[1:2], ["chosen"]), entropy=True)
     assert scores["logps"][1] == scores["tokens"][1] == 0 and scores["entropies"][1].isnan()
     assert scores["logps"][0] < 0 and scores["entropies"][[0, 2]].isfinite().all()
-    assert nothing["logps"].tolist() == [0, 0, 0] and nothing["entropies"].isnan().all()
+    assert nothing["logps"].tolist() == [0] and nothing["entropies"].isnan().all()
 
 
 def test_precision(model, rows):

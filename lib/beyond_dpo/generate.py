@@ -223,7 +223,7 @@ class TransformersBackend:
     def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
         given = zip(prompts, responses, strict=True)
         rows = [{"id": "", "prompt_ids": prompt, "responses": {"said": response}} for prompt, response in given]
-        batch = data.collate(rows, ["said"], self.end[0])
+        batch = data.pack(rows, ["said"], self.end[0])
         del batch["ids"]
         return self.scorer(**{k: v.to(self.model.device) for k, v in batch.items()})["logps"].tolist()
 

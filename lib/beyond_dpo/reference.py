@@ -24,32 +24,46 @@ CHUNK = 2048  # response tokens whose logits exist at one time (2048 × 49,152 f
 class ResponseScorer(torch.nn.Module):
     """Wrap a causal language model so that `forward` scores responses; logits exist for response positions only.
 
-    forward(input_ids, attention_mask, response_mask, entropy=False), each (rows, length), returns a dict of (rows,)
-    float32: `logps`, the sum over response tokens of ln p in nats; `tokens`, their number; with `entropy` also
+    forward takes what data.pack returns (without ids), and entropy=False. It returns a dict of (responses,) float32:
+    `logps`, the sum over response tokens of ln p in nats; `tokens`, their number; with `entropy` also
     `entropies`, the mean over response tokens of the entropy of p divided by ln |V|, in 0…1.
-    A row without response tokens gets logps 0 and entropy NaN. precision "bf16" autocasts, the softmax stays float32.
+    A response without tokens gets logps 0 and entropy NaN. precision "bf16" autocasts, the softmax stays float32.
+    Raises ValueError for a model whose layers do not follow an attention mask, or whose window is shorter than a row.
     """
 
     def __init__(self, model, precision: str = "fp32", chunk: int = CHUNK):
         super().__init__()
         if precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {precision!r}")
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if other := kinds - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"{config.model_type} has layers of {min(other)}, which would mix packed responses")
+        self.window = getattr(config, "sliding_window", None) or math.inf
         self.model, self.bf16, self.chunk = model, precision == "bf16", chunk
 
-    def forward(self, input_ids, attention_mask, response_mask, entropy: bool = False) -> dict:
+    def forward(
+        self, input_ids, position_ids, attention_mask, labels, predictors, tokens, entropy: bool = False
+    ) -> dict:
+        if input_ids.shape[1] > self.window and position_ids.max() >= self.window:
+            raise ValueError(f"a sequence is longer than the model's attention window of {self.window} tokens")
+        dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
+        # added to the attention scores, which every attention of transformers understands
+        unseen = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
+        unseen = unseen.masked_fill(~attention_mask, -math.inf)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             decoder = self.model.get_decoder()
-            hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        predicts = response_mask[:, 1:]  # position t-1 predicts token t
-        hidden, labels = hidden[:, :-1][predicts], input_ids[:, 1:][predicts]
-        score = self._tokens
+            hidden = decoder(
+                input_ids=input_ids, position_ids=position_ids, attention_mask=unseen, use_cache=False
+            ).last_hidden_state
+        hidden, score = hidden.flatten(0, 1)[predictors], self._tokens
         if len(labels) > self.chunk and torch.is_grad_enabled():  # one chunk's logits may stay, many may not
             score = partial(checkpoint, self._tokens, use_reentrant=False)
         chunks = zip(hidden.split(self.chunk), labels.split(self.chunk), strict=True)
         pieces = [score(h, y, entropy) for h, y in chunks]
-        grid = torch.zeros(predicts.shape, device=labels.device)
-        sums = [grid.masked_scatter(predicts, torch.cat(p)).sum(1) for p in zip(*pieces, strict=True)]
-        tokens = predicts.sum(1).float()
+        cuts = tokens.tolist()
+        sums = [torch.stack([x.sum() for x in torch.cat(p).split(cuts)]) for p in zip(*pieces, strict=True)]
+        tokens = tokens.float()
         return {"logps": sums[0], "tokens": tokens} | ({"entropies": sums[1] / tokens} if entropy else {})
 
     def _tokens(self, hidden, labels, entropy: bool) -> tuple[torch.Tensor, ...]:
@@ -80,7 +94,7 @@ def score_rows(model, rows: list[dict], names: list, *, pad_id: int, precision: 
     out = {k: torch.full((len(rows), len(names)), float("nan")) for k in ("logps", "tokens", "entropies")}
     done = 0
     for batch in by_length(rows, names, micro_batch):
-        tensors = data.collate([rows[i] for i in batch], names, pad_id)
+        tensors = data.pack([rows[i] for i in batch], names, pad_id)
         tensors.pop("ids")
         scores = scorer(**{k: v.to(device) for k, v in tensors.items()}, entropy=True)
         for k, v in scores.items():

@@ -88,7 +88,7 @@ def scores(
         return scorer.call("score", **files, out=str(out / "scores.jsonl"), reference_prompts=kl_prompts)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
-    return Artifact("scores", 1, recipe, make)
+    return Artifact("scores", 2, recipe, make)
 
 
 def pairs(cfg) -> Artifact:
@@ -130,7 +130,7 @@ def reference(cfg) -> Artifact:
         job["out"] = str(out / "reference.safetensors")
         launch.run("beyond_dpo.reference", job, out / "checkpoints", desc="reference")
 
-    return Artifact("reference", 1, recipe, make)
+    return Artifact("reference", 2, recipe, make)
 
 
 def aligned(cfg, fraction: float, seed: int = 0) -> Artifact:
@@ -197,9 +197,9 @@ def _training(
         machine = {"launcher": settings.launcher, "processes": settings.processes}
         launch.run("beyond_dpo.train", job, out / "checkpoints", desc=desc, **machine)
         steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return {"steps": len(steps), "first": steps[0], "last": steps[-1]}
+        return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
 
-    return Artifact("train", 1, recipe, make)
+    return Artifact("train", 2, recipe, make)
 
 
 def _limits(settings: config.Train, model: Path) -> dict:

@@ -24,7 +24,10 @@ from beyond_dpo import config as configuration
 from beyond_dpo import data, launch, losses, reference
 
 log = logging.getLogger("beyond_dpo.train")
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+}  # fmt: skip
 
 
 class NonFiniteLoss(RuntimeError):
@@ -154,14 +157,14 @@ def main(path: str) -> None:
         for micro in range(accumulation):
             start = (micro * world + rank) * settings.micro_batch
             part = batch[start : start + settings.micro_batch]
-            tensors = data.collate(part, names, tokenizer.pad_token_id)
+            tensors = data.pack(part, names, tokenizer.pad_token_id)
             ids = tensors.pop("ids")
             scores = engine(**{k: v.to(device) for k, v in tensors.items()})
             against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
             row_loss, chosen, rejected = row_losses(settings, scores, against, names)
             if not row_loss.isfinite().all():
                 bad = [i for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True) if not finite]
-                raise NonFiniteLoss(f"step {step}: the loss of rows {bad} is not finite")
+                raise NonFiniteLoss(f"step {step}: the loss of rows {bad} is not finite (packed, one spoils its line)")
             # the engine averages over accumulation and processes; the weight already is of the whole step
             engine.backward(row_loss.sum() * weight * accumulation * world)
             if micro == accumulation - 1:
