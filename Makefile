@@ -40,10 +40,10 @@ setup: $(READY)  ## create .venv from requirements/cpu.txt (3 to 5 minutes, once
 	@$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch .venv/.ready
 
-reproduce: $(READY)  ## download models and data, compute every result anew, update the scoreboard (NB=11: one notebook)
+reproduce: $(READY)  ## download models and data, compute every result anew, print the scoreboard (NB=11: one notebook)
 	@test "$(PROFILE)" = smoke || $(RUN) -m beyond_dpo.assets
 	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run $${nb:---all} --profile $(PROFILE)
-	@$(RUN) -m beyond_dpo.report
+	@$(RUN) -m beyond_dpo.report --local
 
 test: $(READY)  ## run the tests
 	@$(RUN) -m pytest
@@ -54,14 +54,16 @@ smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, n
 lab: $(READY)  ## open the notebooks in JupyterLab
 	@$(RUN) -m jupyterlab notebooks/00_start_here.ipynb
 
-render: $(READY)  ## execute the committed notebooks in place, from the committed results alone
-	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --profile cpu --in-place
+render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
+	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --in-place
+	@COMPUTE=never $(RUN) -m beyond_dpo.run 90 --in-place
+	@$(RUN) -m beyond_dpo.report --readme
 
 freeze: $(READY)  ## copy small finished results into data/frozen
 	@$(RUN) -m beyond_dpo.run --all --profile cpu --freeze
 
 lint: $(READY)  ## check the style
-	@$(RUN) -m ruff check lib tests notebooks
+	@$(RUN) -m ruff check lib tests notebooks benchmarks
 
 clean:  ## delete computed results (artifacts/) and caches; downloads, data/frozen and .venv stay
 	@rm -rf artifacts .pytest_cache .ruff_cache build lib/*.egg-info notebooks/.ipynb_checkpoints

@@ -30,7 +30,6 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.delenv("COMPUTE", raising=False)
     monkeypatch.setattr(artifacts, "listeners", [])
     new_process()
-    artifacts.reset_used()
 
 
 def new_process():
@@ -120,7 +119,6 @@ def test_computed_once_then_found(tmp_path):
     assert events == [("start", "demo", True), ("done", "demo", False), ("hit", "demo", True)]
     assert one.json() == {"reward": 0.1}
     assert one.csv("sub/rows.csv").reward[0] == 0.30000000000000004
-    assert artifacts.used() == [one]
     assert sorted(p.name for p in (tmp_path / "artifacts").iterdir()) == [one.key, f"{one.key}.lock"]
 
 
@@ -181,7 +179,7 @@ def test_exception_keeps_the_partial_work(tmp_path):
     with pytest.raises(RuntimeError, match="boom"):
         one.get()
     assert not one.exists() and (tmp_path / "artifacts" / f"{one.key}.partial" / "step").exists()
-    assert artifacts.used() == [] and artifacts._upstream == []
+    assert artifacts._upstream == []
     assert one.manifest["facts"] == {"resumed": True}
 
 
@@ -367,16 +365,6 @@ def test_freeze_refuses_large_and_missing(tmp_path):
     assert artifacts.freeze(one) == copy
     assert [p.name for p in (tmp_path / "frozen").iterdir()] == [one.key]
     assert (copy / "sub" / "rows.csv").read_bytes() == (one.get() / "sub" / "rows.csv").read_bytes()
-
-
-def test_used_lists_upstream_first_and_each_once():
-    up = demo(x=1)
-    down = Artifact("down", 1, {"up": up}, lambda folder: {"n": len(up.csv("sub/rows.csv"))})
-    down.get()
-    down.get()
-    assert artifacts.used() == [up, down]
-    artifacts.reset_used()
-    assert artifacts.used() == []
 
 
 def test_import_is_light():

@@ -141,6 +141,19 @@ def test_sweep_equals_checkpoints_written_by_the_extrapolator(engine, swap, refe
     assert expected[-1] == pytest.approx(reference("sft", TEXT), abs=1e-6)
 
 
+def test_alpha_of_a_part_equals_its_checkpoint(engine, models, reference, tmp_path):
+    """Attention moves to α = 3, the rest stays at the aligned model; the same α for all is another model."""
+    given = {"sft": str(models / "sft"), "aligned": str(models / "aligned"), "alpha": 0.0}
+    modules = {"*.self_attn.*": 3.0}
+    extrapolate.extrapolate(models / "sft", models / "aligned", {0.0: models / "attention"}, modules=modules)
+    engine.call("swap", **given, modules=modules)
+    (found,) = engine.call("logps", sequences=[TEXT])
+    assert found == pytest.approx(reference("attention", TEXT), abs=2e-3)
+    assert abs(found - reference(0, TEXT)) > 0.01 and abs(found - reference(3, TEXT)) > 0.01
+    engine.call("swap", **given)
+    assert engine.call("logps", sequences=[TEXT]) == pytest.approx([reference(0, TEXT)], abs=2e-3)
+
+
 def test_swap_is_cheap(engine, swap, record_property):
     """A sweep pays a swap, not a start, per α."""
     swap(0)

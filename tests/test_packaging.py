@@ -224,7 +224,7 @@ def test_setup_refuses_an_old_python_with_a_clear_message_and_leaves_no_stamp(tm
 
 
 def test_ruff_finds_nothing():
-    result = run(sys.executable, "-m", "ruff", "check", "--no-cache", "lib", "tests", "notebooks")
+    result = run(sys.executable, "-m", "ruff", "check", "--no-cache", "lib", "tests", "notebooks", "benchmarks")
     assert result.returncode == 0, result.stdout
 
 

@@ -109,13 +109,25 @@ def test_three_responses_share_one_prompt(model, rows):
     assert scores["logps"].tolist() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_models_that_would_read_across_responses_are_refused(model, rows):
-    from transformers import LlamaConfig
+def test_models_that_score_packed_responses_otherwise_are_refused():
+    """GPT-Neo's local layers count columns, not positions; Granite divides its logits after the head."""
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM, GraniteConfig, GraniteForCausalLM
 
-    twin = copy.deepcopy(model)
-    twin.config = LlamaConfig(**model.config.to_dict() | {"layer_types": ["linear_attention"] * 2})
-    with pytest.raises(ValueError, match="linear_attention"):
-        ResponseScorer(twin)
+    torch.manual_seed(1)
+    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    granite = {scale: GraniteForCausalLM(GraniteConfig(**shape, **heads, logits_scaling=scale)) for scale in (1.0, 8.0)}
+    ResponseScorer(granite[1.0])
+    local = GPTNeoConfig(**shape, num_layers=2, num_heads=2, attention_types=[[["local"], 2]], window_size=3)
+    for wrong in (granite[8.0], GPTNeoForCausalLM(local)):
+        with torch.no_grad():
+            for weight in wrong.parameters():
+                weight.mul_(10)  # so that the difference shows in an untrained model
+        with pytest.raises((ValueError, AttributeError), match="packed|embeddings"):
+            ResponseScorer(wrong)
+
+
+def test_sequences_longer_than_the_window_are_refused(model, rows):
     scorer = ResponseScorer(model)
     scorer.window = 1 + max(int(batch([r])["position_ids"].max()) for r in rows)
     with torch.no_grad():
@@ -126,13 +138,13 @@ def test_models_that_would_read_across_responses_are_refused(model, rows):
 
 
 def test_logits_exist_for_response_positions_only_and_a_chunk_at_a_time(model, rows):
-    seen = []
+    seen, whole, pieces = [], ResponseScorer(model), ResponseScorer(model, chunk=64)
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
     total = sum(len(ids) for r in rows for ids in r["responses"].values())
-    ResponseScorer(model)(**batch(rows))
+    whole(**batch(rows))
     assert seen == [total]
     seen.clear()
-    ResponseScorer(model, chunk=64)(**batch(rows))["logps"].sum().backward()
+    pieces(**batch(rows))["logps"].sum().backward()
     hook.remove()
     model.zero_grad()
     assert max(seen) == 64 and sum(seen) == 2 * total  # forward, and once more for backward

@@ -74,6 +74,20 @@ def test_verdict_refuses(arguments, extra, message):
         report.verdict(*arguments, **extra)
 
 
+def test_a_sign_without_a_number():
+    assert report.verdict("-", -2.0, -3.0, -1.0) == "direction" and report.verdict("-", 2.0) == "not reproduced"
+    assert report.verdict("+", 2.0, -1.0, 3.0) == "not reproduced" and report.verdict("+", None) == "not run"
+    row = {"claim": "c", "paper": "-", "paper_source": "text", "ours": -1.0}
+    assert report.compare([row])["paper"].tolist() == ["-"]
+
+
+def test_the_readme_shows_the_frozen_scoreboard(tmp_path):
+    """`make render` and `python -m beyond_dpo.report --readme` were run after the last freeze."""
+    copy = tmp_path / "README.md"
+    copy.write_text((paths.ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    assert not report.update_readme(copy)
+
+
 def test_compare_names_the_claim_and_the_column():
     df = report.compare([ROW, ROW | {"claim": "b", "ours": None, "low": None, "high": None}])
     assert list(df["verdict"]) == ["direction", "not run"]

@@ -376,6 +376,7 @@ def test_training_job_in_a_child(encoder, bag, tmp_path, monkeypatch):
     """`python -m beyond_dpo.rewards JOB.json` leaves the reward and facts.json; the same numbers as in this process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = {"texts": TEXTS[:64], "labels": LABELS[:64], "held_out": HELD_OUT, "seed": 0, "out": str(tmp_path)}
+    job["reward"] = "reward" if encoder else "gold"
     job |= {"encoder": str(assets.model_dir("tiny-encoder"))} if encoder else {}
     launch.run("beyond_dpo.rewards", job, tmp_path / "checkpoints", desc="train")
     facts = json.loads(Path(tmp_path, "facts.json").read_text())

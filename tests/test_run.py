@@ -196,7 +196,7 @@ def test_dry_run_describes_and_executes_nothing(project, capsys):
 
 GOOD = """
 import os, sys, pathlib, logging
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from beyond_dpo.artifacts import Artifact
 assert (seed, lr, profile) == (7, 2.0, "cpu") and type(lr) is float
 assert list(tqdm([1])) == [1]

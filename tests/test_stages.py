@@ -104,6 +104,12 @@ def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
     text = "".join(p.read_text(errors="ignore") for p in curves.get().glob("*.json"))
     assert "response_ids" not in text, "no text and no token of the data set is frozen"
 
+    extra = {p["id"]: len(p["responses"]["chosen"]) - len(p["responses"]["rejected"]) for p in pairs}
+    part = stages.subset(cfg, 0.25, seed=0, longest=True)
+    kept = [json.loads(line)["id"] for line in (part.get() / "pairs.jsonl").read_text().splitlines()]
+    assert len(kept) == max(1, round(len(pairs) / 4)) == part.manifest["facts"]["pairs"]
+    assert min(extra[i] for i in kept) >= max([extra[i] for i in extra if i not in kept])
+
     known = set(p.name for p in paths.ARTIFACTS.iterdir())
     wider = plain(fractions=[1.0], alphas={1.0: [0, 2, 3]}, seeds=[0], seed_fractions=[])
     expo.curves(wider).get()
@@ -120,6 +126,26 @@ def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
             expo.curves(wider).get()
     finally:
         del os.environ["COMPUTE"]
+
+
+def test_lines_share_what_is_already_trained():
+    """No model of another notebook is trained again, and no line has one model at both ends."""
+    cfg = config.load("expo", "cpu")
+    trained = {stages.aligned(cfg, f, s).key for f, s in expo.runs(cfg)}
+    assert expo.recipes(cfg)["default"].end.key in trained
+    assert len({line.end.key for line in expo.recipes(cfg).values()}) == len(expo.recipes(cfg)) == 9
+    assert expo.data_quality(cfg)["random"].end.key in trained
+    for line in [*expo.wrong_pairs(cfg).values(), *expo.modules(cfg).values()]:
+        assert line.start.key != line.end.key
+    halves = [line.modules for name, line in expo.modules(cfg).items() if "half" in name]
+    assert len(set(halves[0] + halves[1])) == cfg.layers == 30
+    whole = expo.modules(cfg)["all"].at(cfg, 2.0, "dev_prompts", 1)
+    assert whole.key == expo.Line(stages.sft(cfg), stages.aligned(cfg, 1.0), ()).at(cfg, 2.0, "dev_prompts", 1).key
+
+
+def test_a_target_that_needs_no_fine_tuning_is_the_sft_model():
+    cfg = config.load("expo", "smoke", world__sft_rows=0)
+    assert stages.sft(cfg).key == stages.target(cfg).key
 
 
 def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):

@@ -122,7 +122,8 @@ def double(folder, tiny):
     """Run with two processes that torchrun started; each ZeRO stage twice, the second time from its checkpoint."""
     stages = [a_job(folder, f"zero{z}_2", tiny, zero=z, micro_batch=2, checkpoint_every=4) for z in range(4)]
     pairs = a_job(folder, "dpo_2", tiny, zero=3, gradient_checkpointing=True, **PAIRS["dpo"] | {"micro_batch": 1})
-    run_all([*stages, pairs, *stages], folder / "double", launcher="torchrun", processes=2)
+    sharded = a_job(folder, "sharded_2", tiny, zero=3, **PAIRS["dpo"] | {"micro_batch": 1}) | {"sharded": True}
+    run_all([*stages, pairs, *stages, sharded], folder / "double", launcher="torchrun", processes=2)
     return folder
 
 
@@ -325,6 +326,12 @@ def test_weights_that_overflow_in_the_files_dtype_are_not_saved(single):
     assert not list((single / "overflow").glob("*.safetensors"))
 
 
+def test_processes_with_different_numbers_of_chunks_wait_for_each_other(single, double):
+    """Under ZeRO-3 each call of the head gathers it: with unequal numbers of calls two processes would hang."""
+    assert losses(double, "sharded_2") == pytest.approx(losses(single, "dpo"), rel=1e-4)
+    assert difference(weights(single / "dpo"), weights(double / "sharded_2")) < 0.02
+
+
 @pytest.mark.parametrize("launcher, processes", [("plain", 1), ("torchrun", 2), ("deepspeed", 2)])
 def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(folder, tmp_path, launcher, processes):
     """Of two processes one fails; the other waits for it in vain until the launcher ends it."""
@@ -405,6 +412,11 @@ if __name__ == "__main__":  # run a list of jobs in this process (one of several
         if rank == "0" and (out / "model.safetensors").exists():
             os.rename(out / "model.safetensors", out / "first.safetensors")
         os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        if each.get("sharded"):  # tiny weights too are gathered at each use, and logits exist for 8 tokens at a time
+            settings = train.engine_config(config.Train(**each["settings"]), 2)
+            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            train.engine_config = lambda *_, settings=settings: settings
+            reference.ResponseScorer.__init__.__defaults__ = ("fp32", 8)
         try:
             train.main(str(file))
         except train.NonFiniteLoss as failure:

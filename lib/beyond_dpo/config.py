@@ -11,12 +11,15 @@ import difflib
 import html
 import math
 import os
+import shutil
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import yaml
+
+from beyond_dpo import paths
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 
@@ -124,6 +127,14 @@ class Expo:
     seed_fractions: tuple[float, ...] = ()  # fractions trained with every seed (the others: first seed only)
     dev_samples: int = 1  # responses per prompt for each α of the search
     test_samples: int = 2
+    recipes: tuple[str, ...] = ()  # training recipes to compare with the default one, see expo.recipes
+    recipe_fraction: float = 0.2  # of the pairs, for the training recipes (epochs, learning rate, optimizer, β)
+    recipe_alphas: tuple[float, ...] = ()  # α grid of every recipe
+    quality_fraction: float = 0.1  # of the pairs, random against the longest chosen responses
+    pair_alphas: tuple[float, ...] = ()  # α grid of the lines that ExPO should not be applied to
+    layers: int = 30  # of the target, which the module grid halves
+    module_alphas: tuple[float, ...] = ()  # α grid of attention, MLP and layer ranges
+    search_evaluations: int = 7  # α that a golden-section search may sample, 0 included
     kl_prompts: int = 32  # prompts of each split whose responses are also scored by the SFT model, for the KL estimate
 
 
@@ -177,11 +188,18 @@ def check_batch(train: Train, where: str = "train") -> int:
     return train.global_batch // per_pass
 
 
+def memory_gib() -> float:
+    """Return this machine's memory in GiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
 def check_machine(config) -> None:
     """Raise ConfigError, with what is missing and what to do, if this machine cannot run the profile."""
-    needs, gib = config.needs, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    needs, gib = config.needs, memory_gib()
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
     missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})"] if gpus < needs.gpus else []
+    free = shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists())).free / 1e9
+    missing += [f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free: {free:.0f})"] if free < needs.disk_gb else []
     missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
     if missing:
         raise ConfigError(

@@ -171,11 +171,16 @@ def prepare(
     return kept, len(rows) - len(kept)
 
 
+def length(row: dict, names: list[str]) -> int:
+    """Return how many tokens `pack` computes for a row: its prompt once, and the named responses."""
+    return len(row["prompt_ids"]) + sum(len(row["responses"][n]) for n in names)
+
+
 def pack(rows: list[dict], names: list[str], pad_id: int) -> dict:
     """Lay the named responses of rows into one batch in which every prompt stands once.
 
     A row is its prompt and then its responses one after the other; each response sees the prompt and itself only, and
-    its positions go on from the prompt's, so scores are those of each response alone. Rows share lines of at least
+    its positions go on from the prompt's, so scores are those of each response alone. Rows share lines of about
     twice the longest row, each put on the line that is shortest yet, the longest first: little is padding (3 % where
     lines of one response each had 60 %), and attention, which grows with the line's length, stays cheap.
 
@@ -189,7 +194,7 @@ def pack(rows: list[dict], names: list[str], pad_id: int) -> dict:
         raise ValueError("pad_id is None: give the tokenizer a pad token (its end token will do)")
     if bad := [row["id"] for row in rows if not row["prompt_ids"]]:
         raise ValueError(f"rows {bad[:5]} have no prompt token, so nothing predicts their first response token")
-    lengths = [len(r["prompt_ids"]) + sum(len(r["responses"][n]) for n in names) for r in rows]
+    lengths = [length(row, names) for row in rows]
     lines: list = [[] for _ in range(max(1, sum(lengths) // (2 * max(lengths))))]
     for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
         min(lines, key=lambda line: sum(lengths[j] for j in line)).append(i)

@@ -160,6 +160,25 @@ def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean 
     return _legend(ax) if colour else ax
 
 
+def matrix(df, ax, *, rows, columns, value, title=""):
+    """Draw a half matrix of numbers in [-1, 1], such as cosines, each written into its square.
+
+    rows, columns, value: column names of `df`, one line per pair; names keep the order in which they first come.
+    """
+    names = list(dict.fromkeys([*df[rows], *df[columns]]))
+    grid = np.full((len(names), len(names)), np.nan)
+    for a, b, number in df[[rows, columns, value]].itertuples(index=False):
+        i, j = sorted((names.index(a), names.index(b)), reverse=True)
+        grid[i, j] = number
+        ax.text(j, i, f"{number:.2f}", ha="center", va="center", color="white" if abs(number) > 0.6 else "black")
+    ax.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1)
+    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    ax.set_yticks(range(len(names)), names)
+    ax.grid(visible=False)
+    ax.set_title(title)
+    return ax
+
+
 def histograms(df, ax, *, value, by, bins: int = 30, xlabel="reward"):
     """Draw the distribution of `value` for each name in the column `by`, in shared bins, its mean as a dashed line."""
     edges = np.histogram_bin_edges(df[value], bins)

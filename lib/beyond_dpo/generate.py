@@ -39,19 +39,20 @@ class Engine:
         self.weights, self.whole = (model, model, 0.0), True
         self.probes = {self.weights: self._probe()}
 
-    def swap(self, sft: str, aligned: str, alpha: float) -> float:
+    def swap(self, sft: str, aligned: str, alpha: float, modules: dict[str, float] | None = None) -> float:
         """Give the engine the weights θ₁ + α(θ₁ − θ₀) and return the log-probability of a fixed probe text (nats).
 
-        sft, aligned: folders of θ₀ and θ₁, with the tensors of the model that the engine started from. Raises
+        sft, aligned: folders of θ₀ and θ₁, with the tensors of the model that the engine started from. modules: as in
+        extrapolate(), patterns of tensor names with an α of their own. Raises
         StaleWeights if other weights give the very same probe as before, or known weights another one, and as
         extrapolate.tensors() does. After any error only another swap helps: the engine may hold half of each.
         """
-        wanted, held = (sft, aligned, float(alpha)), self.weights
+        wanted, held = (sft, aligned, float(alpha), *(modules or {}).items()), self.weights
         if wanted != held or not self.whole:
             if not Path(sft).samefile(self.model):
                 extrapolate.check(self.model, sft)  # a back-end would keep its own tensor where one is missing
             self.whole = False
-            self.backend.swap(extrapolate.tensors(sft, aligned, alpha))
+            self.backend.swap(extrapolate.tensors(sft, aligned, alpha, modules))
             probe = self._probe()
             if probe == self.probes[held] and _source(*held) != _source(*wanted):
                 raise StaleWeights(f"after the swap to α={alpha} of {aligned} the probe is still {probe}: old weights")
@@ -93,8 +94,10 @@ class Engine:
         return self.backend.logps([list(range(100, 100 + PROBE))])[0]
 
 
-def _source(sft: str, aligned: str, alpha: float) -> tuple:
+def _source(sft: str, aligned: str, alpha: float, *modules) -> tuple:
     """Name weights by what they come from: two names may be the same weights, one name never is two."""
+    if modules:
+        return (sft, aligned, alpha, *modules)
     return (sft,) if alpha == -1 or sft == aligned else (aligned,) if alpha == 0 else (sft, aligned, alpha)
 
 

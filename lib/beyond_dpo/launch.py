@@ -81,7 +81,8 @@ class Worker:
     def __init__(self, module: str, config: dict, workdir: Path, *, desc: str):
         workdir.mkdir(parents=True, exist_ok=True)
         self.settings = config
-        self.desc, self.log, self.progress_file = desc, workdir / f"{desc}.log", workdir / f".{desc}.progress"
+        name = f"{desc}-{os.getpid()}"  # two notebooks may share a folder
+        self.desc, self.log, self.progress_file = desc, workdir / f"{name}.log", workdir / f".{name}.progress"
         request, send = os.pipe()
         receive, reply = os.pipe()
         self._send, self._receive = os.fdopen(send, "w"), os.fdopen(receive)
@@ -191,11 +192,11 @@ def follow_parent() -> None:
 
 def _start(arguments: list[str], out, progress_file: Path, processes: int = 1, **options) -> subprocess.Popen:
     """Start a child in its own session: Ctrl-C reaches the notebook only, and the child's group can be ended whole."""
-    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))  # of this job, not of each process
     lib = str(Path(__file__).parents[1])  # also without an installed package
     environment = {
-        "OMP_NUM_THREADS": str(threads),
         **os.environ,
+        "OMP_NUM_THREADS": str(max(1, threads // processes)),
         "PYTHONPATH": os.pathsep.join(filter(None, [lib, os.environ.get("PYTHONPATH")])),
         "BEYOND_DPO_CHILD_PROGRESS": str(progress_file.absolute()),
         "BEYOND_DPO_PARENT": str(os.getpid()),

@@ -28,19 +28,36 @@ class ResponseScorer(torch.nn.Module):
     `logps`, the sum over response tokens of ln p in nats; `tokens`, their number; with `entropy` also
     `entropies`, the mean over response tokens of the entropy of p divided by ln |V|, in 0…1.
     A response without tokens gets logps 0 and entropy NaN. precision "bf16" autocasts, the softmax stays float32.
-    Raises ValueError for a model whose layers do not follow an attention mask, or whose window is shorter than a row.
+    Raises ValueError for a model that scores packed responses otherwise than alone (its layers do not follow the mask,
+    or its logits are not its head's), and for a sequence longer than the model's attention window.
     """
 
     def __init__(self, model, precision: str = "fp32", chunk: int = CHUNK):
         super().__init__()
         if precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {precision!r}")
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-        if other := kinds - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"{config.model_type} has layers of {min(other)}, which would mix packed responses")
-        self.window = getattr(config, "sliding_window", None) or math.inf
-        self.model, self.bf16, self.chunk = model, precision == "bf16", chunk
+        self.config = model.config.get_text_config()
+        self.window = getattr(self.config, "sliding_window", None) or math.inf
+        self.model, self.bf16, self.chunk = model, False, chunk
+        self._check()
+        self.bf16 = precision == "bf16"
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Score four short responses packed and alone: a recurrent or otherwise masked model would differ."""
+        training, device = self.training, next(self.model.parameters()).device
+        self.eval()
+        ids = [t % self.config.vocab_size for t in range(5, 15)]
+        row = {"id": "", "prompt_ids": ids[:4], "responses": {"a": ids[4:7], "b": ids[7:]}}
+        tensors = {k: v.to(device) for k, v in data.pack([row, row], ["a", "b"], 0).items() if k != "ids"}
+        packed = self(**tensors)["logps"]
+        for said, found in ((ids[4:7], packed[:2]), (ids[7:], packed[2:])):
+            logits = self.model(torch.tensor([ids[:4] + said], device=device)).logits[0, 3:-1].float()
+            alone = logits.log_softmax(-1).gather(-1, torch.tensor(said, device=device)[:, None]).sum()
+            if ((found - alone).abs() > 0.01 * alone.abs()).any():
+                raise ValueError(f"{self.config.model_type} models score packed responses otherwise than alone "
+                                 f"({found.tolist()} and {float(alone)} nats): not supported")  # fmt: skip
+        self.train(training)
 
     def forward(
         self, input_ids, position_ids, attention_mask, labels, predictors, tokens, entropy: bool = False
@@ -57,10 +74,14 @@ class ResponseScorer(torch.nn.Module):
                 input_ids=input_ids, position_ids=position_ids, attention_mask=unseen, use_cache=False
             ).last_hidden_state
         hidden, score = hidden.flatten(0, 1)[predictors], self._tokens
-        if len(labels) > self.chunk and torch.is_grad_enabled():  # one chunk's logits may stay, many may not
+        parts = [(start, start + self.chunk) for start in range(0, max(1, len(labels)), self.chunk)]
+        if torch.distributed.is_initialized():  # under ZeRO-3 all processes must call the head equally often
+            most = torch.tensor(len(parts), device=labels.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            parts += [(0, 0)] * (int(most) - len(parts))
+        if len(parts) > 1 and torch.is_grad_enabled():  # one chunk's logits may stay, many may not
             score = partial(checkpoint, self._tokens, use_reentrant=False)
-        chunks = zip(hidden.split(self.chunk), labels.split(self.chunk), strict=True)
-        pieces = [score(h, y, entropy) for h, y in chunks]
+        pieces = [score(hidden[start:end], labels[start:end], entropy) for start, end in parts]
         cuts = tokens.tolist()
         sums = [torch.stack([x.sum() for x in torch.cat(p).split(cuts)]) for p in zip(*pieces, strict=True)]
         tokens = tokens.float()
@@ -70,7 +91,7 @@ class ResponseScorer(torch.nn.Module):
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
             logits = self.model.get_output_embeddings()(hidden)
         logits = logits.float()
-        if cap := getattr(self.model.config, "final_logit_softcapping", None):
+        if cap := getattr(self.config, "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
         logps = logits.log_softmax(-1)
         picked = logps.gather(-1, labels[:, None])[:, 0]
@@ -81,8 +102,7 @@ class ResponseScorer(torch.nn.Module):
 
 def by_length(rows: list[dict], names: list[str], size: int) -> list[list[int]]:
     """Group row indices into batches of `size` rows of similar length, the longest first (memory fails early)."""
-    longest = [len(r["prompt_ids"]) + max(len(r["responses"][n]) for n in names) for r in rows]
-    order = sorted(range(len(rows)), key=lambda i: (-longest[i], i))
+    order = sorted(range(len(rows)), key=lambda i: (-data.length(rows[i], names), i))
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
@@ -103,7 +123,7 @@ def score_rows(model, rows: list[dict], names: list, *, pad_id: int, precision: 
         launch.progress(done, len(rows))
     if not out["logps"].isfinite().all():
         bad = [rows[i]["id"] for i in (~out["logps"].isfinite()).any(1).nonzero()[:5, 0].tolist()]
-        raise ValueError(f"the reference's log-probabilities are not finite for rows {bad}")
+        raise ValueError(f"the log-probabilities of rows {bad} are not finite (packed, one spoils its line)")
     return out
 
 
@@ -119,7 +139,7 @@ def main(path: str) -> None:
     if len({r["id"] for r in rows}) < len(rows):
         raise ValueError(f"{job['rows']}: rows share an id, so their scores could not be told apart")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).to(device)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True).to(device)
     arguments = {"pad_id": tokenizer.pad_token_id, "precision": job["precision"], "micro_batch": job["micro_batch"]}
     scores = score_rows(model, rows, job["names"], **arguments)
     about = {"ids": json.dumps([r["id"] for r in rows]), "names": json.dumps(job["names"]), "dropped": str(dropped)}

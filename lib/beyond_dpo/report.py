@@ -22,6 +22,7 @@ PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once
 COLUMNS = ("claim", "paper", "paper_source", "ours", "low", "high", "tolerance", "sign_only", "verdict")
 NUMBERS = ("paper", "ours", "low", "high", "tolerance")
 MARKERS = re.compile(r"(<!-- scoreboard -->).*?(<!-- /?scoreboard -->)", re.DOTALL)
+SIGNS = {"+": 1.0, "-": -1.0}  # a direction that a paper states without a number
 SHADES = {"reproduced": "#d5ecd9", "direction": "#e3edf7", "not reproduced": "#f8dcd3", "not run": "#eeeeee"}
 
 
@@ -52,11 +53,14 @@ def verdict(paper, ours, low=None, high=None, *, tolerance=None, sign_only: bool
     direction: same sign and the interval excludes 0; not run: `ours` is None; otherwise not reproduced.
     low, high: None for a number without uncertainty. sign_only: only the sign of `paper` is comparable (another scale,
     or read off a figure), so "direction" is the best verdict. A paper's effect of 0 has no direction to share.
+    paper: "+" or "-" where the paper states a direction and prints no number.
     Raises ValueError for NaN, for low > high, a negative tolerance, and a missing or zero sign with sign_only.
     The verdict is the same when all signs are turned.
     """
     if ours is None:
         return "not run"
+    if paper in SIGNS:
+        paper, sign_only = SIGNS[paper], True
     low, high = ours if low is None else low, ours if high is None else high
     numbers = {"paper": paper, "ours": ours, "low": low, "high": high, "tolerance": tolerance or 0}
     for name, value in numbers.items():
@@ -86,7 +90,7 @@ def compare(rows: Iterable[Mapping]) -> pd.DataFrame:
             lines.append(line | {"verdict": verdict(line["paper"], **{name: line[name] for name in COLUMNS[3:-1]})})
         except ValueError as error:
             raise ValueError(f"claim {line['claim']!r}: {error}") from None
-    return pd.DataFrame(lines, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS, float))
+    return pd.DataFrame(lines, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS[1:], float))
 
 
 def show(df: pd.DataFrame, caption: str) -> Table:
@@ -177,12 +181,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     df = _readable(scoreboard(options.local))
     print(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
+    made = paths.ARTIFACTS.glob("responses-*/manifest.json") if options.local else ()
+    spent = pd.DataFrame([json.loads(path.read_text(encoding="utf-8"))["facts"] for path in made])
+    if {"swap_s", "engine_s"} <= set(spent):
+        swap, engine = spent["swap_s"].median(), spent["engine_s"].median()
+        print(f"one more α in a sweep: {swap:.1f} s (a new engine: {engine:.1f} s, ratio {swap / engine:.2f}; medians)")
     if options.readme:
         print("README.md updated" if update_readme() else "README.md was up to date")
 
 
 def _readable(df: pd.DataFrame) -> pd.DataFrame:
-    text = df[["paper", "ours", "low", "high"]].astype(float).map(lambda x: "–" if x != x else f"{x:+.3g}").astype(str)
+    text = df[["paper", "ours", "low", "high"]].map(
+        lambda x: x if isinstance(x, str) else "–" if pd.isna(x) else f"{x:+.3g}"
+    )
     interval = (" [" + text["low"] + ", " + text["high"] + "]").where(text["low"] != "–", "")
     return df.assign(paper=text["paper"], ours=text["ours"] + interval).drop(columns=["low", "high"])
 

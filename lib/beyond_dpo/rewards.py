@@ -254,11 +254,14 @@ class Scorer:
 
 
 def main(path: str) -> None:
-    """Train the reward of a job file: texts, labels, held_out, seed, out, and for the classifier its encoder."""
+    """Train the reward of a job file: texts, labels, held_out, seed, out, reward (gold, reward or vader), encoder."""
     launch.follow_parent()
     job = json.loads(Path(path).read_text())
-    train = train_classifier if "encoder" in job else train_bag_of_words
-    facts = train(**job | {"out": Path(job["out"])})
+    name, out = job.pop("reward"), Path(job["out"])
+    if name == "vader":
+        facts = held_out_facts(Vader(), *job["held_out"])
+    else:
+        facts = {"gold": train_bag_of_words, "reward": train_classifier}[name](**job | {"out": out})
     Path(job["out"], "facts.json").write_text(json.dumps(facts))
 
 

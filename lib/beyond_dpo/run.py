@@ -251,6 +251,8 @@ def _describe(plan: list[tuple]) -> int:
     for path, _, values, profile in plan:
         print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
         module = f"beyond_dpo.{path.stem.split('_')[1]}" if re.match(r"\d+_(expo|mallows|wrpo)_", path.stem) else None
+        if set(values) - {"profile"}:
+            print("  (what -p changes beside the profile is not in these lines)")
         for line in importlib.import_module(module).describe(profile) if module else ["computes nothing"]:
             print(f"  {line}")
     return 0

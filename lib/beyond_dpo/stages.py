@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -26,21 +27,38 @@ def texts(world: config.World) -> Artifact:
     return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out))
 
 
-def sft(cfg) -> Artifact:
+def target(cfg) -> Artifact:
+    """Copy the target's own files: the model before any training here, as a folder like the trained ones."""
+
+    def make(out: Path) -> None:
+        for file in assets.model_dir(cfg.world.target).iterdir():
+            if file.is_file() and file.name != "manifest.json":
+                shutil.copyfile(file, out / file.name)
+
+    return Artifact("target", 1, {"model": assets.resolve(cfg.world.target)}, make)
+
+
+def sft(cfg, seed: int = 0) -> Artifact:
     """Fine-tune the target on review openings: the SFT model θ₀ of everything that follows."""
-    return _training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], desc="SFT")
+    if not cfg.world.sft_rows:  # it already is one
+        return target(cfg)
+    desc = f"SFT seed {seed}" if seed else "SFT"
+    return _training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, desc=desc)
 
 
 def reward(world: config.World, name: str) -> Artifact:
-    """Train the gold reward (words, half A) or the reward model (encoder, half B) on labelled openings."""
+    """Train the gold reward (words, half A) or the reward model (encoder, half B) on labelled openings.
+
+    "vader" has nothing to train: it is only measured on the same held-out labels.
+    """
     recipe = {"texts": texts(world), "seed": 0}
     if name == "reward":
         recipe["encoder"] = assets.resolve(world.reward_model)
 
     def make(out: Path) -> dict:
         labelled = json.loads((texts(world).get() / "labelled.json").read_text())
-        (words, labels), held_out = labelled[name], labelled["held_out"]
-        job = {"texts": words, "labels": labels, "held_out": held_out, "seed": 0, "out": str(out)}
+        (words, labels), held_out = labelled.get(name, ([], [])), labelled["held_out"]
+        job = {"texts": words, "labels": labels, "held_out": held_out, "seed": 0, "out": str(out), "reward": name}
         if name == "reward":
             job["encoder"] = str(assets.model_dir(world.reward_model))
         launch.run("beyond_dpo.rewards", job, out / "checkpoints", desc=f"train {name}")
@@ -50,23 +68,34 @@ def reward(world: config.World, name: str) -> Artifact:
 
 
 def responses(
-    cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0, samples: int, seed: int
-) -> Artifact:
-    """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`."""
-    prompts = texts(cfg.world)
+    cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0,
+    modules: dict | None = None, prompts: Artifact | None = None, samples: int, seed: int,
+) -> Artifact:  # fmt: skip
+    """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`.
+
+    modules: patterns of tensor names with an α of their own, as in extrapolate(). prompts: in place of texts(world).
+    """
+    prompts = prompts or texts(cfg.world)
     decoding = dataclasses.asdict(cfg.decoding)
     recipe = {"sft": model, "aligned": aligned, "alpha": alpha, "prompts": prompts, "split": split}
+    recipe |= {"modules": modules} if modules else {}
 
     def make(out: Path) -> dict:
         folder = str(model.get())
+        built = str(sft(cfg).get()) if aligned else folder  # one engine for every line: a swap brings all weights
         if aligned is None and _moved and "generate" in _workers:  # back to the weights that an engine starts with
             _workers.pop("generate").close()
-        engine, probe = _worker("generate", "beyond_dpo.generate", {"model": folder, "decoding": decoding}), None
+        clock, known = [time.monotonic()], _workers.get("generate")
+        engine, probe = _worker("generate", "beyond_dpo.generate", {"model": built, "decoding": decoding}), None
+        clock.append(time.monotonic())
         _moved[:] = [aligned] if aligned else []
         if aligned:
-            probe = engine.call("swap", sft=folder, aligned=str(aligned.get()), alpha=alpha)
+            probe = engine.call("swap", sft=folder, aligned=str(aligned.get()), alpha=alpha, modules=modules)
+        clock.append(time.monotonic())
+        spent = {"swap_s": round(clock[2] - clock[1], 2)} if aligned else {}
+        spent |= {"engine_s": round(clock[1] - clock[0], 2)} if engine is not known else {}
         arguments = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
-        return engine.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe}
+        return engine.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe} | spent
 
     return Artifact("responses", 1, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make)
 
@@ -117,14 +146,14 @@ def pairs(cfg) -> Artifact:
     return Artifact("pairs", 1, {"scores": judged}, make)
 
 
-def reference(cfg) -> Artifact:
-    """Pass the SFT model once over all pairs; β, loss and seed of the training are not in its key."""
-    start, rows, train = sft(cfg), pairs(cfg), cfg.train
+def reference(cfg, start: Artifact | None = None) -> Artifact:
+    """Pass the SFT model (or `start`) once over all pairs; β, loss and seed of the training are not in its key."""
+    start, rows, train = start or sft(cfg), pairs(cfg), cfg.train
     recipe = {"sft": start, "pairs": rows, "precision": train.precision}
     recipe |= {"max_prompt": train.max_prompt, "max_length": train.max_length}
 
     def make(out: Path) -> None:
-        close()
+        _make_room(cfg)
         job = {"model": str(start.get()), "rows": str(rows.get() / "pairs.jsonl"), "names": ["chosen", "rejected"]}
         job |= {"limits": _limits(train, start.get()), "precision": train.precision, "micro_batch": train.micro_batch}
         job["out"] = str(out / "reference.safetensors")
@@ -133,21 +162,40 @@ def reference(cfg) -> Artifact:
     return Artifact("reference", 2, recipe, make)
 
 
-def aligned(cfg, fraction: float, seed: int = 0) -> Artifact:
-    """Align the SFT model on a random fraction of the pairs (a fraction of the data is a fraction of the steps)."""
+def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
+    """Draw a fraction of the pairs: at random, or those whose chosen response is longest against the rejected one."""
     rows = pairs(cfg)
 
-    def subset(out: Path) -> dict:
+    def make(out: Path) -> dict:
         from beyond_dpo import data
 
         everything = data.read_rows(rows.get() / "pairs.jsonl")
-        kept = data.order(len(everything), seed, epoch=1_000)[: max(1, round(fraction * len(everything)))]
+        order = data.order(len(everything), seed, epoch=1_000)
+        longer = [len(r["responses"]["chosen"]) - len(r["responses"]["rejected"]) for r in everything]
+        if longest:
+            order.sort(key=lambda i: -longer[i])
+        kept = order[: max(1, round(fraction * len(everything)))]
         data.write_rows(out / "pairs.jsonl", [everything[i] for i in sorted(kept)])
-        return {"pairs": len(kept)}
+        return {"pairs": len(kept), "mean_extra_tokens": round(sum(longer[i] for i in kept) / len(kept), 2)}
 
-    part = Artifact("subset", 1, {"pairs": rows, "fraction": fraction, "seed": seed}, subset)
-    names, desc = ["chosen", "rejected"], f"{cfg.train.loss.upper()} {fraction:.0%} seed {seed}"
-    return _training(cfg, cfg.train, part, "pairs.jsonl", names, against=reference(cfg), seed=seed, desc=desc)
+    recipe = {"pairs": rows, "fraction": fraction, "seed": seed} | ({"longest": True} if longest else {})
+    return Artifact("subset", 1, recipe, make)
+
+
+def aligned(
+    cfg, fraction: float, seed: int = 0, *, start: Artifact | None = None, longest: bool = False, **changes
+) -> Artifact:
+    """Align the SFT model on a fraction of the pairs (a fraction of the data is a fraction of the steps).
+
+    start: another model to align, which is then its own reference. longest: see subset(). changes: of cfg.train's
+    fields, such as epochs=2.
+    """
+    settings = dataclasses.replace(cfg.train, **changes)
+    part, base = subset(cfg, fraction, seed, longest), start or sft(cfg)
+    what = "".join(f", {k} {v:g}" if isinstance(v, (int, float)) else f", {v}" for k, v in changes.items())
+    names, desc = ["chosen", "rejected"], f"{settings.loss.upper()} {fraction:.0%} seed {seed}{what}"
+    given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
+    return _training(cfg, settings, part, "pairs.jsonl", names, **given)
 
 
 def watched(items, desc: str):
@@ -162,6 +210,12 @@ def close() -> None:
     """End the living engines (also done when the kernel ends)."""
     while _workers:
         _workers.popitem()[1].close()
+
+
+def _make_room(cfg) -> None:
+    """End the living engines before a training, which they would hold gigabytes beside, unless there is plenty."""
+    if cfg.needs.gpus or config.memory_gib() < 4 * cfg.needs.memory_gb:
+        close()
 
 
 _workers: dict[str, launch.Worker] = {}
@@ -181,16 +235,15 @@ def _worker(name: str, module: str, settings: dict) -> launch.Worker:
 
 def _training(
     cfg, settings: config.Train, rows: Artifact, file: str, names: list, *,
-    against: Artifact | None = None, seed: int = 0, desc: str,
+    base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str,
 ) -> Artifact:  # fmt: skip
-    """Train from the target (without `against`: SFT) or from the SFT model, against its reference pass."""
-    base = sft(cfg) if against else assets.resolve(cfg.world.target)
-    recipe = {"model": base, "rows": rows, "names": names, "reference": against}
+    """Train from `base` against its reference pass, or (SFT) from the target."""
+    recipe = {"model": base or assets.resolve(cfg.world.target), "rows": rows, "names": names, "reference": against}
     recipe |= {"settings": settings.recipe(), "seed": seed}
 
     def make(out: Path) -> dict:
-        close()  # idle engines would hold several GB beside the training
-        model = base.get() if against else assets.model_dir(cfg.world.target)
+        _make_room(cfg)
+        model = base.get() if base else assets.model_dir(cfg.world.target)
         job = {"model": str(model), "rows": str(rows.get() / file), "names": names, "seed": seed, "out": str(out)}
         job |= {"limits": _limits(settings, model), "settings": dataclasses.asdict(settings)}
         job["reference"] = str(against.get() / "reference.safetensors") if against else None

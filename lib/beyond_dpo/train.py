@@ -93,9 +93,13 @@ def main(path: str) -> None:
     """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
     launch.follow_parent()
     if "RANK" not in os.environ:  # started by plain python
+        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # each task would take itself for the only one
+            wanted = "RANK=$SLURM_PROCID, LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR, MASTER_PORT"
+            raise configuration.ConfigError(f"started by srun without RANK: let each task export {wanted}")
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # 0: any that is free
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     job = json.loads(Path(path).read_text())
     settings = configuration.Train(**{**job["settings"], "processes": world})
     accumulation = configuration.check_batch(settings)
@@ -123,7 +127,7 @@ def main(path: str) -> None:
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     tokenizer = data.load_tokenizer(job["model"])
     torch.manual_seed(job["seed"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = reference.ResponseScorer(model.train(), settings.precision)
@@ -133,6 +137,7 @@ def main(path: str) -> None:
         optimizer=OPTIMIZERS[settings.optimizer](weights, lr=settings.lr, weight_decay=settings.weight_decay),
         config=engine_settings,
     )
+    engine.enable_backward_allreduce = settings.zero > 0 or world > 1  # alone, stage 0 would only copy its gradients
     total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
     checkpoints, log_file = out / "checkpoints", out / "log.jsonl"
     saved = checkpoints / f"zero{settings.zero}-of{world}"
@@ -150,6 +155,7 @@ def main(path: str) -> None:
     for step in range(first, total):
         began = time.time()
         batch = _step_rows(rows, names, step, settings.global_batch, job["seed"])
+        torch.manual_seed((job["seed"] << 32) + step * world + rank)  # for dropout: a resumed run draws the same
         weight = 1 / settings.global_batch
         if settings.loss == "sft":  # mean over the tokens of the whole step, however it is split
             weight = 1 / sum(len(r["responses"][n]) for r in batch for n in names)
@@ -210,13 +216,13 @@ def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: i
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, len(rows))
         picked.append(rows[_order(len(rows), seed, epoch)[place]])
-    return sorted(picked, key=lambda r: (len(r["prompt_ids"]) + sum(len(r["responses"][n]) for n in names), r["id"]))
+    return sorted(picked, key=lambda r: (data.length(r, names), r["id"]))
 
 
 def _log_step(log_file, step: int, sums: list, batch: list, names: list, loss: str, rate, norm, seconds: float) -> None:
     value, chosen, rejected, correct, logps_chosen, logps_rejected = sums
     n = len(batch)
-    tokens = sum(len(r["prompt_ids"]) + len(r["responses"][name]) for r in batch for name in names)
+    tokens = sum(data.length(r, names) for r in batch)
     entry = {
         "step": step, "loss": value, "lr": rate, "grad_norm": norm,
         "tokens_per_s": tokens / seconds, "rows_per_s": n / seconds,

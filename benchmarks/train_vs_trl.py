@@ -1,0 +1,117 @@
+"""DPO training: `beyond_dpo.train` and TRL's DPOTrainer in turn, on the same model, pairs, precision and cores.
+
+    python benchmarks/train_vs_trl.py                                # pip install .[bench]
+
+The pairs are those of profile `cpu` (made first where they are missing). Both train SmolLM2-135M with a batch of 8
+pairs, bf16 autocast over float32 weights, AdamW, and the reference's log-probabilities computed beforehand; what is
+timed are the optimizer steps after the first two. TRL without precomputation is measured as well, as it is its default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measure import report, run
+
+from beyond_dpo import assets, config, data, stages
+
+SKIP = 2  # steps that warm up
+
+
+def ours(job: dict) -> None:
+    """Reference pass, then training, as the pipeline does; speed from the log of the steps."""
+    from beyond_dpo import reference, train
+
+    work = Path(job["out"])
+    settings = dataclasses.replace(config.load("expo", "cpu").train, launcher="plain", checkpoint_every=10**6)
+    limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
+    limits |= {"bos_id": None, "eos_id": data.load_tokenizer(job["model"]).eos_token_id}
+    shared = {"model": job["model"], "rows": job["rows"], "names": ["chosen", "rejected"], "limits": limits}
+    scores = {"precision": "bf16", "micro_batch": 8, "out": str(work / "reference.safetensors")}
+    for name, part in (("reference", scores), ("train", {"settings": dataclasses.asdict(settings), "seed": 0})):
+        file = work / f"{name}.json"
+        given = {"reference": scores["out"], "out": str(work / "model")} if name == "train" else {}
+        file.write_text(json.dumps(shared | part | given))
+        (reference if name == "reference" else train).main(str(file))
+    steps = [json.loads(line) for line in (work / "model" / "log.jsonl").read_text().splitlines()][SKIP:]
+    seconds = [settings.global_batch / step["rows_per_s"] for step in steps]
+    (work / "result.json").write_text(json.dumps({"pairs_per_s": settings.global_batch * len(steps) / sum(seconds)}))
+
+
+def trl(job: dict, precompute: bool) -> None:
+    """TRL's trainer on the same pairs as text; speed from its step callbacks."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    work, tokenizer, train = Path(job["out"]), data.load_tokenizer(job["model"]), config.load("expo", "cpu").train
+    rows = data.read_rows(job["rows"])
+    text = [{"prompt": r["prompt_ids"], **r["responses"]} for r in rows]
+    text = [{name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in row.items()} for row in text]
+    settings = DPOConfig(
+        output_dir=str(work / "trl"), per_device_train_batch_size=train.global_batch, num_train_epochs=1,
+        learning_rate=train.lr, beta=train.beta, max_length=train.max_length, bf16=True, use_cpu=True, seed=0,
+        precompute_ref_log_probs=precompute, gradient_checkpointing=False, report_to=[], save_strategy="no",
+        logging_steps=10**6, lr_scheduler_type="cosine", warmup_ratio=train.warmup, disable_tqdm=True,
+    )  # fmt: skip
+    spent, began = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            began.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            spent.append(time.perf_counter() - began[-1])
+
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
+    trainer = DPOTrainer(
+        model, args=settings, train_dataset=Dataset.from_list(text), processing_class=tokenizer, callbacks=[Clock()]
+    )
+    trainer.train()
+    kept = spent[SKIP:-1]  # the last batch may be short
+    (work / "result.json").write_text(json.dumps({"pairs_per_s": train.global_batch * len(kept) / sum(kept)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=160, help="how many pairs are trained on: 8 a step")
+    parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/train_vs_trl.json")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        kind, file = options.child
+        job = json.loads(Path(file).read_text())
+        return ours(job) if kind == "ours" else trl(job, precompute=kind == "trl")
+    rows = data.read_rows(stages.pairs(config.load("expo", "cpu")).get() / "pairs.jsonl")[: options.pairs]
+    stages.close()
+    rounds = []
+    for _ in range(options.rounds):
+        row = {}
+        for kind in ("ours", "trl", "trl_default"):
+            with tempfile.TemporaryDirectory() as work:
+                data.write_rows(Path(work, "pairs.jsonl"), rows)
+                job = {"model": str(assets.model_dir("smollm2")), "rows": str(Path(work, "pairs.jsonl")), "out": work}
+                Path(work, "job.json").write_text(json.dumps(job))
+                done = run([sys.executable, __file__, "--child", kind, Path(work, "job.json")])
+                row[f"{kind}_pairs_per_s"] = json.loads(Path(work, "result.json").read_text())["pairs_per_s"]
+                row[f"{kind}_peak_gib"] = done["peak_gib"]
+        row["pairs/s, ours/TRL"] = row["ours_pairs_per_s"] / row["trl_pairs_per_s"]
+        row["pairs/s, ours/TRL default"] = row["ours_pairs_per_s"] / row["trl_default_pairs_per_s"]
+        row["memory, ours/TRL"] = row["ours_peak_gib"] / row["trl_peak_gib"]
+        rounds.append(row)
+        print(row, flush=True)
+    tokens = sum(len(r["prompt_ids"]) * 2 + sum(map(len, r["responses"].values())) for r in rows) / len(rows)
+    about = {"model": "SmolLM2-135M", "pairs": len(rows), "batch": 8, "tokens_per_pair": tokens, "precision": "bf16"}
+    report("train_vs_trl", about, rounds, options.freeze)
+
+
+if __name__ == "__main__":
+    main()
