@@ -90,8 +90,9 @@ def test_every_notebook_runs_cold_at_smoke(tmp_path):
         "BEYOND_DPO_FIGURES": str(tmp_path / "figures"),
     }
     command = [sys.executable, "-m", "beyond_dpo.run", "--all", "--profile", "smoke"]
-    for _ in range(2):
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
+    again = [sys.executable, "-m", "beyond_dpo.run", "11", "--profile", "smoke"]
+    for arguments in (command, again):
+        done = subprocess.run(arguments, env=env, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert {p.name for p in (tmp_path / "figures").glob("*.svg")} == {p.name for p in paths.FIGURES.glob("*.svg")}
     assert len(list((tmp_path / "artifacts" / "runs").glob("*.ipynb"))) == len(

@@ -113,12 +113,6 @@ def test_tables_repeat_escape_and_round():
     assert html != report.show(df, "another caption")._repr_html_()
 
 
-def test_environment():
-    manifest = {"stage": "train", "key": "train-0", "seconds": 1.5, "hardware": {"cpu": "x"}, "files": {"a": {}}}
-    df = report.environment([manifest, manifest | {"git": None}])
-    assert len(df) == 2 and df["hardware.cpu"][0] == "x" and "files.a" not in df
-
-
 def test_published_tables_are_read_as_printed():
     """Four numbers by eye from the paper's Tables 1 and 3: the tables shipped are eight."""
     tables = sorted(paths.PUBLISHED.glob("expo_*.csv"))

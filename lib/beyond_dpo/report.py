@@ -108,12 +108,6 @@ def show(df: pd.DataFrame, caption: str) -> Table:
     return table
 
 
-def environment(manifests: Iterable[Mapping]) -> pd.DataFrame:
-    """Return where and for how long stages ran, from their manifests; keep it out of outputs that must repeat."""
-    names = ("stage", "key", "seconds", "created", "hardware", "packages", "git")
-    return pd.DataFrame([dict(_flat({name: m[name] for name in names if name in m})) for m in manifests])
-
-
 def record(notebook: str, rows, profile: str, *, keys: Iterable[str] = ()) -> pd.DataFrame:
     """Store a notebook's claims for the scoreboard and return them as `compare` does.
 
@@ -196,14 +190,6 @@ def _readable(df: pd.DataFrame) -> pd.DataFrame:
     )
     interval = (" [" + text["low"] + ", " + text["high"] + "]").where(text["low"] != "–", "")
     return df.assign(paper=text["paper"], ours=text["ours"] + interval).drop(columns=["low", "high"])
-
-
-def _flat(value, prefix: str = "") -> Iterable[tuple[str, object]]:
-    for name, inner in value.items():
-        if isinstance(inner, Mapping) and inner:
-            yield from _flat(inner, f"{prefix}{name}.")
-        else:
-            yield prefix + str(name), inner
 
 
 def _write(path: Path, text: str) -> None:

@@ -249,6 +249,8 @@ def _training(
         job["reference"] = str(against.get() / "reference.safetensors") if against else None
         machine = {"launcher": settings.launcher, "processes": settings.processes}
         launch.run("beyond_dpo.train", job, out / "checkpoints", desc=desc, **machine)
+        if not list(out.glob("*.safetensors")):  # the deepspeed launcher ends with 0 when a signal ended its processes
+            raise launch.JobFailed(f"{desc}: ended without a model; see {out / 'checkpoints' / 'job.log'}")
         steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
 
