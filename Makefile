@@ -56,7 +56,6 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 
 render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
 	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --in-place
-	@COMPUTE=never $(RUN) -m beyond_dpo.run 90 --in-place
 	@$(RUN) -m beyond_dpo.report --readme
 
 freeze: $(READY)  ## copy small finished results into data/frozen

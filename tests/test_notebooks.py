@@ -13,7 +13,7 @@ import pytest
 from beyond_dpo import paths
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
-LIBRARIES = {"beyond_dpo", "numpy", "pandas", "matplotlib", "IPython", "ipywidgets"}
+LIBRARIES = {"beyond_dpo", "numpy", "pandas", "matplotlib", "IPython"}
 
 
 def code_cells(path):
