@@ -276,7 +276,7 @@ def describe(profile: str, **overrides) -> list[str]:
         lines += [f"{what} (lr {t.lr:g}, β {t.beta:g}, batch {t.global_batch} = {t.processes} × {t.micro_batch} × "
                   f"{config.check_batch(t)}, ZeRO-{t.zero}): {command}"]  # fmt: skip
     lines += ["rewards and the pairs' log-probabilities: python -m beyond_dpo.rewards, python -m beyond_dpo.reference"]
-    lines += [f"notebook 13 trains {len(recipes(cfg)) - 1} more on {cfg.recipe_fraction:.0%} of the pairs, 14 one on "
+    lines += [f"notebook 13 trains {len(cfg.recipes)} more on {cfg.recipe_fraction:.0%} of the pairs, 14 one on "
               f"{cfg.quality_fraction:.0%}, 15 another SFT model and one from it"]  # fmt: skip
     grid = "; ".join(f"{f:.0%}: {' '.join(f'{a:g}' for a in cfg.alphas[f])}" for f in cfg.fractions)
     lines += [f"one {cfg.decoding.backend} engine over every α ({grid}): python -m beyond_dpo.generate"]
