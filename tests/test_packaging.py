@@ -140,7 +140,7 @@ def test_no_tracked_file_is_larger_than_one_megabyte():
 
 
 def test_lib_stays_small():
-    """Size is a feature: no file over 300 lines, 3,300 of code in all (no docstrings, comments, blanks)."""
+    """Size is a feature: no file over 300 lines, 3,260 of code in all (no docstrings, comments, blanks)."""
     sizes = {}
     files = sorted((ROOT / "lib").rglob("*.py"))
     assert len(files) > 15
@@ -154,7 +154,7 @@ def test_lib_stays_small():
                 said |= set(range(node.lineno, node.end_lineno + 1))
         code = [line for n, line in enumerate(text.splitlines(), 1) if n not in said and line.split("#")[0].strip()]
         sizes[path.name] = len(code)
-    assert sum(sizes.values()) <= 3300, sizes
+    assert sum(sizes.values()) <= 3260, sizes
 
 
 def test_license_is_apache_2():

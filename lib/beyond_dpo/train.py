@@ -170,7 +170,7 @@ def main(path: str) -> None:
             row_loss, chosen, rejected = row_losses(settings, scores, against, names)
             if not row_loss.isfinite().all():
                 bad = [i for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True) if not finite]
-                raise NonFiniteLoss(f"step {step}: the loss of rows {bad} is not finite (packed, one spoils its line)")
+                raise NonFiniteLoss(f"step {step}: the loss of rows {_culprits(model, part, names, bad)} is not finite")
             # the engine averages over accumulation and processes; the weight already is of the whole step
             engine.backward(row_loss.sum() * weight * accumulation * world)
             if micro == accumulation - 1:
@@ -202,6 +202,18 @@ def main(path: str) -> None:
     _save(model, tokenizer, out, save_dtype, rank)
     dist.barrier()
     dist.destroy_process_group()
+
+
+@torch.no_grad()
+def _culprits(model, rows: list[dict], names: list[str], bad: list[str]) -> list[str]:
+    """Return which of the `bad` rows are so alone: packed, a row spoils those that share its line."""
+    if hasattr(next(model.parameters()), "ds_id"):  # ZeRO-3: one process alone cannot gather the weights
+        return bad
+    device, found = next(model.parameters()).device, []
+    for row in (row for row in rows if row["id"] in bad):
+        texts = [torch.tensor([row["prompt_ids"] + row["responses"][n]], device=device) for n in names]
+        found += [] if all(model(ids[None]).logits.isfinite().all() for ids in texts) else [row["id"]]
+    return found or bad
 
 
 _order = functools.lru_cache(2)(data.order)
