@@ -27,7 +27,12 @@ for step in range(config.get("steps", 0)):
 if "say" in config:
     print(config["say"], flush=True)
 if "fail" in config:
-    raise ValueError(config["fail"])
+    error = ValueError(config["fail"])
+    for i in range(config.get("notes", 0)):
+        error.add_note(f"{rank}.{i}")
+    while "notes" in config and not all(os.path.exists(config["note"] + r) for r in "01"):
+        pass  # both fail together
+    raise error
 if "hang" in config:
     below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
     open(config["hang"] + rank, "w").write(f"{os.getpid()} {below.pid}")
@@ -193,6 +198,17 @@ def test_launchers_do_not_hide_the_traceback(tmp_path, monkeypatch, launcher):
     assert "ValueError: broken lamp" in str(failure.value)
     first = json.loads(next(tmp_path.glob("note[01]")).read_text())
     assert first["WORLD_SIZE"] == "2" and first["OMP_NUM_THREADS"] == "1"
+
+
+@pytest.mark.slow
+def test_tracebacks_of_processes_that_fail_together_stay_whole(tmp_path):
+    config = {"note": str(tmp_path / "note"), "fail": "broken lamp", "notes": 2000}
+    with pytest.raises(launch.JobFailed, match="ValueError: broken lamp"):
+        launch.run("a_job", config, tmp_path / "work", desc="job", launcher="torchrun", processes=2)
+    log = (tmp_path / "work" / "job.log").read_text()
+    for rank in (0, 1):  # torchrun may end the second before it has said anything, never in the middle of a word
+        whole = "ValueError: broken lamp\n" + "".join(f"{rank}.{i}\n" for i in range(2000))
+        assert whole in log or f"{rank}.0\n" not in log
 
 
 def test_without_a_traceback_the_last_lines_are_shown(tmp_path):

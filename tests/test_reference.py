@@ -195,13 +195,13 @@ def test_scores_keep_the_order_of_the_rows_whatever_the_batches(model, rows):
     for batch_of_one in reference.by_length(rows, names, 1):
         assert len(batch_of_one) == 1
     assert sorted(i for b in reference.by_length(rows, names, 5) for i in b) == list(range(len(rows)))
-    wanted = reference.score_rows(model, rows, names, pad_id=2, precision="fp32", micro_batch=1)
+    wanted = reference.score_rows(ResponseScorer(model), rows, names, pad_id=2, micro_batch=1)
     for size in (2, 5, 100):
-        found = reference.score_rows(model, rows, names, pad_id=2, precision="fp32", micro_batch=size)
+        found = reference.score_rows(ResponseScorer(model), rows, names, pad_id=2, micro_batch=size)
         for key in ("logps", "tokens", "entropies"):
             assert found[key].shape == (len(rows), 2) and not found[key].requires_grad
             torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-5)
-    backwards = reference.score_rows(model, rows[::-1], names[::-1], pad_id=2, precision="fp32", micro_batch=5)
+    backwards = reference.score_rows(ResponseScorer(model), rows[::-1], names[::-1], pad_id=2, micro_batch=5)
     torch.testing.assert_close(backwards["logps"].flip(0)[:, columns], wanted["logps"], rtol=1e-5, atol=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_padding_with_the_end_token_changes_nothing(model, rows):
     """As in SmolLM2, where pad and end are one token, and responses end with it."""
     assert all(r["responses"]["chosen"][-1] == 1 for r in rows[:2])
     with_pad, with_end = (
-        reference.score_rows(model, rows, ["chosen"], pad_id=pad, precision="fp32") for pad in (2, 1)
+        reference.score_rows(ResponseScorer(model), rows, ["chosen"], pad_id=pad) for pad in (2, 1)
     )  # fmt: skip
     for key, value in with_pad.items():
         assert torch.equal(value, with_end[key])
@@ -224,7 +224,7 @@ def test_a_score_that_is_not_finite_names_the_rows(model, rows):
         broken.get_input_embeddings().weight[token] = float("inf")
     assert 0 < len(holding) < len(rows)
     with pytest.raises(ValueError, match="not finite") as failure:
-        reference.score_rows(broken, rows, ["chosen"], pad_id=2, precision="fp32", micro_batch=1)
+        reference.score_rows(ResponseScorer(broken), rows, ["chosen"], pad_id=2, micro_batch=1)
     assert all(repr(i) in str(failure.value) for i in holding[:5])
 
 

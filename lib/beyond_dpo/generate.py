@@ -112,11 +112,12 @@ class VllmBackend:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        self.decoding, self.end, self.cut = decoding, _end_tokens(model), ("top_k", "top_p")
-        extra = {}
-        if current_platform.is_cpu():  # the built-in sampler sorts the whole vocabulary at every step; see CpuTopKTopP
-            extra = {"enforce_eager": True, "logits_processors": ["beyond_dpo.sampling:CpuTopKTopP"]}
-            extra["additional_config"], self.cut = {name: decoding[name] for name in self.cut}, ()
+        self.decoding, self.end, extra = decoding, _end_tokens(model), {}
+        self.own = ("presence_penalty", "frequency_penalty", "top_k", "top_p")  # what vLLM does itself
+        if current_platform.is_cpu():  # the built-in sampler counts and sorts the whole vocabulary at every step
+            ours = [f"beyond_dpo.sampling:{name}" for name in ("CpuPenalties", "CpuTopKTopP")]
+            extra = {"enforce_eager": True, "logits_processors": ours}
+            extra["additional_config"], self.own = {name: decoding[name] for name in self.own}, ()
         self.llm = LLM(
             model, dtype=decoding["dtype"], max_model_len=decoding["max_model_len"], seed=seed, max_num_seqs=BLOCK,
             skip_tokenizer_init=True, generation_config="vllm", disable_log_stats=True,
@@ -134,7 +135,7 @@ class VllmBackend:
         if not self.llm.reset_prefix_cache():
             raise StaleWeights("vLLM kept its prefix cache")
         torch.manual_seed(seed)  # a seed per request ends the CPU engine; one generator, prompts in fixed order
-        given = ("temperature", "presence_penalty", "frequency_penalty", "max_tokens", *self.cut)
+        given = ("temperature", "max_tokens", *self.own)
         params = SamplingParams(
             **{name: self.decoding[name] for name in given}, stop_token_ids=self.end, logprobs=0, detokenize=False
         )

@@ -174,7 +174,12 @@ def announce(stage: str, done: int, total: int, seconds: float) -> None:
 
 
 def follow_parent() -> None:
-    """End this process within about a second when its launcher or the notebook's kernel is gone (kill -9 included)."""
+    """End this process within about a second when its launcher or the notebook's kernel is gone (kill -9 included).
+
+    And write a traceback in one piece: launchers start Python unbuffered, so processes that fail together would mix
+    even their words in the log they share.
+    """
+    sys.excepthook = lambda *error: os.write(2, "".join(traceback.format_exception(*error)).encode())
     launcher, kernel = os.getppid(), int(os.environ.get("BEYOND_DPO_PARENT", 0))
 
     def watch():

@@ -107,10 +107,9 @@ def by_length(rows: list[dict], names: list[str], size: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def score_rows(model, rows: list[dict], names: list, *, pad_id: int, precision: str, micro_batch: int = 16) -> dict:
+def score_rows(scorer: ResponseScorer, rows: list[dict], names: list, *, pad_id: int, micro_batch: int = 16) -> dict:
     """Return logps, tokens and entropies of `rows` in their order, each float32 (len(rows), len(names)) on the CPU."""
-    scorer = ResponseScorer(model, precision).eval()
-    device = next(model.parameters()).device
+    device = next(scorer.eval().parameters()).device
     out = {k: torch.full((len(rows), len(names)), float("nan")) for k in ("logps", "tokens", "entropies")}
     done = 0
     for batch in by_length(rows, names, micro_batch):
@@ -140,8 +139,8 @@ def main(path: str) -> None:
         raise ValueError(f"{job['rows']}: rows share an id, so their scores could not be told apart")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True).to(device)
-    arguments = {"pad_id": tokenizer.pad_token_id, "precision": job["precision"], "micro_batch": job["micro_batch"]}
-    scores = score_rows(model, rows, job["names"], **arguments)
+    scorer, pad = ResponseScorer(model, job["precision"]), tokenizer.pad_token_id
+    scores = score_rows(scorer, rows, job["names"], pad_id=pad, micro_batch=job["micro_batch"])
     about = {"ids": json.dumps([r["id"] for r in rows]), "names": json.dumps(job["names"]), "dropped": str(dropped)}
     save_file(scores, job["out"] + ".partial", metadata=about)
     os.replace(job["out"] + ".partial", job["out"])

@@ -210,7 +210,7 @@ class Scorer:
         self.rewards = {}
         for name, given in rewards.items():
             self.rewards[name] = self.KINDS[given["kind"]](**{k: v for k, v in given.items() if k != "kind"})
-        self.target, self.precision, self._model = target, precision, None
+        self.target, self.precision, self._reference = target, precision, None
 
     def score(self, prompts: str, responses: str, out: str, reference_prompts: int = 0) -> dict:
         """Write one JSON line per response: id, sample, length, each reward, repetition, logp, and logp_sft.
@@ -228,7 +228,7 @@ class Scorer:
         table = {name: reward.score(texts) for name, reward in self.rewards.items()}
         referenced = set(list(asked)[:reference_prompts])
         picked = [i for i, r in enumerate(lines) if r["id"] in referenced and r["response_ids"]]
-        logps = dict(zip(picked, self._reference(lines, asked, picked, tokenizer), strict=True)) if picked else {}
+        logps = dict(zip(picked, self._logps(lines, asked, picked, tokenizer), strict=True)) if picked else {}
         with open(out, "w") as f:
             for i, r in enumerate(lines):
                 entry = {"id": r["id"], "sample": r["sample"], "length": len(r["response_ids"])}
@@ -238,19 +238,20 @@ class Scorer:
                 f.write(json.dumps(entry) + "\n")
         return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
 
-    def _reference(self, lines, asked, picked, tokenizer) -> list[float]:
+    def _logps(self, lines, asked, picked, tokenizer) -> list[float]:
         import torch
         from transformers import AutoModelForCausalLM
 
         from beyond_dpo import reference
 
-        if self._model is None:
-            self._model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32, use_safetensors=True)
-            self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if self._reference is None:
+            model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32, use_safetensors=True)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            self._reference = reference.ResponseScorer(model, self.precision)
         said = [(lines[i]["id"], lines[i]["response_ids"]) for i in picked]
         rows = [{"id": name, "prompt_ids": asked[name], "responses": {"said": ids}} for name, ids in said]
-        how = {"pad_id": tokenizer.pad_token_id, "precision": self.precision}
-        return reference.score_rows(self._model, rows, ["said"], **how)["logps"][:, 0].tolist()
+        scores = reference.score_rows(self._reference, rows, ["said"], pad_id=tokenizer.pad_token_id)
+        return scores["logps"][:, 0].tolist()
 
 
 def main(path: str) -> None:

@@ -1,9 +1,10 @@
-"""Top-k and top-p for vLLM on the CPU, without sorting the vocabulary."""
+"""Penalties, top-k and top-p for vLLM on the CPU, without counting or sorting the whole vocabulary."""
 
 from __future__ import annotations
 
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 
 def top_k_top_p(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
@@ -26,6 +27,29 @@ def top_k_top_p(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
         inside[:, 0] = True
         lowest = top.masked_fill(~inside, float("inf")).amin(-1, keepdim=True)
     return logits.masked_fill_(logits < lowest, -float("inf"))
+
+
+class CpuPenalties(LogitsProcessor):
+    """Apply presence and frequency penalties to what was said, in place of vLLM's own passes over all logits.
+
+    Those are a quarter of the time of a step with 256 requests.
+    """
+
+    def __init__(self, vllm_config, device, is_pin_memory):
+        self.penalties, self.said = vllm_config.additional_config, {}  # row -> its tokens, which vLLM appends to
+
+    def is_argmax_invariant(self) -> bool:
+        return False  # so it runs where vLLM's own penalties do
+
+    def update_state(self, batch_update) -> None:
+        process_dict_updates(self.said, batch_update, lambda params, prompt, said: said)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        size = logits.shape[-1]
+        places = torch.tensor([row * size + token for row, said in self.said.items() for token in said]).long()
+        places, counts = places.unique(return_counts=True)
+        logits.view(-1)[places] -= counts * self.penalties["frequency_penalty"] + self.penalties["presence_penalty"]
+        return logits
 
 
 class CpuTopKTopP(LogitsProcessor):

@@ -97,7 +97,7 @@ def responses(
         arguments = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
         return engine.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe} | spent
 
-    return Artifact("responses", 1, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make)
+    return Artifact("responses", 2, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make)
 
 
 def scores(
