@@ -2,7 +2,7 @@
 
 A random bf16 checkpoint of about 1B parameters in four shards, K = 1 and K = 4 values of α:
 
-    python benchmarks/extrapolate.py --mergekit mergekit-yaml        # pip install .[bench]
+    python benchmarks/extrapolate.py        # pip install .[bench]
 
 mergekit writes one α per run (method `linear`, weights 1 + α and −α), ours and `cp` all K in one.
 """
@@ -55,7 +55,7 @@ def checkpoint(folder: Path, seed: int, layers: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mergekit", default="mergekit-yaml", help="its command")
+    parser.add_argument("--mergekit", default=Path(sys.executable).with_name("mergekit-yaml"), help="its command")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=19, help="19: one billion parameters")
     parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/extrapolate.json")
@@ -79,14 +79,11 @@ def main() -> None:
                 found[f"mergekit_{k}"] = merge(options.mergekit, sft, aligned, out, ALPHAS[:k])
             row = {f"{n}_s": f["seconds"] for n, f in found.items()}
             row |= {f"{n}_gib": f["peak_gib"] for n, f in found.items()}
-            for k in (1, 4):
-                row[f"ours/cp, K={k}"] = row[f"ours_{k}_s"] / row[f"cp_{k}_s"]
-                row[f"mergekit/ours, K={k}"] = row[f"mergekit_{k}_s"] / row[f"ours_{k}_s"]
             rounds.append(row)
     report("extrapolate", {"bytes": size, "shards": 4, "dtype": "bfloat16", "alphas": ALPHAS}, rounds, options.freeze)
 
 
-def merge(command: str, sft: Path, aligned: Path, out: Path, alphas) -> dict:
+def merge(command, sft: Path, aligned: Path, out: Path, alphas) -> dict:
     """Run mergekit once per α; return the seconds of all and the largest peak."""
     total = {"seconds": 0.0, "peak_gib": 0.0}
     for alpha in alphas:

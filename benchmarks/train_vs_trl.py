@@ -3,8 +3,9 @@
     python benchmarks/train_vs_trl.py                                # pip install .[bench]
 
 The pairs are those of profile `cpu` (made first where they are missing). Both train SmolLM2-135M with a batch of 8
-pairs, bf16 autocast over float32 weights, AdamW, and the reference's log-probabilities computed beforehand; what is
-timed are the optimizer steps after the first two. TRL without precomputation is measured as well, as it is its default.
+pairs, bf16 autocast over float32 weights, AdamW, no gradient checkpointing, the reference's log-probabilities computed
+beforehand, and an end token after each response; what is timed are the optimizer steps after the first two. TRL as it
+comes (reference model in memory, gradient checkpointing) is measured as well. `--profile` says where our time goes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def ours(job: dict) -> None:
 
     work = Path(job["out"])
     settings = dataclasses.replace(config.load("expo", "cpu").train, launcher="plain", checkpoint_every=10**6)
-    limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
+    limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length + 1}  # room for the end token
     limits |= {"bos_id": None, "eos_id": data.load_tokenizer(job["model"]).eos_token_id}
     shared = {"model": job["model"], "rows": job["rows"], "names": ["chosen", "rejected"], "limits": limits}
     scores = {"precision": "bf16", "micro_batch": 8, "out": str(work / "reference.safetensors")}
@@ -42,6 +43,15 @@ def ours(job: dict) -> None:
     steps = [json.loads(line) for line in (work / "model" / "log.jsonl").read_text().splitlines()][SKIP:]
     seconds = [settings.global_batch / step["rows_per_s"] for step in steps]
     (work / "result.json").write_text(json.dumps({"pairs_per_s": settings.global_batch * len(steps) / sum(seconds)}))
+
+
+def profile(job: dict) -> None:
+    """Print the operators that our reference pass and training spend their time in."""
+    from torch.profiler import profile
+
+    with profile() as found:
+        ours(job)
+    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
 def trl(job: dict, precompute: bool) -> None:
@@ -57,9 +67,9 @@ def trl(job: dict, precompute: bool) -> None:
     text = [{name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in row.items()} for row in text]
     settings = DPOConfig(
         output_dir=str(work / "trl"), per_device_train_batch_size=train.global_batch, num_train_epochs=1,
-        learning_rate=train.lr, beta=train.beta, max_length=train.max_length, bf16=True, use_cpu=True, seed=0,
-        precompute_ref_log_probs=precompute, gradient_checkpointing=False, report_to=[], save_strategy="no",
-        logging_steps=10**6, lr_scheduler_type="cosine", warmup_ratio=train.warmup, disable_tqdm=True,
+        learning_rate=train.lr, beta=train.beta, max_length=train.max_length + 1, bf16=True, use_cpu=True, seed=0,
+        precompute_ref_log_probs=precompute, gradient_checkpointing=not precompute, report_to=[], save_strategy="no",
+        logging_steps=10**6, lr_scheduler_type="cosine", warmup_steps=train.warmup, disable_tqdm=True,
     )  # fmt: skip
     spent, began = [], []
 
@@ -84,31 +94,36 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=160, help="how many pairs are trained on: 8 a step")
     parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/train_vs_trl.json")
+    parser.add_argument("--profile", action="store_true", help="only show what our time goes to")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         kind, file = options.child
         job = json.loads(Path(file).read_text())
-        return ours(job) if kind == "ours" else trl(job, precompute=kind == "trl")
+        known = {"ours": ours, "profile": profile, "trl": lambda job: trl(job, True)}
+        return known.get(kind, lambda job: trl(job, False))(job)
     rows = data.read_rows(stages.pairs(config.load("expo", "cpu")).get() / "pairs.jsonl")[: options.pairs]
+    end = data.load_tokenizer(str(assets.model_dir("smollm2"))).eos_token_id
+    for row in rows:  # TRL adds it to every response, so ours have it too
+        row["responses"] = {name: [t for t in ids if t != end] + [end] for name, ids in row["responses"].items()}
     stages.close()
+    tokens = sum(len(r["prompt_ids"]) * 2 + sum(map(len, r["responses"].values())) for r in rows) / len(rows)
     rounds = []
     for _ in range(options.rounds):
         row = {}
-        for kind in ("ours", "trl", "trl_default"):
+        for kind in ("profile",) if options.profile else ("ours", "trl", "trl_default"):
             with tempfile.TemporaryDirectory() as work:
                 data.write_rows(Path(work, "pairs.jsonl"), rows)
                 job = {"model": str(assets.model_dir("smollm2")), "rows": str(Path(work, "pairs.jsonl")), "out": work}
                 Path(work, "job.json").write_text(json.dumps(job))
                 done = run([sys.executable, __file__, "--child", kind, Path(work, "job.json")])
                 row[f"{kind}_pairs_per_s"] = json.loads(Path(work, "result.json").read_text())["pairs_per_s"]
+                row[f"{kind}_tokens_per_s"] = row[f"{kind}_pairs_per_s"] * tokens
                 row[f"{kind}_peak_gib"] = done["peak_gib"]
-        row["pairs/s, ours/TRL"] = row["ours_pairs_per_s"] / row["trl_pairs_per_s"]
-        row["pairs/s, ours/TRL default"] = row["ours_pairs_per_s"] / row["trl_default_pairs_per_s"]
-        row["memory, ours/TRL"] = row["ours_peak_gib"] / row["trl_peak_gib"]
+        if options.profile:
+            return print(done["output"])
         rounds.append(row)
         print(row, flush=True)
-    tokens = sum(len(r["prompt_ids"]) * 2 + sum(map(len, r["responses"].values())) for r in rows) / len(rows)
     about = {"model": "SmolLM2-135M", "pairs": len(rows), "batch": 8, "tokens_per_pair": tokens, "precision": "bf16"}
     report("train_vs_trl", about, rounds, options.freeze)
 

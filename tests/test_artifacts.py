@@ -60,6 +60,11 @@ def child(tmp_path, code, **env):
     )
 
 
+def finished(artifact):
+    return any((root / artifact.key / "manifest.json").is_file() for root in artifacts._roots(artifacts._mode()))
+
+
+
 def test_key_is_the_hash_of_the_canonical_recipe():
     """{"inputs":...,"stage":...,"version":...} without blanks and with sorted names, written out by hand."""
     text = '{"inputs":{"alpha":0.1,"beta":1,"names":["a",null,true]},"stage":"demo","version":1}'
@@ -112,9 +117,9 @@ def test_computed_once_then_found(tmp_path):
     calls, events = [], []
     artifacts.listeners.append(lambda event, artifact, seconds: events.append((event, artifact.stage, seconds is None)))
     one = demo(calls, x=1)
-    assert not one.exists()
+    assert not finished(one)
     folder = one.get()
-    assert one.exists() and folder == tmp_path / "artifacts" / one.key
+    assert finished(one) and folder == tmp_path / "artifacts" / one.key
     assert demo(calls, x=1).get() == folder and len(calls) == 1
     assert events == [("start", "demo", True), ("done", "demo", False), ("hit", "demo", True)]
     assert one.json() == {"reward": 0.1}
@@ -178,7 +183,7 @@ def test_exception_keeps_the_partial_work(tmp_path):
     one = Artifact("fragile", 1, {}, make)
     with pytest.raises(RuntimeError, match="boom"):
         one.get()
-    assert not one.exists() and (tmp_path / "artifacts" / f"{one.key}.partial" / "step").exists()
+    assert not finished(one) and (tmp_path / "artifacts" / f"{one.key}.partial" / "step").exists()
     assert artifacts._upstream == []
     assert one.manifest["facts"] == {"resumed": True}
 
@@ -251,12 +256,12 @@ def test_frozen_is_enough_for_never_and_ignored_by_cold(tmp_path, monkeypatch):
     calls = []
     one = demo(calls, x=1)
     one.get()
-    frozen = artifacts.freeze(one)
+    frozen = artifacts.freeze(one.key)
     shutil.rmtree(tmp_path / "artifacts")
     monkeypatch.setenv("COMPUTE", "never")
     assert one.get() == frozen == tmp_path / "frozen" / one.key and len(calls) == 1
     monkeypatch.setenv("COMPUTE", "cold")
-    assert not one.exists()
+    assert not finished(one)
     assert one.get().parent == tmp_path / "artifacts" and len(calls) == 2
 
 
@@ -297,7 +302,7 @@ def test_damage_is_noticed_in_both_places(damage, monkeypatch, caplog):
     calls = []
     one = demo(calls, x=1)
     one.get()
-    frozen = artifacts.freeze(one)
+    frozen = artifacts.freeze(one.key)
     damage(one.get())
     new_process()
     monkeypatch.setenv("COMPUTE", "never")
@@ -320,7 +325,7 @@ def test_damaged_copy_gives_way_to_the_frozen_one(tmp_path):
     calls = []
     one = demo(calls, x=1)
     flip_later = one.get()
-    frozen = artifacts.freeze(one)
+    frozen = artifacts.freeze(one.key)
     flip(flip_later)
     new_process()
     assert one.get() == frozen and len(calls) == 1 and not flip_later.exists()
@@ -355,14 +360,14 @@ print(Artifact("big", 1, {}, make).get().name)
 
 def test_freeze_refuses_large_and_missing(tmp_path):
     one = demo(x=1)
-    with pytest.raises(MissingArtifact, match="call get"):
-        artifacts.freeze(one)
+    with pytest.raises(MissingArtifact, match="compute it first"):
+        artifacts.freeze(one.key)
     one.get()
     with pytest.raises(ValueError, match=r"has [\d,]+ bytes, more than the 50 allowed"):
-        artifacts.freeze(one, max_bytes=50)
+        artifacts.freeze(one.key, max_bytes=50)
     assert not (tmp_path / "frozen").exists()
-    copy = artifacts.freeze(one)
-    assert artifacts.freeze(one) == copy
+    copy = artifacts.freeze(one.key)
+    assert artifacts.freeze(one.key) == copy
     assert [p.name for p in (tmp_path / "frozen").iterdir()] == [one.key]
     assert (copy / "sub" / "rows.csv").read_bytes() == (one.get() / "sub" / "rows.csv").read_bytes()
 

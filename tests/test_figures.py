@@ -107,7 +107,7 @@ def test_interpolation_shades_both_sides_of_the_aligned_model(ax):
 def test_dot_intervals_keep_the_order_of_the_table(ax):
     df = pd.DataFrame({"model": ["SFT", "DPO", "DPO + ExPO"], "mean": [0.0, 1.0, 2.0], "low": [-0.5, 0.5, 1.0],
                        "high": [0.25, 1.5, 2.25]})  # fmt: skip
-    figures.dot_intervals(df, ax, label="model", value="mean", low="low", high="high", reference=0)
+    figures.dot_intervals(df, ax, label="model", value="mean", low="low", high="high")
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["SFT", "DPO", "DPO + ExPO"]
     assert ax.yaxis_inverted() and ax.get_legend() is None
     (bars,) = ax.collections
@@ -115,14 +115,6 @@ def test_dot_intervals_keep_the_order_of_the_table(ax):
     figures.dot_intervals(df.assign(judge="gold"), ax, label="model", value="mean", low="low", high="high",
                           colour="judge")  # fmt: skip
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["gold"]
-
-
-def test_histograms_share_bins_and_name_the_means(ax):
-    df = pd.DataFrame({"reward": [0.0, 1.0, 2.0, 3.0, 4.0, 5.0], "method": ["SFT"] * 3 + ["DPO"] * 3})
-    figures.histograms(df, ax, value="reward", by="method", bins=5)
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["SFT (mean 1.00)", "DPO (mean 4.00)"]
-    left, right = (patch.get_path().get_extents() for patch in ax.patches)
-    assert (left.x0, left.x1) == (right.x0, right.x1) == (0, 5)
 
 
 def test_palette():

@@ -139,6 +139,16 @@ def test_no_tracked_file_is_larger_than_one_megabyte():
     assert not {n: s for n, s in sizes.items() if s > 1_000_000}
 
 
+def test_the_readme_shows_the_frozen_benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import measure
+
+    text = read("README.md")
+    assert measure.table(text) == text and all((measure.RESULTS / f"{name}.json").is_file() for name in measure.ROWS)
+    with pytest.raises(ValueError, match="benchmarks --> once each"):
+        measure.table("# no table")
+
+
 def test_lib_stays_small():
     """Size is a feature: no file over 300 lines, 3,260 of code in all (no docstrings, comments, blanks)."""
     sizes = {}

@@ -187,6 +187,14 @@ def test_precision(model, rows):
         ResponseScorer(model, "fp16")
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_the_check_leaves_the_models_mode_alone(model, training):
+    """A generation back-end must not find its dropout switched on again."""
+    given = copy.deepcopy(model).train(training)
+    ResponseScorer(given)
+    assert given.training is training and given.get_decoder().training is training
+
+
 # ---- whole sets of rows
 
 

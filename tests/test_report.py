@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -113,6 +114,14 @@ def test_tables_repeat_escape_and_round():
     assert html != report.show(df, "another caption")._repr_html_()
 
 
+def test_claim_rows():
+    row = report.claim("it rises", 1.5, "Table 1", (2.0, 1.0, 3.0), sign_only=True)
+    assert report.compare([row])["verdict"].tolist() == ["direction"] and (row["low"], row["high"]) == (1.0, 3.0)
+    (alone, none) = report.claim("12 of 12", 12, "t", np.int64(12)), report.claim("later", "+", "t", None)
+    assert alone["ours"] == 12.0 and alone["low"] is None
+    assert report.compare([alone, none])["verdict"].tolist() == ["reproduced", "not run"]
+
+
 def test_published_tables_are_read_as_printed():
     """Four numbers by eye from the paper's Tables 1 and 3: the tables shipped are eight."""
     tables = sorted(paths.PUBLISHED.glob("expo_*.csv"))
@@ -148,6 +157,8 @@ def test_scoreboard_prefers_the_highest_profile(project):
     report.record(NOTEBOOK, [a | {"ours": 2.5}], "gpu")
     assert report.scoreboard().equals(board), "local runs must not change the committed scoreboard"
     assert report.scoreboard(local=True)["ours"].tolist() == [2.5, 2.0]
+    report.record(NOTEBOOK, [a | {"claim": "a, in other words"}], "gpu")  # a claim was reworded since the freeze
+    assert report.scoreboard(local=True)["claim"].tolist() == ["a", "b", "a, in other words"]
 
 
 def test_record_writes_plain_json(project):
@@ -170,7 +181,10 @@ def test_update_readme(project):
     text = readme.read_text()
     assert text.startswith("# T\n<!-- scoreboard -->\n| claim |") and text.endswith("<!-- /scoreboard -->\nend\n")
     link = "[11_expo_headline](notebooks/11_expo_headline.ipynb)"
-    assert f"| a \\| b | +2.6 | +2 [+1.5, +2.5] | cpu | direction | {link} |" in text
+    first = "| a \\| b | +2.6 | +2 [+1.5, +2.5] | cpu | direction"
+    assert f"{first} (1 of 2 hold) | {link} |" in text, "the notebook's first claim, and how many hold"
+    assert text.count("| a ") == 2 and text.count("| c |") == 1
+    assert f"{first} | {link} |" in text.partition("<summary>All 2 claims</summary>")[2]
     assert f"| c | +2.6 | – | cpu | not run | {link} |" in text and "old" not in text
     assert report.update_readme() is False and readme.read_text() == text
     readme.write_text("# T\n<!-- scoreboard -->\n")

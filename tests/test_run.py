@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
 import pytest
 
-from beyond_dpo import paths, progress, run
+from beyond_dpo import artifacts, paths, progress, run
 
 PARAMETERS = (
     'profile = "smoke"  # how much\nseed = 0\nlr = 1e-5\nalphas = [0, 0.5]\ntag = "x"\nlimit = None\nquick = True'
@@ -68,7 +69,7 @@ def test_find(project, tmp_path):
     other = notebook(tmp_path / "elsewhere" / "mine.ipynb")
     assert [p.stem for p in run.find(["11", "12_expo_search"])] == ["11_expo_headline", "12_expo_search"]
     assert run.find([str(other)]) == [other]
-    assert [p.stem[:2] for p in run.find([])] == ["00", "11", "12"], "the playground is not part of --all"
+    assert [p.stem[:2] for p in run.find([])] == ["00", "11", "12", "90"]
     for wrong in ("1", "11_expo", "13", "11_expo_headlin"):
         if wrong == "11_expo":
             assert run.find([wrong])[0].stem == "11_expo_headline"
@@ -185,9 +186,9 @@ def test_dry_run_describes_and_executes_nothing(project, capsys):
     assert run.main(["--all", "--profile", "gpu", "--dry-run"]) == 0
     lines = [
         "00_start_here",
-        "  computes nothing",
+        "  shows other results",
         "11_expo_a profile='gpu'",
-        *("  " + x for x in expo.describe("gpu")),
+        *("  " + x for x in expo.describe("gpu", "11")),
     ]
     said = [re.sub(r"(port|endpoint) \S+", "", line) for line in capsys.readouterr().out.splitlines()]
     assert said == [re.sub(r"(port|endpoint) \S+", "", line) for line in lines] and len(said) > 5
@@ -242,6 +243,7 @@ def test_runs_failures_and_dead_kernels(project):
         ("11_expo_good", "2", "0", "ok"),
         ("12_expo_bad", "0", "0", "failed"),
         ("13_expo_dead", "0", "0", "failed"),
+        ("all", "2", "0"),
     ]
     assert "WARNING" not in err and "[1/3] 11_expo_good · ok" in err
     assert all(0.02 < float(row[2]) < 4 for row in table[1:2])
@@ -294,10 +296,23 @@ def test_in_place_and_freeze(project):
     assert (project / "data/frozen" / key / "s.csv").is_file()
 
 
+def test_changed_parameters_leave_the_projects_figures_and_claims_alone(project):
+    """What -p changed is not the profile's result: drawn and recorded under artifacts/, and never frozen."""
+    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", DRAWN, CLAIM)
+    path.write_text(path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu'))
+    assert start(project, "12", "-p", "seed=7").wait(60) == 0
+    assert not (project / "figures").exists() and (project / "artifacts/figures/expo_fig2_x.svg").is_file()
+    assert not (project / "artifacts/runs/claims").exists()
+    assert (project / "artifacts/runs/trials/12_expo_drawn.cpu.json").is_file()
+    with pytest.raises(run.Refused, match="leave -p away"):
+        options = {"notebooks": ["12"], "all": False, "profile": "cpu", "given": ["seed=7"], "in_place": False}
+        run._plan(SimpleNamespace(**options, freeze=True))
+
+
 def test_freeze_names_a_key_that_is_nowhere(project):
     (project / "figures").mkdir()
     (project / "figures" / "expo_fig1_x.json").write_text(json.dumps({"keys": ["score-0123456789abcdef"]}))
-    with pytest.raises(ValueError, match="score-0123456789abcdef, named by a figure or claim, is neither in"):
+    with pytest.raises(artifacts.MissingArtifact, match="score-0123456789abcdef is neither in"):
         run.freeze(0)
 
 
@@ -369,7 +384,7 @@ def test_watch_reads_reports(tmp_path):
     assert told(line("start", train, seconds=None)) == " · train-ab12cd · for 0 s"
     half = line("progress", fraction=0.434, eta=130.2)
     assert told(half[:20]) == " · train-ab12cd · for 0 s"
-    assert told(half[20:]) == " · train-ab12cd · 43 % · 2 min 10 s left"
+    assert told(half[20:]) == " · train-ab12cd · job · 43 % · 2 min 10 s left"
     assert told(line("done", train, seconds=60)) == ""
     assert told(line("hit", train)) == ""
     assert (watch.computed, watch.found - watch.computed) == ({train}, {score})

@@ -13,7 +13,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from beyond_dpo import artifacts, config, expo, launch, paths, stages
+from beyond_dpo import artifacts, assets, config, data, expo, launch, paths, rewards, stages
 
 
 @pytest.fixture
@@ -22,6 +22,16 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
     yield tmp_path
     stages.close()
+
+
+@pytest.fixture
+def tiny_reward(tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source, folder = assets.model_dir("tiny-encoder"), tmp_path / "reward"
+    AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
 
 
 def plain(**overrides):
@@ -184,10 +194,41 @@ def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):
 
 def test_describe_names_commands_models_and_needs_for_every_profile():
     for profile in config.PROFILES:
-        lines = "\n".join(expo.describe(profile))
+        lines = "\n".join(expo.describe(profile, "11"))
         cfg = config.load("expo", profile)
         assert cfg.world.target in lines and "beyond_dpo.train" in lines and f"{cfg.needs.hours:g} h" in lines
     assert "--num_accelerators 8" in lines and "80 GB" in lines  # paper comes last
+
+
+def test_describe_lists_every_training_of_a_notebook():
+    cfg = config.load("expo", "cpu")
+    trainings = {"11": 1 + 5 + 2, "12": 2, "13": 2 + len(cfg.recipes), "14": 3, "15": 4, "16": 1 + 5 + 2, "17": 1 + 5}
+    for notebook, number in trainings.items():
+        lines = expo.describe("cpu", notebook)
+        assert sum("beyond_dpo.train" in line for line in lines) == number, notebook
+    assert any("3 × lr 2e-05" in line and "3 epochs" in line for line in expo.describe("cpu", "13"))
+    assert "computes nothing" in expo.describe("paper", "18")[0]
+
+
+def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):
+    """With no rows to train it on: measured on the held-out labels, and its scores are those of the model itself."""
+    cfg = plain(world__reward_model=str(tiny_reward), world__reward_rows=0)
+    facts = stages.reward(cfg.world, "reward").manifest["facts"]
+    assert facts.keys() == {"held_out", "accuracy", "auc"} and facts["held_out"] > 10
+    assert not list(stages.reward(cfg.world, "reward").get().glob("*.safetensors")), "no copy of the model"
+    pool = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=1)
+    scores = pd.read_json(stages.scores(cfg, pool, "dev_prompts").get() / "scores.jsonl", lines=True)
+    prompts = json.loads((stages.texts(cfg.world).get() / "dev_prompts.json").read_text())
+    said = pd.read_json(pool.get() / "responses.jsonl", lines=True)["response_ids"]
+    tokenizer = data.load_tokenizer(str(stages.sft(cfg).get()))
+    ids = [p["prompt_ids"] + response for p, response in zip(prompts, said, strict=True)]
+    texts = [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
+    assert scores["reward"].tolist() == pytest.approx(rewards.Classifier(tiny_reward).score(texts), abs=2e-5)
+
+
+def test_lines_of_one_finished_sft_model_are_refused():
+    with pytest.raises(config.ConfigError, match="profile paper starts from one finished SFT model"):
+        expo.wrong_pairs(config.load("expo", "paper"))
 
 
 def test_a_machine_that_is_too_small_is_told_so_before_anything_starts(store):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from beyond_dpo import stats
@@ -72,13 +73,22 @@ def test_paired_interval_cancels_what_is_shared():
     assert width(forth) < 0.1 * width(stats.mean_interval(a + noise, seed=0))
 
 
-def test_ratio():
-    """a = 3b gives 3 in every draw; the unit cancels."""
-    b = np.random.default_rng(9).uniform(1, 2, size=20)
-    assert stats.ratio_interval(3 * b, b, seed=0) == pytest.approx((3, 3, 3))
-    a = b + np.random.default_rng(10).uniform(size=20)
-    assert stats.ratio_interval(a, b, seed=0) == pytest.approx(stats.ratio_interval(60 * a, 60 * b, seed=0))
-    assert stats.ratio_interval(a, b, seed=0, groups=np.arange(20)) == stats.ratio_interval(a, b, seed=0)
+def test_peak_correlation():
+    """Peaks at α 8, 4, 2 for 10, 20, 100 %: rho 1. With the peaks of two prompts apart, some draws turn it round."""
+    grid, rows = (2, 4, 8), []
+    for fraction, peak in ((0.1, 8), (0.2, 4), (1.0, 2)):
+        for prompt in range(6):
+            place = {"fraction": fraction, "prompt": prompt}
+            rows += [place | {"alpha": a, "reward": prompt - abs(a - peak)} for a in grid]
+    sure = pd.DataFrame(rows)
+    assert stats.peak_correlation(sure, "reward", ["fraction"], seed=0, n_boot=50) == pytest.approx((1, 1, 1))
+    turned = sure[sure["prompt"] < 2].copy()
+    other = turned["prompt"] == 1
+    turned.loc[other, "reward"] = -2 * turned.loc[other, "reward"]
+    rho, low, high = stats.peak_correlation(turned, "reward", ["fraction"], seed=0, n_boot=200)
+    assert low < 0 < high == pytest.approx(1) and rho != pytest.approx(1)
+    with pytest.raises(ValueError, match="is nan at index"):
+        stats.peak_correlation(sure.drop(index=0), "reward", ["fraction"], seed=0)
 
 
 def test_spearman():
@@ -105,7 +115,6 @@ def test_spearman():
         (lambda: stats.mean_interval([], seed=0), r"values has shape \(0,\)"),
         (lambda: stats.mean_interval([1, 2], seed=0, groups=[0, 1, 2]), "3 labels for 2 units"),
         (lambda: stats.mean_interval([1, 2], seed=0, level=95), "level=95"),
-        (lambda: stats.ratio_interval([1, 2], [1, 0], seed=0), "b is 0.0 at index 1"),
         (lambda: stats.spearman([1, 1], [1, 2], seed=0), "vary"),
     ],
 )

@@ -277,6 +277,21 @@ def test_the_deepspeed_launcher(single, tiny):
     assert not [p for p in Path("/dev/shm").iterdir() if port in p.name]
 
 
+def test_tasks_that_export_their_rank_need_no_launcher(single, tiny):
+    """As under `srun`: RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are all they share; without RANK: refused."""
+    file = single / "tasks.json"
+    file.write_text(json.dumps(a_job(single, "tasks", tiny, zero=1, micro_batch=2)))
+    shared = {"WORLD_SIZE": "2", "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared["MASTER_PORT"] = str(launch._free_port())
+    command, ranks = [sys.executable, "-m", "beyond_dpo.train", str(file)], [{"RANK": i, "LOCAL_RANK": i} for i in "01"]
+    tasks = [subprocess.Popen(command, env=os.environ | shared | rank) for rank in ranks]
+    assert [task.wait(120) for task in tasks] == [0, 0]
+    assert losses(single, "tasks") == pytest.approx(losses(single, "sft"), rel=1e-5)
+    assert difference(weights(single / "tasks"), weights(single / "sft")) < 0.02
+    lost = subprocess.run(command, env=os.environ | shared, capture_output=True, text=True)
+    assert lost.returncode == 1 and "export RANK=$SLURM_PROCID" in lost.stderr
+
+
 # ---- interrupted
 
 

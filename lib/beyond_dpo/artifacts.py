@@ -93,10 +93,6 @@ class Artifact:
             _upstream[-1] += time.monotonic() - began
         return folder
 
-    def exists(self) -> bool:
-        """Say whether a finished folder is there, without verifying or computing it."""
-        return any((root / self.key / "manifest.json").is_file() for root in _roots(_mode()))
-
     def json(self, name: str = "result.json"):
         """Return the content of the JSON file `name` of the finished folder."""
         return json.loads((self.get() / name).read_text(encoding="utf-8"))
@@ -163,19 +159,22 @@ class Artifact:
         return folder, seconds
 
 
-def freeze(artifact: Artifact, max_bytes: int = 2_000_000) -> Path:
-    """Copy a finished artifact into `paths.FROZEN`, entirely or not at all; ValueError if it is above `max_bytes`."""
-    if not artifact.exists():
-        raise MissingArtifact(f"{artifact.key} has not been computed, so it cannot be frozen; call get() first")
-    source, target = artifact.get(), paths.FROZEN / artifact.key
-    size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-    if size > max_bytes:
-        raise ValueError(f"{artifact.key} has {size:,} bytes, more than the {max_bytes:,} allowed in {paths.FROZEN}")
-    if source != target:
+def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
+    """Copy a finished result into `paths.FROZEN`, entirely or not at all; return its folder there.
+
+    Raises MissingArtifact for a key that is in neither place, DamagedArtifact, and ValueError above `max_bytes`.
+    """
+    source, target = paths.ARTIFACTS / key, paths.FROZEN / key
+    if not any((folder / "manifest.json").is_file() for folder in (source, target)):
+        raise MissingArtifact(f"{key} is neither in {paths.ARTIFACTS} nor in {paths.FROZEN}: compute it first")
+    if source.is_dir():
+        size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+        if size > max_bytes:
+            raise ValueError(f"{key} has {size:,} bytes, more than the {max_bytes:,} allowed in {paths.FROZEN}")
         paths.FROZEN.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=paths.FROZEN, prefix=".") as temp:
-            copy = shutil.copytree(source, Path(temp, artifact.key))
-            _verify(copy, artifact.key)
+            copy = shutil.copytree(source, Path(temp, key))
+            _verify(copy, key)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(copy, target)
     return target

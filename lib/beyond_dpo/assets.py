@@ -67,13 +67,11 @@ ASSETS = {
 }  # fmt: skip
 
 
-def fetch(name: str) -> Path:
-    """Return the archive of an asset in `paths.CACHE`, downloaded if missing; AssetError if its sha256 is not ours."""
-    return fetch_all([name])[0]
-
-
 def fetch_all(names: list[str]) -> list[Path]:
-    """Return the archives of several assets; one error names everything that is missing."""
+    """Return the archives of assets in `paths.CACHE`, downloaded if missing; one error names all that are missing.
+
+    Raises AssetError, also for an archive whose sha256 is not ours.
+    """
     if unknown := [name for name in names if name not in ASSETS]:
         raise AssetError(f"unknown asset {', '.join(unknown)}; there are {', '.join(ASSETS)}")
     pins = [ASSETS[name] for name in names]
@@ -99,7 +97,7 @@ def member(name: str, *members: str) -> bytes:
 
     Nothing is unpacked and names match exactly, so none leads outside. Raises AssetError for any other.
     """
-    data = fetch(name).read_bytes()
+    data = fetch_all([name])[0].read_bytes()
     for wanted in members:
         try:
             data = _read(data, wanted)

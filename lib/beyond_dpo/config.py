@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import html
+import json
 import math
 import os
 import shutil
@@ -95,7 +95,8 @@ class World:
     samples: int = 4  # responses per prompt, the best and the worst make the pair
     gold_rows: int = 0  # labelled reviews the gold reward is trained on (half A)
     reward_rows: int = 0  # labelled reviews the reward model is trained on (half B)
-    reward_model: str = "minilm"  # encoder to fine-tune on half B, or a finished sequence-classification model
+    reward_model: str = "minilm"  # encoder to fine-tune on half B; a finished reward model where reward_rows is 0
+    trust_remote_code: tuple[str, ...] = ()  # reward models whose repository may bring code of its own
     reward_words: int = 32  # reviews are cut to this many words for training rewards: as long as what they will score
 
 
@@ -123,7 +124,7 @@ class Expo:
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
     alphas: dict[float, tuple[float, ...]] = field(default_factory=dict)  # fraction -> α grid of the search
     interpolation: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)  # γ = 1 + α between SFT and aligned
-    seeds: tuple[int, ...] = (0,)  # training seeds; seed 0 is drawn as the curve
+    seeds: tuple[int, ...] = (0,)  # training seeds; the first is drawn as the curve
     seed_fractions: tuple[float, ...] = ()  # fractions trained with every seed (the others: first seed only)
     dev_samples: int = 1  # responses per prompt for each α of the search
     test_samples: int = 2
@@ -199,12 +200,14 @@ def check_machine(config) -> None:
     gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
     missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})"] if gpus < needs.gpus else []
     free = shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists())).free / 1e9
+    for path in paths.ARTIFACTS.glob("*/manifest.json"):  # what is finished needs no room any more
+        free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
     missing += [f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free: {free:.0f})"] if free < needs.disk_gb else []
     missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
     if missing:
         raise ConfigError(
             f"profile {config.profile} needs {' and '.join(missing)}. What a machine that has them would execute: "
-            f"--dry-run. What runs here: --profile {'cpu' if gib > 9 else 'smoke'}"
+            f"--dry-run. What may run here: --profile {'cpu' if gib > 9 and config.profile != 'cpu' else 'smoke'}"
         )
 
 
@@ -214,29 +217,16 @@ def differences(config, other) -> list[tuple[str, object, object]]:
     return [(k, a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k) and k != "profile"]
 
 
-@dataclass(frozen=True)
-class Card:
-    """The configuration as a small table against the paper's, for a notebook's set-up cell."""
+def card(config):
+    """Return what differs between `config` and the paper's own settings, as a table for a notebook's set-up cell."""
+    import pandas as pd
 
-    config: Expo
-    rows: list
+    from beyond_dpo import report
 
-    def __repr__(self) -> str:
-        return "\n".join([f"profile {self.config.profile}"] + [f"  {k}: {a} (paper: {b})" for k, a, b in self.rows])
-
-    def _repr_html_(self) -> str:
-        cells = "".join(
-            f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>"
-            for k, a, b in self.rows
-        )
-        table = f"<table><tr><th>setting</th><th>{self.config.profile}</th><th>paper</th></tr>{cells}</table>"
-        return f"<details open><summary>Where this profile differs from the paper</summary>{table}</details>"
-
-
-def card(config) -> Card:
-    """Return what differs between `config` and the paper's own settings."""
     paper = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
-    return Card(config, differences(config, load(paper, "paper")))
+    rows = differences(config, load(paper, "paper"))
+    df = pd.DataFrame(rows, columns=["setting", f"profile {config.profile}", "the paper's"]).map(str)
+    return report.show(df, "Where this profile differs from the paper")
 
 
 def _section(value) -> bool:

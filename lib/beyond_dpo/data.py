@@ -6,11 +6,12 @@ The only place where templates and BOS are handled: every back-end receives toke
 from __future__ import annotations
 
 import json
-import os
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+
+from beyond_dpo import paths
 
 
 @lru_cache(maxsize=8)
@@ -108,19 +109,12 @@ def truncate(
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Write rows as JSONL, one {"id", "prompt_ids", "responses": {name: ids}} a line; the file appears whole or not."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "w", encoding="utf-8") as f:
-            for i, row in enumerate(rows):
-                if problem := _problem(row):
-                    raise ValueError(f"row {i}: {problem}")
-                f.write(json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    lines = []
+    for i, row in enumerate(rows):
+        if problem := _problem(row):
+            raise ValueError(f"row {i}: {problem}")
+        lines.append(json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
+    paths.write(Path(path), "".join(lines))
 
 
 def read_rows(path: Path) -> list[dict]:

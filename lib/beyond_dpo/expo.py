@@ -1,12 +1,12 @@
 """ExPO's experiments (arXiv 2404.16792): what is trained, and which lines through two models are walked along.
 
-Each function returns an Artifact; nothing runs before its get(). `describe` says what a run would do, without doing it.
-"""
+Each function returns an Artifact; nothing runs before its get(). `describe` says what a run would do."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -27,66 +27,49 @@ class Line:
     modules: tuple[str, ...] = ()  # patterns of the tensors that move past θ₁; the others stay there
 
     def at(self, cfg, alpha: float, split: str, samples: int, prompts: Artifact | None = None) -> Artifact:
-        """Return the responses of one point."""
-        how = {"modules": dict.fromkeys(self.modules, alpha), "alpha": 0.0} if self.modules else {"alpha": alpha}
-        how |= {"samples": samples, "seed": 2, "prompts": prompts}
-        return stages.responses(cfg, self.start, split, aligned=self.end, **how)
+        """Return the responses of one point; at α = 0 every part is θ₁ itself."""
+        modules = dict.fromkeys(self.modules, alpha) if alpha else {}
+        how = {"alpha": 0.0 if modules else alpha, "modules": modules, "samples": samples, "seed": 2}
+        return stages.responses(cfg, self.start, split, aligned=self.end, prompts=prompts, **how)
+
+    def scores(self, cfg, alpha: float, split: str, samples: int) -> Artifact:
+        """Return the scores of one point."""
+        return stages.scores(cfg, self.at(cfg, alpha, split, samples), split, kl_prompts=cfg.kl_prompts)
 
 
 def curves(cfg) -> Artifact:
     """Search α with the reward model on dev prompts, for every fraction and seed; judge the chosen α on test prompts.
 
     responses.csv.gz: one line a response (split, fraction, seed, alpha, prompt, sample, every score, logratio in nats);
-    points.json: one entry per (split, fraction, seed, alpha) with distinct-2, and best.json: the chosen α.
-    The SFT model is fraction 0.
+    points.json: distinct-2 of each (split, fraction, seed, alpha); best.json: the chosen α. Fraction 0: the SFT model.
     """
-    dev = {}
-    for fraction, seed in runs(cfg):
-        for alpha in cfg.alphas[fraction]:
-            dev[fraction, seed, alpha] = point(cfg, fraction, seed, alpha, "dev_prompts")
-    dev[0.0, 0, 0.0] = point(cfg, 0.0, 0, 0.0, "dev_prompts")
-    recipe = {"dev": list(dev.values()), "test_samples": cfg.test_samples, "test": stages.texts(cfg.world)}
+    dev = [(f, s, alpha) for f, s in runs(cfg) for alpha in cfg.alphas[f]] + [(0.0, cfg.seeds[0], 0.0)]
+    recipe = {"dev": [point(cfg, *place, "dev_prompts") for place in dev]}
+    recipe |= {"test_samples": cfg.test_samples, "test": stages.texts(cfg.world)}
 
-    def make(out: Path) -> dict:
+    def judged(split: str, places: list, desc: str) -> tuple:
+        walk = [
+            ({"split": split, "fraction": f, "seed": s, "alpha": a}, point(cfg, f, s, a, f"{split}_prompts"))
+            for f, s, a in places
+        ]
+        return _scored(walk, desc)
+
+    def make(out: Path) -> None:
         config.check_machine(cfg)
         for fraction, seed in runs(cfg):  # all training first, then one engine for all that is sampled
             stages.aligned(cfg, fraction, seed).get()
-        frames, points, best = [], [], []
-        for (fraction, seed, alpha), artifact in stages.watched(dev.items(), "α curves on dev prompts"):
-            place = {"split": "dev", "fraction": fraction, "seed": seed, "alpha": alpha}
-            _table(frames, points, artifact, place)
-        table = pd.concat(frames)
-        for fraction, seed in runs(cfg):
-            here = table[(table["fraction"] == fraction) & (table["seed"] == seed)]
-            alpha = float(here.groupby("alpha")["reward"].mean().idxmax())
-            best.append({"fraction": fraction, "seed": seed, "alpha": alpha})
-        wanted = [(0.0, 0, 0.0)]
-        for b in best:
-            wanted += [(b["fraction"], b["seed"], alpha) for alpha in dict.fromkeys([0.0, b["alpha"]])]
-        for fraction, seed, alpha in stages.watched(wanted, "chosen α on test prompts"):
-            place = {"split": "test", "fraction": fraction, "seed": seed, "alpha": alpha}
-            _table(frames, points, point(cfg, fraction, seed, alpha, "test_prompts"), place)
-        _write_table(out, frames, points)
+        searched, points = judged("dev", dev, "α curves on dev prompts")
+        means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
+        best = [{"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())} for f, s in runs(cfg)]
+        wanted = dev[-1:]  # the SFT model
+        wanted += [(b["fraction"], b["seed"], alpha) for b in best for alpha in dict.fromkeys([0.0, b["alpha"]])]
+        tested, more = judged("test", wanted, "chosen α on test prompts")
+        _write(out, pd.concat([searched, tested]), points + more)
         (out / "best.json").write_text(json.dumps(best, indent=1))
         facts = {name: stages.reward(cfg.world, name).manifest["facts"] for name in ("gold", "reward", "vader")}
         (out / "facts.json").write_text(json.dumps(facts | {"pairs": stages.pairs(cfg).manifest["facts"]}, indent=1))
 
-    return Artifact("curves", 1, recipe, make)
-
-
-def interpolation(cfg) -> Artifact:
-    """Walk from the SFT model (γ = 0) to the aligned one (γ = 1), trained on all pairs, and past it; γ = 1 + α."""
-    alphas = sorted({round(gamma - 1, 6) for gamma in cfg.interpolation} | set(cfg.alphas[1.0]))
-    walk = {alpha: point(cfg, 1.0, cfg.seeds[0], alpha, "dev_prompts") for alpha in alphas}
-
-    def make(out: Path) -> None:
-        config.check_machine(cfg)
-        frames, points = [], []
-        for alpha, artifact in stages.watched(walk.items(), "from SFT to aligned and past it"):
-            _table(frames, points, artifact, {"split": "dev", "fraction": 1.0, "seed": cfg.seeds[0], "alpha": alpha})
-        _write_table(out, frames, points)
-
-    return Artifact("interpolation", 1, {"walk": list(walk.values())}, make)
+    return Artifact("curves", 2, recipe, make)
 
 
 def sweep(cfg, lines: dict[str, Line]) -> Artifact:
@@ -95,37 +78,44 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
     responses.csv.gz and points.json as in curves(), with the line's name as `model`; the SFT model is "SFT".
     """
     start = Line(stages.sft(cfg), stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0]), (-1.0,))
-    walk = {
-        (name, alpha): stages.scores(
-            cfg, line.at(cfg, alpha, "dev_prompts", cfg.dev_samples), "dev_prompts", kl_prompts=cfg.kl_prompts
-        )
+    walk = [
+        ({"model": name, "alpha": alpha}, line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples))
         for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas
-    }  # fmt: skip
+    ]  # fmt: skip
 
     def make(out: Path) -> None:
         config.check_machine(cfg)
         for line in lines.values():
             line.start.get(), line.end.get()
-        frames, points = [], []
-        for (name, alpha), artifact in stages.watched(walk.items(), "lines through two models, dev prompts"):
-            _table(frames, points, artifact, {"model": name, "alpha": alpha})
-        _write_table(out, frames, points)
-        means = pd.concat(frames).groupby(["model", "alpha"])["reward"].mean().unstack()
+        table, points = _scored(walk, "lines through two models, dev prompts")
+        _write(out, table, points)
+        means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
         (out / "best.json").write_text(json.dumps({name: float(means.loc[name].idxmax()) for name in lines}, indent=1))
 
-    return Artifact("sweep", 1, {"points": list(walk.values()), "names": list(lines)}, make)
+    return Artifact("sweep", 2, {"points": [score for _, score in walk], "names": list(lines)}, make)
+
+
+def interpolation(cfg) -> dict[str, Line]:
+    """Return the line from the SFT model (γ = 0) to the one aligned on all pairs (γ = 1) and past it; γ = 1 + α."""
+    alphas = sorted({round(gamma - 1, 6) for gamma in cfg.interpolation} | set(cfg.alphas[cfg.fractions[-1]]))
+    return {"aligned": Line(stages.sft(cfg), stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0]), tuple(alphas))}
 
 
 def recipes(cfg) -> dict[str, Line]:
     """Return the lines of models trained longer, faster, by other optimizers and with another β (ACL Table 4)."""
-    train, seed = cfg.train, cfg.seeds[0]
-    changes = {"2 epochs": {"epochs": 2}, "3 epochs": {"epochs": 3}}
-    changes |= {f"learning rate × {k}": {"lr": k * train.lr} for k in (2, 4)}
-    changes |= {"AdaGrad": {"optimizer": "adagrad"}, "RMSprop": {"optimizer": "rmsprop"}}
-    changes |= {"β × 0.1": {"beta": train.beta / 10}, "β × 10": {"beta": train.beta * 10}}
-    picked = {"default": {}} | {name: changes[name] for name in cfg.recipes}
-    models = {name: stages.aligned(cfg, cfg.recipe_fraction, seed, **change) for name, change in picked.items()}
+    changes = {"default": {}} | changed(cfg)
+    models = {name: stages.aligned(cfg, cfg.recipe_fraction, cfg.seeds[0], **c) for name, c in changes.items()}
     return {name: Line(stages.sft(cfg), model, cfg.recipe_alphas) for name, model in models.items()}
+
+
+def changed(cfg) -> dict[str, dict]:
+    """Return what each of the profile's recipes changes in cfg.train."""
+    lr, beta = cfg.train.lr, cfg.train.beta
+    changes = {"2 epochs": {"epochs": 2}, "3 epochs": {"epochs": 3}}
+    changes |= {f"learning rate × {k}": {"lr": k * lr} for k in (2, 4)}
+    changes |= {"AdaGrad": {"optimizer": "adagrad"}, "RMSprop": {"optimizer": "rmsprop"}}
+    changes |= {"β × 0.1": {"beta": beta / 10}, "β × 10": {"beta": beta * 10}}
+    return {name: changes[name] for name in cfg.recipes}
 
 
 def data_quality(cfg) -> dict[str, Line]:
@@ -137,14 +127,15 @@ def data_quality(cfg) -> dict[str, Line]:
 
 def wrong_pairs(cfg) -> dict[str, Line]:
     """Return a line from SFT to aligned, and lines through models that ExPO should not be applied to (v1 Fig. 7)."""
+    if not cfg.world.sft_rows:
+        raise config.ConfigError(f"profile {cfg.profile} starts from one finished SFT model: no other is there")
     one, other = stages.sft(cfg), stages.sft(cfg, seed=1)
-    fraction, seed = cfg.recipe_fraction, cfg.seeds[0]
-    aligned = stages.aligned(cfg, fraction, seed)
+    aligned = partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
     pairs = {
-        "SFT → aligned from it": (one, aligned),
+        "SFT → aligned from it": (one, aligned()),
         "instruct → SFT": (stages.target(cfg), one),
         "two SFT models of one start": (one, other),
-        "two aligned models of different starts": (aligned, stages.aligned(cfg, fraction, seed, start=other)),
+        "two aligned models of different starts": (aligned(), aligned(start=other)),
     }
     return {name: Line(*models, cfg.pair_alphas) for name, models in pairs.items()}
 
@@ -159,48 +150,52 @@ def modules(cfg) -> dict[str, Line]:
     return {"all": line} | {name: dataclasses.replace(line, modules=patterns) for name, patterns in parts.items()}
 
 
-def change(cfg) -> Artifact:
-    """Measure how far SFT and DPO on each fraction move the weights; movement.csv.gz (a row a tensor), cosines.json."""
-    start, seed = stages.sft(cfg), cfg.seeds[0]
-    models = {f"{f:.0%} of the pairs": stages.aligned(cfg, f, seed) for f in cfg.fractions}
-    pairs = {
-        "SFT → DPO": (start, models), "instruct → SFT": (stages.target(cfg), {"SFT": start}),
-        "instruct → DPO": (stages.target(cfg), {"DPO": models[f"{cfg.fractions[-1]:.0%} of the pairs"]}),
-    }  # fmt: skip
+def alignments(cfg) -> dict[str, tuple[Artifact, dict[str, Artifact]]]:
+    """Return what change() compares for ACL Table 1: SFT, and DPO on each fraction and with each seed."""
+    start, first = stages.sft(cfg), cfg.seeds[0]
+    models = {f"{f:.0%} of the pairs" + f", seed {s}" * (s != first): stages.aligned(cfg, f, s) for f, s in runs(cfg)}
+    most = stages.aligned(cfg, cfg.fractions[-1], first)
+    before = {"instruct → SFT": start, "instruct → DPO": most} if cfg.world.sft_rows else {}
+    return {"SFT → DPO": (start, models)} | {n: (stages.target(cfg), {n[-3:]: end}) for n, end in before.items()}
+
+
+def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artifact:
+    """Measure how far each θ₀ lies from its models: movement.csv.gz, a row a tensor; cosines.json of all but single."""
 
     def make(out: Path) -> None:
         from beyond_dpo.change import movement
 
-        frames = []
+        config.check_machine(cfg)
+        frames, angles = [], []
         for name, (zero, ends) in pairs.items():
             rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
             frames.append(pd.DataFrame(rows).assign(pair=name))
-            if ends is models:
-                (out / "cosines.json").write_text(json.dumps([[*pair, value] for pair, value in cosines.items()]))
+            angles += [[*pair, value] for pair, value in cosines.items()] if len(ends) > 1 else []
+        (out / "cosines.json").write_text(json.dumps(angles))
         table = pd.concat(frames, ignore_index=True)
         table.to_csv(out / "movement.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
 
-    return Artifact("change", 1, {name: [zero, *ends.values()] for name, (zero, ends) in pairs.items()}, make)
+    return Artifact("change", 2, {name: [zero, *ends.values()] for name, (zero, ends) in pairs.items()}, make)
 
 
 def said(cfg, lines: dict[str, Line]) -> Artifact:
     """Sample one response of every point to PROMPTS; texts.json: [{model, alpha, prompt, text}, …]."""
-    tokenizer_of = stages.sft(cfg)
 
     def own(out: Path) -> None:
         from beyond_dpo import data
 
-        tokenizer = data.load_tokenizer(str(tokenizer_of.get()))
+        tokenizer = data.load_tokenizer(str(stages.sft(cfg).get()))
         rows = [{"id": p, "prompt_ids": data.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
         (out / "own.json").write_text(json.dumps(rows))
 
-    prompts = Artifact("own-prompts", 1, {"prompts": PROMPTS, "tokenizer": tokenizer_of}, own)
+    prompts = Artifact("own-prompts", 1, {"prompts": PROMPTS, "tokenizer": stages.sft(cfg)}, own)
     points = {(name, a): line.at(cfg, a, "own", 1, prompts) for name, line in lines.items() for a in line.alphas}
 
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        tokenizer, texts = data.load_tokenizer(str(tokenizer_of.get())), []
+        config.check_machine(cfg)
+        tokenizer, texts = data.load_tokenizer(str(stages.sft(cfg).get())), []
         for (name, alpha), artifact in stages.watched(points.items(), "text samples"):
             for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
                 r = json.loads(line)
@@ -215,32 +210,29 @@ def searches(cfg) -> Artifact:
     """Search α by golden section for every fraction, in the bracket of its hand-made grid; dev prompts.
 
     searches.json: per fraction the chosen α with its interval and the α in the order they were tried, beside the
-    grid's choice. points.csv.gz: mean reward and gold reward of each (fraction, alpha, prompt).
+    grid's choice. responses.csv.gz and points.json as in curves(), of both.
     """
     seed, most = cfg.seeds[0], cfg.search_evaluations
-    grids = {f: {a: point(cfg, f, seed, a, "dev_prompts") for a in cfg.alphas[f]} for f in cfg.fractions}
+
+    def mean_rewards(f: float, alpha: float):
+        scores = pd.read_json(point(cfg, f, seed, alpha, "dev_prompts").get() / "scores.jsonl", lines=True)
+        return scores.groupby("id", sort=False)["reward"].mean().to_numpy()
 
     def make(out: Path) -> None:
         config.check_machine(cfg)
-        found, frames = [], []
-        for f in stages.watched(grids, "golden-section search"):
-            seen: dict[float, pd.DataFrame] = {}
-
-            def evaluate(alpha, f=f, seen=seen):
-                scores = pd.read_json(point(cfg, f, seed, alpha, "dev_prompts").get() / "scores.jsonl", lines=True)
-                seen[alpha] = scores.groupby("id", sort=False)[["reward", "gold"]].mean().reset_index(drop=True)
-                return seen[alpha]["reward"].to_numpy()
-
-            result = search.golden_section(evaluate, (0.0, max(grids[f])), most, seed=seed)
-            grid = max(grids[f], key=lambda a: evaluate(a).mean())
-            found.append({"fraction": f, "alpha": result.alpha, "low": result.low, "high": result.high, "grid": grid,
-                          "tried": list(result.rewards)})  # fmt: skip
-            frames += [t.rename_axis("prompt").reset_index().assign(fraction=f, alpha=a) for a, t in seen.items()]
-        pd.concat(frames).to_csv(out / "points.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+        found, walk = [], []
+        for f in stages.watched(cfg.fractions, "golden-section search"):
+            grid = {a: mean_rewards(f, a).mean() for a in cfg.alphas[f]}
+            result = search.golden_section(partial(mean_rewards, f), (0.0, max(grid)), most, seed=seed)
+            found.append({"fraction": f, "alpha": result.alpha, "low": result.low, "high": result.high,
+                          "grid": max(grid, key=grid.get), "tried": list(result.rewards)})  # fmt: skip
+            places = [{"fraction": f, "alpha": a} for a in dict.fromkeys([*grid, *result.rewards])]
+            walk += [(place, point(cfg, f, seed, place["alpha"], "dev_prompts")) for place in places]
+        _write(out, *_scored(walk, "searched α and grids"))
         (out / "searches.json").write_text(json.dumps(found, indent=1))
 
-    recipe = {"points": [p for grid in grids.values() for p in grid.values()], "evaluations": most, "seed": seed}
-    return Artifact("searches", 1, recipe, make)
+    grids = [point(cfg, f, seed, a, "dev_prompts") for f in cfg.fractions for a in cfg.alphas[f]]
+    return Artifact("searches", 2, {"points": grids, "evaluations": most, "seed": seed}, make)
 
 
 def runs(cfg) -> list[tuple[float, int]]:
@@ -253,47 +245,56 @@ def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact
     samples = cfg.test_samples if split == "test_prompts" else cfg.dev_samples
     model = stages.aligned(cfg, fraction or cfg.fractions[-1], seed if fraction else cfg.seeds[0])
     alpha = alpha if fraction else -1.0
-    answers = Line(stages.sft(cfg), model, (alpha,)).at(cfg, alpha, split, samples)
-    return stages.scores(cfg, answers, split, kl_prompts=cfg.kl_prompts)
+    return Line(stages.sft(cfg), model, (alpha,)).scores(cfg, alpha, split, samples)
 
 
-def describe(profile: str, **overrides) -> list[str]:
-    """Return what a run of the notebooks at `profile` needs, reads and executes, a line each; nothing is started."""
-    cfg = config.load("expo", profile, **overrides)
-    world, train, needs = cfg.world, cfg.train, cfg.needs
+def describe(profile: str, notebook: str) -> list[str]:
+    """Return what a run of a notebook (its number) at `profile` needs, reads and executes; nothing is started."""
+    if notebook == "18":
+        return ["computes nothing: the papers' printed numbers and the authors' published rows"]
+    cfg = config.load("expo", profile)
+    world, n, part, some = cfg.world, cfg.needs, cfg.recipe_fraction, cfg.quality_fraction
+    source = "published" if "/" in world.dataset else f"prompts × {world.samples} samples"
     lines = [
-        f"needs: {needs.gpus} GPUs of {needs.gpu_gb} GB, {needs.memory_gb} GB memory, {needs.disk_gb} GB disk, "
-        f"about {needs.hours:g} h",
+        f"needs: {n.gpus} GPUs of {n.gpu_gb} GB, {n.memory_gb} GB memory, {n.disk_gb} GB disk, about {n.hours:g} h",
         f"models: target {world.target}, reward model {world.reward_model}; data: {world.dataset}",
-        f"pairs: {world.prompts} {'published' if '/' in world.dataset else f'prompts × {world.samples} samples'}; "
-        f"{world.dev_prompts} dev and {world.test_prompts} test prompts",
+        f"pairs: {world.prompts} {source}; {world.dev_prompts} dev and {world.test_prompts} test prompts",
     ]
-    job = Path("artifacts/train-KEY.partial/checkpoints/config.json")
-    trainings = [("SFT", cfg.sft)] * bool(world.sft_rows)
-    trainings += [(f"{train.loss} on {f:.0%} of the pairs, seed {s}", train) for f, s in runs(cfg)]
+    everything = [(f, f", seed {s}", {}) for f, s in runs(cfg)]
+    aligned = {
+        "12": [(cfg.fractions[-1], "", {})],
+        "13": [(part, f", {name}", change) for name, change in ({"default": {}} | changed(cfg)).items()],
+        "14": [(some, "", {}), (some, " with the longest chosen responses", {})],
+        "15": [(part, "", {}), (part, ", from the SFT model of seed 1", {})],
+        "17": [(f, "", {}) for f in cfg.fractions],
+    }.get(notebook, everything)
+    trainings = [(f"SFT, seed {s}", cfg.sft) for s in range(1 + (notebook == "15")) if world.sft_rows]
+    trainings += [(f"{cfg.train.loss} on {f:.0%} of the pairs{what}", dataclasses.replace(cfg.train, **change))
+                  for f, what, change in aligned]  # fmt: skip
+    job = "artifacts/{}-KEY.partial/checkpoints/config.json"  # KEY: a hash of the stage's recipe
+    lines += [f"{n}: python -m beyond_dpo.rewards {job.format(f'reward-{n}')}" for n in ("gold", "reward")]
+    lines += [f"log-probabilities of the pairs: python -m beyond_dpo.reference {job.format('reference')}"]
     for what, t in trainings:
-        command = " ".join(launch.command("beyond_dpo.train", job, launcher=t.launcher, processes=t.processes))
-        lines += [f"{what} (lr {t.lr:g}, β {t.beta:g}, batch {t.global_batch} = {t.processes} × {t.micro_batch} × "
-                  f"{config.check_batch(t)}, ZeRO-{t.zero}): {command}"]  # fmt: skip
-    lines += ["rewards and the pairs' log-probabilities: python -m beyond_dpo.rewards, python -m beyond_dpo.reference"]
-    lines += [f"notebook 13 trains {len(cfg.recipes)} more on {cfg.recipe_fraction:.0%} of the pairs, 14 one on "
-              f"{cfg.quality_fraction:.0%}, 15 another SFT model and one from it"]  # fmt: skip
-    grid = "; ".join(f"{f:.0%}: {' '.join(f'{a:g}' for a in cfg.alphas[f])}" for f in cfg.fractions)
-    lines += [f"one {cfg.decoding.backend} engine over every α ({grid}): python -m beyond_dpo.generate"]
-    return lines
+        how = {"launcher": t.launcher, "processes": t.processes}
+        command = " ".join(launch.command("beyond_dpo.train", Path(job.format("train")), **how))
+        lines += [f"{what} ({t.epochs} × lr {t.lr:g}, {t.optimizer}, β {t.beta:g}, batch {t.global_batch} = "
+                  f"{t.processes} × {t.micro_batch} × {config.check_batch(t)}, ZeRO-{t.zero}): {command}"]  # fmt: skip
+    lines += [f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"]
+    return [*lines, "its responses judged: python -m beyond_dpo.rewards --serve"]
 
 
-def _table(frames: list, points: list, artifact, place: dict) -> None:
-    table = pd.read_json(artifact.get() / "scores.jsonl", lines=True)
-    table["logratio"] = (table["logp"] - table["logp_sft"]).round(4)
-    table["prompt"] = pd.factorize(table["id"])[0]  # no row of the data set leaves artifacts/
-    frames.append(table.drop(columns=["id", "logp", "logp_sft"]).assign(**place))
-    points.append(place | artifact.manifest["facts"])
+def _scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
+    """Get the scores of every place; return one line a response, and each place with its facts."""
+    frames, points = [], []
+    for place, artifact in stages.watched(walk, desc):
+        table = pd.read_json(artifact.get() / "scores.jsonl", lines=True)
+        table["logratio"] = (table["logp"] - table["logp_sft"]).round(4)
+        table["prompt"] = pd.factorize(table["id"])[0]  # no row of the data set leaves artifacts/
+        frames.append(table.drop(columns=["id", "logp", "logp_sft"]).assign(**place))
+        points.append(place | artifact.manifest["facts"])
+    return pd.concat(frames, ignore_index=True), points
 
 
-def _write_table(out: Path, frames: list, points: list) -> None:
-    first = [*(name for name in points[0] if name != "distinct_2"), "prompt", "sample"]
-    table = pd.concat(frames, ignore_index=True)
-    table = table[first + [c for c in table.columns if c not in first]]
+def _write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
     table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     (out / "points.json").write_text(json.dumps(points))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.colors import to_rgba
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -84,11 +82,8 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     rows = json.loads(data.to_json(orient="records", double_precision=6))
     content = {"figure": name, "stamp": stamp, "keys": list(dict.fromkeys(keys)), "data": rows}
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    paths.FIGURES.mkdir(parents=True, exist_ok=True)
-    for suffix, written in ((".json", text.encode()), (".svg", svg.getvalue())):
-        temporary = paths.FIGURES / f".{name}.{os.getpid()}"
-        temporary.write_bytes(written)
-        os.replace(temporary, paths.FIGURES / (name + suffix))
+    for suffix, written in ((".json", text), (".svg", svg.getvalue())):
+        paths.write(paths.FIGURES / (name + suffix), written)
     return paths.FIGURES / f"{name}.svg"
 
 
@@ -139,11 +134,10 @@ def interpolation(df, ax, *, y, x="gamma", by=None, low=None, high=None, ylabel=
     return _legend(ax) if by else ax
 
 
-def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean reward", reference=None):
+def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean reward"):
     """Draw one dot with its interval per row, from top to bottom in the order of `df`.
 
-    label: column of the lines' names. colour: column that chooses the colours and makes the legend. reference: where
-    to put a vertical line, such as 0 for differences.
+    label: column of the lines' names. colour: column that chooses the colours and makes the legend.
     """
     names = list(dict.fromkeys(df[label]))
     groups = [(None, df)] if colour is None else list(df.groupby(colour, sort=False))
@@ -152,8 +146,6 @@ def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean 
         errors = [group[value] - group[low], group[high] - group[value]]
         ax.errorbar(group[value], places, xerr=errors, fmt=MARKERS[i % len(MARKERS)], color=_colour(name, i),
                     capsize=3, elinewidth=1.5, label=_label(name))  # fmt: skip
-    if reference is not None:
-        ax.axvline(reference, color="#555555", linewidth=1, linestyle=":", zorder=1)
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="y", visible=False)
@@ -177,18 +169,6 @@ def matrix(df, ax, *, rows, columns, value, title=""):
     ax.grid(visible=False)
     ax.set_title(title)
     return ax
-
-
-def histograms(df, ax, *, value, by, bins: int = 30, xlabel="reward"):
-    """Draw the distribution of `value` for each name in the column `by`, in shared bins, its mean as a dashed line."""
-    edges = np.histogram_bin_edges(df[value], bins)
-    for i, (name, group) in enumerate(df.groupby(by, sort=False)):
-        colour, mean = _colour(name, i), group[value].mean()
-        ax.hist(group[value], edges, density=True, histtype="stepfilled", facecolor=to_rgba(colour, 0.22),
-                edgecolor=colour, linewidth=1.5, label=f"{_label(name)} (mean {mean:.2f})")  # fmt: skip
-        ax.axvline(mean, color=colour, linestyle="--", linewidth=1.3)
-    ax.set(xlabel=xlabel, ylabel="density")
-    return _legend(ax)
 
 
 def _lines(df, ax, by, x, y, low, high):

@@ -120,7 +120,7 @@ class VllmBackend:
             extra["additional_config"], self.own = {name: decoding[name] for name in self.own}, ()
         self.llm = LLM(
             model, dtype=decoding["dtype"], max_model_len=decoding["max_model_len"], seed=seed, max_num_seqs=BLOCK,
-            skip_tokenizer_init=True, generation_config="vllm", disable_log_stats=True,
+            skip_tokenizer_init=True, generation_config="vllm", disable_log_stats=True, load_format="safetensors",
             worker_extension_cls="beyond_dpo.generate.SwapExtension", **extra,
         )  # fmt: skip
 

@@ -18,3 +18,17 @@ FIXTURES = ROOT / "data" / "fixtures"  # invented rows for tests and the smoke p
 FROZEN = ROOT / "data" / "frozen"  # small measured results, committed
 ARTIFACTS = _folder("BEYOND_DPO_ARTIFACTS", ROOT / "artifacts")  # everything computed, git-ignored
 CACHE = _folder("BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo"))  # downloaded archives, converted models
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file, which appears whole (and on the disk) or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

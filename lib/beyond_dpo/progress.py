@@ -14,7 +14,6 @@ import shutil
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 from beyond_dpo import artifacts
@@ -29,7 +28,6 @@ def listen() -> None:
             file.write(json.dumps(line) + "\n")
 
     artifacts.listeners.append(report)
-    warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm.auto without ipywidgets
     logging.basicConfig(filename=os.environ["BEYOND_DPO_LOG"], level=logging.INFO)
 
 
@@ -66,10 +64,11 @@ class Watch:
         print("\r\x1b[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
 
     def line(self) -> str:
-        """Return what is going on: `[2/3] 11_expo_headline · cell 4 of 9 · train-ab12cd · 43 % · 2 min 10 s left`."""
+        """Return what is going on: `[2/3] 11_expo_headline · cell 4 of 9 · train-ab12cd · SFT · 43 % · 2 min left`."""
         parts = [self.title, self.cell]
-        for key, (began, fraction, eta) in list(self.running.items())[-1:]:
-            parts += [key[:-10] if key[-17:-16] == "-" else key, "" if fraction is None else f"{100 * fraction:.0f} %"]
+        for key, (began, what, fraction, eta) in list(self.running.items())[-1:]:
+            parts += [key[:-10] if key[-17:-16] == "-" else key, "" if key.startswith(what) else what]
+            parts += ["" if fraction is None else f"{100 * fraction:.0f} %"]
             parts += [f"for {duration(time.monotonic() - began)}" if eta is None else f"{duration(eta)} left"]
         return " · ".join(part for part in parts if part)
 
@@ -105,7 +104,7 @@ class Watch:
             elif told["event"] == "hit":
                 self.found.add(key)
             elif told.get("fraction") != 1 or key != told["stage"]:  # a job outside of any artifact ends at 1
-                self.running[key] = (began, told.get("fraction"), told.get("eta"))
+                self.running[key] = (began, told.get("stage") or "", told.get("fraction"), told.get("eta"))
 
 
 def duration(seconds: float) -> str:

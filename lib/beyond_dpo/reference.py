@@ -45,7 +45,7 @@ class ResponseScorer(torch.nn.Module):
     @torch.no_grad()
     def _check(self) -> None:
         """Score four short responses packed and alone: a recurrent or otherwise masked model would differ."""
-        training, device = self.training, next(self.model.parameters()).device
+        training, device = self.model.training, next(self.model.parameters()).device
         self.eval()
         ids = [t % self.config.vocab_size for t in range(5, 15)]
         row = {"id": "", "prompt_ids": ids[:4], "responses": {"a": ids[4:7], "b": ids[7:]}}

@@ -75,6 +75,16 @@ def verdict(paper, ours, low=None, high=None, *, tolerance=None, sign_only: bool
     return "direction" if same_sign and (low > 0 or high < 0) else "not reproduced"
 
 
+def claim(text: str, paper, source: str, ours, **how) -> dict:
+    """Return a row for `compare`: what the claim says, the paper's number or sign, where it is printed, and ours.
+
+    ours: (mean, low, high), as the functions of `stats` return it, a number without an interval, or None (not run).
+    how: tolerance or sign_only.
+    """
+    mean, low, high = ours if isinstance(ours, tuple) else (ours if ours is None else float(ours), None, None)
+    return {"claim": text, "paper": paper, "paper_source": source, "ours": mean, "low": low, "high": high} | how
+
+
 def compare(rows: Iterable[Mapping]) -> pd.DataFrame:
     """Return one line per claim with its verdict.
 
@@ -119,13 +129,13 @@ def record(notebook: str, rows, profile: str, *, keys: Iterable[str] = ()) -> pd
     df = rows if isinstance(rows, pd.DataFrame) else compare(rows)
     claims = json.loads(df.to_json(orient="records", double_precision=6))  # a missing number becomes null
     content = {"notebook": notebook, "profile": profile, "keys": list(dict.fromkeys(keys)), "claims": claims}
-    _write(claims_path(notebook, profile), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    paths.write(claims_path(notebook, profile), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return df
 
 
 def claims_path(notebook: str, profile: str) -> Path:
-    """Return where a notebook's claims of a local run are stored."""
-    return paths.ARTIFACTS / "runs" / "claims" / f"{notebook}.{profile}.json"
+    """Return where a notebook's claims of a local run are stored: `trials` where the runner was given parameters."""
+    return paths.ARTIFACTS / "runs" / os.environ.get("BEYOND_DPO_CLAIMS", "claims") / f"{notebook}.{profile}.json"
 
 
 def scoreboard(local: bool = False) -> pd.DataFrame:
@@ -136,7 +146,8 @@ def scoreboard(local: bool = False) -> pd.DataFrame:
     """
     folders = [paths.FROZEN / "claims"] + [paths.ARTIFACTS / "runs" / "claims"] * local
     best: dict[tuple, dict] = {}
-    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+    files = {path.name: path for folder in folders for path in sorted(folder.glob("*.json"))}  # local ones replace
+    for path in files.values():
         content = json.loads(path.read_text(encoding="utf-8"))
         rank, notebook = PROFILES.index(content["profile"]), content["notebook"]
         for row in content["claims"] if content["profile"] != "smoke" else []:
@@ -148,8 +159,9 @@ def scoreboard(local: bool = False) -> pd.DataFrame:
 
 
 def update_readme(path: Path | None = None) -> bool:
-    """Rewrite the table between `<!-- scoreboard -->` and `<!-- /scoreboard -->`; return whether it changed.
+    """Rewrite what is between `<!-- scoreboard -->` and `<!-- /scoreboard -->`; return whether it changed.
 
+    Each notebook's first claim stands in the open, with how many of its claims hold; a fold has all of them.
     path: default README.md of the project. Raises ValueError unless the file has exactly one such pair. Doing it
     again changes nothing.
     """
@@ -157,13 +169,15 @@ def update_readme(path: Path | None = None) -> bool:
     text = path.read_text(encoding="utf-8")
     if len(MARKERS.findall(text)) != 1:
         raise ValueError(f"{path} needs one `<!-- scoreboard -->` ... `<!-- /scoreboard -->` for the table to go to")
-    lines = ["| claim | paper | ours [95 % interval] | profile | verdict | notebook |", "|---|---|---|---|---|---|"]
-    for row in _readable(scoreboard()).to_dict("records"):
-        row["notebook"] = f"[{row['notebook']}](notebooks/{row['notebook']}.ipynb)"
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |")
+    board = _readable(scoreboard())
+    holds = board["verdict"].isin(["reproduced", "direction"]).groupby(board["notebook"]).agg(["sum", "size"])
+    first = board.drop_duplicates("notebook").set_index("notebook", drop=False)
+    first["verdict"] += holds["sum"].map(" ({} of ".format) + holds["size"].map("{} hold)".format)
+    fold = [f"<details><summary>All {len(board)} claims</summary>", "", *_markdown(board), "", "</details>"]
+    lines = [*_markdown(first), "", *fold]
     new = MARKERS.sub(lambda match: "\n".join([match[1], *lines, match[2]]), text)
     if new != text:
-        _write(path, new)
+        paths.write(path, new)
     return new != text
 
 
@@ -192,11 +206,12 @@ def _readable(df: pd.DataFrame) -> pd.DataFrame:
     return df.assign(paper=text["paper"], ours=text["ours"] + interval).drop(columns=["low", "high"])
 
 
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def _markdown(board: pd.DataFrame) -> list[str]:
+    lines = ["| claim | paper | ours [95 % interval] | profile | verdict | notebook |", "|---|---|---|---|---|---|"]
+    for row in board.to_dict("records"):
+        row["notebook"] = f"[{row['notebook']}](notebooks/{row['notebook']}.ipynb)"
+        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row.values()) + " |")
+    return lines
 
 
 if __name__ == "__main__":

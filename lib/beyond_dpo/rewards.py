@@ -259,8 +259,9 @@ def main(path: str) -> None:
     launch.follow_parent()
     job = json.loads(Path(path).read_text())
     name, out = job.pop("reward"), Path(job["out"])
-    if name == "vader":
-        facts = held_out_facts(Vader(), *job["held_out"])
+    if not job["texts"]:  # finished as it is
+        judge = Vader() if name == "vader" else Classifier(job["encoder"], trust_remote_code=job["trust_remote_code"])
+        facts = held_out_facts(judge, *job["held_out"])
     else:
         facts = {"gold": train_bag_of_words, "reward": train_classifier}[name](**job | {"out": out})
     Path(job["out"], "facts.json").write_text(json.dumps(facts))

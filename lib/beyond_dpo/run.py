@@ -26,6 +26,7 @@ from pathlib import Path
 from beyond_dpo import artifacts, paths, progress
 
 NB_KEYS = ("papermill", "language_info", "widgets", "signature")  # metadata that changes with each run
+WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in the kernel that made it
 CELL_KEYS = ("papermill", "execution", "ExecuteTime", "collapsed", "heading_collapsed", "hidden", "scrolled")
 
 
@@ -34,12 +35,12 @@ class Refused(ValueError):
 
 
 def find(names: list[str]) -> list[Path]:
-    """Return the notebooks meant by number prefix, stem or path; without names all but the playground.
+    """Return the notebooks meant by number prefix, stem or path; without names all.
 
     Raises Refused for a name that fits none or several.
     """
     known = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
-    found = [] if names else [path for path in known if not path.stem.startswith("90_")]
+    found = [] if names else known
     for name in names:
         fits = [path for path in known if name == path.stem or path.name.startswith(f"{name}_")]
         fits = [Path(name).resolve()] if name.endswith(".ipynb") and Path(name).is_file() else fits
@@ -118,6 +119,8 @@ def clean(nb) -> None:
             holder.pop(key, None)
     for i, cell in enumerate(nb.cells):
         cell.update({"id": str(i)} if "id" in cell else {})
+        if "outputs" in cell:
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
 
 
 def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path) -> str:
@@ -162,27 +165,20 @@ def write_back(path: Path, nb, copy: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
     clean(nb)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    nbformat.write(nb, temporary)
-    os.replace(temporary, path)
+    paths.write(path, nbformat.writes(nb) + "\n")
 
 
 def freeze(since: float) -> list[str]:
     """Copy into data/frozen the claims recorded since then, and the artifacts named by them and by figures drawn since.
 
-    since: seconds since the epoch. Returns the keys. Raises ValueError for a key that is nowhere or a result too big.
+    since: seconds since the epoch. Returns the keys. Raises as artifacts.freeze().
     """
     claims = [p for p in (paths.ARTIFACTS / "runs" / "claims").glob("*.json") if p.stat().st_mtime >= since]
     records = claims + [p for p in paths.FIGURES.glob("*.json") if p.stat().st_mtime >= since]
     keys = sorted({key for path in records for key in json.loads(path.read_text(encoding="utf-8"))["keys"]})
     (paths.FROZEN / "claims").mkdir(parents=True, exist_ok=True)
     for key in keys:
-        manifests = [root / key / "manifest.json" for root in (paths.ARTIFACTS, paths.FROZEN)]
-        if not any(path.is_file() for path in manifests):
-            raise ValueError(f"{key}, named by a figure or claim, is neither in {paths.ARTIFACTS} nor {paths.FROZEN}")
-        if manifests[0].is_file():
-            made = json.loads(manifests[0].read_text(encoding="utf-8"))
-            artifacts.freeze(artifacts.Artifact(made["stage"], made["version"], made["inputs"], lambda folder: None))
+        artifacts.freeze(key)
     for path in claims:
         shutil.copyfile(path, paths.FROZEN / "claims" / path.name)
     return keys
@@ -192,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run what the command line names; return 0, 1 if a notebook failed, 2 if one was refused, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="python -m beyond_dpo.run", description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", help="number prefix, stem or path")
-    parser.add_argument("--all", action="store_true", help="every notebook, but not the playground")
+    parser.add_argument("--all", action="store_true", help="every notebook")
     parser.add_argument("--profile", help="smoke, cpu, gpu or paper; short for -p profile=...")
     parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
     parser.add_argument("--in-place", action="store_true", help="run the defaults, write the outputs into the notebook")
@@ -218,10 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append(_run(f"[{i}/{len(plan)}] {path.stem}", path, nb, values, profile, options, spent))
         if rows[-1]["status"] == "interrupted":
             return 130
-    if len(rows) > 1:
-        import pandas as pd
+    import pandas as pd
 
-        print(pd.DataFrame(rows).to_string(index=False))
+    total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
+    total |= {name: sum(row[name] for row in rows) for name in ("seconds", "computed", "found")}
+    print(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
     if parts := [f"{stage} {count} in {progress.duration(s)}" for stage, (count, s) in spent.items() if s >= 1]:
         print("computed:", " · ".join(parts))
     return int(any(row["status"] != "ok" for row in rows))
@@ -237,6 +234,8 @@ def _plan(options) -> list[tuple]:
     given |= {"profile": options.profile} if options.profile else {}
     if options.in_place and given:
         raise Refused("--in-place runs the values written in the parameters cell; edit them there")
+    if options.freeze and options.given:
+        raise Refused("--freeze keeps what a profile gives by itself: leave -p away")
     plan = []
     for path in find(options.notebooks):
         nb = nbformat.read(path, as_version=4)
@@ -253,8 +252,8 @@ def _describe(plan: list[tuple]) -> int:
         module = f"beyond_dpo.{path.stem.split('_')[1]}" if re.match(r"\d+_(expo|mallows|wrpo)_", path.stem) else None
         if set(values) - {"profile"}:
             print("  (what -p changes beside the profile is not in these lines)")
-        for line in importlib.import_module(module).describe(profile) if module else ["computes nothing"]:
-            print(f"  {line}")
+        lines = importlib.import_module(module).describe(profile, path.stem[:2]) if module else ["shows other results"]
+        print(*(f"  {line}" for line in lines), sep="\n")
     return 0
 
 
@@ -265,8 +264,10 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
     handle, reports = tempfile.mkstemp(suffix=".jsonl", dir=folder)
     os.close(handle)
     os.environ |= {"BEYOND_DPO_PROGRESS": reports, "BEYOND_DPO_LOG": str(copy.with_suffix(".log"))}
-    if profile == "smoke":  # its figures mean nothing: never among the project's
+    if profile == "smoke" or set(values) - {"profile"}:  # tiny or changed: neither a figure nor a claim of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
+    if set(values) - {"profile"}:
+        os.environ["BEYOND_DPO_CLAIMS"] = "trials"
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
     began, watch = time.time(), progress.Watch(title, Path(reports))
     try:

@@ -49,7 +49,7 @@ def sft(cfg, seed: int = 0) -> Artifact:
 def reward(world: config.World, name: str) -> Artifact:
     """Train the gold reward (words, half A) or the reward model (encoder, half B) on labelled openings.
 
-    "vader" has nothing to train: it is only measured on the same held-out labels.
+    "vader" and a finished reward model have nothing to train: they are only measured on the same held-out labels.
     """
     recipe = {"texts": texts(world), "seed": 0}
     if name == "reward":
@@ -61,6 +61,8 @@ def reward(world: config.World, name: str) -> Artifact:
         job = {"texts": words, "labels": labels, "held_out": held_out, "seed": 0, "out": str(out), "reward": name}
         if name == "reward":
             job["encoder"] = str(assets.model_dir(world.reward_model))
+        if name == "reward" and not words:
+            job["trust_remote_code"] = world.reward_model in world.trust_remote_code
         launch.run("beyond_dpo.rewards", job, out / "checkpoints", desc=f"train {name}")
         return json.loads((out / "facts.json").read_text())
 
@@ -112,6 +114,9 @@ def scores(
         rewards = {name: {"kind": kinds[name]} for name in judges}
         for name, artifact in trained.items():
             rewards[name]["folder"] = str(artifact.get())
+        if "reward" in judges and not cfg.world.reward_rows:
+            rewards["reward"] |= {"folder": str(assets.model_dir(cfg.world.reward_model))}
+            rewards["reward"] |= {"trust_remote_code": cfg.world.reward_model in cfg.world.trust_remote_code}
         scorer = _worker("score", "beyond_dpo.rewards", {"rewards": rewards, "target": str(start.get())})
         files = {"prompts": str(prompts.get() / f"{split}.json"), "responses": str(answers.get() / "responses.jsonl")}
         return scorer.call("score", **files, out=str(out / "scores.jsonl"), reference_prompts=kl_prompts)

@@ -22,34 +22,42 @@ def paired_interval(a, b, *, seed: int, level: float = 0.95, n_boot: int = 2000,
     return mean_interval(a - b, seed=seed, level=level, n_boot=n_boot, groups=groups)
 
 
-def ratio_interval(a, b, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
-    """Return (ratio, low, high) of mean(a) / mean(b), measured side by side; the unit of measurement cancels.
-
-    Raises ValueError for b <= 0 as well.
-    """
-    a, b = _finite(a=a, b=b)
-    if (b <= 0).any():
-        raise ValueError(f"b is {b[b <= 0][0]} at index {_where(b <= 0)}; a ratio needs b > 0 everywhere")
-    (top, _), (bottom, _) = _by_group(a, groups), _by_group(b, groups)
-    return _interval(lambda i: top[i].sum() / bottom[i].sum(), len(top), seed, level, n_boot)
-
-
 def spearman(x, y, *, seed: int, level: float = 0.95, n_boot: int = 2000):
     """Return (rho, low, high), the rank correlation of x and y, both (n,); increasing functions of them cancel.
 
     Raises ValueError for a constant x or y as well. Draws that repeat a single value have no rho and are left out.
     """
-    from scipy.stats import rankdata
-
     x, y = _finite(x=x, y=y)
     if x.ndim != 1 or np.ptp(x) == 0 or np.ptp(y) == 0:
         raise ValueError(f"x and y must be (n,) and vary; found shape {x.shape}, ranges {np.ptp(x)} and {np.ptp(y)}")
 
-    def rho(i):
-        a, b = rankdata(x[i]), rankdata(y[i])
-        return np.corrcoef(a, b)[0, 1] if np.ptp(a) and np.ptp(b) else np.nan
+    return _interval(lambda i: _rho(x[i], y[i]), len(x), seed, level, n_boot)
 
-    return _interval(rho, len(x), seed, level, n_boot)
+
+def peak_correlation(table, value: str, by: list[str], *, seed: int, level: float = 0.95, n_boot: int = 2000):
+    """Return (rho, low, high), the rank correlation of by[0] and −(the α at which mean `value` is highest).
+
+    table: one row per response; one curve per combination of the columns `by`, each on an α grid of its own. A draw
+    takes prompts, the same for all curves, and looks for each curve's peak anew: the interval covers that choice too.
+    """
+    wide = table.pivot_table(index="prompt", columns=[*by, "alpha"], values=value)
+    values, alphas = _finite(values=wide.to_numpy())[0], wide.columns.get_level_values("alpha").to_numpy()
+    curves = wide.columns.droplevel("alpha")
+    places = [np.flatnonzero(curves == curve) for curve in curves.unique()]
+    x = [wide.columns[place[0]][0] for place in places]
+
+    def rho(i):
+        means = values[i].mean(0)
+        return _rho(x, [-alphas[place[means[place].argmax()]] for place in places])
+
+    return _interval(rho, len(values), seed, level, n_boot)
+
+
+def _rho(x, y) -> float:
+    from scipy.stats import rankdata
+
+    a, b = rankdata(x), rankdata(y)
+    return np.corrcoef(a, b)[0, 1] if np.ptp(a) and np.ptp(b) else np.nan
 
 
 def _interval(statistic, units: int, seed: int, level: float, n_boot: int) -> tuple[float, float, float]:
