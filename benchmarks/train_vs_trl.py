@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import sys
 import tempfile
@@ -25,32 +26,37 @@ from beyond_dpo import assets, config, data, stages
 SKIP = 2  # steps that warm up
 
 
-def ours(job: dict) -> None:
-    """Reference pass, then training, as the pipeline does; speed from the log of the steps."""
-    from beyond_dpo import reference, train
-
-    work = Path(job["out"])
-    settings = dataclasses.replace(config.load("expo", "cpu").train, launcher="plain", checkpoint_every=10**6)
+def our_jobs(job: dict) -> list[tuple[str, Path]]:
+    """Write the job files of the reference pass and of the training, as the pipeline does; return (module, file)s."""
+    work, settings = Path(job["out"]), dataclasses.replace(config.load("expo", "cpu").train, checkpoint_every=10**6)
     limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length + 1}  # room for the end token
     limits |= {"bos_id": None, "eos_id": data.load_tokenizer(job["model"]).eos_token_id}
     shared = {"model": job["model"], "rows": job["rows"], "names": ["chosen", "rejected"], "limits": limits}
     scores = {"precision": "bf16", "micro_batch": 8, "out": str(work / "reference.safetensors")}
-    for name, part in (("reference", scores), ("train", {"settings": dataclasses.asdict(settings), "seed": 0})):
-        file = work / f"{name}.json"
-        given = {"reference": scores["out"], "out": str(work / "model")} if name == "train" else {}
-        file.write_text(json.dumps(shared | part | given))
-        (reference if name == "reference" else train).main(str(file))
-    steps = [json.loads(line) for line in (work / "model" / "log.jsonl").read_text().splitlines()][SKIP:]
-    seconds = [settings.global_batch / step["rows_per_s"] for step in steps]
-    (work / "result.json").write_text(json.dumps({"pairs_per_s": settings.global_batch * len(steps) / sum(seconds)}))
+    training = {"settings": dataclasses.asdict(settings), "seed": 0, "reference": scores["out"]}
+    training["out"] = str(work / "ours")
+    jobs = []
+    for name, part in (("reference", scores), ("train", training)):
+        (work / f"{name}.json").write_text(json.dumps(shared | part))
+        jobs.append((f"beyond_dpo.{name}", work / f"{name}.json"))
+    return jobs
+
+
+def ours(job: dict) -> dict:
+    """Run both; speed from the log of the steps, memory from the larger of the two processes."""
+    peak = max(run([sys.executable, "-m", module, file])["peak_gib"] for module, file in our_jobs(job))
+    steps = [json.loads(line) for line in Path(job["out"], "ours", "log.jsonl").read_text().splitlines()][SKIP:]
+    return {"pairs_per_s": len(steps) / sum(1 / step["rows_per_s"] for step in steps), "peak_gib": peak}
 
 
 def profile(job: dict) -> None:
-    """Print the operators that our reference pass and training spend their time in."""
+    """Print the operators that our training spends its time in."""
     from torch.profiler import profile
 
+    (scoring, first), (training, second) = our_jobs(job)
+    importlib.import_module(scoring).main(str(first))
     with profile() as found:
-        ours(job)
+        importlib.import_module(training).main(str(second))
     print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
@@ -92,16 +98,14 @@ def trl(job: dict, precompute: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=160, help="how many pairs are trained on: 8 a step")
+    parser.add_argument("--pairs", type=int, default=96, help="how many pairs are trained on: 8 a step")
     parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/train_vs_trl.json")
     parser.add_argument("--profile", action="store_true", help="only show what our time goes to")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        kind, file = options.child
-        job = json.loads(Path(file).read_text())
-        known = {"ours": ours, "profile": profile, "trl": lambda job: trl(job, True)}
-        return known.get(kind, lambda job: trl(job, False))(job)
+        job = json.loads(Path(options.child[1]).read_text())
+        return profile(job) if options.child[0] == "profile" else trl(job, precompute=options.child[0] == "trl")
     rows = data.read_rows(stages.pairs(config.load("expo", "cpu")).get() / "pairs.jsonl")[: options.pairs]
     end = data.load_tokenizer(str(assets.model_dir("smollm2"))).eos_token_id
     for row in rows:  # TRL adds it to every response, so ours have it too
@@ -116,12 +120,15 @@ def main() -> None:
                 data.write_rows(Path(work, "pairs.jsonl"), rows)
                 job = {"model": str(assets.model_dir("smollm2")), "rows": str(Path(work, "pairs.jsonl")), "out": work}
                 Path(work, "job.json").write_text(json.dumps(job))
-                done = run([sys.executable, __file__, "--child", kind, Path(work, "job.json")])
-                row[f"{kind}_pairs_per_s"] = json.loads(Path(work, "result.json").read_text())["pairs_per_s"]
-                row[f"{kind}_tokens_per_s"] = row[f"{kind}_pairs_per_s"] * tokens
-                row[f"{kind}_peak_gib"] = done["peak_gib"]
-        if options.profile:
-            return print(done["output"])
+                if kind == "ours":
+                    found = ours(job)
+                else:
+                    found = run([sys.executable, __file__, "--child", kind, Path(work, "job.json")])
+                    if options.profile:
+                        return print(found["output"])
+                    found |= json.loads(Path(work, "result.json").read_text())
+                row |= {f"{kind}_{name}": found[name] for name in ("pairs_per_s", "peak_gib")}
+                row[f"{kind}_tokens_per_s"] = found["pairs_per_s"] * tokens
         rounds.append(row)
         print(row, flush=True)
     about = {"model": "SmolLM2-135M", "pairs": len(rows), "batch": 8, "tokens_per_pair": tokens, "precision": "bf16"}

@@ -185,7 +185,7 @@ def test_update_readme(project):
     assert f"{first} (1 of 2 hold) | {link} |" in text, "the notebook's first claim, and how many hold"
     assert text.count("| a ") == 2 and text.count("| c |") == 1
     assert f"{first} | {link} |" in text.partition("<summary>All 2 claims</summary>")[2]
-    assert f"| c | +2.6 | – | cpu | not run | {link} |" in text and "old" not in text
+    assert f"| c | +2.6 | – | cpu | not run | {link} |" in text and "\nold\n" not in text
     assert report.update_readme() is False and readme.read_text() == text
     readme.write_text("# T\n<!-- scoreboard -->\n")
     with pytest.raises(ValueError, match="README.md needs one"):
