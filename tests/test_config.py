@@ -179,10 +179,13 @@ def test_what_is_finished_counts_as_room(tmp_path, monkeypatch):
     monkeypatch.setattr(config.paths, "ARTIFACTS", tmp_path)
     monkeypatch.setattr(config.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
     cfg = load("expo", "smoke", needs__disk_gb=20)
-    with pytest.raises(ConfigError, match=r"20 GB of disk for .* \(free: 5\).*--profile"):
+    with pytest.raises(ConfigError, match=r"20 GB of disk for .* held by results: 5\).*--profile"):
         config.check_machine(cfg)
     (tmp_path / "train-1").mkdir()
     (tmp_path / "train-1" / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": 16_000_000_000}}}))
+    config.check_machine(cfg)
+    (tmp_path / "train-2").mkdir()
+    (tmp_path / "train-2" / "manifest.json").write_text("{")  # damaged: noticed by whoever reads it
     config.check_machine(cfg)
 
 

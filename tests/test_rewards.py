@@ -184,6 +184,12 @@ def test_scores_that_are_not_finite_are_refused(head):
         reward.score(["a"])
 
 
+def test_an_encoder_without_a_head_is_no_reward_model():
+    """transformers would give it a random one, another in each process."""
+    with pytest.raises(ValueError, match="is no finished reward model, it lacks .*classifier"):
+        Classifier(assets.model_dir("tiny-encoder"))
+
+
 def test_pickled_weights_are_refused(head, tmp_path):
     folder = head()
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)

@@ -82,6 +82,11 @@ def test_peak_correlation():
             rows += [place | {"alpha": a, "reward": prompt - abs(a - peak)} for a in grid]
     sure = pd.DataFrame(rows)
     assert stats.peak_correlation(sure, "reward", ["fraction"], seed=0, n_boot=50) == pytest.approx((1, 1, 1))
+    with_seeds = pd.concat([sure.assign(seed=seed) for seed in (0, 1)])
+    found = stats.peak_correlation(with_seeds, "reward", ["fraction", "seed"], seed=0, n_boot=50)
+    assert found == pytest.approx((1, 1, 1))
+    flat = sure.assign(reward=sure["alpha"])  # every curve peaks at 8: no relation, not "unknown"
+    assert stats.peak_correlation(flat, "reward", ["fraction"], seed=0, n_boot=50) == (0, 0, 0)
     turned = sure[sure["prompt"] < 2].copy()
     other = turned["prompt"] == 1
     turned.loc[other, "reward"] = -2 * turned.loc[other, "reward"]
@@ -89,18 +94,6 @@ def test_peak_correlation():
     assert low < 0 < high == pytest.approx(1) and rho != pytest.approx(1)
     with pytest.raises(ValueError, match="is nan at index"):
         stats.peak_correlation(sure.drop(index=0), "reward", ["fraction"], seed=0)
-
-
-def test_spearman():
-    """Ranks of (1, 2, 3, 4) and (1, 3, 2, 4): d = 0, 1, 1, 0 and rho = 1 - 6 * 2 / (4 * 15) = 0.8."""
-    assert stats.spearman([1, 2, 3, 4], [1, 3, 2, 4], seed=0)[0] == pytest.approx(0.8)
-    x = np.random.default_rng(11).normal(size=40)
-    assert stats.spearman(x, np.exp(x), seed=0, n_boot=100) == pytest.approx((1, 1, 1))
-    y = x + np.random.default_rng(12).normal(size=40)
-    rho, low, high = stats.spearman(x, y, seed=0, n_boot=300)
-    assert -1 <= low < rho < high <= 1
-    assert stats.spearman(x, y**3, seed=0, n_boot=300) == (rho, low, high)
-    assert stats.spearman(x, y, seed=1, n_boot=300) != (rho, low, high)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +108,6 @@ def test_spearman():
         (lambda: stats.mean_interval([], seed=0), r"values has shape \(0,\)"),
         (lambda: stats.mean_interval([1, 2], seed=0, groups=[0, 1, 2]), "3 labels for 2 units"),
         (lambda: stats.mean_interval([1, 2], seed=0, level=95), "level=95"),
-        (lambda: stats.spearman([1, 1], [1, 2], seed=0), "vary"),
     ],
 )
 def test_faults_name_the_place(call, message):

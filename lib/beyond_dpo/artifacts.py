@@ -177,6 +177,7 @@ def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
             _verify(copy, key)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(copy, target)
+    _verify(target, key)
     return target
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from beyond_dpo import artifacts, paths
 
 log = logging.getLogger("beyond_dpo")
-HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja"]  # weights once, never a pickle
+HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja", "*.py"]  # no pickle
 TINY = 1  # raise it when the tiny models below change
 IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
 CHAT_TEMPLATE = (  # of the tiny models

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -201,8 +202,10 @@ def check_machine(config) -> None:
     missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})"] if gpus < needs.gpus else []
     free = shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists())).free / 1e9
     for path in paths.ARTIFACTS.glob("*/manifest.json"):  # what is finished needs no room any more
-        free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
-    missing += [f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free: {free:.0f})"] if free < needs.disk_gb else []
+        with suppress(OSError, ValueError, LookupError):  # being made, or damaged: found when it is read
+            free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
+    if free < needs.disk_gb:
+        missing += [f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free or held by results: {free:.0f})"]
     missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
     if missing:
         raise ConfigError(

@@ -175,7 +175,7 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
         table = pd.concat(frames, ignore_index=True)
         table.to_csv(out / "movement.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
 
-    return Artifact("change", 2, {name: [zero, *ends.values()] for name, (zero, ends) in pairs.items()}, make)
+    return Artifact("change", 2, {name: {"start": zero, **ends} for name, (zero, ends) in pairs.items()}, make)
 
 
 def said(cfg, lines: dict[str, Line]) -> Artifact:
@@ -195,12 +195,11 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
         from beyond_dpo import data
 
         config.check_machine(cfg)
-        tokenizer, texts = data.load_tokenizer(str(stages.sft(cfg).get())), []
+        decode, texts = partial(data.load_tokenizer(str(stages.sft(cfg).get())).decode, skip_special_tokens=True), []
         for (name, alpha), artifact in stages.watched(points.items(), "text samples"):
             for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
                 r = json.loads(line)
-                text = tokenizer.decode(r["response_ids"], skip_special_tokens=True)
-                texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": text})
+                texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": decode(r["response_ids"])})
         (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
 
     return Artifact("said", 1, {"points": list(points.values()), "names": list(lines)}, make)
@@ -250,10 +249,11 @@ def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact
 
 def describe(profile: str, notebook: str) -> list[str]:
     """Return what a run of a notebook (its number) at `profile` needs, reads and executes; nothing is started."""
-    if notebook == "18":
-        return ["computes nothing: the papers' printed numbers and the authors' published rows"]
     cfg = config.load("expo", profile)
-    world, n, part, some = cfg.world, cfg.needs, cfg.recipe_fraction, cfg.quality_fraction
+    alone = notebook == "15" and not cfg.world.sft_rows  # see wrong_pairs
+    if notebook == "18" or alone:
+        return ["is refused: it needs another SFT model" if alone else "computes nothing: only printed numbers"]
+    world, n, most, part = cfg.world, cfg.needs, cfg.fractions[-1], cfg.recipe_fraction
     source = "published" if "/" in world.dataset else f"prompts × {world.samples} samples"
     lines = [
         f"needs: {n.gpus} GPUs of {n.gpu_gb} GB, {n.memory_gb} GB memory, {n.disk_gb} GB disk, about {n.hours:g} h",
@@ -262,18 +262,18 @@ def describe(profile: str, notebook: str) -> list[str]:
     ]
     everything = [(f, f", seed {s}", {}) for f, s in runs(cfg)]
     aligned = {
-        "12": [(cfg.fractions[-1], "", {})],
-        "13": [(part, f", {name}", change) for name, change in ({"default": {}} | changed(cfg)).items()],
-        "14": [(some, "", {}), (some, " with the longest chosen responses", {})],
-        "15": [(part, "", {}), (part, ", from the SFT model of seed 1", {})],
+        "12": [(most, "", {})],
+        "13": [(most, "", {}), *((part, f", {name}", c) for name, c in ({"default": {}} | changed(cfg)).items())],
+        "14": [(most, "", {}), *((cfg.quality_fraction, what, {}) for what in ("", " with the longest chosen"))],
+        "15": [(most, "", {}), (part, "", {}), (part, ", from the SFT model of seed 1", {})],
         "17": [(f, "", {}) for f in cfg.fractions],
     }.get(notebook, everything)
     trainings = [(f"SFT, seed {s}", cfg.sft) for s in range(1 + (notebook == "15")) if world.sft_rows]
     trainings += [(f"{cfg.train.loss} on {f:.0%} of the pairs{what}", dataclasses.replace(cfg.train, **change))
                   for f, what, change in aligned]  # fmt: skip
     job = "artifacts/{}-KEY.partial/checkpoints/config.json"  # KEY: a hash of the stage's recipe
-    lines += [f"{n}: python -m beyond_dpo.rewards {job.format(f'reward-{n}')}" for n in ("gold", "reward")]
-    lines += [f"log-probabilities of the pairs: python -m beyond_dpo.reference {job.format('reference')}"]
+    for stage, module in (("reward-gold", "rewards"), ("reward-reward", "rewards"), ("reference", "reference")):
+        lines += [f"{stage}: python -m beyond_dpo.{module} {job.format(stage)}"]
     for what, t in trainings:
         how = {"launcher": t.launcher, "processes": t.processes}
         command = " ".join(launch.command("beyond_dpo.train", Path(job.format("train")), **how))

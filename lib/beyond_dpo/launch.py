@@ -179,7 +179,7 @@ def follow_parent() -> None:
     And write a traceback in one piece: launchers start Python unbuffered, so processes that fail together would mix
     even their words in the log they share.
     """
-    sys.excepthook = lambda *error: os.write(2, "".join(traceback.format_exception(*error)).encode())
+    sys.excepthook = lambda *error: os.write(2, "".join(traceback.format_exception(*error)).encode(errors="replace"))
     launcher, kernel = os.getppid(), int(os.environ.get("BEYOND_DPO_PARENT", 0))
 
     def watch():

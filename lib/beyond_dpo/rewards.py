@@ -118,8 +118,10 @@ class Classifier:
 
         options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        self.model = AutoModelForSequenceClassification.from_pretrained(folder, **options).eval()
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, **options, output_loading_info=True)
+        if loaded["missing_keys"]:  # transformers would only warn, and score with random numbers
+            raise ValueError(f"{folder} is no finished reward model, it lacks {sorted(loaded['missing_keys'])[:3]}")
+        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.label, labels, text = label, self.model.config.num_labels, self.model.config.get_text_config()
         if labels > 2 if label is None else not 0 <= label < labels:
             raise ValueError(f"{folder} has {labels} labels, numbered from 0; say which one is the reward, not {label}")
@@ -259,7 +261,7 @@ def main(path: str) -> None:
     launch.follow_parent()
     job = json.loads(Path(path).read_text())
     name, out = job.pop("reward"), Path(job["out"])
-    if not job["texts"]:  # finished as it is
+    if name == "vader" or not job["texts"]:  # finished as it is
         judge = Vader() if name == "vader" else Classifier(job["encoder"], trust_remote_code=job["trust_remote_code"])
         facts = held_out_facts(judge, *job["held_out"])
     else:

@@ -249,7 +249,8 @@ def _plan(options) -> list[tuple]:
 def _describe(plan: list[tuple]) -> int:
     for path, _, values, profile in plan:
         print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
-        module = f"beyond_dpo.{path.stem.split('_')[1]}" if re.match(r"\d+_(expo|mallows|wrpo)_", path.stem) else None
+        known = re.match(r"\d+_(expo|mallows|wrpo)_", path.stem.replace("90_playground", "90_expo_curves"))
+        module = f"beyond_dpo.{known[1]}" if known else None
         if set(values) - {"profile"}:
             print("  (what -p changes beside the profile is not in these lines)")
         lines = importlib.import_module(module).describe(profile, path.stem[:2]) if module else ["shows other results"]

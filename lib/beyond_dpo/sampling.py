@@ -48,7 +48,8 @@ class CpuPenalties(LogitsProcessor):
         size = logits.shape[-1]
         places = torch.tensor([row * size + token for row, said in self.said.items() for token in said]).long()
         places, counts = places.unique(return_counts=True)
-        logits.view(-1)[places] -= counts * self.penalties["frequency_penalty"] + self.penalties["presence_penalty"]
+        taken = counts * self.penalties["frequency_penalty"] + self.penalties["presence_penalty"]
+        logits[places // size, places % size] -= taken
         return logits
 
 

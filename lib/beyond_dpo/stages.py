@@ -58,6 +58,8 @@ def reward(world: config.World, name: str) -> Artifact:
     def make(out: Path) -> dict:
         labelled = json.loads((texts(world).get() / "labelled.json").read_text())
         (words, labels), held_out = labelled.get(name, ([], [])), labelled["held_out"]
+        if name == "gold" and not words:
+            raise config.ConfigError("world.gold_rows is 0: there is nothing to train the gold reward on")
         job = {"texts": words, "labels": labels, "held_out": held_out, "seed": 0, "out": str(out), "reward": name}
         if name == "reward":
             job["encoder"] = str(assets.model_dir(world.reward_model))

@@ -22,24 +22,15 @@ def paired_interval(a, b, *, seed: int, level: float = 0.95, n_boot: int = 2000,
     return mean_interval(a - b, seed=seed, level=level, n_boot=n_boot, groups=groups)
 
 
-def spearman(x, y, *, seed: int, level: float = 0.95, n_boot: int = 2000):
-    """Return (rho, low, high), the rank correlation of x and y, both (n,); increasing functions of them cancel.
-
-    Raises ValueError for a constant x or y as well. Draws that repeat a single value have no rho and are left out.
-    """
-    x, y = _finite(x=x, y=y)
-    if x.ndim != 1 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        raise ValueError(f"x and y must be (n,) and vary; found shape {x.shape}, ranges {np.ptp(x)} and {np.ptp(y)}")
-
-    return _interval(lambda i: _rho(x[i], y[i]), len(x), seed, level, n_boot)
-
-
 def peak_correlation(table, value: str, by: list[str], *, seed: int, level: float = 0.95, n_boot: int = 2000):
     """Return (rho, low, high), the rank correlation of by[0] and −(the α at which mean `value` is highest).
 
     table: one row per response; one curve per combination of the columns `by`, each on an α grid of its own. A draw
     takes prompts, the same for all curves, and looks for each curve's peak anew: the interval covers that choice too.
+    Peaks that are all at one α show no relation: rho 0.
     """
+    from scipy.stats import rankdata
+
     wide = table.pivot_table(index="prompt", columns=[*by, "alpha"], values=value)
     values, alphas = _finite(values=wide.to_numpy())[0], wide.columns.get_level_values("alpha").to_numpy()
     curves = wide.columns.droplevel("alpha")
@@ -48,16 +39,10 @@ def peak_correlation(table, value: str, by: list[str], *, seed: int, level: floa
 
     def rho(i):
         means = values[i].mean(0)
-        return _rho(x, [-alphas[place[means[place].argmax()]] for place in places])
+        a, b = rankdata(x), rankdata([-alphas[place[means[place].argmax()]] for place in places])
+        return np.corrcoef(a, b)[0, 1] if np.ptp(b) else 0.0
 
     return _interval(rho, len(values), seed, level, n_boot)
-
-
-def _rho(x, y) -> float:
-    from scipy.stats import rankdata
-
-    a, b = rankdata(x), rankdata(y)
-    return np.corrcoef(a, b)[0, 1] if np.ptp(a) and np.ptp(b) else np.nan
 
 
 def _interval(statistic, units: int, seed: int, level: float, n_boot: int) -> tuple[float, float, float]:
@@ -65,7 +50,7 @@ def _interval(statistic, units: int, seed: int, level: float, n_boot: int) -> tu
         raise ValueError(f"an interval needs 2 or more independent units and a level in (0, 1): {units=}, {level=}")
     generator = np.random.default_rng(seed)
     draws = [statistic(generator.integers(units, size=units)) for _ in range(n_boot)]
-    low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(statistic(np.arange(units))), float(low), float(high)
 
 
