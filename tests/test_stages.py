@@ -126,7 +126,7 @@ def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
     new = {p.name.split("-")[0] for p in paths.ARTIFACTS.iterdir() if p.name not in known and p.suffix != ".lock"}
     assert new <= {"responses", "scores", "curves"}, "one more α samples one more point and trains nothing"
 
-    frozen = artifacts.freeze(curves)
+    frozen = artifacts.freeze(curves.key)
     assert sum(f.stat().st_size for f in frozen.iterdir()) < 100_000
     os.rename(paths.ARTIFACTS, store / "gone")
     os.environ["COMPUTE"] = "never"
