@@ -229,7 +229,8 @@ def card(config):
     paper = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
     rows = differences(config, load(paper, "paper"))
     df = pd.DataFrame(rows, columns=["setting", f"profile {config.profile}", "the paper's"]).map(str)
-    return report.show(df, "Where this profile differs from the paper")
+    table = report.show(df, "Where this profile differs from the paper")
+    return table.set_table_attributes('style="display: block; max-height: 18em; overflow: auto"')  # it is long
 
 
 def _section(value) -> bool:
