@@ -24,8 +24,8 @@ setup: $(READY)  ## create .venv from requirements/cpu.txt (3 to 5 minutes, once
 # pip's cache does not know with which ops a wheel was built.
 # The stamp goes first and comes back last: an interrupted set-up is taken up again, never mistaken for a finished one.
 .venv/.ready: requirements/cpu.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
-	  echo "Python 3.11 or 3.12 is needed, and $(PYTHON) is not one. Try: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and $(PYTHON) is older. Try: make setup PYTHON=python3.12" >&2; exit 1; }
 	@rm -f .venv/.ready
 	@echo "set-up 1/3: virtual environment, torch, build tools"
 	@$(PYTHON) -m venv .venv
