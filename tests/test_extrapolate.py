@@ -160,14 +160,14 @@ def test_small_files_and_provenance(pair, tmp_path):
     assert (tmp_path / "out/README.md").read_text() == "README.md"
     assert json.loads((tmp_path / "out/expo.json").read_text()) == fact
     assert fact["alpha"] == 0.5 and fact["modules"] == {"*.q.*": 2}
-    assert re.fullmatch("[0-9a-f]{64}", fact["sft_sha256"]) and fact["sft_sha256"] != fact["aligned_sha256"]
+    assert re.fullmatch("[0-9a-f]{32}", fact["sft_xxh3"]) and fact["sft_xxh3"] != fact["aligned_xxh3"]
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt" and metadata["by"] == "test" and metadata["expo_alpha"] == "0.5"
     assert json.loads(metadata["expo_modules"]) == {"*.q.*": 2}
-    assert metadata["expo_aligned_sha256"] == fact["aligned_sha256"]
+    assert metadata["expo_aligned_xxh3"] == fact["aligned_xxh3"]
     again = extrapolate(aligned, tmp_path / "out", {0: tmp_path / "again"})[0]  # an output is a model like any other
-    assert again["sft_sha256"] == fact["aligned_sha256"]
+    assert again["sft_xxh3"] == fact["aligned_xxh3"]
 
 
 def test_module_alphas(pair, tmp_path):
