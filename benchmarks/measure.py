@@ -29,6 +29,7 @@ ROWS = {  # what is compared: in words, our number, against whom, theirs, the go
         ("one α, peak memory (GiB; goal: below 1)", "ours_1_gib", "mergekit", "mergekit_1_gib", ""),
         ("four α, peak memory (GiB; goal: below 1)", "ours_4_gib", "mergekit", "mergekit_4_gib", ""),
     ],
+    "bandit": [("five-armed bandit, all β (steps/s)", "ours_steps_per_s", "PyTorch", "torch_steps_per_s", "")],
     "sweep": [("one more α in the living engine (s)", "swap_s", "a new engine", "engine_start_s", "≤ 0.1")],
 }
 

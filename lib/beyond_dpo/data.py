@@ -3,8 +3,6 @@
 The only place where templates and BOS are handled: every back-end receives token ids, never strings.
 """
 
-from __future__ import annotations
-
 import json
 from functools import lru_cache
 from pathlib import Path

@@ -1,8 +1,7 @@
 """ExPO's experiments (arXiv 2404.16792): what is trained, and which lines through two models are walked along.
 
-Each function returns an Artifact; nothing runs before its get(). `describe` says what a run would do."""
-
-from __future__ import annotations
+Each function returns an Artifact; nothing runs before its get().
+"""
 
 import dataclasses
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, launch, search, stages
+from beyond_dpo import config, search, stages
 from beyond_dpo.artifacts import Artifact
 
 PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I rented it because", "The acting in")
@@ -52,7 +51,7 @@ def curves(cfg) -> Artifact:
             ({"split": split, "fraction": f, "seed": s, "alpha": a}, point(cfg, f, s, a, f"{split}_prompts"))
             for f, s, a in places
         ]
-        return _scored(walk, desc)
+        return stages.scored(walk, desc)
 
     def make(out: Path) -> None:
         config.check_machine(cfg)
@@ -64,7 +63,7 @@ def curves(cfg) -> Artifact:
         wanted = dev[-1:]  # the SFT model
         wanted += [(b["fraction"], b["seed"], alpha) for b in best for alpha in dict.fromkeys([0.0, b["alpha"]])]
         tested, more = judged("test", wanted, "chosen α on test prompts")
-        _write(out, pd.concat([searched, tested]), points + more)
+        stages.write(out, pd.concat([searched, tested]), points + more)
         (out / "best.json").write_text(json.dumps(best, indent=1))
         facts = {name: stages.reward(cfg.world, name).manifest["facts"] for name in ("gold", "reward", "vader")}
         (out / "facts.json").write_text(json.dumps(facts | {"pairs": stages.pairs(cfg).manifest["facts"]}, indent=1))
@@ -87,8 +86,8 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
         config.check_machine(cfg)
         for line in lines.values():
             line.start.get(), line.end.get()
-        table, points = _scored(walk, "lines through two models, dev prompts")
-        _write(out, table, points)
+        table, points = stages.scored(walk, "lines through two models, dev prompts")
+        stages.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
         (out / "best.json").write_text(json.dumps({name: float(means.loc[name].idxmax()) for name in lines}, indent=1))
 
@@ -227,7 +226,7 @@ def searches(cfg) -> Artifact:
                           "grid": max(grid, key=grid.get), "tried": list(result.rewards)})  # fmt: skip
             places = [{"fraction": f, "alpha": a} for a in dict.fromkeys([*grid, *result.rewards])]
             walk += [(place, point(cfg, f, seed, place["alpha"], "dev_prompts")) for place in places]
-        _write(out, *_scored(walk, "searched α and grids"))
+        stages.write(out, *stages.scored(walk, "searched α and grids"))
         (out / "searches.json").write_text(json.dumps(found, indent=1))
 
     grids = [point(cfg, f, seed, a, "dev_prompts") for f in cfg.fractions for a in cfg.alphas[f]]
@@ -245,56 +244,3 @@ def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact
     model = stages.aligned(cfg, fraction or cfg.fractions[-1], seed if fraction else cfg.seeds[0])
     alpha = alpha if fraction else -1.0
     return Line(stages.sft(cfg), model, (alpha,)).scores(cfg, alpha, split, samples)
-
-
-def describe(profile: str, notebook: str) -> list[str]:
-    """Return what a run of a notebook (its number) at `profile` needs, reads and executes; nothing is started."""
-    cfg = config.load("expo", profile)
-    alone = notebook == "15" and not cfg.world.sft_rows  # see wrong_pairs
-    if notebook == "18" or alone:
-        return ["is refused: it needs another SFT model" if alone else "computes nothing: only printed numbers"]
-    world, n, most, part = cfg.world, cfg.needs, cfg.fractions[-1], cfg.recipe_fraction
-    source = "published" if "/" in world.dataset else f"prompts × {world.samples} samples"
-    lines = [
-        f"needs: {n.gpus} GPUs of {n.gpu_gb} GB, {n.memory_gb} GB memory, {n.disk_gb} GB disk, about {n.hours:g} h",
-        f"models: target {world.target}, reward model {world.reward_model}; data: {world.dataset}",
-        f"pairs: {world.prompts} {source}; {world.dev_prompts} dev and {world.test_prompts} test prompts",
-    ]
-    everything = [(f, f", seed {s}", {}) for f, s in runs(cfg)]
-    aligned = {
-        "12": [(most, "", {})],
-        "13": [(most, "", {}), *((part, f", {name}", c) for name, c in ({"default": {}} | changed(cfg)).items())],
-        "14": [(most, "", {}), *((cfg.quality_fraction, what, {}) for what in ("", " with the longest chosen"))],
-        "15": [(most, "", {}), (part, "", {}), (part, ", from the SFT model of seed 1", {})],
-        "17": [(f, "", {}) for f in cfg.fractions],
-    }.get(notebook, everything)
-    trainings = [(f"SFT, seed {s}", cfg.sft) for s in range(1 + (notebook == "15")) if world.sft_rows]
-    trainings += [(f"{cfg.train.loss} on {f:.0%} of the pairs{what}", dataclasses.replace(cfg.train, **change))
-                  for f, what, change in aligned]  # fmt: skip
-    job = "artifacts/{}-KEY.partial/checkpoints/config.json"  # KEY: a hash of the stage's recipe
-    for stage, module in (("reward-gold", "rewards"), ("reward-reward", "rewards"), ("reference", "reference")):
-        lines += [f"{stage}: python -m beyond_dpo.{module} {job.format(stage)}"]
-    for what, t in trainings:
-        how = {"launcher": t.launcher, "processes": t.processes}
-        command = " ".join(launch.command("beyond_dpo.train", Path(job.format("train")), **how))
-        lines += [f"{what} ({t.epochs} × lr {t.lr:g}, {t.optimizer}, β {t.beta:g}, batch {t.global_batch} = "
-                  f"{t.processes} × {t.micro_batch} × {config.check_batch(t)}, ZeRO-{t.zero}): {command}"]  # fmt: skip
-    lines += [f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"]
-    return [*lines, "its responses judged: python -m beyond_dpo.rewards --serve"]
-
-
-def _scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
-    """Get the scores of every place; return one line a response, and each place with its facts."""
-    frames, points = [], []
-    for place, artifact in stages.watched(walk, desc):
-        table = pd.read_json(artifact.get() / "scores.jsonl", lines=True)
-        table["logratio"] = (table["logp"] - table["logp_sft"]).round(4)
-        table["prompt"] = pd.factorize(table["id"])[0]  # no row of the data set leaves artifacts/
-        frames.append(table.drop(columns=["id", "logp", "logp_sft"]).assign(**place))
-        points.append(place | artifact.manifest["facts"])
-    return pd.concat(frames, ignore_index=True), points
-
-
-def _write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
-    table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
-    (out / "points.json").write_text(json.dumps(points))

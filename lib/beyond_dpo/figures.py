@@ -4,8 +4,6 @@ Every drawing function takes a DataFrame and an Axes and returns the Axes. y, lo
 ends of its interval, in the unit that `ylabel` or `xlabel` states. Call `style()` first.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -4,8 +4,6 @@
 The back-end, vLLM or transformers, is chosen by name and never falls back to the other.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,8 @@
 that answers calls (a generation engine over a whole α sweep). Both show one progress bar and raise with the log's tail.
 """
 
-from __future__ import annotations
-
+import gc
+import importlib
 import json
 import os
 import signal
@@ -156,6 +156,15 @@ def serve(factory) -> None:
         replies.flush()
 
 
+class Jobs:
+    """Run one job after the other in one process (`Worker("beyond_dpo.launch", {}, …)`), which starts up only once."""
+
+    def run(self, module: str, path: str) -> None:
+        """Do what `python -m module path` does."""
+        importlib.import_module(module).main(path)
+        gc.collect()  # an engine and its model know each other
+
+
 def progress(done: int, total: int) -> None:
     """Tell the parent how far this child is (any process may call it; without a parent it does nothing)."""
     path = os.environ.get("BEYOND_DPO_CHILD_PROGRESS")
@@ -282,3 +291,7 @@ def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    serve(Jobs)

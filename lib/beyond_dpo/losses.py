@@ -7,12 +7,16 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
+def _vector(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor) or x.dim() != 1 or not x.is_floating_point():
+        got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected a float tensor of shape (batch,), got {got}")
+
+
 def _pair(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
     """Check two (batch,) float tensors and return them in at least float32."""
-    for name, x in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(x, Tensor) or x.dim() != 1 or not x.is_floating_point():
-            got = f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected a float tensor of shape (batch,), got {got}")
+    _vector("chosen", chosen)
+    _vector("rejected", rejected)
     # Broadcasting (1,) against (n,) would give a number for every pair, and the wrong one.
     if chosen.shape != rejected.shape:
         raise ValueError(f"chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)} differ in length")
@@ -100,4 +104,166 @@ def simpo(
     if not 0.0 <= gamma < float("inf"):
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}")
     losses = -logsigmoid(beta * (chosen - rejected) - gamma)
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def _per_pair(name: str, values: Tensor, like: Tensor, below: float = float("inf")) -> Tensor:
+    """Check one number in (0, below) per pair; return them as `like` is, detached: they belong to the prompt."""
+    _vector(name, values)
+    if values.shape != like.shape:
+        raise ValueError(f"{name} has {len(values)} values for {len(like)} pairs")
+    if (bad := ~((values > 0) & (values < below))).any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(f"{name} must be in (0, {below}), got {float(values[row])!r} in row {row}")
+    return values.detach().to(like)
+
+
+def mallows_theta(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, weight: Tensor, *, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the MallowsPO-theta loss of each pair: DPO whose s is multiplied by a weight per prompt.
+
+    Eq. 8, arXiv 2405.14953:  -log sigmoid(weight * s),  s = beta * (chosen_logratio - rejected_logratio).
+    The paper's weight is -2 log phi(x); as in the authors' code it is replaced by an estimate with mean 1 over the
+    data set (dispersion.weights), so that the factor 2 is in the scale of the estimate.
+
+    Args:
+        chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed over the response.
+        weight: (batch,), no unit, > 0 and finite; large where the answers to a prompt are all alike.
+        beta: strength of the KL penalty, > 0.
+    Returns:
+        losses (>= 0), chosen_reward, rejected_reward (detached), each (batch,) in at least float32. The rewards are
+        beta * logratio, without the weight, as the paper defines them; they compare with those of DPO.
+    Raises:
+        ValueError: as dpo, and for a weight out of range (naming the row).
+
+    Weight 1 gives DPO; a weight near 0 leaves the pair out. No gradient flows into the weight.
+    """
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
+    _positive(beta=beta)
+    losses = -logsigmoid(_per_pair("weight", weight, chosen) * (beta * (chosen - rejected)))
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def mallows_ipo(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, weight: Tensor, *, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the MallowsIPO loss of each pair: IPO whose h is multiplied by a weight per prompt.
+
+    (weight * h - 1 / (2 tau))^2,  h = chosen_logratio - rejected_logratio: no equation of arXiv 2405.14953 but the
+    `mallows_ipo` branch of its authors' code. The plain `ipo` branch beside it is (tau * h - 1/2)^2, tau^2 times our
+    ipo: the same minimum, other gradients.
+
+    Args, Returns and Raises are those of ipo, with the weight of mallows_theta; the rewards are tau * logratio.
+
+    Weight 1 gives IPO; the minimum is at h = 1 / (2 tau weight).
+    """
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
+    _positive(tau=tau)
+    losses = (_per_pair("weight", weight, chosen) * (chosen - rejected) - 1.0 / (2.0 * tau)) ** 2
+    return losses, tau * chosen.detach(), tau * rejected.detach()
+
+
+def mallows_simpo(
+    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, weight: Tensor, *, beta: float, gamma: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the MallowsSimPO loss of each pair: SimPO whose logit, margin included, is multiplied by a weight.
+
+    -log sigmoid(weight * (beta * (chosen_mean_logp - rejected_mean_logp) - gamma)): no equation of arXiv 2405.14953
+    but its authors' code, run without reference and with length normalisation; their `home_advantage` is gamma / beta.
+
+    Args, Returns and Raises are those of simpo, with the weight of mallows_theta; the rewards are beta * mean_logp.
+
+    Weight 1 gives SimPO; the loss is ln 2 where the rewards differ by exactly gamma, whatever the weight.
+    """
+    chosen, rejected = _pair(chosen_mean_logps, rejected_mean_logps)
+    _positive(beta=beta)
+    if not 0.0 <= gamma < float("inf"):
+        raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}")
+    losses = -logsigmoid(_per_pair("weight", weight, chosen) * (beta * (chosen - rejected) - gamma))
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def _log_miss(t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log(1 - g(t)) and its derivative by t, for g of Eq. 9 and t > 0; a = -log phi.
+
+    With q = phi^t, 1 - g is q (t (1 - phi) - phi (1 - q)) / ((1 - q) (1 - phi q)). The bracket is a difference of near
+    equals for phi near 1; with E(x) = 1 - e^-x and n(x) = x / E(x) - 1 it becomes a sum,
+
+        1 - g = e^-x E(a) (n(x) + a - n(a)) / (a E(x + a)),    x = a t,    and    n'(x) = (x - n(x)) / E(x).
+    """
+
+    def parts(x: Tensor) -> tuple[Tensor, Tensor]:
+        e = -torch.expm1(-x)
+        series = x * x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5)))
+        return e, torch.where(x < 1e-3, series, x - e) / e
+
+    x = a * t
+    (ea, na), (ex, nx), exa = parts(a), parts(x), -torch.expm1(-x - a)
+    bracket = nx + (a - na)
+    return torch.log(ea * bracket / (a * exa)) - x, a * ((x - nx) / (ex * bracket) - 1 / exa)
+
+
+def _log_link(s: Tensor, phi: Tensor, epsilon: float) -> Tensor:
+    """Return log g(s) in float64, in which s and phi must be, finite with its gradient for every finite s."""
+    a = -torch.log(phi)
+    side = torch.where(s < 0, -1.0, 1.0)
+    t = side * s  # |s|, except that its gradient at 0 is 1: training starts there, on the slope of the cubic
+    inside = t < epsilon
+    far, _ = _log_miss(t.clamp(min=epsilon), a)
+    edge, slope = _log_miss(torch.full_like(t, epsilon), a)
+    # 1 minus the cubic, as a sum of positive terms: 1/2 at v = 1 (s = 0); value and slope of 1 - g at v = 0.
+    v, miss = torch.where(inside, (epsilon - t) / epsilon, 1.0), edge.exp()
+    near = miss + v / 2 * ((0.5 - miss) * v * (3 - v) - miss * slope * epsilon * (1 - v) * (2 - v))
+    wrong = torch.where(inside, near.log(), far)
+    return torch.where(s < 0, wrong, torch.log1p(-wrong.exp()))
+
+
+def mallows_link(s: Tensor, phi: Tensor, epsilon: float) -> Tensor:
+    """Return g(s), the chance that Mallows' phi model with Kendall's distance puts an item before one s ranks lower.
+
+    Eq. 9, arXiv 2405.14953, for |s| >= epsilon:  g(s) = (s + 1) / (1 - phi^(s + 1)) - s / (1 - phi^s) for s > 0 and
+    g(-s) = 1 - g(s). It jumps at 0; for |s| < epsilon the cubic  1/2 + a1 s + a3 s^3  that meets it with its slope is
+    taken: a3 = (D epsilon - G) / (2 epsilon^3), a1 = G / epsilon - a3 epsilon^2, G = g(epsilon) - 1/2,
+    D = g'(epsilon) (Eq. 12). The paper does not say how it fits the cubic; this reading gives its Fig. 9.
+
+    Args:
+        s: (batch,), the reward of the first item minus that of the second, in ranks.
+        phi: (batch,), dispersion in (0, 1): near 0 all rank alike (g steps), near 1 at random (g = 1/2).
+        epsilon: half width of the cubic, > 0; one that is tiny shows the jump.
+    Returns:
+        g, (batch,) float64, in (0, 1) up to rounding; mallows_phi does not take the logarithm of it.
+    Raises:
+        ValueError: inputs are not float (batch,) tensors of one length, or phi (naming the row) or epsilon is out of
+            range.
+    """
+    _vector("s", s)
+    _positive(epsilon=epsilon)
+    return _log_link(s.double(), _per_pair("phi", phi, s.double(), 1.0), epsilon).exp()
+
+
+def mallows_phi(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, phi: Tensor, *, beta: float, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the MallowsPO-phi loss of each pair.
+
+    Eq. 7 and 9, arXiv 2405.14953:  -log g(s),  s = beta * (chosen_logratio - rejected_logratio), g = mallows_link.
+
+    Args:
+        chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed over the response.
+        phi: (batch,), dispersion of each prompt in (0, 1) (dispersion.to_phi of a weight); a constant.
+        beta: strength of the KL penalty, > 0.
+        epsilon: half width, in units of s, of the cubic that replaces the jump of g at 0, > 0.
+    Returns:
+        losses (>= 0), chosen_reward, rejected_reward = beta * logratio (detached), each (batch,) in at least float32.
+    Raises:
+        ValueError: as dpo, and for phi (naming the row) or epsilon out of range.
+
+    The loss is ln 2 where policy and reference agree. Far on the wrong side it grows as |s| times -log phi. It is
+    computed in float64 and in logarithms, so that it and its gradient are finite for every s.
+    """
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
+    _positive(beta=beta, epsilon=epsilon)
+    s = beta * (chosen.double() - rejected.double())
+    losses = -_log_link(s, _per_pair("phi", phi, s, 1.0), epsilon).to(chosen.dtype)
     return losses, beta * chosen.detach(), beta * rejected.detach()

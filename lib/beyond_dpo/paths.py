@@ -1,7 +1,5 @@
 """Absolute paths of the project, so that the working directory never matters."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,10 +1,8 @@
-"""Show what a notebook's stages are doing while it runs: its kernel and their children report, the runner follows.
+"""Say what a notebook would run, and what it is doing: its kernel and the stages report, the runner follows.
 
 Reports are JSON lines {event, stage, key, seconds, fraction, eta} in the file that BEYOND_DPO_PROGRESS names. Events:
 start, wait, hit and done of an artifact, and progress (fraction in [0, 1], eta in seconds) of the one that runs.
 """
-
-from __future__ import annotations
 
 import contextlib
 import json
@@ -16,7 +14,38 @@ import threading
 import time
 from pathlib import Path
 
-from beyond_dpo import artifacts
+from beyond_dpo import artifacts, config, paths
+
+
+def planned(nb, values: dict) -> list[str]:
+    """Return what a notebook needs and executes, as its own cells say: the set-up and the one that names its results.
+
+    values: of its parameters. Nothing is computed, and no network is asked.
+    """
+    held, cells = dict(values), [cell for cell in nb.cells if cell.cell_type == "code"]
+    cells = [cell.source for cell in cells if "parameters" not in cell.metadata.get("tags", [])]
+    before = os.environ.get("COMPUTE", "")
+    os.environ["COMPUTE"] = "plan"
+    try:
+        exec("\n".join(cells[:2]), held)
+    except artifacts.MissingArtifact:  # the first result that it would show
+        pass
+    except config.ConfigError as reason:
+        return [f"is refused: {reason}"]
+    finally:
+        os.environ["COMPUTE"] = before
+    jobs = [value.upstream for value in held.values() if isinstance(value, artifacts.Artifact)]
+    file = str(paths.ARTIFACTS / "{}.partial/checkpoints/config.json")
+    lines = [one.does.format(job=file.format(key)) for job in jobs for key, one in job.items() if one.does]
+    if not lines:
+        return ["computes nothing: shows what others found or printed"]
+    n, world = held["cfg"].needs, held["cfg"].world
+    return [
+        f"needs: {n.gpus} GPUs of {n.gpu_gb} GB, {n.memory_gb} GB memory, {n.disk_gb} GB disk, about {n.hours:g} h",
+        f"models: target {world.target}, reward model {world.reward_model}; data: {world.dataset}, {world.prompts} "
+        f"prompts for pairs, {world.dev_prompts} dev, {world.test_prompts} test",
+        *dict.fromkeys(lines),
+    ]
 
 
 def listen() -> None:

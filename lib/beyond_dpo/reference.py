@@ -4,8 +4,6 @@ Everything a loss, a KL estimate or a dispersion weight needs of the reference i
 seed in its key; training then holds one model. `python -m beyond_dpo.reference CONFIG.json` is the job itself.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -131,7 +129,6 @@ def main(path: str) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    launch.follow_parent()
     job = json.loads(Path(path).read_text())
     tokenizer = data.load_tokenizer(job["model"])
     rows, dropped = data.prepare(data.read_rows(job["rows"]), job["names"], **job["limits"])
@@ -168,4 +165,5 @@ def load(path, rows: list[dict], names: list[str]) -> dict:
 
 
 if __name__ == "__main__":
+    launch.follow_parent()
     main(sys.argv[1])

@@ -1,7 +1,5 @@
 """Compare our numbers with the papers': verdicts, tables for notebooks, and the README's scoreboard."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import hashlib

@@ -5,8 +5,6 @@ fine-tuned encoder, or any sequence-classification model), `vader` (a lexicon an
 `Scorer` lives in a child process (`launch.Worker("beyond_dpo.rewards", ...)`).
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from hashlib import sha256
@@ -258,7 +256,6 @@ class Scorer:
 
 def main(path: str) -> None:
     """Train the reward of a job file: texts, labels, held_out, seed, out, reward (gold, reward or vader), encoder."""
-    launch.follow_parent()
     job = json.loads(Path(path).read_text())
     name, out = job.pop("reward"), Path(job["out"])
     if name == "vader" or not job["texts"]:  # finished as it is
@@ -270,4 +267,8 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    launch.serve(Scorer) if sys.argv[1] == "--serve" else main(sys.argv[1])
+    if sys.argv[1] == "--serve":
+        launch.serve(Scorer)
+    else:
+        launch.follow_parent()
+        main(sys.argv[1])

@@ -4,14 +4,11 @@ papermill alone lets a misspelt parameter pass with exit 0. Here it is refused, 
 papermill cannot see. What the stages do is shown while it happens, and no process that was started outlives the run.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib
 import ctypes
 import difflib
-import importlib
 import json
 import logging
 import os
@@ -25,9 +22,9 @@ from pathlib import Path
 
 from beyond_dpo import artifacts, paths, progress
 
-NB_KEYS = ("papermill", "language_info", "widgets", "signature")  # metadata that changes with each run
+CHANGES = "papermill language_info widgets signature".split()  # metadata of a notebook that changes with each run
+CHANGES_IN_CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in the kernel that made it
-CELL_KEYS = ("papermill", "execution", "ExecuteTime", "collapsed", "heading_collapsed", "hidden", "scrolled")
 
 
 class Refused(ValueError):
@@ -112,13 +109,12 @@ def _fits(default, value) -> bool:
 
 
 def clean(nb) -> None:
-    """Drop what changes with each run, like `nbstripout --keep-output --keep-count --extra-keys "metadata.papermill
-    cell.metadata.papermill metadata.language_info metadata.widgets"`. Doing it again changes nothing."""
-    for holder, keys in [(nb.metadata, NB_KEYS), *((cell.metadata, CELL_KEYS) for cell in nb.cells)]:
-        for key in keys:
-            holder.pop(key, None)
-    for i, cell in enumerate(nb.cells):
-        cell.update({"id": str(i)} if "id" in cell else {})
+    """Drop what changes with each run, but outputs and counts. Doing it again changes nothing."""
+    from nbstripout import strip_output
+
+    keys = [f"metadata.{key}" for key in CHANGES] + [f"cell.metadata.{key}" for key in CHANGES_IN_CELLS]
+    strip_output(nb, keep_output=True, keep_count=True, keep_id=False, extra_keys=keys)
+    for cell in nb.cells:
         if "outputs" in cell:
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
 
@@ -201,7 +197,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"refused: {reason}", file=sys.stderr)
         return 2
     if options.dry_run:
-        return _describe(plan)
+        for path, nb, values, _ in plan:
+            print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
+            print(*(f"  {line}" for line in progress.planned(nb, parameters(nb, path.stem) | values)), sep="\n")
+        return 0
     package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
@@ -244,18 +243,6 @@ def _plan(options) -> list[tuple]:
         values = check(path.stem, declared, {key: text for key, text in given.items() if key not in drop})
         plan.append((path, nb, values, (declared | values).get("profile")))
     return plan
-
-
-def _describe(plan: list[tuple]) -> int:
-    for path, _, values, profile in plan:
-        print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
-        known = re.match(r"\d+_(expo|mallows|wrpo)_", path.stem.replace("90_playground", "90_expo_curves"))
-        module = f"beyond_dpo.{known[1]}" if known else None
-        if set(values) - {"profile"}:
-            print("  (what -p changes beside the profile is not in these lines)")
-        lines = importlib.import_module(module).describe(profile, path.stem[:2]) if module else ["shows other results"]
-        print(*(f"  {line}" for line in lines), sep="\n")
-    return 0
 
 
 def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, spent: dict) -> dict:

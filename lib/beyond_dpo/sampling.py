@@ -1,7 +1,5 @@
 """Penalties, top-k and top-p for vLLM on the CPU, without counting or sorting the whole vocabulary."""
 
-from __future__ import annotations
-
 import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates

@@ -4,8 +4,6 @@ The paper tries a grid by hand. Reward against α rises, peaks and falls, so a g
 the same prompts at every α (paired) keep the sampling noise out of the comparison.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

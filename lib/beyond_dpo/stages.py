@@ -3,9 +3,6 @@
 texts -> sft -> pool -> pairs -> reference -> aligned -> responses(α) -> scores -> curves
 """
 
-from __future__ import annotations
-
-import atexit
 import dataclasses
 import json
 import shutil
@@ -15,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from beyond_dpo import assets, config, corpus, launch, paths
+from beyond_dpo import assets, config, corpus, launch, workers
 from beyond_dpo.artifacts import Artifact
 
 
@@ -65,50 +62,55 @@ def reward(world: config.World, name: str) -> Artifact:
             job["encoder"] = str(assets.model_dir(world.reward_model))
         if name == "reward" and not words:
             job["trust_remote_code"] = world.reward_model in world.trust_remote_code
-        launch.run("beyond_dpo.rewards", job, out / "checkpoints", desc=f"train {name}")
+        workers.run("beyond_dpo.rewards", job, out, f"train {name}")
         return json.loads((out / "facts.json").read_text())
 
-    return Artifact(f"reward-{name}", 1, recipe, make)
+    return Artifact(f"reward-{name}", 1, recipe, make, f"reward {name}: python -m beyond_dpo.rewards {{job}}")
 
 
 def responses(
     cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0,
-    modules: dict | None = None, prompts: Artifact | None = None, samples: int, seed: int,
+    modules: dict | None = None, part: str = "", prompts: Artifact | None = None, samples: int, seed: int,
 ) -> Artifact:  # fmt: skip
     """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`.
 
-    modules: patterns of tensor names with an α of their own, as in extrapolate(). prompts: in place of texts(world).
+    modules: patterns of tensor names with an α of their own, as in extrapolate(). part: of `aligned`'s training, after
+    which it is taken. prompts: in place of texts(world).
     """
     prompts = prompts or texts(cfg.world)
     decoding = dataclasses.asdict(cfg.decoding)
     recipe = {"sft": model, "aligned": aligned, "alpha": alpha, "prompts": prompts, "split": split}
-    recipe |= {"modules": modules} if modules else {}
+    recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
 
     def make(out: Path) -> dict:
         folder = str(model.get())
         built = str(sft(cfg).get()) if aligned else folder  # one engine for every line: a swap brings all weights
-        if aligned is None and _moved and "generate" in _workers:  # back to the weights that an engine starts with
-            _workers.pop("generate").close()
-        clock, known = [time.monotonic()], _workers.get("generate")
-        engine, probe = _worker("generate", "beyond_dpo.generate", {"model": built, "decoding": decoding}), None
+        if aligned is None and workers.moved and "generate" in workers.living:  # back to what an engine starts with
+            workers.living.pop("generate").close()
+        clock, known = [time.monotonic()], workers.living.get("generate")
+        if known is None:
+            workers.make_room(cfg, "score")
+        engine, probe = workers.get("generate", "beyond_dpo.generate", {"model": built, "decoding": decoding}), None
         clock.append(time.monotonic())
-        _moved[:] = [aligned] if aligned else []
+        workers.moved[:] = [aligned] if aligned else []
         if aligned:
-            probe = engine.call("swap", sft=folder, aligned=str(aligned.get()), alpha=alpha, modules=modules)
+            probe = engine.call("swap", sft=folder, aligned=str(aligned.get() / part), alpha=alpha, modules=modules)
         clock.append(time.monotonic())
         spent = {"swap_s": round(clock[2] - clock[1], 2)} if aligned else {}
         spent |= {"engine_s": round(clock[1] - clock[0], 2)} if engine is not known else {}
         arguments = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
         return engine.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe} | spent
 
-    return Artifact("responses", 2, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make)
+    does = f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"
+    return Artifact("responses", 2, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make, does)
 
 
 def scores(
-    cfg, answers: Artifact, split: str, *, judges: tuple = ("gold", "reward", "vader"), kl_prompts: int = 0
-) -> Artifact:
+    cfg, answers: Artifact, split: str, *, judges: tuple = ("gold", "reward", "vader"), kl_prompts: int = 0,
+    prompts: Artifact | None = None,
+) -> Artifact:  # fmt: skip
     """Score responses with the named judges, with length, repetition and the log-ratio to the SFT model."""
-    start, prompts = sft(cfg), texts(cfg.world)
+    start, prompts = sft(cfg), prompts or texts(cfg.world)
     trained = {name: reward(cfg.world, name) for name in judges if name != "vader"}
     kinds = {"gold": "bag_of_words", "reward": "classifier", "vader": "vader"}
 
@@ -119,12 +121,12 @@ def scores(
         if "reward" in judges and not cfg.world.reward_rows:
             rewards["reward"] |= {"folder": str(assets.model_dir(cfg.world.reward_model))}
             rewards["reward"] |= {"trust_remote_code": cfg.world.reward_model in cfg.world.trust_remote_code}
-        scorer = _worker("score", "beyond_dpo.rewards", {"rewards": rewards, "target": str(start.get())})
+        scorer = workers.get("score", "beyond_dpo.rewards", {"rewards": rewards, "target": str(start.get())})
         files = {"prompts": str(prompts.get() / f"{split}.json"), "responses": str(answers.get() / "responses.jsonl")}
         return scorer.call("score", **files, out=str(out / "scores.jsonl"), reference_prompts=kl_prompts)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
-    return Artifact("scores", 2, recipe, make)
+    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve")
 
 
 def pairs(cfg) -> Artifact:
@@ -153,20 +155,26 @@ def pairs(cfg) -> Artifact:
     return Artifact("pairs", 1, {"scores": judged}, make)
 
 
-def reference(cfg, start: Artifact | None = None) -> Artifact:
-    """Pass the SFT model (or `start`) once over all pairs; β, loss and seed of the training are not in its key."""
-    start, rows, train = start or sft(cfg), pairs(cfg), cfg.train
+def reference(
+    cfg, start: Artifact | None = None, rows: Artifact | None = None, names=("chosen", "rejected")
+) -> Artifact:
+    """Pass the SFT model (or `start`) once over all pairs; β, loss and seed of the training are not in its key.
+
+    rows: in place of the pairs, with responses of these names.
+    """
+    start, rows, train = start or sft(cfg), rows or pairs(cfg), cfg.train
     recipe = {"sft": start, "pairs": rows, "precision": train.precision}
     recipe |= {"max_prompt": train.max_prompt, "max_length": train.max_length}
+    recipe |= {"names": names} if names != ("chosen", "rejected") else {}
 
     def make(out: Path) -> None:
-        _make_room(cfg)
-        job = {"model": str(start.get()), "rows": str(rows.get() / "pairs.jsonl"), "names": ["chosen", "rejected"]}
+        workers.make_room(cfg, "jobs")
+        job = {"model": str(start.get()), "rows": str(rows.get() / "pairs.jsonl"), "names": names}
         job |= {"limits": _limits(train, start.get()), "precision": train.precision, "micro_batch": train.micro_batch}
         job["out"] = str(out / "reference.safetensors")
-        launch.run("beyond_dpo.reference", job, out / "checkpoints", desc="reference")
+        workers.run("beyond_dpo.reference", job, out, "reference")
 
-    return Artifact("reference", 2, recipe, make)
+    return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}")
 
 
 def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
@@ -200,6 +208,7 @@ def aligned(
     settings = dataclasses.replace(cfg.train, **changes)
     part, base = subset(cfg, fraction, seed, longest), start or sft(cfg)
     what = "".join(f", {k} {v:g}" if isinstance(v, (int, float)) else f", {v}" for k, v in changes.items())
+    what += ", the longest chosen" * longest
     names, desc = ["chosen", "rejected"], f"{settings.loss.upper()} {fraction:.0%} seed {seed}{what}"
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
     return _training(cfg, settings, part, "pairs.jsonl", names, **given)
@@ -213,31 +222,25 @@ def watched(items, desc: str):
         launch.announce(desc, i + 1, len(items), time.monotonic() - began)
 
 
-def close() -> None:
-    """End the living engines (also done when the kernel ends)."""
-    while _workers:
-        _workers.popitem()[1].close()
+def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
+    """Get the scores of every place: one line a response, and each place with its facts; all trainings come first."""
+    made_from = {key: one for _, artifact in walk for key, one in artifact.upstream.items()}
+    for one in [one for one in made_from.values() if one.stage == "train"]:
+        one.get()  # in between it would end the engine that samples
+    frames, points = [], []
+    for place, artifact in watched(walk, desc):
+        table = pd.read_json(artifact.get() / "scores.jsonl", lines=True)
+        table["logratio"] = (table["logp"] - table["logp_sft"]).round(4)
+        table["prompt"] = pd.factorize(table["id"])[0]  # no row of the data set leaves artifacts/
+        frames.append(table.drop(columns=["id", "logp", "logp_sft"]).assign(**place))
+        points.append(place | artifact.manifest["facts"])
+    return pd.concat(frames, ignore_index=True), points
 
 
-def _make_room(cfg) -> None:
-    """End the living engines before a training, which they would hold gigabytes beside, unless there is plenty."""
-    if cfg.needs.gpus or config.memory_gib() < 4 * cfg.needs.memory_gb:
-        close()
-
-
-_workers: dict[str, launch.Worker] = {}
-_moved: list[Artifact] = []  # the aligned model whose extrapolation the generation engine holds
-atexit.register(close)
-
-
-def _worker(name: str, module: str, settings: dict) -> launch.Worker:
-    """Return the living worker of this name, a new one if there is none or it was built otherwise."""
-    worker = _workers.get(name)
-    if worker is None or worker.settings != settings or worker.child.poll() is not None:
-        if worker is not None:
-            worker.close()
-        worker = _workers[name] = launch.Worker(module, settings, paths.ARTIFACTS / "logs", desc=name)
-    return worker
+def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
+    """Write what scored() returns: responses.csv.gz and points.json."""
+    table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+    (out / "points.json").write_text(json.dumps(points))
 
 
 def _training(
@@ -245,23 +248,26 @@ def _training(
     base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str,
 ) -> Artifact:  # fmt: skip
     """Train from `base` against its reference pass, or (SFT) from the target."""
+    machine = {"launcher": settings.launcher, "processes": settings.processes}
+    batch = f"{settings.global_batch} = {settings.processes} × {settings.micro_batch} × {config.check_batch(settings)}"
+    does = f"{desc} ({settings.epochs} × lr {settings.lr:g}, {settings.optimizer}, β {settings.beta:g}, batch {batch}, "
+    does += f"ZeRO-{settings.zero}): {' '.join(launch.command('beyond_dpo.train', Path('{job}'), **machine))}"
     recipe = {"model": base or assets.resolve(cfg.world.target), "rows": rows, "names": names, "reference": against}
     recipe |= {"settings": settings.recipe(), "seed": seed}
 
     def make(out: Path) -> dict:
-        _make_room(cfg)
+        workers.make_room(cfg, *["jobs"] * (settings.launcher == "plain"))
         model = base.get() if base else assets.model_dir(cfg.world.target)
         job = {"model": str(model), "rows": str(rows.get() / file), "names": names, "seed": seed, "out": str(out)}
         job |= {"limits": _limits(settings, model), "settings": dataclasses.asdict(settings)}
         job["reference"] = str(against.get() / "reference.safetensors") if against else None
-        machine = {"launcher": settings.launcher, "processes": settings.processes}
-        launch.run("beyond_dpo.train", job, out / "checkpoints", desc=desc, **machine)
+        workers.run("beyond_dpo.train", job, out, desc, **machine)
         if not list(out.glob("*.safetensors")):  # the deepspeed launcher ends with 0 when a signal ended its processes
             raise launch.JobFailed(f"{desc}: ended without a model; see {out / 'checkpoints' / 'job.log'}")
         steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
 
-    return Artifact("train", 2, recipe, make)
+    return Artifact("train", 2, recipe, make, does)
 
 
 def _limits(settings: config.Train, model: Path) -> dict:

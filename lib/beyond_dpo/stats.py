@@ -5,8 +5,6 @@ a whole; `groups`, (n,) labels, draws all units with one label together (several
 All raise ValueError for NaN or infinity (naming the index), fewer than two units or groups, and unequal shapes.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 

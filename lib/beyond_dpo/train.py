@@ -5,8 +5,6 @@ The job file holds config.Train's fields and: model, rows, names, reference (or 
 Supervised fine-tuning is the loss "sft" on rows with one response.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import logging
@@ -21,7 +19,7 @@ from pathlib import Path
 import torch
 
 from beyond_dpo import config as configuration
-from beyond_dpo import data, launch, losses, reference
+from beyond_dpo import data, dispersion, launch, losses, reference
 
 log = logging.getLogger("beyond_dpo.train")
 OPTIMIZERS = {
@@ -45,29 +43,30 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
 
 
-def row_losses(settings: configuration.Train, scores: dict, base: torch.Tensor | None, names: list[str]):
+def row_losses(
+    settings: configuration.Train, scores: dict, base: torch.Tensor | None, names: list[str],
+    weight: torch.Tensor | None = None,
+):  # fmt: skip
     """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of len(names) × rows.
 
-    base: the reference's summed log-probabilities (len(names), rows), for losses that compare with it.
-    Raises ValueError for a loss that does not fit the responses' names, or lacks its reference.
+    base: the reference's summed log-probabilities (len(names), rows), for losses that compare with it. weight: (rows,)
+    dispersion.weights, for MallowsPO. Raises ValueError for a loss that does not fit the responses' names, or lacks
+    its reference.
     """
-    logps = scores["logps"].view(len(names), -1)
-    tokens = scores["tokens"].view(len(names), -1)
-    if settings.loss == "sft":
+    logps, loss = scores["logps"].view(len(names), -1), settings.loss
+    if loss == "sft":
         return -logps.sum(0), torch.zeros_like(logps[0]), torch.zeros_like(logps[0])
     if list(names) != ["chosen", "rejected"]:
-        raise ValueError(f"loss {settings.loss!r} takes the responses chosen and rejected, got {names}")
-    if settings.loss == "simpo":
-        mean = logps / tokens
-        return losses.simpo(mean[0], mean[1], beta=settings.beta, gamma=settings.gamma)
-    if base is None:
-        raise ValueError(f"loss {settings.loss!r} needs a reference file")
-    ratios = logps - base
-    if settings.loss == "ipo":
-        return losses.ipo(ratios[0], ratios[1], tau=settings.beta)
-    if settings.loss == "dpo":
-        return losses.dpo(ratios[0], ratios[1], beta=settings.beta, label_smoothing=settings.label_smoothing)
-    raise ValueError(f"unknown loss {settings.loss!r}; there are sft, dpo, ipo, simpo")
+        raise ValueError(f"loss {loss!r} takes the responses chosen and rejected, got {names}")
+    if base is None and loss != "simpo" or weight is None and loss.startswith("mallows"):
+        raise ValueError(f"loss {loss!r} needs a reference file")
+    given = {"tau" if loss.endswith("ipo") else "beta": settings.beta}
+    known = {"dpo": ["label_smoothing"], "simpo": ["gamma"], "mallows_simpo": ["gamma"], "mallows_phi": ["epsilon"]}
+    given |= {name: getattr(settings, name) for name in known.get(loss, ())}
+    inputs = logps / scores["tokens"].view(len(names), -1) if loss.endswith("simpo") else logps - base
+    if loss == "mallows_phi":
+        weight = torch.exp(-weight)  # dispersion.to_phi
+    return getattr(losses, loss)(*inputs, *([weight] if loss.startswith("mallows") else []), **given)
 
 
 def engine_config(settings: configuration.Train, accumulation: int) -> dict:
@@ -91,7 +90,6 @@ def engine_config(settings: configuration.Train, accumulation: int) -> dict:
 
 def main(path: str) -> None:
     """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
-    launch.follow_parent()
     if "RANK" not in os.environ:  # started by plain python
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # each task would take itself for the only one
             wanted = "RANK=$SLURM_PROCID, LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR, MASTER_PORT"
@@ -104,16 +102,22 @@ def main(path: str) -> None:
     settings = configuration.Train(**{**job["settings"], "processes": world})
     accumulation = configuration.check_batch(settings)
     engine_settings = engine_config(settings, accumulation)
-    if settings.optimizer not in OPTIMIZERS:
-        raise configuration.ConfigError(f"unknown optimizer {settings.optimizer!r}; there are {', '.join(OPTIMIZERS)}")
     save_dtype = getattr(torch, settings.save_dtype)
     out, names = Path(job["out"]), job["names"]
     rows, dropped = data.prepare(data.read_rows(job["rows"]), names, **job["limits"])
     if not rows:
         raise ValueError(f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or response)")
-    base = None
+    total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
+    ends = {round(total * part / settings.parts): f"part{part}" for part in range(1, settings.parts)}
+    if len(ends) < settings.parts - 1:
+        raise configuration.ConfigError(f"{total} steps cannot be cut into {settings.parts} parts")
+    base, dispersed, everyone = None, None, [r["id"] for r in rows]
     if job["reference"]:
-        base = dict(zip((r["id"] for r in rows), reference.load(job["reference"], rows, names)["logps"], strict=True))
+        held = reference.load(job["reference"], rows, names)
+        base = dict(zip(everyone, held["logps"], strict=True))
+        if settings.loss.startswith("mallows"):
+            found, _ = dispersion.weights(*held["entropies"].T, everyone)
+            dispersed = dict(zip(everyone, found, strict=True))
 
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -138,7 +142,6 @@ def main(path: str) -> None:
         config=engine_settings,
     )
     engine.enable_backward_allreduce = settings.zero > 0 or world > 1  # alone, stage 0 would only copy its gradients
-    total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
     checkpoints, log_file = out / "checkpoints", out / "log.jsonl"
     saved = checkpoints / f"zero{settings.zero}-of{world}"
     first = engine.load_checkpoint(str(saved))[1]["step"] if (saved / "latest").exists() else 0
@@ -167,7 +170,8 @@ def main(path: str) -> None:
             ids = tensors.pop("ids")
             scores = engine(**{k: v.to(device) for k, v in tensors.items()})
             against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
-            row_loss, chosen, rejected = row_losses(settings, scores, against, names)
+            weight_of = torch.tensor([dispersed[i] for i in ids], device=device) if dispersed else None
+            row_loss, chosen, rejected = row_losses(settings, scores, against, names, weight_of)
             if not row_loss.isfinite().all():
                 bad = [i for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True) if not finite]
                 raise NonFiniteLoss(f"step {step}: the loss of rows {_culprits(model, part, names, bad)} is not finite")
@@ -193,6 +197,8 @@ def main(path: str) -> None:
             rate = engine.optimizer.param_groups[0]["lr"]
             _log_step(log_file, step, sums.tolist(), batch, names, settings.loss, rate, norm, time.time() - began)
             launch.progress(step + 1, total)
+        if step + 1 in ends:
+            _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
             engine.save_checkpoint(str(saved), tag=f"step{step + 1}", client_state={"step": step + 1})
             if rank == 0:  # `latest` names the new one: older ones are of no more use
@@ -201,7 +207,6 @@ def main(path: str) -> None:
                         shutil.rmtree(old)
     _save(model, tokenizer, out, save_dtype, rank)
     dist.barrier()
-    dist.destroy_process_group()
 
 
 @torch.no_grad()
@@ -269,4 +274,6 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at each step
+    launch.follow_parent()
     main(sys.argv[1])
+    torch.distributed.destroy_process_group()

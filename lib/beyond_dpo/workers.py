@@ -1,0 +1,52 @@
+"""The processes that live as long as the kernel: one that samples, one that scores, one that does jobs in turn."""
+
+import atexit
+import json
+from pathlib import Path
+
+from beyond_dpo import config, launch, paths
+
+living: dict[str, launch.Worker] = {}
+moved: list = []  # the aligned model whose extrapolation the generation engine holds
+
+
+def close() -> None:
+    """End the living engines (also done when the kernel ends)."""
+    while living:
+        living.popitem()[1].close()
+
+
+def make_room(cfg, *needed: str) -> None:
+    """End the living processes that are not needed next and would hold gigabytes beside it, unless there is plenty."""
+    if cfg.needs.gpus or config.memory_gib() < 4 * cfg.needs.memory_gb:
+        for name in living.keys() - set(needed):
+            living.pop(name).close()
+
+
+def run(module: str, job: dict, out: Path, desc: str, *, launcher: str = "plain", processes: int = 1) -> None:
+    """Run a job to its end, in a process of its own, or in the one that does all those that no launcher starts."""
+    folder = out / "checkpoints"
+    if launcher != "plain" or processes > 1:
+        return launch.run(module, job, folder, desc=desc, launcher=launcher, processes=processes)
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(job, indent=1))
+    worker = get("jobs", "beyond_dpo.launch", {})
+    try:
+        worker.desc = desc
+        worker.call("run", module=module, path=str(folder / "config.json"))
+    except launch.JobFailed:  # what a failed job leaves in memory is nobody's
+        living.pop("jobs").close()
+        raise
+
+
+def get(name: str, module: str, settings: dict) -> launch.Worker:
+    """Return the living worker of this name, a new one if there is none or it was built otherwise."""
+    worker = living.get(name)
+    if worker is None or worker.settings != settings or worker.child.poll() is not None:
+        if worker is not None:
+            worker.close()
+        worker = living[name] = launch.Worker(module, settings, paths.ARTIFACTS / "logs", desc=name)
+    return worker
+
+
+atexit.register(close)
