@@ -14,9 +14,9 @@ import torch
 from measure import report, run
 from torch.nn.functional import logsigmoid
 
-from beyond_dpo import bandit
+from beyond_dpo import bandit, config
 
-BETAS = [*np.geomspace(0.02, 3, 12).tolist(), 0.05, 0.1, 0.5, 1.0]  # Figure 8a; 8b and 9
+BETAS = list(config.load("mallows", "cpu").bandit_betas)  # of Figures 8a, 8b and 9
 LINKS, STEPS, TORCH_STEPS = ("dpo", "mallows_phi"), 500_000, 2_000
 JOB = f"from beyond_dpo import bandit\nfor link in {LINKS}: bandit.train({BETAS}, link=link, steps={STEPS})"
 

@@ -44,16 +44,12 @@ def test_mean_is_one_and_more_entropy_weighs_less():
     assert same == phi_star and (again == weight[:7]).all()
 
 
-def test_one_certain_response_still_has_a_weight():
-    weight, _ = dispersion.weights([0.0, 0.1], [0.2, 0.1], ["a", "b"])
-    assert weight.tolist() == pytest.approx([1, 1])
-
-
 @pytest.mark.parametrize(
     ("chosen", "rejected", "phi_star", "message"),
     [
         ([0.1, np.nan], [0.1, 0.1], None, "row b: normalised entropies nan and 0.1 .* the response is empty"),
         ([0.1, 0.0], [0.1, 0.0], None, "row b: normalised entropies 0.0 and 0.0 have no weight"),
+        ([0.0, 0.1], [0.2, 0.1], None, "row a: normalised entropies 0.0 and 0.2 have no weight"),
         ([0.1, 0.1], [0.1, 1.0], None, "row b: .* 0.1 and 1.0"),
         ([-0.1, 0.1], [0.3, np.inf], None, "row a: .* -0.1 and 0.3"),
         ([0.1, 0.1], [0.3], None, r"entropies \(2,\) and \(1,\) for 2 rows"),

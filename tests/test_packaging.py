@@ -150,8 +150,11 @@ def test_the_readme_shows_the_frozen_benchmarks(monkeypatch):
 
 
 def test_lib_stays_small():
-    """Size is a feature: no file over 300 lines, 3,260 of code in all (no docstrings, comments, blanks)."""
-    sizes = {}
+    """Size is a feature: no file over 300 lines; lines of code (no docstrings, comments, blanks) are counted.
+
+    What the papers share and ExPO's own stay below what they were before MallowsPO came; MallowsPO has its own bound.
+    """
+    sizes, own = {}, ("bandit.py", "dispersion.py", "mallows.py")
     files = sorted((ROOT / "lib").rglob("*.py"))
     assert len(files) > 15
     for path in files:
@@ -164,7 +167,8 @@ def test_lib_stays_small():
                 said |= set(range(node.lineno, node.end_lineno + 1))
         code = [line for n, line in enumerate(text.splitlines(), 1) if n not in said and line.split("#")[0].strip()]
         sizes[path.name] = len(code)
-    assert sum(sizes.values()) <= 3260, sizes
+    assert sum(sizes[name] for name in own) <= 240, sizes
+    assert sum(size for name, size in sizes.items() if name not in own) <= 3260, sizes
 
 
 def test_license_is_apache_2():

@@ -70,7 +70,7 @@ def test_one_call_searches_two_models(tiny, tmp_path):
     from beyond_dpo import data
 
     tokenizer = data.load_tokenizer(tiny)
-    letter = data.render(tokenizer, "e", "plain", bos=False)[0]
+    letter = data.render(tokenizer, "e", "plain")[-1]
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with torch.no_grad():
         rows = model.get_output_embeddings().weight

@@ -119,3 +119,18 @@ def test_light_imports():
     heavy = {"torch", "transformers", "vllm", "deepspeed", "pandas", "scipy"}
     code = f"import sys, beyond_dpo.stats; print(sorted({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_rank_correlation():
+    """Spearman's rho: 1 for any rising pair, −1 for a falling one, 0.5 by hand for (1, 2, 3) and (1, 3, 2); ties."""
+    x = np.arange(20.0)
+    assert stats.rank_correlation(x, np.exp(x), seed=0) == pytest.approx((1, 1, 1))
+    assert stats.rank_correlation(x, -(x**3), seed=0)[0] == pytest.approx(-1)
+    assert stats.rank_correlation([1, 2, 3], [1, 3, 2], seed=0)[0] == pytest.approx(0.5)
+    assert stats.rank_correlation([1, 1, 2, 2], [5, 5, 5, 5], seed=0) == (0.0, 0.0, 0.0), "no relation with a constant"
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=200)
+    rho, low, high = stats.rank_correlation(a, a + rng.normal(size=200), seed=1)
+    assert low < rho < high and 0.5 < rho < 0.8
+    with pytest.raises(ValueError, match="index 1"):
+        stats.rank_correlation([1, np.nan, 3], [1, 2, 3], seed=0)

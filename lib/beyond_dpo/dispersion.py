@@ -16,7 +16,7 @@ def weights(chosen_entropies, rejected_entropies, ids, phi_star: float | None = 
 
     Args:
         chosen_entropies, rejected_entropies: (rows,), as reference.load gives them: entropy / ln |V| of the reference
-            model, averaged over the tokens of the response, each in [0, 1), not both 0.
+            model, averaged over the tokens of the response, each in (0, 1).
         ids: (rows,), named in errors.
         phi_star: a scale found before, > 0: that of the training set, to weight another set alike.
     Returns:
@@ -29,12 +29,12 @@ def weights(chosen_entropies, rejected_entropies, ids, phi_star: float | None = 
     if not chosen.shape == rejected.shape == (len(ids),) or not len(ids):
         raise ValueError(f"entropies {chosen.shape} and {rejected.shape} for {len(ids)} rows; give one of each per row")
     mean = (chosen + rejected) / 2
-    fine = (chosen >= 0) & (chosen < 1) & (rejected >= 0) & (rejected < 1) & (mean > 0)
+    fine = (chosen > 0) & (chosen < 1) & (rejected > 0) & (rejected < 1)
     if not fine.all():
         row = int(np.argmin(fine))
         raise ValueError(
             f"row {ids[row]}: normalised entropies {chosen[row]} and {rejected[row]} have no weight; "
-            "each must be in [0, 1), not both 0 (NaN: the response is empty)"
+            "each must be in (0, 1) (NaN: the response is empty)"
         )
     phi_star = float(1 / -np.log(mean).mean()) if phi_star is None else phi_star
     if not 0 < phi_star < np.inf:

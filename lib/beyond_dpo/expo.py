@@ -47,16 +47,12 @@ def curves(cfg) -> Artifact:
     recipe |= {"test_samples": cfg.test_samples, "test": stages.texts(cfg.world)}
 
     def judged(split: str, places: list, desc: str) -> tuple:
-        walk = [
-            ({"split": split, "fraction": f, "seed": s, "alpha": a}, point(cfg, f, s, a, f"{split}_prompts"))
-            for f, s, a in places
-        ]
+        walk = [({"split": split, "fraction": f, "seed": s, "alpha": a}, point(cfg, f, s, a, f"{split}_prompts"))
+                for f, s, a in places]  # fmt: skip
         return stages.scored(walk, desc)
 
     def make(out: Path) -> None:
         config.check_machine(cfg)
-        for fraction, seed in runs(cfg):  # all training first, then one engine for all that is sampled
-            stages.aligned(cfg, fraction, seed).get()
         searched, points = judged("dev", dev, "α curves on dev prompts")
         means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
         best = [{"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())} for f, s in runs(cfg)]
@@ -77,15 +73,11 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
     responses.csv.gz and points.json as in curves(), with the line's name as `model`; the SFT model is "SFT".
     """
     start = Line(stages.sft(cfg), stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0]), (-1.0,))
-    walk = [
-        ({"model": name, "alpha": alpha}, line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples))
-        for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas
-    ]  # fmt: skip
+    walk = [({"model": name, "alpha": alpha}, line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples))
+            for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas]  # fmt: skip
 
     def make(out: Path) -> None:
         config.check_machine(cfg)
-        for line in lines.values():
-            line.start.get(), line.end.get()
         table, points = stages.scored(walk, "lines through two models, dev prompts")
         stages.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()

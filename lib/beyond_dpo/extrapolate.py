@@ -60,10 +60,9 @@ def extrapolate(sft, aligned, outputs: dict[float, str | Path], *, modules: dict
     """Write theta_aligned + alpha * (theta_aligned - theta_sft) into out_dir for each {alpha: out_dir}, in one read.
 
     sft, aligned: folders of safetensors, single or sharded. An output has the aligned model's shards, dtypes and small
-    files, and says in expo.json and the weights' metadata how it was made. modules maps patterns of tensor names
-    (fnmatch, or "re:" and a regular expression for a whole name) to their own alpha; the first match wins. Returns
-    {alpha: content of expo.json}. Raises as check(), ValueError naming a tensor that is or becomes NaN or infinite,
-    OSError for an out_dir in use or a full disk; leaves nothing behind. alpha 0 gives the aligned bits, -1 the SFT's.
+    files, and says in expo.json how it was made. modules maps patterns of tensor names (fnmatch, or "re:" and a regular
+    expression) to their own alpha; the first match wins. Returns {alpha: content of expo.json}. Raises as check(),
+    ValueError naming a tensor that is or becomes NaN or infinite, OSError for an out_dir in use or a full disk.
     """
     outputs = {float(alpha): Path(out).resolve() for alpha, out in outputs.items()}
     for out in outputs.values():
@@ -154,7 +153,7 @@ def check(sft, aligned) -> list[tuple[_Stored, _Stored]]:
     zeros, ones = _stored(sft), _stored(aligned)
     if sft.samefile(aligned):
         raise IncompatibleModels(EQUAL.format(sft, aligned))
-    left, right = ({**c, **(c.get("text_config") or {})} for c in (_json(f / "config.json") for f in (sft, aligned)))
+    left, right = (c | (c.get("text_config") or {}) for c in (load_json(f / "config.json") for f in (sft, aligned)))
     for key in (key for key in STRUCTURE if key in left and key in right):
         compare(f"{key} in config.json", left[key], right[key])
     for file in ("tokenizer.json", "vocab.json", "added_tokens.json"):
@@ -170,7 +169,8 @@ def check(sft, aligned) -> list[tuple[_Stored, _Stored]]:
     return pairs
 
 
-def _json(file: Path) -> dict:
+def load_json(file: Path) -> dict:
+    """Return the content of a JSON file, nothing if there is no such file."""
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -237,17 +237,17 @@ def _alphas(pairs, alphas: list[float], modules: dict[str, float]) -> dict[str, 
     for pattern in modules.keys() - used:
         raise ValueError(f"module pattern {pattern!r} decides no tensor (the first match wins), such as {one.name}")
     tied = {tuple(row) for name, row in chosen.items() if name.endswith(HEADS + EMBEDDINGS)}
-    if len(tied) > 1 and _json(pairs[0][1].file.parent / "config.json").get("tie_word_embeddings"):
+    if len(tied) > 1 and load_json(pairs[0][1].file.parent / "config.json").get("tie_word_embeddings"):
         raise ValueError(f"output head and embeddings are tied: give them one alpha, not {sorted(tied)}")
     return chosen
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:
     """Return the tensors of a folder by name, in the order of its files."""
-    index = {} if (folder / SINGLE).exists() else _json(folder / INDEX).get("weight_map")
+    index = {} if (folder / SINGLE).exists() else load_json(folder / INDEX).get("weight_map")
     if index is None:
         raise ValueError(f"no {SINGLE} or index in {folder}: convert .bin and .pt (never loaded), merge adapters first")
-    found, quantised = {}, "quantization_config" in _json(folder / "config.json")
+    found, quantised = {}, "quantization_config" in load_json(folder / "config.json")
     for file in sorted({folder / Path(shard).name for shard in index.values()} or {folder / SINGLE}):
         try:
             with safe_open(file, "pt"), open(file, "rb") as opened:  # safe_open checks header, offsets and length
@@ -265,7 +265,7 @@ def _stored(folder: Path) -> dict[str, _Stored]:
 
 def _vocabulary(file: Path) -> dict[int, str]:
     """Return {id: token} of a tokenizer.json, vocab.json or added_tokens.json; nothing if there is no such file."""
-    content = _json(file)
+    content = load_json(file)
     vocab = content["model"]["vocab"] if content.get("model") and file.name == "tokenizer.json" else content
     ids = {i: token for token, i in vocab.items()} if isinstance(vocab, dict) else dict(enumerate(t for t, _ in vocab))
     return ids | {t["id"]: t["content"] for t in (() if vocab is content else content.get("added_tokens") or ())}

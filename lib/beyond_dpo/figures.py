@@ -14,7 +14,6 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from beyond_dpo import paths
 
@@ -44,11 +43,9 @@ def style() -> None:
     mpl.rc("grid", color="#e4e4e4", linewidth=0.8)
     mpl.rc("lines", linewidth=1.8, markersize=5)
     mpl.rc("legend", frameon=False, fontsize=9)
-    try:
-        from IPython import get_ipython
-        from matplotlib_inline.backend_inline import set_matplotlib_formats
-    except ImportError:
-        return
+    from IPython import get_ipython
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
     if get_ipython() is not None:
         set_matplotlib_formats("svg", metadata=SVG)
 
@@ -79,9 +76,8 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
         fig.savefig(svg, format="svg", metadata=SVG)
     rows = json.loads(data.to_json(orient="records", double_precision=6))
     content = {"figure": name, "stamp": stamp, "keys": list(dict.fromkeys(keys)), "data": rows}
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    for suffix, written in ((".json", text), (".svg", svg.getvalue())):
-        paths.write(paths.FIGURES / (name + suffix), written)
+    paths.write(paths.FIGURES / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    paths.write(paths.FIGURES / f"{name}.svg", svg.getvalue())
     return paths.FIGURES / f"{name}.svg"
 
 
@@ -209,6 +205,5 @@ def _alpha_axis(ax, values: np.ndarray) -> None:
         half = unit * 3.5 * len(f"{value:g}")
         if place - half > end:
             ticks, end = [*ticks, value], place + half + 4 * unit
-    ax.xaxis.set_major_locator(FixedLocator(ticks))
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.set_xticks(ticks, [f"{value:g}" for value in ticks])
+    ax.xaxis.minorticks_off()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from beyond_dpo import data, extrapolate, launch, reference
+from beyond_dpo import extrapolate, launch, reference
 
 BLOCK = 256  # requests in the engine at one time
 PROBE = 16  # tokens whose log-probability tells one set of weights from another
@@ -107,10 +107,11 @@ class VllmBackend:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        from vllm import LLM
+        from vllm import LLM, SamplingParams
         from vllm.platforms import current_platform
 
         self.decoding, self.end, extra = decoding, _end_tokens(model), {}
+        self.parameters = partial(SamplingParams, detokenize=False)
         self.own = ("presence_penalty", "frequency_penalty", "top_k", "top_p")  # what vLLM does itself
         if current_platform.is_cpu():  # the built-in sampler counts and sorts the whole vocabulary at every step
             ours = [f"beyond_dpo.sampling:{name}" for name in ("CpuPenalties", "CpuTopKTopP")]
@@ -127,16 +128,12 @@ class VllmBackend:
         self.llm.collective_rpc("swap_weights")
 
     def generate(self, prompts: list[list[int]], samples: int, seed: int) -> list[tuple[list[int], float]]:
-        from vllm import SamplingParams
-
         # Keys and values of other weights would stay in the cache, and a warm one changes how requests are batched.
         if not self.llm.reset_prefix_cache():
             raise StaleWeights("vLLM kept its prefix cache")
         torch.manual_seed(seed)  # a seed per request ends the CPU engine; one generator, prompts in fixed order
-        given = ("temperature", "max_tokens", *self.own)
-        params = SamplingParams(
-            **{name: self.decoding[name] for name in given}, stop_token_ids=self.end, logprobs=0, detokenize=False
-        )
+        given = {name: self.decoding[name] for name in ("temperature", "max_tokens", *self.own)}
+        params = self.parameters(**given, stop_token_ids=self.end, logprobs=0)
         # every sample is a request of its own: n > 1 gives the same tokens in an order that is not fixed
         requests, out = [{"prompt_token_ids": p} for p in prompts for _ in range(samples)], []
         for start in range(0, len(requests), BLOCK):
@@ -146,9 +143,7 @@ class VllmBackend:
         return out
 
     def logps(self, sequences: list[list[int]]) -> list[float]:
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = self.parameters(max_tokens=1, prompt_logprobs=0)
         answers = self.llm.generate([{"prompt_token_ids": s} for s in sequences], params, use_tqdm=False)
         scores = []
         for ids, answer in zip(sequences, answers, strict=True):
@@ -225,17 +220,13 @@ class TransformersBackend:
     def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> list[float]:
         given = zip(prompts, responses, strict=True)
         rows = [{"id": "", "prompt_ids": prompt, "responses": {"said": response}} for prompt, response in given]
-        batch = data.pack(rows, ["said"], self.end[0])
-        del batch["ids"]
-        return self.scorer(**{k: v.to(self.model.device) for k, v in batch.items()})["logps"].tolist()
+        return self.scorer.score(rows, ["said"], self.end[0])["logps"].tolist()
 
 
 def _end_tokens(model: str) -> list[int]:
     """Return the end token ids that the model's generation config (or else its config) names."""
     for name in ("generation_config.json", "config.json"):
-        path = Path(model, name)
-        end = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        if end is not None:
+        if (end := extrapolate.load_json(Path(model, name)).get("eos_token_id")) is not None:
             return end if isinstance(end, list) else [end]
     raise ValueError(f"{model} names no eos_token_id in generation_config.json or config.json")
 

@@ -15,7 +15,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 from tqdm import tqdm
@@ -71,7 +72,7 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
         raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {_tail(log, begin)}")
 
 
-class Worker:
+class Worker(AbstractContextManager):
     """A child process that builds one object and answers calls on it; `with` or `close()` ends it.
 
     module must call `serve(factory)` when run; `call(method, **arguments)` takes and returns plain JSON (big data goes
@@ -83,14 +84,10 @@ class Worker:
         self.settings = config
         name = f"{desc}-{os.getpid()}"  # two notebooks may share a folder
         self.desc, self.log, self.progress_file = desc, workdir / f"{name}.log", workdir / f".{name}.progress"
-        request, send = os.pipe()
-        receive, reply = os.pipe()
-        self._send, self._receive = os.fdopen(send, "w"), os.fdopen(receive)
-        with open(self.log, "wb") as out:
-            arguments = [sys.executable, "-m", module, "--serve", str(request), str(reply)]
-            self.child = _start(arguments, out, self.progress_file, pass_fds=(request, reply))
-        os.close(request)
-        os.close(reply)
+        self._pipe, other_end = Pipe()
+        with open(self.log, "wb") as out, other_end:
+            arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
+            self.child = _start(arguments, out, self.progress_file, pass_fds=[other_end.fileno()])
         try:
             self._ask(config)
         except JobFailed:  # nobody will hold a worker whose object could not be built
@@ -103,22 +100,19 @@ class Worker:
             return self._ask({"method": method, "arguments": arguments})
 
     def _ask(self, message: dict):
-        text = json.dumps(message) + "\n"
-        if self._send.closed:
+        text = json.dumps(message).encode()
+        if self._pipe.closed:
             raise JobFailed(f"{self.desc}: this worker has ended; start another")
         try:
-            self._send.write(text)
-            self._send.flush()
-            line = self._receive.readline()
-        except BrokenPipeError:
-            line = ""
+            self._pipe.send_bytes(text)
+            answer = json.loads(self._pipe.recv_bytes())
+        except (EOFError, OSError) as end:
+            self.close()
+            status = self.child.returncode
+            raise JobFailed(f"{self.desc}: the worker died with status {status}; {_tail(self.log)}") from end
         except BaseException:  # an interrupt leaves a half-read answer behind: this worker is of no more use
             self.close()
             raise
-        if not line.endswith("\n"):
-            self.close()
-            raise JobFailed(f"{self.desc}: the worker died with status {self.child.returncode}; {_tail(self.log)}")
-        answer = json.loads(line)
         if "error" in answer:
             raise JobFailed(f"{self.desc}: {answer['error']}")
         return answer["result"]
@@ -126,12 +120,7 @@ class Worker:
     def close(self) -> None:
         """End the process and everything it started."""
         with _ended(self.child):
-            for pipe in (self._send, self._receive):
-                with suppress(BrokenPipeError):  # what a dead worker was not told any more
-                    pipe.close()
-
-    def __enter__(self):
-        return self
+            self._pipe.close()
 
     def __exit__(self, *_):
         self.close()
@@ -140,20 +129,19 @@ class Worker:
 def serve(factory) -> None:
     """Answer a `Worker`'s calls until it closes the pipe (in the child: `serve(Engine)` builds Engine(**config))."""
     follow_parent()
-    requests, replies = os.fdopen(int(sys.argv[2])), os.fdopen(int(sys.argv[3]), "w")
-    target = None
-    for line in requests:
-        message = json.loads(line)
-        try:
-            if target is None:
-                target, result = factory(**message), None
-            else:
-                result = getattr(target, message["method"])(**message["arguments"])
-            answer = json.dumps({"result": result})
-        except Exception:
-            answer = json.dumps({"error": traceback.format_exc()})
-        replies.write(answer + "\n")
-        replies.flush()
+    pipe, target = Connection(int(sys.argv[2])), None
+    with suppress(EOFError, ConnectionError):
+        while True:
+            message = json.loads(pipe.recv_bytes())
+            try:
+                if target is None:
+                    target, result = factory(**message), None
+                else:
+                    result = getattr(target, message["method"])(**message["arguments"])
+                answer = json.dumps({"result": result})
+            except Exception:
+                answer = json.dumps({"error": traceback.format_exc()})
+            pipe.send_bytes(answer.encode())
 
 
 class Jobs:
@@ -173,13 +161,16 @@ def progress(done: int, total: int) -> None:
 
 
 def announce(stage: str, done: int, total: int, seconds: float) -> None:
-    """Tell the batch runner (if one listens) how far a stage is, and by that how long it still takes."""
-    runner = os.environ.get("BEYOND_DPO_PROGRESS")
-    if runner:
-        eta = seconds * (total - done) / done if done else None
-        event = {"event": "progress", "stage": stage, "fraction": done / total, "eta": eta, "seconds": seconds}
+    """Tell the batch runner how far a stage is, and by that how long it still takes."""
+    eta = seconds * (total - done) / done if done else None
+    tell(event="progress", stage=stage, fraction=done / total, eta=eta, seconds=seconds)
+
+
+def tell(**report) -> None:
+    """Send the batch runner a report, if one listens (see `progress`)."""
+    if runner := os.environ.get("BEYOND_DPO_PROGRESS"):
         with open(runner, "a") as f:
-            f.write(json.dumps(event) + "\n")
+            f.write(json.dumps(report) + "\n")
 
 
 def follow_parent() -> None:
@@ -188,15 +179,13 @@ def follow_parent() -> None:
     And write a traceback in one piece: launchers start Python unbuffered, so processes that fail together would mix
     even their words in the log they share.
     """
+    import psutil
+
     sys.excepthook = lambda *error: os.write(2, "".join(traceback.format_exception(*error)).encode(errors="replace"))
     launcher, kernel = os.getppid(), int(os.environ.get("BEYOND_DPO_PARENT", 0))
 
     def watch():
-        while os.getppid() == launcher:
-            try:
-                os.kill(kernel, 0)
-            except ProcessLookupError:
-                break
+        while os.getppid() == launcher and psutil.pid_exists(kernel):
             time.sleep(1)
         os._exit(1)
 
@@ -251,8 +240,8 @@ def _bar(desc: str, progress_file: Path):
     stop, start = threading.Event(), time.monotonic()
 
     def follow():
-        bar, told, said = None, 0.0, []
-        while True:
+        bar, told, said, ended = None, 0.0, [], False
+        while not ended:
             ended = stop.wait(0.5)
             words = progress_file.read_text().split()
             if len(words) == 2:  # none: the child writes it this very moment
@@ -263,8 +252,6 @@ def _bar(desc: str, progress_file: Path):
                 if words != said and (ended or now - told > 2):
                     told, said = now, words
                     announce(desc, done, total, now - start)
-            if ended:
-                break
         if bar:
             bar.close()
 
@@ -288,8 +275,7 @@ def _tail(log: Path, begin: int = 0) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as s:
         return s.getsockname()[1]
 
 

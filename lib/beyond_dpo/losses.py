@@ -1,7 +1,5 @@
 """Pairwise preference losses: free functions on tensors, derived from the equations of the papers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
@@ -13,13 +11,16 @@ def _vector(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a float tensor of shape (batch,), got {got}")
 
 
-def _pair(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
-    """Check two (batch,) float tensors and return them in at least float32."""
+def _pair(chosen: Tensor, rejected: Tensor, gamma: float = 0.0, **positive: float) -> tuple[Tensor, Tensor]:
+    """Check two (batch,) float tensors and the parameters; return the tensors in at least float32."""
     _vector("chosen", chosen)
     _vector("rejected", rejected)
     # Broadcasting (1,) against (n,) would give a number for every pair, and the wrong one.
     if chosen.shape != rejected.shape:
         raise ValueError(f"chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)} differ in length")
+    _positive(**positive)
+    if not 0.0 <= gamma < float("inf"):
+        raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}")
     # bfloat16 has 8 bits: the difference of two inputs is taken in float32, or the loss would be rounded again.
     wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
     return chosen.to(wide), rejected.to(wide)
@@ -50,8 +51,7 @@ def dpo(
 
     The loss is ln 2 where policy and reference agree, whatever beta and the smoothing; smoothing adds e * s to it.
     """
-    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
-    _positive(beta=beta)
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios, beta=beta)
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing!r}")
     s = beta * (chosen - rejected)
@@ -75,8 +75,7 @@ def ipo(chosen_logratios: Tensor, rejected_logratios: Tensor, *, tau: float) -> 
 
     The loss is zero, and its gradient too, exactly at h = 1 / (2 tau); at h = 0 it is 1 / (4 tau^2).
     """
-    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
-    _positive(tau=tau)
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios, tau=tau)
     losses = (chosen - rejected - 1.0 / (2.0 * tau)) ** 2
     return losses, tau * chosen.detach(), tau * rejected.detach()
 
@@ -99,10 +98,7 @@ def simpo(
 
     The loss is ln 2 where the rewards differ by exactly gamma.
     """
-    chosen, rejected = _pair(chosen_mean_logps, rejected_mean_logps)
-    _positive(beta=beta)
-    if not 0.0 <= gamma < float("inf"):
-        raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}")
+    chosen, rejected = _pair(chosen_mean_logps, rejected_mean_logps, beta=beta, gamma=gamma)
     losses = -logsigmoid(beta * (chosen - rejected) - gamma)
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
@@ -139,8 +135,7 @@ def mallows_theta(
 
     Weight 1 gives DPO; a weight near 0 leaves the pair out. No gradient flows into the weight.
     """
-    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
-    _positive(beta=beta)
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios, beta=beta)
     losses = -logsigmoid(_per_pair("weight", weight, chosen) * (beta * (chosen - rejected)))
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
@@ -158,8 +153,7 @@ def mallows_ipo(
 
     Weight 1 gives IPO; the minimum is at h = 1 / (2 tau weight).
     """
-    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
-    _positive(tau=tau)
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios, tau=tau)
     losses = (_per_pair("weight", weight, chosen) * (chosen - rejected) - 1.0 / (2.0 * tau)) ** 2
     return losses, tau * chosen.detach(), tau * rejected.detach()
 
@@ -176,10 +170,7 @@ def mallows_simpo(
 
     Weight 1 gives SimPO; the loss is ln 2 where the rewards differ by exactly gamma, whatever the weight.
     """
-    chosen, rejected = _pair(chosen_mean_logps, rejected_mean_logps)
-    _positive(beta=beta)
-    if not 0.0 <= gamma < float("inf"):
-        raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}")
+    chosen, rejected = _pair(chosen_mean_logps, rejected_mean_logps, beta=beta, gamma=gamma)
     losses = -logsigmoid(_per_pair("weight", weight, chosen) * (beta * (chosen - rejected) - gamma))
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
@@ -262,8 +253,7 @@ def mallows_phi(
     The loss is ln 2 where policy and reference agree. Far on the wrong side it grows as |s| times -log phi. It is
     computed in float64 and in logarithms, so that it and its gradient are finite for every s.
     """
-    chosen, rejected = _pair(chosen_logratios, rejected_logratios)
-    _positive(beta=beta, epsilon=epsilon)
+    chosen, rejected = _pair(chosen_logratios, rejected_logratios, beta=beta, epsilon=epsilon)
     s = beta * (chosen.double() - rejected.double())
     losses = -_log_link(s, _per_pair("phi", phi, s, 1.0), epsilon).to(chosen.dtype)
     return losses, beta * chosen.detach(), beta * rejected.detach()

@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from beyond_dpo import artifacts, config, paths
+from beyond_dpo import artifacts, config, launch, paths
 
 
 def planned(nb, values: dict) -> list[str]:
@@ -36,7 +36,8 @@ def planned(nb, values: dict) -> list[str]:
         os.environ["COMPUTE"] = before
     jobs = [value.upstream for value in held.values() if isinstance(value, artifacts.Artifact)]
     file = str(paths.ARTIFACTS / "{}.partial/checkpoints/config.json")
-    lines = [one.does.format(job=file.format(key)) for job in jobs for key, one in job.items() if one.does]
+    named = "KEY" * any('"plan": ' in json.dumps(one.recipe) for job in jobs for one in job.values())  # not by commit
+    lines = [one.does.format(job=file.format(named or key)) for job in jobs for key, one in job.items() if one.does]
     if not lines:
         return ["computes nothing: shows what others found or printed"]
     n, world = held["cfg"].needs, held["cfg"].world
@@ -52,9 +53,7 @@ def listen() -> None:
     """Report this process's artifacts, and write its log to BEYOND_DPO_LOG; the runner's kernels start with it."""
 
     def report(event, artifact, seconds):
-        line = {"event": event, "stage": artifact.stage, "key": artifact.key, "seconds": seconds}
-        with open(os.environ["BEYOND_DPO_PROGRESS"], "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        launch.tell(event=event, stage=artifact.stage, key=artifact.key, seconds=seconds)
 
     artifacts.listeners.append(report)
     logging.basicConfig(filename=os.environ["BEYOND_DPO_LOG"], level=logging.INFO)
@@ -70,7 +69,7 @@ class Watch:
     def __init__(self, title: str, reports: Path):
         self.title, self.reports, self.cell, self.peak = title, reports, "", 0
         self.running, self.computed, self.found = {}, set(), set()
-        self.spent = {}  # stage: (how many were computed, their seconds)
+        self.spent = []  # (stage, seconds) of each that was computed
         self._offset, self._printed, self._stop = 0, (0.0, ""), threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -128,8 +127,7 @@ class Watch:
             began = self.running.pop(key, (time.monotonic(),))[0]
             if told["event"] == "done":
                 self.computed.add(key)
-                count, seconds = self.spent.get(told["stage"], (0, 0.0))
-                self.spent[told["stage"]] = (count + 1, seconds + told["seconds"])
+                self.spent.append((told["stage"], told["seconds"]))
             elif told["event"] == "hit":
                 self.found.add(key)
             elif told.get("fraction") != 1 or key != told["stage"]:  # a job outside of any artifact ends at 1

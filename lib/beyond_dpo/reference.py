@@ -6,7 +6,6 @@ seed in its key; training then holds one model. `python -m beyond_dpo.reference 
 
 import json
 import math
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from beyond_dpo import data, launch
+from beyond_dpo import data, launch, paths
 
 CHUNK = 2048  # response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB)
 
@@ -47,8 +46,7 @@ class ResponseScorer(torch.nn.Module):
         self.eval()
         ids = [t % self.config.vocab_size for t in range(5, 15)]
         row = {"id": "", "prompt_ids": ids[:4], "responses": {"a": ids[4:7], "b": ids[7:]}}
-        tensors = {k: v.to(device) for k, v in data.pack([row, row], ["a", "b"], 0).items() if k != "ids"}
-        packed = self(**tensors)["logps"]
+        packed = self.score([row, row], ["a", "b"], 0)["logps"]
         for said, found in ((ids[4:7], packed[:2]), (ids[7:], packed[2:])):
             logits = self.model(torch.tensor([ids[:4] + said], device=device)).logits[0, 3:-1].float()
             alone = logits.log_softmax(-1).gather(-1, torch.tensor(said, device=device)[:, None]).sum()
@@ -57,9 +55,13 @@ class ResponseScorer(torch.nn.Module):
                                  f"({found.tolist()} and {float(alone)} nats): not supported")  # fmt: skip
         self.train(training)
 
-    def forward(
-        self, input_ids, position_ids, attention_mask, labels, predictors, tokens, entropy: bool = False
-    ) -> dict:
+    def score(self, rows: list[dict], names: list[str], pad_id: int, entropy: bool = False) -> dict:
+        """Return forward() of rows that are packed into one batch."""
+        device = next(self.model.parameters()).device
+        batch = {k: v.to(device) for k, v in data.pack(rows, names, pad_id).items() if k != "ids"}
+        return self(**batch, entropy=entropy)
+
+    def forward(self, input_ids, position_ids, attention_mask, labels, predictors, tokens, entropy=False) -> dict:
         if input_ids.shape[1] > self.window and position_ids.max() >= self.window:
             raise ValueError(f"a sequence is longer than the model's attention window of {self.window} tokens")
         dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
@@ -67,10 +69,8 @@ class ResponseScorer(torch.nn.Module):
         unseen = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
         unseen = unseen.masked_fill(~attention_mask, -math.inf)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            decoder = self.model.get_decoder()
-            hidden = decoder(
-                input_ids=input_ids, position_ids=position_ids, attention_mask=unseen, use_cache=False
-            ).last_hidden_state
+            inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": unseen}
+            hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
         hidden, score = hidden.flatten(0, 1)[predictors], self._tokens
         parts = [(start, start + self.chunk) for start in range(0, max(1, len(labels)), self.chunk)]
         if torch.distributed.is_initialized():  # under ZeRO-3 all processes must call the head equally often
@@ -98,6 +98,14 @@ class ResponseScorer(torch.nn.Module):
         return picked, -(logps.exp() * logps).sum(-1) / math.log(logits.shape[-1])
 
 
+def load_scorer(folder: str, precision: str) -> ResponseScorer:
+    """Return the scorer of a model folder: weights in float32, on the accelerator if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    return ResponseScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), precision)
+
+
 def by_length(rows: list[dict], names: list[str], size: int) -> list[list[int]]:
     """Group row indices into batches of `size` rows of similar length, the longest first (memory fails early)."""
     order = sorted(range(len(rows)), key=lambda i: (-data.length(rows[i], names), i))
@@ -107,14 +115,11 @@ def by_length(rows: list[dict], names: list[str], size: int) -> list[list[int]]:
 @torch.no_grad()
 def score_rows(scorer: ResponseScorer, rows: list[dict], names: list, *, pad_id: int, micro_batch: int = 16) -> dict:
     """Return logps, tokens and entropies of `rows` in their order, each float32 (len(rows), len(names)) on the CPU."""
-    device = next(scorer.eval().parameters()).device
+    scorer.eval()
     out = {k: torch.full((len(rows), len(names)), float("nan")) for k in ("logps", "tokens", "entropies")}
     done = 0
     for batch in by_length(rows, names, micro_batch):
-        tensors = data.pack([rows[i] for i in batch], names, pad_id)
-        tensors.pop("ids")
-        scores = scorer(**{k: v.to(device) for k, v in tensors.items()}, entropy=True)
-        for k, v in scores.items():
+        for k, v in scorer.score([rows[i] for i in batch], names, pad_id, entropy=True).items():
             out[k][batch] = v.view(len(names), len(batch)).T.float().cpu()
         done += len(batch)
         launch.progress(done, len(rows))
@@ -126,21 +131,16 @@ def score_rows(scorer: ResponseScorer, rows: list[dict], names: list, *, pad_id:
 
 def main(path: str) -> None:
     """Score the rows of a job file: model, rows, names, limits, precision, micro_batch, out (a .safetensors file)."""
-    from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
+    from safetensors.torch import save
 
     job = json.loads(Path(path).read_text())
-    tokenizer = data.load_tokenizer(job["model"])
     rows, dropped = data.prepare(data.read_rows(job["rows"]), job["names"], **job["limits"])
     if len({r["id"] for r in rows}) < len(rows):
         raise ValueError(f"{job['rows']}: rows share an id, so their scores could not be told apart")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True).to(device)
-    scorer, pad = ResponseScorer(model, job["precision"]), tokenizer.pad_token_id
+    scorer, pad = load_scorer(job["model"], job["precision"]), data.load_tokenizer(job["model"]).pad_token_id
     scores = score_rows(scorer, rows, job["names"], pad_id=pad, micro_batch=job["micro_batch"])
     about = {"ids": json.dumps([r["id"] for r in rows]), "names": json.dumps(job["names"]), "dropped": str(dropped)}
-    save_file(scores, job["out"] + ".partial", metadata=about)
-    os.replace(job["out"] + ".partial", job["out"])
+    paths.write(Path(job["out"]), save(scores, metadata=about))
 
 
 def load(path, rows: list[dict], names: list[str]) -> dict:

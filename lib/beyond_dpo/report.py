@@ -18,7 +18,6 @@ from beyond_dpo import paths
 
 PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once, from the first of these that was run
 COLUMNS = ("claim", "paper", "paper_source", "ours", "low", "high", "tolerance", "sign_only", "verdict")
-NUMBERS = ("paper", "ours", "low", "high", "tolerance")
 MARKERS = re.compile(r"(<!-- scoreboard -->).*?(<!-- /?scoreboard -->)", re.DOTALL)
 SIGNS = {"+": 1.0, "-": -1.0}  # a direction that a paper states without a number
 SHADES = {"reproduced": "#d5ecd9", "direction": "#e3edf7", "not reproduced": "#f8dcd3", "not run": "#eeeeee"}
@@ -98,7 +97,7 @@ def compare(rows: Iterable[Mapping]) -> pd.DataFrame:
             lines.append(line | {"verdict": verdict(line["paper"], **{name: line[name] for name in COLUMNS[3:-1]})})
         except ValueError as error:
             raise ValueError(f"claim {line['claim']!r}: {error}") from None
-    return pd.DataFrame(lines, columns=list(COLUMNS)).astype(dict.fromkeys(NUMBERS[1:], float))
+    return pd.DataFrame(lines, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[3:-2], float))
 
 
 def show(df: pd.DataFrame, caption: str) -> Table:
@@ -107,9 +106,8 @@ def show(df: pd.DataFrame, caption: str) -> Table:
     The columns tolerance and sign_only appear only where a claim uses them.
     """
     df = df.drop(columns=[name for name in ("tolerance", "sign_only") if name in df and not (df[name] > 0).any()])
-    table = Table(
-        df, uuid=hashlib.sha256(caption.encode()).hexdigest()[:8], caption=html.escape(caption), cell_ids=False
-    )
+    uuid = hashlib.sha256(caption.encode()).hexdigest()[:8]
+    table = Table(df, uuid=uuid, caption=html.escape(caption), cell_ids=False)
     table.hide(axis="index").format(precision=3, na_rep="–", escape="html").format_index(axis=1, escape="html")
     if "verdict" in df:
         table.map(lambda value: f"background-color: {SHADES.get(value, 'inherit')}; color: black", subset=["verdict"])
@@ -187,11 +185,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     df = _readable(scoreboard(options.local))
     print(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
-    made = paths.ARTIFACTS.glob("responses-*/manifest.json") if options.local else ()
-    spent = pd.DataFrame([json.loads(path.read_text(encoding="utf-8"))["facts"] for path in made])
-    if {"swap_s", "engine_s"} <= set(spent):
-        swap, engine = spent["swap_s"].median(), spent["engine_s"].median()
-        print(f"one more α in a sweep: {swap:.1f} s (a new engine: {engine:.1f} s, ratio {swap / engine:.2f}; medians)")
     if options.readme:
         print("README.md updated" if update_readme() else "README.md was up to date")
 

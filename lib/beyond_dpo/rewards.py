@@ -84,8 +84,8 @@ def train_classifier(
     targets, steps = torch.tensor(labels, dtype=torch.float32), len(texts) // batch
     for step in range(steps):
         picked = order[step * batch : (step + 1) * batch]
-        shape = {"truncation": True, "max_length": max_tokens, "padding": True, "return_tensors": "pt"}
-        inputs = tokenizer([texts[i] for i in picked], **shape)
+        part = [texts[i] for i in picked]
+        inputs = tokenizer(part, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
         with torch.autocast(device, torch.bfloat16):
             logits = model(**inputs.to(device)).logits[:, 0].float()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[picked].to(device))
@@ -107,14 +107,11 @@ class Classifier:
     only runs if trust_remote_code says so. A score depends on its text alone, not on batch, budget or order.
     """
 
-    def __init__(
-        self, folder, *, label: int | None = None, max_tokens: int = 4096, token_budget: int = 8192,
-        dtype: str = "float32", trust_remote_code: bool = False,
-    ):  # fmt: skip
+    def __init__(self, folder, *, label=None, max_tokens=4096, token_budget=8192, trust_remote_code: bool = False):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
+        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": torch.float32}
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, **options, output_loading_info=True)
         if loaded["missing_keys"]:  # transformers would only warn, and score with random numbers
@@ -157,12 +154,11 @@ class Classifier:
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
     """Return batches of indices, longest texts first, each of at most `budget` tokens when padded (or one text)."""
     batches: list[list[int]] = []
-    width = 0
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * width > budget:
-            batches.append([])
-            width = lengths[i]
-        batches[-1].append(i)
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
     return batches
 
 
@@ -194,8 +190,7 @@ def distinct_n(texts_ids: list[list[int]], n: int = 2) -> float:
 
 def repetition(ids: list[int], n: int = 3) -> float:
     """Return the share of a response's n-grams that it has said before, in 0…1; 0 for one shorter than n tokens."""
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+    return 1 - distinct_n([ids], n) if len(ids) >= n else 0.0
 
 
 class Scorer:
@@ -219,7 +214,7 @@ class Scorer:
         the first `reference_prompts` prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
         Returns {"distinct_2"} of all responses together.
         """
-        from beyond_dpo import data
+        from beyond_dpo import data, reference
 
         tokenizer = data.load_tokenizer(self.target)
         asked = {r["id"]: r["prompt_ids"] for r in json.loads(Path(prompts).read_text())}
@@ -228,30 +223,21 @@ class Scorer:
         table = {name: reward.score(texts) for name, reward in self.rewards.items()}
         referenced = set(list(asked)[:reference_prompts])
         picked = [i for i, r in enumerate(lines) if r["id"] in referenced and r["response_ids"]]
-        logps = dict(zip(picked, self._logps(lines, asked, picked, tokenizer), strict=True)) if picked else {}
+        logps = {}
+        if picked:
+            said = [(lines[i]["id"], lines[i]["response_ids"]) for i in picked]
+            rows = [{"id": name, "prompt_ids": asked[name], "responses": {"said": ids}} for name, ids in said]
+            self._reference = self._reference or reference.load_scorer(self.target, self.precision)
+            found = reference.score_rows(self._reference, rows, ["said"], pad_id=tokenizer.pad_token_id)
+            logps = dict(zip(picked, found["logps"][:, 0].tolist(), strict=True))
         with open(out, "w") as f:
             for i, r in enumerate(lines):
-                entry = {"id": r["id"], "sample": r["sample"], "length": len(r["response_ids"])}
+                said = r["response_ids"]
+                entry = {"id": r["id"], "sample": r["sample"], "length": len(said)}
                 entry |= {name: round(float(scores[i]), 5) for name, scores in table.items()}
-                entry |= {"repetition": round(repetition(r["response_ids"]), 5)}
-                entry |= {"logp": r["logp"], "logp_sft": logps.get(i)}
+                entry |= {"repetition": round(repetition(said), 5), "logp": r["logp"], "logp_sft": logps.get(i)}
                 f.write(json.dumps(entry) + "\n")
         return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
-
-    def _logps(self, lines, asked, picked, tokenizer) -> list[float]:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        from beyond_dpo import reference
-
-        if self._reference is None:
-            model = AutoModelForCausalLM.from_pretrained(self.target, dtype=torch.float32, use_safetensors=True)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            self._reference = reference.ResponseScorer(model, self.precision)
-        said = [(lines[i]["id"], lines[i]["response_ids"]) for i in picked]
-        rows = [{"id": name, "prompt_ids": asked[name], "responses": {"said": ids}} for name, ids in said]
-        scores = reference.score_rows(self._reference, rows, ["said"], pad_id=tokenizer.pad_token_id)
-        return scores["logps"][:, 0].tolist()
 
 
 def main(path: str) -> None:

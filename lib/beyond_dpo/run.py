@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -22,8 +21,8 @@ from pathlib import Path
 
 from beyond_dpo import artifacts, paths, progress
 
-CHANGES = "papermill language_info widgets signature".split()  # metadata of a notebook that changes with each run
-CHANGES_IN_CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()
+CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()  # that each run changes
+KEYS = [f"metadata.{k}" for k in ("papermill", "language_info", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in the kernel that made it
 
 
@@ -112,8 +111,7 @@ def clean(nb) -> None:
     """Drop what changes with each run, but outputs and counts. Doing it again changes nothing."""
     from nbstripout import strip_output
 
-    keys = [f"metadata.{key}" for key in CHANGES] + [f"cell.metadata.{key}" for key in CHANGES_IN_CELLS]
-    strip_output(nb, keep_output=True, keep_count=True, keep_id=False, extra_keys=keys)
+    strip_output(nb, keep_output=True, keep_count=True, keep_id=False, extra_keys=KEYS)
     for cell in nb.cells:
         if "outputs" in cell:
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
@@ -172,11 +170,10 @@ def freeze(since: float) -> list[str]:
     claims = [p for p in (paths.ARTIFACTS / "runs" / "claims").glob("*.json") if p.stat().st_mtime >= since]
     records = claims + [p for p in paths.FIGURES.glob("*.json") if p.stat().st_mtime >= since]
     keys = sorted({key for path in records for key in json.loads(path.read_text(encoding="utf-8"))["keys"]})
-    (paths.FROZEN / "claims").mkdir(parents=True, exist_ok=True)
     for key in keys:
         artifacts.freeze(key)
     for path in claims:
-        shutil.copyfile(path, paths.FROZEN / "claims" / path.name)
+        paths.write(paths.FROZEN / "claims" / path.name, path.read_bytes())
     return keys
 
 
@@ -208,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that Watch can end them
-    rows, spent = [], {}
+    rows, spent = [], []
     for i, (path, nb, values, profile) in enumerate(plan, 1):
         rows.append(_run(f"[{i}/{len(plan)}] {path.stem}", path, nb, values, profile, options, spent))
         if rows[-1]["status"] == "interrupted":
@@ -218,7 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
     total |= {name: sum(row[name] for row in rows) for name in ("seconds", "computed", "found")}
     print(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
-    if parts := [f"{stage} {count} in {progress.duration(s)}" for stage, (count, s) in spent.items() if s >= 1]:
+    sums = pd.DataFrame(spent, columns=["stage", "s"]).groupby("stage", sort=False)["s"].agg(["size", "sum"])
+    if parts := [f"{stage} {count} in {progress.duration(s)}" for stage, count, s in sums.itertuples() if s >= 1]:
         print("computed:", " · ".join(parts))
     return int(any(row["status"] != "ok" for row in rows))
 
@@ -245,19 +243,18 @@ def _plan(options) -> list[tuple]:
     return plan
 
 
-def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, spent: dict) -> dict:
+def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, spent: list) -> dict:
     folder = paths.ARTIFACTS / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
-    handle, reports = tempfile.mkstemp(suffix=".jsonl", dir=folder)
-    os.close(handle)
-    os.environ |= {"BEYOND_DPO_PROGRESS": reports, "BEYOND_DPO_LOG": str(copy.with_suffix(".log"))}
+    reports = tempfile.NamedTemporaryFile(suffix=".jsonl", dir=folder)
+    os.environ |= {"BEYOND_DPO_PROGRESS": reports.name, "BEYOND_DPO_LOG": str(copy.with_suffix(".log"))}
     if profile == "smoke" or set(values) - {"profile"}:  # tiny or changed: neither a figure nor a claim of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     if set(values) - {"profile"}:
         os.environ["BEYOND_DPO_CLAIMS"] = "trials"
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
-    began, watch = time.time(), progress.Watch(title, Path(reports))
+    began, watch = time.time(), progress.Watch(title, Path(reports.name))
     try:
         with watch:
             note = execute(path, nb, values, watch, copy)
@@ -272,10 +269,9 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
         status, note = "failed", f"the notebook ran, but its results are not stored: {error}"
     finally:
         signal.signal(signal.SIGTERM, before)
-        os.unlink(reports)
+        reports.close()
     seconds = time.time() - began
-    for stage, (count, s) in watch.spent.items():
-        spent[stage] = (spent.get(stage, (0, 0))[0] + count, spent.get(stage, (0, 0))[1] + s)
+    spent += watch.spent
     print(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note), file=sys.stderr, flush=True)
     row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}
     return row | {"computed": len(watch.computed), "found": len(watch.found - watch.computed), "status": status}

@@ -57,16 +57,13 @@ def search_alpha(
 
     decoding = decoding or config.Decoding(max_tokens=512, max_model_len=2048)
     tokenizer = data.load_tokenizer(str(aligned))
-    rows = [
-        {"id": str(i), "prompt_ids": data.render(tokenizer, p, "plain" if isinstance(p, str) else "chat")}
-        for i, p in enumerate(prompts)
-    ]
-    if not rows:
+    rendered = [data.render(tokenizer, p, "plain" if isinstance(p, str) else "chat") for p in prompts]
+    if not rendered:
         raise ValueError("prompts is empty: give at least one, better fifty")
     asked = [p for p in prompts for _ in range(samples)]
     with tempfile.TemporaryDirectory() as work:
         given, out = Path(work, "prompts.json"), Path(work, "responses.jsonl")
-        given.write_text(json.dumps(rows))
+        given.write_text(json.dumps([{"id": str(i), "prompt_ids": prompt} for i, prompt in enumerate(rendered)]))
         settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
         with launch.Worker("beyond_dpo.generate", settings, Path(work), desc="search") as engine:
 
@@ -75,7 +72,7 @@ def search_alpha(
                 engine.call("generate", prompts=str(given), out=str(out), samples=samples, seed=seed)
                 said = [json.loads(line)["response_ids"] for line in out.read_text().splitlines()]
                 scores = np.asarray(reward(asked, [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]))
-                return scores.reshape(len(rows), samples).mean(1)
+                return scores.reshape(len(prompts), samples).mean(1)
 
             return golden_section(evaluate, bracket, evaluations, seed=seed)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from beyond_dpo import assets, config, corpus, launch, workers
+from beyond_dpo import assets, config, corpus, launch, paths, workers
 from beyond_dpo.artifacts import Artifact
 
 
@@ -60,12 +60,16 @@ def reward(world: config.World, name: str) -> Artifact:
         job = {"texts": words, "labels": labels, "held_out": held_out, "seed": 0, "out": str(out), "reward": name}
         if name == "reward":
             job["encoder"] = str(assets.model_dir(world.reward_model))
-        if name == "reward" and not words:
-            job["trust_remote_code"] = world.reward_model in world.trust_remote_code
+            job |= {} if words else {"trust_remote_code": world.reward_model in world.trust_remote_code}
         workers.run("beyond_dpo.rewards", job, out, f"train {name}")
         return json.loads((out / "facts.json").read_text())
 
     return Artifact(f"reward-{name}", 1, recipe, make, f"reward {name}: python -m beyond_dpo.rewards {{job}}")
+
+
+def oracle(world: config.World) -> str:
+    """Return which reward makes the pairs: the gold reward, or where no labels train one the reward model."""
+    return "gold" if world.gold_rows else "reward"
 
 
 def responses(
@@ -115,9 +119,8 @@ def scores(
     kinds = {"gold": "bag_of_words", "reward": "classifier", "vader": "vader"}
 
     def make(out: Path) -> dict:
-        rewards = {name: {"kind": kinds[name]} for name in judges}
-        for name, artifact in trained.items():
-            rewards[name]["folder"] = str(artifact.get())
+        folders = {name: {"folder": str(artifact.get())} for name, artifact in trained.items()}
+        rewards = {name: {"kind": kinds[name], **folders.get(name, {})} for name in judges}
         if "reward" in judges and not cfg.world.reward_rows:
             rewards["reward"] |= {"folder": str(assets.model_dir(cfg.world.reward_model))}
             rewards["reward"] |= {"trust_remote_code": cfg.world.reward_model in cfg.world.trust_remote_code}
@@ -130,9 +133,9 @@ def scores(
 
 
 def pairs(cfg) -> Artifact:
-    """Pair the best with the worst of each prompt's samples from the SFT model, by the gold reward."""
+    """Pair the best with the worst of each prompt's samples from the SFT model, by the world's oracle."""
     pool = responses(cfg, sft(cfg), "prompts", samples=cfg.world.samples, seed=1)
-    judged = scores(cfg, pool, "prompts", judges=("gold",))
+    judged = scores(cfg, pool, "prompts", judges=(oracle(cfg.world),))
 
     def make(out: Path) -> dict:
         from beyond_dpo import data
@@ -140,14 +143,14 @@ def pairs(cfg) -> Artifact:
         asked = {r["id"]: r["prompt_ids"] for r in json.loads((texts(cfg.world).get() / "prompts.json").read_text())}
         gold = pd.read_json(judged.get() / "scores.jsonl", lines=True)
         said = pd.read_json(pool.get() / "responses.jsonl", lines=True).set_index(["id", "sample"])["response_ids"]
-        rows, gaps = [], []
+        rows, gaps, by = [], [], oracle(cfg.world)
         for name, group in gold.groupby("id", sort=False):
-            best, worst = group.loc[group["gold"].idxmax()], group.loc[group["gold"].idxmin()]
-            if best["gold"] > worst["gold"]:  # a prompt whose samples all score alike has no preference
+            best, worst = group.loc[group[by].idxmax()], group.loc[group[by].idxmin()]
+            if best[by] > worst[by]:  # a prompt whose samples all score alike has no preference
                 chosen, rejected = said[name, best["sample"]], said[name, worst["sample"]]
                 said_of = {"chosen": chosen, "rejected": rejected}
                 rows.append({"id": name, "prompt_ids": asked[name], "responses": said_of})
-                gaps.append(float(best["gold"] - worst["gold"]))
+                gaps.append(float(best[by] - worst[by]))
         data.write_rows(out / "pairs.jsonl", rows)
         gap = round(sum(gaps) / len(gaps), 3)
         return {"pairs": len(rows), "ties_dropped": len(asked) - len(rows), "mean_gold_gap": gap}
@@ -207,11 +210,10 @@ def aligned(
     """
     settings = dataclasses.replace(cfg.train, **changes)
     part, base = subset(cfg, fraction, seed, longest), start or sft(cfg)
-    what = "".join(f", {k} {v:g}" if isinstance(v, (int, float)) else f", {v}" for k, v in changes.items())
-    what += ", the longest chosen" * longest
-    names, desc = ["chosen", "rejected"], f"{settings.loss.upper()} {fraction:.0%} seed {seed}{what}"
+    what = [f", {v}" if isinstance(v, str) else f", {k} {v:g}" for k, v in changes.items() if v != settings.loss]
+    desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}" + "".join(what) + ", the longest chosen" * longest
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
-    return _training(cfg, settings, part, "pairs.jsonl", names, **given)
+    return _training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
 
 
 def watched(items, desc: str):
@@ -224,7 +226,9 @@ def watched(items, desc: str):
 
 def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
     """Get the scores of every place: one line a response, and each place with its facts; all trainings come first."""
-    made_from = {key: one for _, artifact in walk for key, one in artifact.upstream.items()}
+    stores = (paths.ARTIFACTS, paths.FROZEN)
+    missing = [artifact for _, artifact in walk if not any((store / artifact.key).is_dir() for store in stores)]
+    made_from = {key: one for artifact in missing for key, one in artifact.upstream.items()}
     for one in [one for one in made_from.values() if one.stage == "train"]:
         one.get()  # in between it would end the engine that samples
     frames, points = [], []
@@ -263,7 +267,7 @@ def _training(
         job["reference"] = str(against.get() / "reference.safetensors") if against else None
         workers.run("beyond_dpo.train", job, out, desc, **machine)
         if not list(out.glob("*.safetensors")):  # the deepspeed launcher ends with 0 when a signal ended its processes
-            raise launch.JobFailed(f"{desc}: ended without a model; see {out / 'checkpoints' / 'job.log'}")
+            raise launch.JobFailed(f"{desc}: ended without a model; see the logs in {out / 'checkpoints'}")
         steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
 

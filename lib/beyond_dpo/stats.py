@@ -11,7 +11,7 @@ import numpy as np
 def mean_interval(values, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
     """Return (mean, low, high) of `values`; adding a constant to `values` adds it to all three."""
     sums, counts = _by_group(_finite(values=values)[0], groups)
-    return _interval(lambda i: sums[i].sum() / counts[i].sum(), len(sums), seed, level, n_boot)
+    return interval(lambda i: sums[i].sum() / counts[i].sum(), len(sums), seed, level, n_boot)
 
 
 def paired_interval(a, b, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
@@ -27,8 +27,6 @@ def peak_correlation(table, value: str, by: list[str], *, seed: int, level: floa
     takes prompts, the same for all curves, and looks for each curve's peak anew: the interval covers that choice too.
     Peaks that are all at one α show no relation: rho 0.
     """
-    from scipy.stats import rankdata
-
     wide = table.pivot_table(index="prompt", columns=[*by, "alpha"], values=value)
     values, alphas = _finite(values=wide.to_numpy())[0], wide.columns.get_level_values("alpha").to_numpy()
     curves = wide.columns.droplevel("alpha")
@@ -37,13 +35,13 @@ def peak_correlation(table, value: str, by: list[str], *, seed: int, level: floa
 
     def rho(i):
         means = values[i].mean(0)
-        a, b = rankdata(x), rankdata([-alphas[place[means[place].argmax()]] for place in places])
-        return np.corrcoef(a, b)[0, 1] if np.ptp(b) else 0.0
+        return _rho(x, [-alphas[place[means[place].argmax()]] for place in places])
 
-    return _interval(rho, len(values), seed, level, n_boot)
+    return interval(rho, len(values), seed, level, n_boot)
 
 
-def _interval(statistic, units: int, seed: int, level: float, n_boot: int) -> tuple[float, float, float]:
+def interval(statistic, units: int, seed: int, level=0.95, n_boot=2000) -> tuple[float, float, float]:
+    """Return (statistic of all units, low, high), drawing units: `statistic` takes the (units,) indices of a draw."""
     if units < 2 or not 0 < level < 1:
         raise ValueError(f"an interval needs 2 or more independent units and a level in (0, 1): {units=}, {level=}")
     generator = np.random.default_rng(seed)
@@ -55,9 +53,7 @@ def _interval(statistic, units: int, seed: int, level: float, n_boot: int) -> tu
 def _by_group(values: np.ndarray, groups) -> tuple[np.ndarray, np.ndarray]:
     """Return the sum and the number of values of each unit, or of each group of units."""
     sums, counts = values.reshape(len(values), -1).sum(1), np.full(len(values), values[0].size)
-    if groups is None:
-        return sums, counts
-    labels, index = np.unique(np.asarray(groups), return_inverse=True)
+    labels, index = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)
     if len(index) != len(values):
         raise ValueError(f"groups has {len(index)} labels for {len(values)} units; give one label per unit")
     return np.bincount(index, sums, len(labels)), np.bincount(index, counts, len(labels))
@@ -69,15 +65,12 @@ def _finite(**named) -> list[np.ndarray]:
         if array.ndim == 0 or not len(array):
             raise ValueError(f"{name} has shape {array.shape}; give one value per unit")
         if (bad := ~np.isfinite(array)).any():
-            raise ValueError(f"{name} is {array[bad][0]} at index {_where(bad)}; an average would hide it")
+            place = np.argwhere(bad)[0].tolist()
+            where = place[0] if array.ndim == 1 else tuple(place)
+            raise ValueError(f"{name} is {array[bad][0]} at index {where}; an average would hide it")
     if len({array.shape for array in arrays.values()}) > 1:
         raise ValueError(f"shapes differ: { {name: array.shape for name, array in arrays.items()} }; pair the units")
     return list(arrays.values())
-
-
-def _where(mask: np.ndarray):
-    where = np.argwhere(mask)[0].tolist()
-    return where[0] if len(where) == 1 else tuple(where)
 
 
 def summarise(table, value: str, by: list[str], *, seed: int, groups: str = "prompt"):
@@ -104,10 +97,23 @@ def gain(table, value: str, to: dict, since: dict, *, seed: int) -> tuple[float,
     for place in (to, since):
         picked = table
         for column, wanted in place.items():
-            picked = picked[
-                np.isclose(picked[column], wanted) if isinstance(wanted, float) else picked[column] == wanted
-            ]
+            fits = np.isclose(picked[column], wanted) if isinstance(wanted, float) else picked[column] == wanted
+            picked = picked[fits]
         means.append(picked.groupby("prompt")[value].mean().sort_index())
     if not len(means[0]) or list(means[0].index) != list(means[1].index):
         raise ValueError(f"{to} and {since} do not answer the same prompts ({len(means[0])} and {len(means[1])})")
     return paired_interval(means[0], means[1], seed=seed)
+
+
+def rank_correlation(a, b, *, seed: int) -> tuple[float, float, float]:
+    """Return (rho, low, high), Spearman's rank correlation of two (n,) measures of the same units."""
+    a, b = _finite(a=a, b=b)
+    return interval(lambda i: _rho(a[i], b[i]), len(a), seed)
+
+
+def _rho(a, b) -> float:
+    """Return Spearman's rank correlation; 0 where all of one are equal, which show no relation."""
+    from scipy.stats import rankdata
+
+    a, b = rankdata(a), rankdata(b)
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0

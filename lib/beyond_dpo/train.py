@@ -5,6 +5,7 @@ The job file holds config.Train's fields and: model, rows, names, reference (or 
 Supervised fine-tuning is the loss "sft" on rows with one response.
 """
 
+import copy
 import functools
 import json
 import logging
@@ -22,10 +23,8 @@ from beyond_dpo import config as configuration
 from beyond_dpo import data, dispersion, launch, losses, reference
 
 log = logging.getLogger("beyond_dpo.train")
-OPTIMIZERS = {
-    "adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad,
-    "rmsprop": torch.optim.RMSprop,
-}  # fmt: skip
+OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad}
+OPTIMIZERS["rmsprop"] = torch.optim.RMSprop
 
 
 class NonFiniteLoss(RuntimeError):
@@ -90,6 +89,8 @@ def engine_config(settings: configuration.Train, accumulation: int) -> dict:
 
 def main(path: str) -> None:
     """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
+    logging.basicConfig(level=logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at each step
     if "RANK" not in os.environ:  # started by plain python
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # each task would take itself for the only one
             wanted = "RANK=$SLURM_PROCID, LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR, MASTER_PORT"
@@ -109,7 +110,7 @@ def main(path: str) -> None:
         raise ValueError(f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or response)")
     total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
     ends = {round(total * part / settings.parts): f"part{part}" for part in range(1, settings.parts)}
-    if len(ends) < settings.parts - 1:
+    if len({0, total, *ends}) != settings.parts + 1:
         raise configuration.ConfigError(f"{total} steps cannot be cut into {settings.parts} parts")
     base, dispersed, everyone = None, None, [r["id"] for r in rows]
     if job["reference"]:
@@ -185,10 +186,8 @@ def main(path: str) -> None:
             engine.step()
             logps = scores["logps"].detach().view(len(names), -1)
             with torch.no_grad():
-                sums += torch.stack([
-                    row_loss.sum() * weight, chosen.sum(), rejected.sum(), (chosen > rejected).float().sum(),
-                    logps[0].sum(), logps[-1].sum(),
-                ])  # fmt: skip
+                rewards = chosen.sum(), rejected.sum(), (chosen > rejected).float().sum()
+                sums += torch.stack([row_loss.sum() * weight, *rewards, logps[0].sum(), logps[-1].sum()])
         dist.all_reduce(sums)
         norm = float(engine.get_global_grad_norm() if settings.zero else norm)
         if not 0 <= norm < math.inf:  # the sharded stages report -1 for NaN
@@ -237,18 +236,13 @@ def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: i
 
 
 def _log_step(log_file, step: int, sums: list, batch: list, names: list, loss: str, rate, norm, seconds: float) -> None:
-    value, chosen, rejected, correct, logps_chosen, logps_rejected = sums
-    n = len(batch)
     tokens = sum(data.length(r, names) for r in batch)
-    entry = {
-        "step": step, "loss": value, "lr": rate, "grad_norm": norm,
-        "tokens_per_s": tokens / seconds, "rows_per_s": n / seconds,
-    }  # fmt: skip
+    entry = {"step": step, "loss": sums[0], "lr": rate, "grad_norm": norm}
+    entry |= {"tokens_per_s": tokens / seconds, "rows_per_s": len(batch) / seconds}
     if loss != "sft":
-        entry |= {
-            "chosen_reward": chosen / n, "rejected_reward": rejected / n, "margin": (chosen - rejected) / n,
-            "accuracy": correct / n, "chosen_logps": logps_chosen / n, "rejected_logps": logps_rejected / n,
-        }  # fmt: skip
+        chosen, rejected, correct, chosen_logps, rejected_logps = (x / len(batch) for x in sums[1:])
+        entry |= {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected}
+        entry |= {"accuracy": correct, "chosen_logps": chosen_logps, "rejected_logps": rejected_logps}
     with open(log_file, "a") as f:
         f.write(json.dumps(entry) + "\n")
 
@@ -266,14 +260,13 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
                     raise NonFiniteLoss(f"the trained weight {name} is not finite in {dtype}")
     if rank == 0:
         model.save_pretrained(out, state_dict=weights)
-        model.config.dtype = dtype  # save_pretrained wrote that of the model in memory
-        model.config.save_pretrained(out)
+        config = copy.deepcopy(model.config)  # save_pretrained wrote the dtype of the model in memory
+        config.dtype = dtype
+        config.save_pretrained(out)
         tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at each step
     launch.follow_parent()
     main(sys.argv[1])
     torch.distributed.destroy_process_group()

@@ -1,0 +1,215 @@
+"""MallowsPO's experiments (arXiv 2405.14953): the bandit, the dispersion estimate, controlled sentiment, plug-ins.
+
+Each function returns an Artifact; nothing runs before its get().
+"""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from beyond_dpo import assets, config, corpus, paths, stages, stats
+from beyond_dpo.artifacts import Artifact
+
+LINKS = {"DPO": "dpo", "MallowsPO-φ": "mallows_phi"}
+WEIGHTED = {"dpo": "mallows_theta", "ipo": "mallows_ipo", "simpo": "mallows_simpo"}
+NAMES = {"sft": "SFT", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "mallows_theta": "MallowsPO-θ",
+         "mallows_phi": "MallowsPO-φ", "mallows_ipo": "MallowsIPO", "mallows_simpo": "MallowsSimPO"}  # fmt: skip
+RECORDS = 200  # of each bandit's training, fewer towards its end
+
+
+def bandits(cfg) -> Artifact:
+    """Train the bandit with both links and every β; runs.csv.gz: method, step, beta, arm1 … arm5, reward, kl (nats)."""
+
+    def make(out: Path) -> None:
+        from beyond_dpo import bandit
+
+        frames, betas = [], cfg.bandit_betas
+        for method, link in LINKS.items():
+            steps, probs = bandit.train(betas, link=link, steps=cfg.bandit_steps)
+            kept = np.unique(np.geomspace(1, len(steps), RECORDS).astype(int)) - 1  # it changes most at the start
+            steps, probs = steps[kept], probs[kept]
+            index = pd.MultiIndex.from_product([[method], steps, betas], names=["method", "step", "beta"])
+            arms = pd.DataFrame(probs.reshape(-1, 5), index, [f"arm{arm}" for arm in range(1, 6)])
+            frames.append(arms.assign(reward=bandit.reward(probs).ravel(), kl=bandit.kl(probs).ravel()))
+        table = pd.concat(frames).round(6).reset_index()
+        table.to_csv(out / "runs.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+
+    does = f"bandit, in this process: {cfg.bandit_steps:,} steps for {len(cfg.bandit_betas)} β and {len(LINKS)} methods"
+    return Artifact("bandits", 1, {"betas": cfg.bandit_betas, "steps": cfg.bandit_steps}, make, does)
+
+
+def dispersed(cfg) -> Artifact:
+    """Weight all pairs by the SFT model's entropies; dispersion.csv: chosen, rejected (normalised), weight."""
+    held = stages.reference(cfg)
+
+    def make(out: Path) -> dict:
+        from beyond_dpo import dispersion
+
+        chosen, rejected = _entropies(held)
+        weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
+        table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
+        table.round(6).to_csv(out / "dispersion.csv", index=False)
+        return {"phi_star": round(phi_star, 6)}
+
+    return Artifact("dispersion", 1, {"reference": held}, make)
+
+
+def raters(cfg) -> Artifact:
+    """Set the SFT model's entropy on the second half of film-review sentences beside what 15 to 29 people said of them.
+
+    raters.csv, a row a sentence in no order: entropy (normalised), tokens (of that half), people, sd of their ratings,
+    split (the smaller of the shares of positive and of negative ratings), strength (absolute mean rating).
+    """
+    recipe = {"tokenizer": assets.resolve(cfg.world.target), "source": corpus.source(cfg.rated)}
+    recipe |= {"rows": cfg.rated_rows, "max_prompt": cfg.train.max_prompt, "kind": cfg.rated}
+
+    def split(out: Path) -> None:
+        from beyond_dpo import data
+
+        sentences, rows, said = corpus.rated(cfg.rated), [], []
+        random.Random(0).shuffle(sentences)
+        reader = data.load_tokenizer(assets.model_dir(cfg.world.target))
+        for i, (text, ratings) in enumerate(sentences):
+            ids = data.render(reader, text, "plain")
+            if len(ids) >= corpus.SHORTEST and len(rows) < cfg.rated_rows:
+                cut = min(len(ids) // 2, cfg.train.max_prompt)
+                rows.append({"id": str(i), "prompt_ids": ids[:cut], "responses": {"said": ids[cut:]}})
+                said.append(ratings)
+        data.write_rows(out / "pairs.jsonl", rows)
+        (out / "ratings.json").write_text(json.dumps(said))
+
+    rows = Artifact("rated", 1, recipe, split)
+    held = stages.reference(cfg, rows=rows, names=("said",))
+
+    def make(out: Path) -> None:
+        table = pd.DataFrame({"entropy": _entropies(held)[0], "tokens": _entropies(held, "tokens")[0]})
+        ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text())]
+        table["people"] = [len(said) for said in ratings]
+        table["sd"] = [said.std() for said in ratings]
+        table["split"] = [min((said > 0).mean(), (said < 0).mean()) for said in ratings]
+        table["strength"] = [abs(said.mean()) for said in ratings]
+        table.round(6).to_csv(out / "raters.csv", index=False)
+
+    return Artifact("raters", 1, {"reference": held, "rated": rows}, make)
+
+
+def frontier(cfg) -> Artifact:
+    """Judge every method, β and seed along its training (Fig. 8c)."""
+    runs = [{"loss": m, "beta": b, "lr": cfg.train.lr, "seed": s}
+            for m in cfg.methods for b in cfg.betas for s in cfg.seeds]  # fmt: skip
+    parts = [*(f"part{part}" for part in range(1, cfg.train.parts)), ""]
+    walk = [(run, "dev_prompts", None, part) for run in runs for part in parts]
+    return judged(cfg, walk, kl_prompts=cfg.world.dev_prompts)
+
+
+def plug_in(cfg) -> Artifact:
+    """Judge every plug-in with and without weights on test prompts and elsewhere, and a grid of β and learning rate.
+
+    Table 1: the settings of cfg.plug_ins. Table 6: DPO and MallowsPO-θ, on test prompts only.
+    """
+    shared = {"seed": cfg.seeds[0], "lr": cfg.train.lr}
+    plugs = [{"loss": name, **shared, **settings}
+             for loss, settings in cfg.plug_ins.items() for name in (loss, WEIGHTED[loss])]  # fmt: skip
+    cells = [{"loss": name, **shared, "lr": lr, "beta": beta}
+             for name in cfg.grid_methods for beta in cfg.grid_betas for lr in cfg.grid_lrs]  # fmt: skip
+    far = {source: elsewhere(cfg, source) for source in cfg.elsewhere}
+    wide, cells = (plugs + cells, []) if cfg.grid_elsewhere else (plugs, cells)
+    walk = [(run, split, prompts, "") for run in wide for split, prompts in {"test_prompts": None, **far}.items()]
+    walk += [(run, "test_prompts", None, "") for run in cells]
+    return judged(cfg, [place for i, place in enumerate(walk) if place not in walk[:i]])
+
+
+def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]], *, kl_prompts: int = 16) -> Artifact:
+    """Train every run of `walk`, sample after that part of it, and judge; the SFT model once for each split.
+
+    walk: (loss, seed and settings of cfg.train; split; its prompts, None for the world's own; part, "" for the end).
+    responses.csv.gz and points.json as in expo.curves, with the columns of the runs, split and part; loss "sft" is the
+    SFT model, gold the score by the reward that made the pairs. Raises ConfigError for a machine that is too small.
+    """
+    start, points = stages.sft(cfg), []
+    for run, split, prompts, part in walk:
+        settings = {name: value for name, value in run.items() if name != "seed"}
+        model = stages.aligned(cfg, cfg.fraction, run["seed"], **settings)
+        new = split not in [place["split"] for place, _ in points]
+        for place, part_of, alpha in [({"loss": "sft"}, "", -1.0)] * new + [(run, part, 0.0)]:
+            how = {"aligned": model, "alpha": alpha, "part": part_of, "samples": cfg.samples, "seed": 2}
+            said = stages.responses(cfg, start, split, prompts=prompts, **how)
+            judge = {"judges": (stages.oracle(cfg.world), "vader"), "kl_prompts": kl_prompts, "prompts": prompts}
+            score = stages.scores(cfg, said, split, **judge)
+            points.append(({"split": split, "part": part_of or "end", **place}, score))
+
+    def make(out: Path) -> None:
+        config.check_machine(cfg)
+        table, facts = stages.scored(points, "trained models")
+        stages.write(out, table.rename(columns={stages.oracle(cfg.world): "gold"}), facts)
+
+    recipe = {"places": [place for place, _ in points], "points": [score for _, score in points]}
+    return Artifact("judged", 1, recipe, make)
+
+
+def elsewhere(cfg, source: str) -> Artifact:
+    """Cut prompts from the texts of another domain; <source>.json as the world's own prompts."""
+    world = cfg.world
+    recipe = {"source": corpus.source(source), "kind": source, "tokenizer": assets.resolve(world.target)}
+    recipe |= {"rows": cfg.elsewhere_prompts, "prompt_tokens": world.prompt_tokens, "template": world.template}
+
+    def make(out: Path) -> None:
+        from beyond_dpo import data
+
+        generator, rows, texts = random.Random(0), [], [text for text, _ in corpus.rated(source)]
+        generator.shuffle(texts)
+        tokenizer = data.load_tokenizer(assets.model_dir(world.target))
+        for i, text in enumerate(texts):
+            ids = data.render(tokenizer, text, world.template)
+            cut = generator.randint(*world.prompt_tokens)
+            if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
+                rows.append({"id": f"E{i}", "prompt_ids": ids[:cut]})
+        paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
+
+    return Artifact("elsewhere", 1, recipe, make)
+
+
+def _entropies(held: Artifact, what: str = "entropies") -> np.ndarray:
+    from safetensors.numpy import load_file
+
+    return load_file(held.get() / "reference.safetensors")[what].T.astype(float)
+
+
+def link(s, phi: float, epsilon: float) -> np.ndarray:
+    """Return losses.mallows_link of an array s, for drawing."""
+    import torch
+
+    from beyond_dpo import losses
+
+    s = torch.as_tensor(np.asarray(s, dtype=float))
+    return losses.mallows_link(s, torch.full_like(s, phi), epsilon).numpy()
+
+
+def gap_at_equal(table, x: str, y: str, by: str, pair: tuple, *, seed: int) -> tuple[float, float, float]:
+    """Return (mean, low, high) of y of pair[0] − y of pair[1] at equal x, averaged over the x that both reach.
+
+    table: one row per response, with the columns `by`, "seed" (of training), "place" (the points of each curve),
+    "prompt", x and y. A parabola is fitted to the mean x and y of the places of each curve; curves of one training seed
+    are compared, then the seeds averaged. Prompts are drawn, the same for all places.
+    Raises ValueError for curves that share no x, with fewer than three places, or not of the same prompts.
+    """
+    wide = [table.pivot_table(index="prompt", columns=["seed", by, "place"], values=v) for v in (x, y)]
+    trained, names = (wide[0].columns.get_level_values(level) for level in ("seed", by))
+    curves = [[np.flatnonzero((trained == s) & (names == name)) for name in pair] for s in trained.unique()]
+
+    def gap(i) -> float:
+        xs, ys = (part.to_numpy()[i].mean(0) for part in wide)
+        gaps = []
+        for curve in curves:
+            grid = np.linspace(max(xs[c].min() for c in curve), min(xs[c].max() for c in curve), 20)
+            one, other = (np.polyval(np.polyfit(xs[c], ys[c], 2), grid) for c in curve)
+            gaps.append((one - other).mean() if grid[0] <= grid[-1] else np.nan)
+        return np.mean(gaps)
+
+    few = min(len(c) for curve in curves for c in curve) < 3
+    if few or wide[0].isna().any(axis=None) or np.isnan(gap(slice(None))):
+        raise ValueError(f"{pair}: curves of {by} need three places each, all prompts, and a range of {x} in common")
+    return stats.interval(gap, len(wide[0]), seed)

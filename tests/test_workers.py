@@ -1,0 +1,46 @@
+"""The process that does jobs in turn: one for all, ended by a job that fails, and by the kernel's end."""
+
+import json
+
+import psutil
+import pytest
+
+from beyond_dpo import config, data, launch, paths, workers
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch, tiny, rows):
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    data.write_rows(tmp_path / "rows.jsonl", rows)
+    limits = {"max_prompt": 16, "max_length": 64, "bos_id": 0, "eos_id": 1}
+    job = {"model": str(tiny), "rows": str(tmp_path / "rows.jsonl"), "names": ["chosen"], "limits": limits}
+    yield job | {"precision": "fp32", "micro_batch": 8, "out": str(tmp_path / "out.safetensors")}
+    workers.close()
+
+
+def test_jobs_share_a_process_until_one_fails(tmp_path, job):
+    out = tmp_path / "a"
+    out.mkdir()
+    workers.run("beyond_dpo.reference", job, out, "one")
+    first = workers.living["jobs"].child.pid
+    assert (tmp_path / "out.safetensors").exists() and json.loads((out / "checkpoints/config.json").read_text()) == job
+    workers.run("beyond_dpo.reference", job, out, "two")
+    assert workers.living["jobs"].child.pid == first
+    with pytest.raises(launch.JobFailed, match=r"(?s)three: Traceback.*row .* has no response 'said'"):
+        workers.run("beyond_dpo.reference", job | {"names": ["said"]}, out, "three")
+    assert "jobs" not in workers.living and not psutil.pid_exists(first)
+    workers.run("beyond_dpo.reference", job, out, "four")
+    assert workers.living["jobs"].child.pid != first
+
+
+def test_room_is_made_only_where_it_is_scarce(job, monkeypatch):
+    cfg = config.load("expo", "smoke")
+    worker = workers.get("jobs", "beyond_dpo.launch", {})
+    monkeypatch.setattr(config, "memory_gib", lambda: 4.0 * cfg.needs.memory_gb)
+    workers.make_room(cfg)
+    assert workers.get("jobs", "beyond_dpo.launch", {}) is worker, "there is plenty"
+    monkeypatch.setattr(config, "memory_gib", lambda: 1.0)
+    workers.make_room(cfg, "jobs")
+    assert workers.living == {"jobs": worker}
+    workers.make_room(cfg, "generate")
+    assert not workers.living and worker.child.poll() is not None
