@@ -116,8 +116,8 @@ class Needs:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Expo:
-    """Settings of the ExPO experiments (arXiv 2404.16792)."""
+class Paper:
+    """What the experiments of every paper need."""
 
     profile: str
     world: World
@@ -125,6 +125,12 @@ class Expo:
     train: Train
     decoding: Decoding
     needs: Needs
+
+
+@dataclass(frozen=True, config=STRICT)
+class Expo(Paper):
+    """Settings of the ExPO experiments (arXiv 2404.16792)."""
+
     fractions: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
     alphas: dict[float, tuple[float, ...]] = field(default_factory=dict)  # fraction -> α grid of the search
     interpolation: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)  # γ = 1 + α between SFT and aligned
@@ -144,15 +150,9 @@ class Expo:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Mallows:
+class Mallows(Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
-    profile: str
-    world: World
-    sft: Train
-    train: Train
-    decoding: Decoding
-    needs: Needs
     fraction: float = 1.0  # of the pairs that every model is trained on
     methods: tuple[str, ...] = ("dpo", "mallows_theta", "mallows_phi")  # losses of the controlled-sentiment frontier
     betas: tuple[float, ...] = ()  # of the frontier

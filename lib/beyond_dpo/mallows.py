@@ -48,7 +48,7 @@ def dispersed(cfg) -> Artifact:
     def make(out: Path) -> dict:
         from beyond_dpo import dispersion
 
-        chosen, rejected = _entropies(held)
+        chosen, rejected = _of_reference(held, "entropies")
         weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
         table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
         table.round(6).to_csv(out / "dispersion.csv", index=False)
@@ -85,7 +85,8 @@ def raters(cfg) -> Artifact:
     held = stages.reference(cfg, rows=rows, names=("said",))
 
     def make(out: Path) -> None:
-        table = pd.DataFrame({"entropy": _entropies(held)[0], "tokens": _entropies(held, "tokens")[0]})
+        columns = {"entropy": "entropies", "tokens": "tokens"}
+        table = pd.DataFrame({name: _of_reference(held, what)[0] for name, what in columns.items()})
         ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text())]
         table["people"] = [len(said) for said in ratings]
         table["sd"] = [said.std() for said in ratings]
@@ -172,7 +173,7 @@ def elsewhere(cfg, source: str) -> Artifact:
     return Artifact("elsewhere", 1, recipe, make)
 
 
-def _entropies(held: Artifact, what: str = "entropies") -> np.ndarray:
+def _of_reference(held: Artifact, what: str) -> np.ndarray:
     from safetensors.numpy import load_file
 
     return load_file(held.get() / "reference.safetensors")[what].T.astype(float)
