@@ -13,6 +13,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",  # forked children of a used tokenizer warn and may hang
     HF_HUB_OFFLINE="1",  # no test needs the network
     TQDM_DISABLE="1",
+    OMP_NUM_THREADS="1",  # threads of models this small mostly wait for each other, the longer the busier the machine
     MPLBACKEND="agg",
 )
 for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):

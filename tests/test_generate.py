@@ -32,7 +32,6 @@ TEXT = [0, *range(40, 70), 7, 300, 511, 2, 33]
 LONG = [0, *(i % 500 + 5 for i in range(399))]  # three of vLLM's blocks on the CPU, so that its prefix cache is used
 PROMPTS = [[0, 10 + i, *range(60, 60 + i)] for i in range(16)]
 END = [1, *range(200, 260)]
-torch.set_num_threads(1)  # a tiny model's threads mostly wait for each other, the longer the busier the machine
 
 
 class Sabotaged(Engine):
@@ -91,7 +90,7 @@ def engine(models, tmp_path_factory):
     workdir, began = tmp_path_factory.mktemp("engine"), time.monotonic()
     settings = {"model": str(models / "sft"), "decoding": DECODING}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"PYTHONPATH": here, "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
+        for name, value in {"PYTHONPATH": here, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}.items():
             patch.setenv(name, value)
         worker = launch.Worker("test_generate", settings, workdir, desc="vllm")
     with worker:

@@ -11,15 +11,6 @@ from beyond_dpo import data, launch, reference
 from beyond_dpo.reference import ResponseScorer
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are slower with more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tiny):
     from transformers import AutoModelForCausalLM

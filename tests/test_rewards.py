@@ -19,7 +19,6 @@ from beyond_dpo.rewards import Classifier, Scorer, Vader
 ROWS = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
 TEXTS, LABELS = [r["text"] for r in ROWS], [r["label"] for r in ROWS]
 HELD_OUT = (TEXTS[64:], LABELS[64:])
-torch.set_num_threads(1)  # a tiny model's threads mostly wait for each other, the longer the busier the machine
 
 
 def real(name):
@@ -329,9 +328,8 @@ def answers(tmp_path_factory):
     return folder, prompts, lines
 
 
-def test_scorer(answers, bag, head, tmp_path, monkeypatch):
+def test_scorer(answers, bag, head, tmp_path):
     """In a child: each reward reads prompt and response together; logp_sft is the response's, for the first prompts."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder, prompts, lines = answers
     target, classifier = assets.model_dir("tiny"), head()
     kinds = {
@@ -378,9 +376,8 @@ def test_unknown_kind_of_reward_is_named():
 
 
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])
-def test_training_job_in_a_child(encoder, bag, tmp_path, monkeypatch):
+def test_training_job_in_a_child(encoder, bag, tmp_path):
     """`python -m beyond_dpo.rewards JOB.json` leaves the reward and facts.json; the same numbers as in this process."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     job = {"texts": TEXTS[:64], "labels": LABELS[:64], "held_out": HELD_OUT, "seed": 0, "out": str(tmp_path)}
     job["reward"] = "reward" if encoder else "gold"
     job |= {"encoder": str(assets.model_dir("tiny-encoder"))} if encoder else {}

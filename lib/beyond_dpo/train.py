@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from beyond_dpo import config as configuration
-from beyond_dpo import data, dispersion, launch, losses, reference
+from beyond_dpo import data, dispersion, launch, losses, paths, reference
 
 log = logging.getLogger("beyond_dpo.train")
 OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad}
@@ -199,11 +199,12 @@ def main(path: str) -> None:
         if step + 1 in ends:
             _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-            engine.save_checkpoint(str(saved), tag=f"step{step + 1}", client_state={"step": step + 1})
-            if rank == 0:  # `latest` names the new one: older ones are of no more use
-                for old in saved.glob("step*"):
-                    if old.name != f"step{step + 1}":
-                        shutil.rmtree(old)
+            tag = f"step{step + 1}"
+            engine.save_checkpoint(str(saved), tag=tag, client_state={"step": step + 1}, save_latest=False)
+            if rank == 0:  # `latest` at once: DeepSpeed's own writing would leave an empty one to a kill in the middle
+                paths.write(saved / "latest", tag)
+                for old in [old for old in saved.glob("step*") if old.name != tag]:  # of no more use
+                    shutil.rmtree(old)
     _save(model, tokenizer, out, save_dtype, rank)
     dist.barrier()
 
