@@ -148,9 +148,8 @@ def main(path: str) -> None:
     first = engine.load_checkpoint(str(saved))[1]["step"] if (saved / "latest").exists() else 0
     if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for other in checkpoints.glob("zero*"):  # of an attempt with other processes: its steps leave the log
-            if not first or other != saved:
-                shutil.rmtree(other)
+        for other in {*checkpoints.glob("zero*")} - {saved if first else None}:  # an attempt with other processes
+            shutil.rmtree(other)
         kept = log_file.read_text().splitlines()[:first] if log_file.exists() else []
         log_file.write_text("".join(line + "\n" for line in kept))  # not what came after the checkpoint
         (out / "facts.json").write_text(json.dumps({"rows": len(rows), "dropped": dropped, "steps": total}))
