@@ -173,7 +173,8 @@ def reference(
     def make(out: Path) -> None:
         workers.make_room(cfg, "jobs")
         job = {"model": str(start.get()), "rows": str(rows.get() / "pairs.jsonl"), "names": names}
-        job |= {"limits": _limits(train, start.get()), "precision": train.precision, "micro_batch": train.micro_batch}
+        job |= {"limits": _limits(train, start.get()), "precision": train.precision}
+        job["micro_batch"] = 4 * train.micro_batch  # as much memory as training takes, without its gradients
         job["out"] = str(out / "reference.safetensors")
         workers.run("beyond_dpo.reference", job, out, "reference")
 
