@@ -142,6 +142,10 @@ def test_gap_at_equal_x():
     gap = {"x": "x", "y": "y", "by": "method", "pair": ("a", "b"), "seed": 0}
     assert mallows.gap_at_equal(frontier(0.5), **gap) == pytest.approx((0.5, 0.5, 0.5))
     assert mallows.gap_at_equal(frontier(0.5), **gap | {"pair": ("b", "a")}) == pytest.approx((-0.5, -0.5, -0.5))
+    for curve in (np.sqrt, lambda x: x / (x + 3), lambda x: 1 - np.exp(-x / 4)):  # one curve, no parabola, half as far
+        same = frontier(reach=2)
+        same["y"] = curve(same["x"])
+        assert abs(mallows.gap_at_equal(same, **gap)[0]) < 0.01 * curve(4)
     mean, low, high = mallows.gap_at_equal(frontier(0.5, noise=0.2), **gap)
     assert low < mean < high and abs(mean - 0.5) < 0.3
     other = frontier(0.1).assign(seed=1, y=lambda rows: rows["y"] + 7)

@@ -102,8 +102,8 @@ def frontier(cfg) -> Artifact:
     runs = [{"loss": m, "beta": b, "lr": cfg.train.lr, "seed": s}
             for m in cfg.methods for b in cfg.betas for s in cfg.seeds]  # fmt: skip
     parts = [*(f"part{part}" for part in range(1, cfg.train.parts)), ""]
-    walk = [(run, "dev_prompts", None, part) for run in runs for part in parts]
-    return judged(cfg, walk, kl_prompts=cfg.world.dev_prompts)
+    walk = [(run, "test_prompts", None, part) for run in runs for part in parts]
+    return judged(cfg, walk, kl_prompts=cfg.world.test_prompts)
 
 
 def plug_in(cfg) -> Artifact:
@@ -193,8 +193,9 @@ def gap_at_equal(table, x: str, y: str, by: str, pair: tuple, *, seed: int) -> t
     """Return (mean, low, high) of y of pair[0] − y of pair[1] at equal x, averaged over the x that both reach.
 
     table: one row per response, with the columns `by`, "seed" (of training), "place" (the points of each curve),
-    "prompt", x and y. A parabola is fitted to the mean x and y of the places of each curve; curves of one training seed
-    are compared, then the seeds averaged. Prompts are drawn, the same for all places.
+    "prompt", x and y. To the mean x and y of the places of both curves of a training seed one curve in 1, √x, x and x²
+    is fitted, and a difference c + d x between the two (a curve of its own for each would favour the one that reaches
+    less); then seeds are averaged. Prompts are drawn, the same for all places.
     Raises ValueError for curves that share no x, with fewer than three places, or not of the same prompts.
     """
     wide = [table.pivot_table(index="prompt", columns=["seed", by, "place"], values=v) for v in (x, y)]
@@ -204,10 +205,12 @@ def gap_at_equal(table, x: str, y: str, by: str, pair: tuple, *, seed: int) -> t
     def gap(i) -> float:
         xs, ys = (part.to_numpy()[i].mean(0) for part in wide)
         gaps = []
-        for curve in curves:
-            grid = np.linspace(max(xs[c].min() for c in curve), min(xs[c].max() for c in curve), 20)
-            one, other = (np.polyval(np.polyfit(xs[c], ys[c], 2), grid) for c in curve)
-            gaps.append((one - other).mean() if grid[0] <= grid[-1] else np.nan)
+        for one, other in curves:
+            x, first = np.r_[xs[one], xs[other]], np.repeat([1.0, 0.0], [len(one), len(other)])
+            shape = [x**0, np.sqrt(np.maximum(x, 0)), x, x**2, first, first * x]
+            *_, c, d = np.linalg.lstsq(np.stack(shape, 1), np.r_[ys[one], ys[other]], rcond=None)[0]
+            low, high = max(xs[one].min(), xs[other].min()), min(xs[one].max(), xs[other].max())
+            gaps.append(c + d * (low + high) / 2 if low <= high else np.nan)
         return np.mean(gaps)
 
     few = min(len(c) for curve in curves for c in curve) < 3

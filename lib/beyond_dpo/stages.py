@@ -174,8 +174,8 @@ def reference(
         workers.make_room(cfg, "jobs")
         job = {"model": str(start.get()), "rows": str(rows.get() / "pairs.jsonl"), "names": names}
         job |= {"limits": _limits(train, start.get()), "precision": train.precision}
-        job["micro_batch"] = 4 * train.micro_batch  # as much memory as training takes, without its gradients
-        job["out"] = str(out / "reference.safetensors")
+        # four times the rows of a training step: there are no gradients to keep
+        job |= {"micro_batch": 4 * train.micro_batch, "out": str(out / "reference.safetensors")}
         workers.run("beyond_dpo.reference", job, out, "reference")
 
     return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}")
