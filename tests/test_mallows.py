@@ -1,5 +1,6 @@
 """MallowsPO's experiments: the bandit's published numbers, weights, raters, and a real frontier at profile smoke."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -94,6 +95,8 @@ def test_prompts_from_elsewhere(store):
     rows = json.loads((mallows.elsewhere(SMOKE, "fixtures").get() / "fixtures.json").read_text())
     low, high = SMOKE.world.prompt_tokens
     assert len(rows) == 6 and all(low <= len(row["prompt_ids"]) <= high for row in rows)
+    with pytest.raises(config.ConfigError, match="elsewhere_prompts=500, but fixtures has only"):
+        mallows.elsewhere(dataclasses.replace(SMOKE, elsewhere_prompts=500), "fixtures").get()
     with pytest.raises(config.ConfigError, match="'imdb2' has no reader"):
         corpus.rated("imdb2")
 

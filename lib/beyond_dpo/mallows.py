@@ -85,13 +85,12 @@ def raters(cfg) -> Artifact:
     held = stages.reference(cfg, rows=rows, names=("said",))
 
     def make(out: Path) -> None:
-        columns = {"entropy": "entropies", "tokens": "tokens"}
-        table = pd.DataFrame({name: _of_reference(held, what)[0] for name, what in columns.items()})
+        entropies, tokens = (_of_reference(held, what)[0] for what in ("entropies", "tokens"))
+        table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
         ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text())]
-        table["people"] = [len(said) for said in ratings]
-        table["sd"] = [said.std() for said in ratings]
-        table["split"] = [min((said > 0).mean(), (said < 0).mean()) for said in ratings]
-        table["strength"] = [abs(said.mean()) for said in ratings]
+        measures = {"people": len, "sd": np.std, "split": lambda said: min((said > 0).mean(), (said < 0).mean()),
+                    "strength": lambda said: abs(said.mean())}  # fmt: skip
+        table = table.assign(**{name: [of(said) for said in ratings] for name, of in measures.items()})
         table.round(6).to_csv(out / "raters.csv", index=False)
 
     return Artifact("raters", 1, {"reference": held, "rated": rows}, make)
@@ -102,8 +101,7 @@ def frontier(cfg) -> Artifact:
     runs = [{"loss": m, "beta": b, "lr": cfg.train.lr, "seed": s}
             for m in cfg.methods for b in cfg.betas for s in cfg.seeds]  # fmt: skip
     parts = [*(f"part{part}" for part in range(1, cfg.train.parts)), ""]
-    walk = [(run, "test_prompts", None, part) for run in runs for part in parts]
-    return judged(cfg, walk, kl_prompts=cfg.world.test_prompts)
+    return judged(cfg, [(r, "test_prompts", None, p) for r in runs for p in parts], kl_prompts=cfg.world.test_prompts)
 
 
 def plug_in(cfg) -> Artifact:
@@ -147,8 +145,7 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]], *, kl_prompt
         table, facts = stages.scored(points, "trained models")
         stages.write(out, table.rename(columns={stages.oracle(cfg.world): "gold"}), facts)
 
-    recipe = {"places": [place for place, _ in points], "points": [score for _, score in points]}
-    return Artifact("judged", 1, recipe, make)
+    return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
 
 
 def elsewhere(cfg, source: str) -> Artifact:
@@ -168,6 +165,8 @@ def elsewhere(cfg, source: str) -> Artifact:
             cut = generator.randint(*world.prompt_tokens)
             if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
                 rows.append({"id": f"E{i}", "prompt_ids": ids[:cut]})
+        if len(rows) < cfg.elsewhere_prompts:
+            raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
         paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
 
     return Artifact("elsewhere", 1, recipe, make)
