@@ -148,6 +148,9 @@ def test_manifest_names_the_commit(tmp_path):
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
     first = demo(x=1).manifest["git"]
     assert len(first["commit"]) == 40 and first["dirty"] is False
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "new.svg").touch()
+    assert demo(x=3).manifest["git"]["dirty"] is False, "a figure is a result"
     (tmp_path / "new.py").touch()
     assert demo(x=2).manifest["git"] == {"commit": first["commit"], "dirty": True}
 

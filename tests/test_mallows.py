@@ -10,7 +10,7 @@ import pytest
 from beyond_dpo import config, corpus, dispersion, mallows, paths, report, stages, workers
 from beyond_dpo.losses import mallows_link
 
-SMOKE = config.load("mallows", "smoke", seeds=[0], methods=["dpo", "mallows_phi"])
+SMOKE = config.load("mallows", "smoke", betas=[0.1], methods=["dpo", "mallows_phi"])
 
 
 @pytest.fixture(scope="module")

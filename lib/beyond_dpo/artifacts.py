@@ -292,5 +292,6 @@ def environment() -> dict:
     git, at = None, ("git", "-C", str(paths.ROOT))
     head = _output(*at, "rev-parse", "--show-toplevel", "HEAD")
     if head and Path(head[0]).resolve() == paths.ROOT:  # not when installed inside somebody else's repository
-        git = {"commit": head[1], "dirty": bool(_output(*at, "status", "--porcelain"))}
+        # but for figures and data/frozen: those are results, which the notebooks write as they run
+        git = {"commit": head[1], "dirty": bool(_output(*at, *"status --porcelain . :!figures :!data/frozen".split()))}
     return _machine() | {"git": git}

@@ -264,16 +264,16 @@ def differences(config, other) -> list[tuple[str, object, object]]:
 
 
 def card(config, experiment: str = ""):
-    """Return what differs between `config` and the paper's own settings, as a table for a notebook's set-up cell."""
+    """Return what differs between `config` and profile paper, as a table for a notebook's set-up cell."""
     import pandas as pd
 
     from beyond_dpo import report
 
     paper = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
     rows = differences(config, load(paper, "paper", experiment))
-    df = pd.DataFrame(rows, columns=["setting", f"profile {config.profile}", "the paper's"]).map(str)
+    df = pd.DataFrame(rows, columns=["setting", f"profile {config.profile}", "profile paper"]).map(str)
     long = 'style="display: block; max-height: 18em; overflow: auto"'
-    return report.show(df, "Where this profile differs from the paper").set_table_attributes(long)
+    return report.show(df, "Where it differs from profile paper (ours where none is stated)").set_table_attributes(long)
 
 
 def _section(value) -> bool:

@@ -101,7 +101,7 @@ def frontier(cfg) -> Artifact:
     runs = [{"loss": m, "beta": b, "lr": cfg.train.lr, "seed": s}
             for m in cfg.methods for b in cfg.betas for s in cfg.seeds]  # fmt: skip
     parts = [*(f"part{part}" for part in range(1, cfg.train.parts)), ""]
-    return judged(cfg, [(r, "test_prompts", None, p) for r in runs for p in parts], kl_prompts=cfg.world.test_prompts)
+    return judged(cfg, [(run, "test_prompts", None, part) for run in runs for part in parts])
 
 
 def plug_in(cfg) -> Artifact:
@@ -121,7 +121,7 @@ def plug_in(cfg) -> Artifact:
     return judged(cfg, [place for i, place in enumerate(walk) if place not in walk[:i]])
 
 
-def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]], *, kl_prompts: int = 16) -> Artifact:
+def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
     """Train every run of `walk`, sample after that part of it, and judge; the SFT model once for each split.
 
     walk: (loss, seed and settings of cfg.train; split; its prompts, None for the world's own; part, "" for the end).
@@ -130,14 +130,13 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]], *, kl_prompt
     """
     start, points = stages.sft(cfg), []
     for run, split, prompts, part in walk:
-        settings = {name: value for name, value in run.items() if name != "seed"}
-        model = stages.aligned(cfg, cfg.fraction, run["seed"], **settings)
+        model = stages.aligned(cfg, cfg.fraction, **run)
         new = split not in [place["split"] for place, _ in points]
         for place, part_of, alpha in [({"loss": "sft"}, "", -1.0)] * new + [(run, part, 0.0)]:
             how = {"aligned": model, "alpha": alpha, "part": part_of, "samples": cfg.samples, "seed": 2}
             said = stages.responses(cfg, start, split, prompts=prompts, **how)
-            judge = {"judges": (stages.oracle(cfg.world), "vader"), "kl_prompts": kl_prompts, "prompts": prompts}
-            score = stages.scores(cfg, said, split, **judge)
+            judge = {"judges": (stages.oracle(cfg.world), "vader"), "kl_prompts": cfg.world.test_prompts}
+            score = stages.scores(cfg, said, split, prompts=prompts, **judge)
             points.append(({"split": split, "part": part_of or "end", **place}, score))
 
     def make(out: Path) -> None:
@@ -194,7 +193,8 @@ def gap_at_equal(table, x: str, y: str, by: str, pair: tuple, *, seed: int) -> t
     table: one row per response, with the columns `by`, "seed" (of training), "place" (the points of each curve),
     "prompt", x and y. To the mean x and y of the places of both curves of a training seed one curve in 1, √x, x and x²
     is fitted, and a difference c + d x between the two (a curve of its own for each would favour the one that reaches
-    less); then seeds are averaged. Prompts are drawn, the same for all places.
+    less); then seeds are averaged. Prompts are drawn, the same for all places. A place that the curves share, such as
+    the start of the training, does not belong into the table: there the difference is 0, whatever the methods do.
     Raises ValueError for curves that share no x, with fewer than three places, or not of the same prompts.
     """
     wide = [table.pivot_table(index="prompt", columns=["seed", by, "place"], values=v) for v in (x, y)]
@@ -209,10 +209,11 @@ def gap_at_equal(table, x: str, y: str, by: str, pair: tuple, *, seed: int) -> t
             shape = [x**0, np.sqrt(np.maximum(x, 0)), x, x**2, first, first * x]
             *_, c, d = np.linalg.lstsq(np.stack(shape, 1), np.r_[ys[one], ys[other]], rcond=None)[0]
             low, high = max(xs[one].min(), xs[other].min()), min(xs[one].max(), xs[other].max())
-            gaps.append(c + d * (low + high) / 2 if low <= high else np.nan)
+            gaps.append(c + d * (low + high) / 2)
         return np.mean(gaps)
 
-    few = min(len(c) for curve in curves for c in curve) < 3
-    if few or wide[0].isna().any(axis=None) or np.isnan(gap(slice(None))):
+    at = wide[0].mean().to_numpy()
+    apart = any(max(at[one].min(), at[other].min()) > min(at[one].max(), at[other].max()) for one, other in curves)
+    if apart or wide[0].isna().any(axis=None) or min(len(c) for curve in curves for c in curve) < 3:
         raise ValueError(f"{pair}: curves of {by} need three places each, all prompts, and a range of {x} in common")
     return stats.interval(gap, len(wide[0]), seed)
