@@ -53,7 +53,9 @@ test: $(READY)  ## run the tests
 smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, no downloads, numbers without meaning
 	@$(RUN) -m beyond_dpo.run --all --profile smoke
 
+# Without trust JupyterLab shows neither the figures nor the colours of the committed notebooks until they are run.
 lab: $(READY)  ## open the notebooks in JupyterLab
+	@$(RUN) -m jupyter trust notebooks/*.ipynb > /dev/null
 	@$(RUN) -m jupyterlab notebooks/00_start_here.ipynb
 
 render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone

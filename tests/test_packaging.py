@@ -216,6 +216,7 @@ def test_makefile_has_every_target_and_prints_them():
         (["freeze"], "--profile cpu --freeze"),
         (["test"], "-m pytest"),
         (["lab"], "notebooks/00_start_here.ipynb"),
+        (["lab"], "-m jupyter trust notebooks/*.ipynb"),
     ],
 )
 def test_makefile_commands(arguments, want):
