@@ -162,7 +162,6 @@ class Mallows(Paper):
     grid_betas: tuple[float, ...] = ()
     grid_lrs: tuple[float, ...] = ()
     grid_elsewhere: bool = False  # judged on prompts from elsewhere too
-    samples: int = 1  # responses per prompt
     elsewhere: tuple[str, ...] = ("amazon",)  # other domains of the same task
     elsewhere_prompts: int = 64  # from each of them
     rated: str = "movie"  # sentences with human ratings

@@ -13,7 +13,6 @@ import pandas as pd
 from beyond_dpo import assets, config, corpus, paths, stages, stats
 from beyond_dpo.artifacts import Artifact
 
-LINKS = {"DPO": "dpo", "MallowsPO-φ": "mallows_phi"}
 WEIGHTED = {"dpo": "mallows_theta", "ipo": "mallows_ipo", "simpo": "mallows_simpo"}
 NAMES = {"sft": "SFT", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "mallows_theta": "MallowsPO-θ",
          "mallows_phi": "MallowsPO-φ", "mallows_ipo": "MallowsIPO", "mallows_simpo": "MallowsSimPO"}  # fmt: skip
@@ -27,17 +26,17 @@ def bandits(cfg) -> Artifact:
         from beyond_dpo import bandit
 
         frames, betas = [], cfg.bandit_betas
-        for method, link in LINKS.items():
+        for link in ("dpo", "mallows_phi"):
             steps, probs = bandit.train(betas, link=link, steps=cfg.bandit_steps)
             kept = np.unique(np.geomspace(1, len(steps), RECORDS).astype(int)) - 1  # it changes most at the start
             steps, probs = steps[kept], probs[kept]
-            index = pd.MultiIndex.from_product([[method], steps, betas], names=["method", "step", "beta"])
+            index = pd.MultiIndex.from_product([[NAMES[link]], steps, betas], names=["method", "step", "beta"])
             arms = pd.DataFrame(probs.reshape(-1, 5), index, [f"arm{arm}" for arm in range(1, 6)])
             frames.append(arms.assign(reward=bandit.reward(probs).ravel(), kl=bandit.kl(probs).ravel()))
         table = pd.concat(frames).round(6).reset_index()
         table.to_csv(out / "runs.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
 
-    does = f"bandit, in this process: {cfg.bandit_steps:,} steps for {len(cfg.bandit_betas)} β and {len(LINKS)} methods"
+    does = f"bandit, in this process: {cfg.bandit_steps:,} steps for {len(cfg.bandit_betas)} β, DPO and MallowsPO-φ"
     return Artifact("bandits", 1, {"betas": cfg.bandit_betas, "steps": cfg.bandit_steps}, make, does)
 
 
@@ -88,9 +87,10 @@ def raters(cfg) -> Artifact:
         entropies, tokens = (_of_reference(held, what)[0] for what in ("entropies", "tokens"))
         table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
         ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text())]
-        measures = {"people": len, "sd": np.std, "split": lambda said: min((said > 0).mean(), (said < 0).mean()),
-                    "strength": lambda said: abs(said.mean())}  # fmt: skip
-        table = table.assign(**{name: [of(said) for said in ratings] for name, of in measures.items()})
+        table["people"] = [len(said) for said in ratings]
+        table["sd"] = [said.std() for said in ratings]
+        table["split"] = [min((said > 0).mean(), (said < 0).mean()) for said in ratings]
+        table["strength"] = [abs(said.mean()) for said in ratings]
         table.round(6).to_csv(out / "raters.csv", index=False)
 
     return Artifact("raters", 1, {"reference": held, "rated": rows}, make)
@@ -133,7 +133,7 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
         model = stages.aligned(cfg, cfg.fraction, **run)
         new = split not in [place["split"] for place, _ in points]
         for place, part_of, alpha in [({"loss": "sft"}, "", -1.0)] * new + [(run, part, 0.0)]:
-            how = {"aligned": model, "alpha": alpha, "part": part_of, "samples": cfg.samples, "seed": 2}
+            how = {"aligned": model, "alpha": alpha, "part": part_of, "samples": 1, "seed": 2}
             said = stages.responses(cfg, start, split, prompts=prompts, **how)
             judge = {"judges": (stages.oracle(cfg.world), "vader"), "kl_prompts": cfg.world.test_prompts}
             score = stages.scores(cfg, said, split, prompts=prompts, **judge)
@@ -201,6 +201,9 @@ def gap_at_equal(table, x: str, y: str, by: str, pair: tuple, *, seed: int) -> t
     trained, names = (wide[0].columns.get_level_values(level) for level in ("seed", by))
     curves = [[np.flatnonzero((trained == s) & (names == name)) for name in pair] for s in trained.unique()]
 
+    def reach(xs, curve) -> tuple[float, float]:  # the x that both have
+        return max(xs[c].min() for c in curve), min(xs[c].max() for c in curve)
+
     def gap(i) -> float:
         xs, ys = (part.to_numpy()[i].mean(0) for part in wide)
         gaps = []
@@ -208,12 +211,10 @@ def gap_at_equal(table, x: str, y: str, by: str, pair: tuple, *, seed: int) -> t
             x, first = np.r_[xs[one], xs[other]], np.repeat([1.0, 0.0], [len(one), len(other)])
             shape = [x**0, np.sqrt(np.maximum(x, 0)), x, x**2, first, first * x]
             *_, c, d = np.linalg.lstsq(np.stack(shape, 1), np.r_[ys[one], ys[other]], rcond=None)[0]
-            low, high = max(xs[one].min(), xs[other].min()), min(xs[one].max(), xs[other].max())
-            gaps.append(c + d * (low + high) / 2)
+            gaps.append(c + d * np.mean(reach(xs, (one, other))))
         return np.mean(gaps)
 
-    at = wide[0].mean().to_numpy()
-    apart = any(max(at[one].min(), at[other].min()) > min(at[one].max(), at[other].max()) for one, other in curves)
+    apart = any(np.subtract(*reach(wide[0].mean().to_numpy(), curve)) > 0 for curve in curves)
     if apart or wide[0].isna().any(axis=None) or min(len(c) for curve in curves for c in curve) < 3:
         raise ValueError(f"{pair}: curves of {by} need three places each, all prompts, and a range of {x} in common")
     return stats.interval(gap, len(wide[0]), seed)

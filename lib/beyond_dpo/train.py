@@ -148,8 +148,9 @@ def main(path: str) -> None:
     first = engine.load_checkpoint(str(saved))[1]["step"] if (saved / "latest").exists() else 0
     if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for other in {*checkpoints.glob("zero*")} - {saved if first else None}:  # an attempt with other processes
-            shutil.rmtree(other)
+        for other in checkpoints.glob("zero*"):  # of an attempt with other processes: its steps leave the log
+            if not first or other != saved:
+                shutil.rmtree(other)
         kept = log_file.read_text().splitlines()[:first] if log_file.exists() else []
         log_file.write_text("".join(line + "\n" for line in kept))  # not what came after the checkpoint
         (out / "facts.json").write_text(json.dumps({"rows": len(rows), "dropped": dropped, "steps": total}))
@@ -202,7 +203,7 @@ def main(path: str) -> None:
             engine.save_checkpoint(str(saved), tag=tag, client_state={"step": step + 1}, save_latest=False)
             if rank == 0:  # `latest` at once: DeepSpeed's own writing would leave an empty one to a kill in the middle
                 paths.write(saved / "latest", tag)
-                for old in [old for old in saved.glob("step*") if old.name != tag]:  # of no more use
+                for old in {*saved.glob("step*")} - {saved / tag}:  # of no more use
                     shutil.rmtree(old)
     _save(model, tokenizer, out, save_dtype, rank)
     dist.barrier()
