@@ -30,6 +30,11 @@ ROWS = {  # what is compared: in words, our number, against whom, theirs, the go
         ("four α, peak memory (GiB; goal: below 1)", "ours_4_gib", "mergekit", "mergekit_4_gib", ""),
     ],
     "bandit": [("five-armed bandit, all β (steps/s)", "ours_steps_per_s", "PyTorch", "torch_steps_per_s", "")],
+    "shared_prompts": [
+        (f"{name}/s, prompts of {n} tokens", f"shared_{name}_{n}", "one for each response", f"alone_{name}_{n}", "")
+        for name in ("pairs", "quadruples")
+        for n in (8, 64, 512)
+    ],
     "sweep": [("one more α in the living engine (s)", "swap_s", "a new engine", "engine_start_s", "≤ 0.1")],
 }
 

@@ -12,7 +12,7 @@ import types
 
 import pytest
 
-from beyond_dpo import config, paths
+from beyond_dpo import config, paths, workers
 from beyond_dpo.config import ConfigError, Train, load
 
 SMOKE = load("expo", "smoke")
@@ -169,25 +169,25 @@ def test_card_says_how_far_each_profile_is_from_the_paper():
 
 
 def test_this_machine():
-    config.check_machine(SMOKE)
+    workers.check_machine(SMOKE)
     cfg = load("expo", "smoke", needs__gpus=10_000, needs__gpu_gb=80, needs__memory_gb=10**7)
     with pytest.raises(ConfigError, match=r"smoke needs 10000 GPUs of 80 GB \(found \d+\) and 10000000 GB of memory"):
-        config.check_machine(cfg)
+        workers.check_machine(cfg)
 
 
 def test_what_is_finished_counts_as_room(tmp_path, monkeypatch):
     """A profile of 20 GB may go on with 5 GB free when 16 GB of it are there."""
-    monkeypatch.setattr(config.paths, "ARTIFACTS", tmp_path)
-    monkeypatch.setattr(config.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
+    monkeypatch.setattr(workers.paths, "ARTIFACTS", tmp_path)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
     cfg = load("expo", "smoke", needs__disk_gb=20)
     with pytest.raises(ConfigError, match=r"20 GB of disk for .* held by results: 5\).*--profile"):
-        config.check_machine(cfg)
+        workers.check_machine(cfg)
     (tmp_path / "train-1").mkdir()
     (tmp_path / "train-1" / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": 16_000_000_000}}}))
-    config.check_machine(cfg)
+    workers.check_machine(cfg)
     (tmp_path / "train-2").mkdir()
     (tmp_path / "train-2" / "manifest.json").write_text("{")  # damaged: noticed by whoever reads it
-    config.check_machine(cfg)
+    workers.check_machine(cfg)
 
 
 def test_import_is_light():

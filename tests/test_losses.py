@@ -7,7 +7,20 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from beyond_dpo.losses import dpo, ipo, mallows_ipo, mallows_link, mallows_phi, mallows_simpo, mallows_theta, simpo
+from beyond_dpo.losses import (
+    dpo,
+    hybrid,
+    ipo,
+    mallows_ipo,
+    mallows_link,
+    mallows_phi,
+    mallows_simpo,
+    mallows_theta,
+    simpo,
+    wrpo,
+    wrpo_ipo,
+    wrpo_simpo,
+)
 
 LOSSES = {
     "dpo": lambda c, r: dpo(c, r, beta=0.1),
@@ -18,6 +31,10 @@ LOSSES = {
     "mallows_ipo": lambda c, r: mallows_ipo(c, r, torch.full((len(c),), 1.7), tau=0.1),
     "mallows_simpo": lambda c, r: mallows_simpo(c, r, torch.full((len(c),), 1.7), beta=2.0, gamma=0.5),
     "mallows_phi": lambda c, r: mallows_phi(c, r, torch.full((len(c),), 0.3), beta=0.1, epsilon=0.05),
+    "wrpo": lambda c, r: wrpo(c, c / 2, r, alpha=0.3, beta=0.1),
+    "wrpo_ipo": lambda c, r: wrpo_ipo(c, c / 2, r, alpha=0.3, tau=0.1),
+    "wrpo_simpo": lambda c, r: wrpo_simpo(c, c / 2, r, alpha=0.3, beta=2.0, gamma=0.5),
+    "hybrid": lambda c, r: hybrid(c, c / 2, r, beta=0.1),
 }
 each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
@@ -376,3 +393,73 @@ def test_phi_near_one_tends_to_no_preference():
     """To first order in a = -log phi, g(s) = 1/2 + a (2 s + 1) / 12 for s > 0."""
     a, s = 1e-5, row(0.5, 1.0, 4.0)
     assert ((link(s, math.exp(-a), 0.1) - 0.5) / a).tolist() == pytest.approx(((2 * s + 1) / 12).tolist(), rel=1e-5)
+
+
+# ---- WRPO
+
+
+FUSED = {
+    "dpo": (wrpo, dpo, {"beta": 0.1}),
+    "ipo": (wrpo_ipo, ipo, {"tau": 0.1}),
+    "simpo": (wrpo_simpo, simpo, {"beta": 2.0, "gamma": 0.5}),
+}
+
+
+@pytest.mark.parametrize("fused, plain, settings", FUSED.values(), ids=FUSED)
+def test_alpha_0_takes_the_targets_pair_and_alpha_1_the_sources(fused, plain, settings):
+    s, t, r = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(fused(s, t, r, alpha=0.0, **settings), plain(t, r, **settings), rtol=0, atol=0)
+    torch.testing.assert_close(fused(s, t, r, alpha=1.0, **settings), plain(s, r, **settings), rtol=0, atol=0)
+    between, swapped = (fused(*both, r, alpha=0.1, **settings) for both in ((s, t), (t, s)))
+    assert (between[0] != swapped[0]).all(), "the source's response comes first"
+    torch.testing.assert_close(fused(t, t, r, alpha=0.1, **settings), plain(t, r, **settings))
+
+
+def test_wrpo_hand_values():
+    """beta 0.5, alpha 1/4, log-ratios 8 ln 3, 0 and 2 ln 3: reward 1/4 * 4 ln 3 = ln 3 for chosen and ln 3: ln 2.
+
+    With the rejected one at 0, s = ln 3 and the loss is ln 4/3. IPO: h = 1/4 * 8 = 2 at tau 1/4 is its minimum, 0.
+    SimPO: 2 * (1/4 * -1 + 3/4 * -3 + 3) - 1 = 0, the loss is ln 2. Hybrid: (ln 10/9 + ln 2) / 2 at s = 2 ln 3 and 0.
+    """
+    a = 8 * math.log(3)
+    losses, chosen, rejected = wrpo(row(a, a), row(0.0, 0.0), row(a / 4, 0.0), alpha=0.25, beta=0.5)
+    assert losses.tolist() == pytest.approx([math.log(2), math.log(4 / 3)], abs=1e-14)
+    assert chosen.tolist() == pytest.approx([math.log(3)] * 2)
+    assert rejected.tolist() == pytest.approx([math.log(3), 0.0])
+    assert wrpo_ipo(row(8.0), row(0.0), row(0.0), alpha=0.25, tau=0.25)[0].item() == 0
+    fused = wrpo_simpo(row(-1.0), row(-3.0), row(-3.0), alpha=0.25, beta=2.0, gamma=1.0)
+    assert fused[0].item() == pytest.approx(math.log(2))
+    both, chosen, _ = hybrid(row(a / 2), row(0.0), row(0.0), beta=0.5)
+    assert both.item() == pytest.approx((math.log(10 / 9) + math.log(2)) / 2) and chosen.item() == pytest.approx(a / 8)
+
+
+def test_wrpo_has_one_sigmoid_for_all_three():
+    """Its gradient is -beta sigmoid(-s) times (alpha, 1 - alpha, -1); two DPO losses weigh each pair by its own."""
+    beta, alpha, values = 0.5, 0.25, (8 * math.log(3), 0.0, 0.0)
+    s, t, r = (row(x, grad=True) for x in values)
+    wrpo(s, t, r, alpha=alpha, beta=beta)[0].sum().backward()
+    shared = beta / 4  # sigmoid(-ln 3)
+    found = [x.grad.item() for x in (s, t, r)]
+    assert found == pytest.approx([-alpha * shared, -(1 - alpha) * shared, shared])
+    s, t, r = (row(x, grad=True) for x in values)
+    mixed = alpha * dpo(s, r, beta=beta)[0] + (1 - alpha) * dpo(t, r, beta=beta)[0]
+    mixed.sum().backward()
+    own = [beta / 82, beta / 2]  # sigmoid(-4 ln 3) and sigmoid(0)
+    assert [s.grad.item(), t.grad.item()] == pytest.approx([-alpha * own[0], -(1 - alpha) * own[1]])
+    assert s.grad.item() != pytest.approx(found[0], rel=0.1)
+
+
+def test_hybrid_is_never_below_wrpo_at_one_half():
+    s, t, r = torch.randn(3, 256, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 30
+    gap = hybrid(s, t, r, beta=0.1)[0] - wrpo(s, t, r, alpha=0.5, beta=0.1)[0]
+    assert (gap > -1e-12).all() and (gap > 0.01).any()
+    torch.testing.assert_close(hybrid(s, s, r, beta=0.1), dpo(s, r, beta=0.1))
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_alpha_out_of_range_raises(alpha):
+    for call in (wrpo, lambda *x, beta, **k: wrpo_ipo(*x, tau=beta, **k), lambda *x, **k: wrpo_simpo(*x, gamma=0, **k)):
+        with pytest.raises(ValueError, match="alpha must be in"):
+            call(row(1.0), row(1.0), row(0.0), alpha=alpha, beta=0.1)
+    with pytest.raises(ValueError, match="differ in length"):
+        wrpo(row(1.0, 1.0), row(1.0), row(0.0), alpha=0.1, beta=0.1)

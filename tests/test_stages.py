@@ -116,7 +116,7 @@ def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
     assert "response_ids" not in text, "no text and no token of the data set is frozen"
 
     extra = {p["id"]: len(p["responses"]["chosen"]) - len(p["responses"]["rejected"]) for p in pairs}
-    part = stages.subset(cfg, 0.25, seed=0, longest=True)
+    part = stages.subset(stages.pairs(cfg), 0.25, seed=0, longest=True)
     kept = [json.loads(line)["id"] for line in (part.get() / "pairs.jsonl").read_text().splitlines()]
     assert len(kept) == max(1, round(len(pairs) / 4)) == part.manifest["facts"]["pairs"]
     assert min(extra[i] for i in kept) >= max([extra[i] for i in extra if i not in kept])
@@ -156,7 +156,7 @@ def test_lines_share_what_is_already_trained():
 
 def test_a_target_that_needs_no_fine_tuning_is_the_sft_model():
     cfg = config.load("expo", "smoke", world__sft_rows=0)
-    assert stages.sft(cfg).key == stages.target(cfg).key
+    assert stages.sft(cfg).key == stages.model(cfg.world.target).key
 
 
 def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):

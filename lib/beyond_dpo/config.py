@@ -6,10 +6,7 @@
 import dataclasses
 import difflib
 import json
-import os
-import shutil
 import typing
-from contextlib import suppress
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Literal
@@ -18,11 +15,13 @@ import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from beyond_dpo import paths
-
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # an int is a float, "1" and True are not
-Losses = Literal["sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"]
+Losses = Literal[
+    "sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo",
+    "wrpo", "wrpo_ipo", "wrpo_simpo", "hybrid",
+]  # fmt: skip
+FUSED = ("source_chosen", "target_chosen", "rejected")  # WRPO's responses, in the order that its losses take them
 
 
 class ConfigError(ValueError):
@@ -41,6 +40,8 @@ class Train:
     beta: float = 0.1  # DPO/SimPO β, or IPO τ
     gamma: float = 0.0  # SimPO target margin
     epsilon: float = 0.1  # half width of the cubic in MallowsPO-φ
+    alpha: float = 0.1  # WRPO's fusion coefficient, at the end of the training
+    dynamic: bool = True  # α rises linearly from 0, else it is constant
     label_smoothing: float = 0.0
     optimizer: Literal["adamw", "adagrad", "rmsprop"] = "adamw"
     weight_decay: float = 0.0
@@ -65,6 +66,7 @@ class Train:
     def recipe(self) -> dict:
         """Return what the result depends on: every field but the machine's, and but what this loss does not know."""
         unused = ["epsilon"] * (self.loss != "mallows_phi") + ["parts"] * (self.parts == 1)
+        unused += ["alpha", "dynamic"] * (not self.loss.startswith("wrpo"))
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in [*self.MACHINE, *unused]}
 
 
@@ -170,10 +172,37 @@ class Mallows(Paper):
     bandit_steps: int = 500_000
 
 
-SCHEMAS = {"expo": Expo, "mallows": Mallows}
+@dataclass(frozen=True, config=STRICT)
+class Source:
+    """Where responses of a model that WRPO learns from come from; they all end as token ids of the target."""
+
+    kind: Literal["model", "endpoint", "recorded", "human"]  # human: how the reviewers themselves went on
+    ref: str = ""  # a model's asset, folder or hub id; an endpoint's model name; a file of recorded answers
+    url: str = ""  # of an OpenAI-compatible endpoint (machine, never in a key); its key is OPENAI_API_KEY
+    ask: str = ""  # what a chat model is asked, with {prompt} in it; "" continues the text
+    terms: str = ""  # what a user should know before it is used
 
 
-def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | Mallows:
+@dataclass(frozen=True, config=STRICT)
+class Wrpo(Paper):
+    """Settings of the WRPO experiments (arXiv 2412.03187); `sft` is also how Target-SFT learns the best responses."""
+
+    known_sources: dict[str, Source]
+    sources: tuple[str, ...]  # those that are fused
+    source_sets: tuple[tuple[str, ...], ...]  # other choices of them, to compare
+    sampling: Decoding  # of sources and target for the training data; `decoding` is for what is judged
+    sft_share: float = 1 / 3  # of the prompts, whose best source responses make Target-SFT
+    fraction: float = 1.0  # of the quadruples that every model is trained on, another draw with each seed
+    seeds: tuple[int, ...] = (0, 1, 2)
+    objectives: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings
+    alphas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 1.0)  # largest fusion coefficients, dynamic and static
+    test_samples: int = 1
+
+
+SCHEMAS = {"expo": Expo, "mallows": Mallows, "wrpo": Wrpo}
+
+
+def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | Mallows | Wrpo:
     """Return the configuration of `paper` at `profile`, with `overrides` by dotted key (`train.lr`, or `train__lr`).
 
     experiment: one with models of its own at some profile, as `paper/llama3`. A key set to None keeps the profile's
@@ -208,6 +237,8 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
         raise ConfigError(_unknown("key", key, known))
     for name in ("sft", "train"):
         check_batch(getattr(config, name), where=name)
+    for name in [name for name in getattr(config, "sources", ()) if name not in config.known_sources]:
+        raise ConfigError(_unknown("source", name, config.known_sources))
     for fraction in [f for f in getattr(config, "fractions", ()) if f not in config.alphas]:
         grids = ", ".join(map(str, config.alphas))
         raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {grids}")
@@ -230,30 +261,6 @@ def check_batch(train: Train, where: str = "train") -> int:
         split = f"micro_batch={train.micro_batch} × processes={train.processes}"
         raise ConfigError(f"{where}.global_batch={train.global_batch} cannot be split into {split}; {hint}")
     return train.global_batch // per_pass
-
-
-def memory_gib() -> float:
-    """Return this machine's memory in GiB."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
-def check_machine(config) -> None:
-    """Raise ConfigError, with what is missing and what to do, if this machine cannot run the profile."""
-    needs, gib = config.needs, memory_gib()
-    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
-    missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})"] if gpus < needs.gpus else []
-    free = shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists())).free / 1e9
-    for path in paths.ARTIFACTS.glob("*/manifest.json"):  # what is finished needs no room any more
-        with suppress(OSError, ValueError, LookupError):  # being made, or damaged: found when it is read
-            free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
-    room = f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free or held by results: {free:.0f})"
-    missing += [room] if free < needs.disk_gb else []
-    missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
-    if missing:
-        raise ConfigError(
-            f"profile {config.profile} needs {' and '.join(missing)}. What a machine that has them would execute: "
-            f"--dry-run. What may run here: --profile {'cpu' if gib > 9 and config.profile != 'cpu' else 'smoke'}"
-        )
 
 
 def differences(config, other) -> list[tuple[str, object, object]]:

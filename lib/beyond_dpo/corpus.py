@@ -34,10 +34,7 @@ def split(world: config.World, out: Path) -> dict:
     """
     from beyond_dpo import data
 
-    half_a, half_b = _halves(world.dataset)
-    rng = random.Random(20240416)  # one split for all seeds: an experiment's seed varies training, not the data
-    rng.shuffle(half_a)
-    rng.shuffle(half_b)
+    half_a, half_b, rng = shuffled(world.dataset)
     tokenizer = data.load_tokenizer(assets.model_dir(world.target))
     sft_rows = []
     for i, (text, _) in enumerate(half_a):
@@ -123,6 +120,14 @@ def rated(source: str) -> list[tuple[str, list[int]]]:
 
     ratings = {name: json.loads(values) for name, _, _, values in rows("anonDataRatings")}
     return [(text, ratings[name]) for name, _, text in rows("GroundTruth")]
+
+
+def shuffled(dataset: str) -> tuple[list, list, random.Random]:
+    """Return both halves in the one order that all seeds share: an experiment's seed varies training, not the data."""
+    rng, halves = random.Random(20240416), _halves(dataset)
+    for half in halves:
+        rng.shuffle(half)
+    return *halves, rng
 
 
 def _halves(dataset: str) -> tuple[list, list]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, search, stages
+from beyond_dpo import config, search, stages, workers
 from beyond_dpo.artifacts import Artifact
 
 PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I rented it because", "The acting in")
@@ -52,7 +52,7 @@ def curves(cfg) -> Artifact:
         return stages.scored(walk, desc)
 
     def make(out: Path) -> None:
-        config.check_machine(cfg)
+        workers.check_machine(cfg)
         searched, points = judged("dev", dev, "α curves on dev prompts")
         means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
         best = [{"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())} for f, s in runs(cfg)]
@@ -77,7 +77,7 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
             for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas]  # fmt: skip
 
     def make(out: Path) -> None:
-        config.check_machine(cfg)
+        workers.check_machine(cfg)
         table, points = stages.scored(walk, "lines through two models, dev prompts")
         stages.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
@@ -124,7 +124,7 @@ def wrong_pairs(cfg) -> dict[str, Line]:
     aligned = partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
     pairs = {
         "SFT → aligned from it": (one, aligned()),
-        "instruct → SFT": (stages.target(cfg), one),
+        "instruct → SFT": (stages.model(cfg.world.target), one),
         "two SFT models of one start": (one, other),
         "two aligned models of different starts": (aligned(), aligned(start=other)),
     }
@@ -146,8 +146,11 @@ def alignments(cfg) -> dict[str, tuple[Artifact, dict[str, Artifact]]]:
     start, first = stages.sft(cfg), cfg.seeds[0]
     models = {f"{f:.0%} of the pairs" + f", seed {s}" * (s != first): stages.aligned(cfg, f, s) for f, s in runs(cfg)}
     most = stages.aligned(cfg, cfg.fractions[-1], first)
-    before = {"instruct → SFT": start, "instruct → DPO": most} if cfg.world.sft_rows else {}
-    return {"SFT → DPO": (start, models)} | {n: (stages.target(cfg), {n[-3:]: end}) for n, end in before.items()}
+    pairs = {"SFT → DPO": (start, models)}
+    if cfg.world.sft_rows:
+        before = stages.model(cfg.world.target)
+        pairs |= {"instruct → SFT": (before, {"SFT": start}), "instruct → DPO": (before, {"DPO": most})}
+    return pairs
 
 
 def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artifact:
@@ -156,7 +159,7 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
     def make(out: Path) -> None:
         from beyond_dpo.change import movement
 
-        config.check_machine(cfg)
+        workers.check_machine(cfg)
         frames, angles = [], []
         for name, (zero, ends) in pairs.items():
             rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
@@ -185,7 +188,7 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        config.check_machine(cfg)
+        workers.check_machine(cfg)
         decode, texts = partial(data.load_tokenizer(str(stages.sft(cfg).get())).decode, skip_special_tokens=True), []
         for (name, alpha), artifact in stages.watched(points.items(), "text samples"):
             for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
@@ -209,7 +212,7 @@ def searches(cfg) -> Artifact:
         return scores.groupby("id", sort=False)["reward"].mean().to_numpy()
 
     def make(out: Path) -> None:
-        config.check_machine(cfg)
+        workers.check_machine(cfg)
         found, walk = [], []
         for f in stages.watched(cfg.fractions, "golden-section search"):
             grid = {a: mean_rewards(f, a).mean() for a in cfg.alphas[f]}

@@ -1,4 +1,4 @@
-"""Pairwise preference losses: free functions on tensors, derived from the equations of the papers."""
+"""Preference losses: free functions on tensors, derived from the equations of the papers."""
 
 import torch
 from torch import Tensor
@@ -38,8 +38,7 @@ def dpo(
     """Compute the DPO loss of each pair.
 
     Eq. 7, arXiv 2305.18290:  -log sigmoid(s),  s = beta * (chosen_logratio - rejected_logratio).
-    Label smoothing e treats a share e of the labels as flipped:  -(1 - e) log sigmoid(s) - e log sigmoid(-s).
-
+    Label smoothing treats a share e of the labels as flipped:  -(1 - e) log sigmoid(s) - e log sigmoid(-s).
     Args:
         chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed over the response.
         beta: strength of the KL penalty, > 0.
@@ -65,13 +64,7 @@ def ipo(chosen_logratios: Tensor, rejected_logratios: Tensor, *, tau: float) -> 
     Eq. 17, arXiv 2310.12036:  (h - 1 / (2 tau))^2,  h = chosen_logratio - rejected_logratio.
     The log-ratios are sums over tokens, as in the paper; averaging them gives tau another meaning.
 
-    Args:
-        chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed over the response.
-        tau: strength of the KL penalty, > 0.
-    Returns:
-        losses (>= 0, nats squared), chosen_reward, rejected_reward = tau * logratio (detached), each (batch,).
-    Raises:
-        ValueError: inputs are not two float (batch,) tensors of one length, or tau is not positive.
+    Args, Returns and Raises are those of dpo, with tau > 0 for beta; the loss is in nats squared.
 
     The loss is zero, and its gradient too, exactly at h = 1 / (2 tau); at h = 0 it is 1 / (4 tau^2).
     """
@@ -91,10 +84,7 @@ def simpo(
         chosen_mean_logps, rejected_mean_logps: (batch,), nats per token: log pi(y|x) / |y|.
         beta: scale of the reward, > 0.
         gamma: target margin itself (not its ratio to beta), >= 0.
-    Returns:
-        losses (>= 0), chosen_reward, rejected_reward = beta * mean_logp (detached), each (batch,) in at least float32.
-    Raises:
-        ValueError: inputs are not two float (batch,) tensors of one length, or a parameter is out of range.
+    Returns and Raises are those of dpo; the rewards are beta * mean_logp.
 
     The loss is ln 2 where the rewards differ by exactly gamma.
     """
@@ -120,18 +110,11 @@ def mallows_theta(
     """Compute the MallowsPO-theta loss of each pair: DPO whose s is multiplied by a weight per prompt.
 
     Eq. 8, arXiv 2405.14953:  -log sigmoid(weight * s),  s = beta * (chosen_logratio - rejected_logratio).
-    The paper's weight is -2 log phi(x); as in the authors' code it is replaced by an estimate with mean 1 over the
-    data set (dispersion.weights), so that the factor 2 is in the scale of the estimate.
+    The paper's weight is -2 log phi(x); here it is an estimate with mean 1 (dispersion.weights), as in its code.
 
-    Args:
-        chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed over the response.
-        weight: (batch,), no unit, > 0 and finite; large where the answers to a prompt are all alike.
-        beta: strength of the KL penalty, > 0.
-    Returns:
-        losses (>= 0), chosen_reward, rejected_reward (detached), each (batch,) in at least float32. The rewards are
-        beta * logratio, without the weight, as the paper defines them; they compare with those of DPO.
-    Raises:
-        ValueError: as dpo, and for a weight out of range (naming the row).
+    Args, Returns and Raises are those of dpo, and
+        weight: (batch,), no unit, > 0 and finite (ValueError names the row); large where the answers to a prompt are
+            all alike. The rewards are without it, as the paper defines them; they compare with those of DPO.
 
     Weight 1 gives DPO; a weight near 0 leaves the pair out. No gradient flows into the weight.
     """
@@ -145,12 +128,10 @@ def mallows_ipo(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the MallowsIPO loss of each pair: IPO whose h is multiplied by a weight per prompt.
 
-    (weight * h - 1 / (2 tau))^2,  h = chosen_logratio - rejected_logratio: no equation of arXiv 2405.14953 but the
-    `mallows_ipo` branch of its authors' code. The plain `ipo` branch beside it is (tau * h - 1/2)^2, tau^2 times our
-    ipo: the same minimum, other gradients.
+    (weight * h - 1 / (2 tau))^2,  h = chosen_logratio - rejected_logratio: no equation of arXiv 2405.14953 but its
+    authors' code, whose plain `ipo` is (tau * h - 1/2)^2, tau^2 times ours: the same minimum, other gradients.
 
-    Args, Returns and Raises are those of ipo, with the weight of mallows_theta; the rewards are tau * logratio.
-
+    Args, Returns and Raises are those of ipo, with the weight of mallows_theta.
     Weight 1 gives IPO; the minimum is at h = 1 / (2 tau weight).
     """
     chosen, rejected = _pair(chosen_logratios, rejected_logratios, tau=tau)
@@ -166,8 +147,7 @@ def mallows_simpo(
     -log sigmoid(weight * (beta * (chosen_mean_logp - rejected_mean_logp) - gamma)): no equation of arXiv 2405.14953
     but its authors' code, run without reference and with length normalisation; their `home_advantage` is gamma / beta.
 
-    Args, Returns and Raises are those of simpo, with the weight of mallows_theta; the rewards are beta * mean_logp.
-
+    Args, Returns and Raises are those of simpo, with the weight of mallows_theta.
     Weight 1 gives SimPO; the loss is ln 2 where the rewards differ by exactly gamma, whatever the weight.
     """
     chosen, rejected = _pair(chosen_mean_logps, rejected_mean_logps, beta=beta, gamma=gamma)
@@ -222,11 +202,7 @@ def mallows_link(s: Tensor, phi: Tensor, epsilon: float) -> Tensor:
         s: (batch,), the reward of the first item minus that of the second, in ranks.
         phi: (batch,), dispersion in (0, 1): near 0 all rank alike (g steps), near 1 at random (g = 1/2).
         epsilon: half width of the cubic, > 0; one that is tiny shows the jump.
-    Returns:
-        g, (batch,) float64, in (0, 1) up to rounding; mallows_phi does not take the logarithm of it.
-    Raises:
-        ValueError: inputs are not float (batch,) tensors of one length, or phi (naming the row) or epsilon is out of
-            range.
+    Returns g, (batch,) float64, in (0, 1) up to rounding. Raises ValueError as mallows_phi.
     """
     _vector("s", s)
     _positive(epsilon=epsilon)
@@ -240,15 +216,9 @@ def mallows_phi(
 
     Eq. 7 and 9, arXiv 2405.14953:  -log g(s),  s = beta * (chosen_logratio - rejected_logratio), g = mallows_link.
 
-    Args:
-        chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed over the response.
-        phi: (batch,), dispersion of each prompt in (0, 1) (dispersion.to_phi of a weight); a constant.
-        beta: strength of the KL penalty, > 0.
+    Args, Returns and Raises are those of dpo, and
+        phi: (batch,), dispersion of each prompt in (0, 1) (dispersion.to_phi of a weight; ValueError names the row).
         epsilon: half width, in units of s, of the cubic that replaces the jump of g at 0, > 0.
-    Returns:
-        losses (>= 0), chosen_reward, rejected_reward = beta * logratio (detached), each (batch,) in at least float32.
-    Raises:
-        ValueError: as dpo, and for phi (naming the row) or epsilon out of range.
 
     The loss is ln 2 where policy and reference agree. Far on the wrong side it grows as |s| times -log phi. It is
     computed in float64 and in logarithms, so that it and its gradient are finite for every s.
@@ -257,3 +227,76 @@ def mallows_phi(
     s = beta * (chosen.double() - rejected.double())
     losses = -_log_link(s, _per_pair("phi", phi, s, 1.0), epsilon).to(chosen.dtype)
     return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def _fused(source: Tensor, target: Tensor, rejected: Tensor, alpha: float) -> Tensor:
+    """Check three (batch,) float tensors and alpha; return alpha * source + (1 - alpha) * target."""
+    source, _ = _pair(source, rejected)
+    target, _ = _pair(target, rejected)
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    return alpha * source + (1.0 - alpha) * target
+
+
+def wrpo(
+    source_logratios: Tensor, target_logratios: Tensor, rejected_logratios: Tensor, *, alpha: float, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the WRPO loss of each quadruple (prompt, source's best, target's best, rejected response).
+
+    arXiv 2412.03187:  -log sigmoid(alpha * r(y_ws) + (1 - alpha) * r(y_wt) - r(y_l)),  r(y) = beta * logratio(y).
+    The sigmoid is one: its gradient is beta * sigmoid(-s) times that of alpha y_ws + (1 - alpha) y_wt - y_l, which is
+    no mix of two DPO gradients (hybrid is the mix).
+
+    Args:
+        source_logratios, target_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed
+            over the response: the best one of the source models, the best and the worst of the target's own.
+        alpha: fusion coefficient, the share of the source's response, in [0, 1]; the paper's rises from 0 to 0.1.
+        beta: strength of the KL penalty, > 0.
+    Returns and Raises are those of dpo; chosen_reward is the weighted one.
+
+    alpha = 0 is DPO on (target, rejected), alpha = 1 DPO on (source, rejected); ln 2 where policy and reference agree.
+    """
+    chosen = _fused(source_logratios, target_logratios, rejected_logratios, alpha)
+    return dpo(chosen, rejected_logratios, beta=beta)
+
+
+def wrpo_ipo(
+    source_logratios: Tensor, target_logratios: Tensor, rejected_logratios: Tensor, *, alpha: float, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute IPO's form of WRPO:  (alpha * h(y_ws) + (1 - alpha) * h(y_wt) - h(y_l) - 1 / (2 tau))^2,  h = logratio.
+
+    Derived here from IPO (Eq. 17, arXiv 2310.12036) with WRPO's weighted reward; arXiv 2412.03187 has such a variant,
+    whose formula is not public to us. Args, Returns and Raises are those of wrpo, with tau as in ipo.
+    alpha = 0 is IPO on (target, rejected), alpha = 1 IPO on (source, rejected).
+    """
+    chosen = _fused(source_logratios, target_logratios, rejected_logratios, alpha)
+    return ipo(chosen, rejected_logratios, tau=tau)
+
+
+def wrpo_simpo(
+    source_mean_logps: Tensor, target_mean_logps: Tensor, rejected_mean_logps: Tensor, *,
+    alpha: float, beta: float, gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Compute SimPO's form of WRPO:  -log sigmoid(beta * (alpha * l(y_ws) + (1 - alpha) * l(y_wt) - l(y_l)) - gamma).
+
+    l is the mean log-probability of a token, in nats; there is no reference model. Derived here from SimPO (Eq. 6,
+    arXiv 2405.14734) with WRPO's weighted reward; arXiv 2412.03187 has such a variant, whose formula is not public to
+    us. Args, Returns and Raises are those of wrpo, with mean_logps, beta and gamma as in simpo.
+    alpha = 0 is SimPO on (target, rejected), alpha = 1 SimPO on (source, rejected).
+    """
+    chosen = _fused(source_mean_logps, target_mean_logps, rejected_mean_logps, alpha)
+    return simpo(chosen, rejected_mean_logps, beta=beta, gamma=gamma)
+
+
+def hybrid(
+    source_logratios: Tensor, target_logratios: Tensor, rejected_logratios: Tensor, *, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the mean of two DPO losses, (source, rejected) and (target, rejected): the baseline of WRPO's authors.
+
+    It is the `sigmoid` branch of their code (arXiv 2412.03187): each pair has a sigmoid, and so a gradient, of its own.
+    Args, Returns and Raises are those of wrpo; chosen_reward is the mean of the two. By convexity of -log sigmoid it is
+    never below wrpo with alpha = 1/2, and equal where both chosen responses have one reward.
+    """
+    source, chosen, rejected = dpo(source_logratios, rejected_logratios, beta=beta)
+    target, other, _ = dpo(target_logratios, rejected_logratios, beta=beta)
+    return (source + target) / 2, (chosen + other) / 2, rejected

@@ -47,7 +47,7 @@ def dispersed(cfg) -> Artifact:
     def make(out: Path) -> dict:
         from beyond_dpo import dispersion
 
-        chosen, rejected = _of_reference(held, "entropies")
+        chosen, rejected = stages.of_reference(held, "entropies")
         weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
         table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
         table.round(6).to_csv(out / "dispersion.csv", index=False)
@@ -84,7 +84,7 @@ def raters(cfg) -> Artifact:
     held = stages.reference(cfg, rows=rows, names=("said",))
 
     def make(out: Path) -> None:
-        entropies, tokens = (_of_reference(held, what)[0] for what in ("entropies", "tokens"))
+        entropies, tokens = (stages.of_reference(held, what)[0] for what in ("entropies", "tokens"))
         table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
         ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text())]
         table["people"] = [len(said) for said in ratings]
@@ -125,8 +125,7 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
     """Train every run of `walk`, sample after that part of it, and judge; the SFT model once for each split.
 
     walk: (loss, seed and settings of cfg.train; split; its prompts, None for the world's own; part, "" for the end).
-    responses.csv.gz and points.json as in expo.curves, with the columns of the runs, split and part; loss "sft" is the
-    SFT model, gold the score by the reward that made the pairs. Raises ConfigError for a machine that is too small.
+    As stages.judged, with the columns of the runs, split and part; loss "sft" is the SFT model.
     """
     start, points = stages.sft(cfg), []
     for run, split, prompts, part in walk:
@@ -139,12 +138,7 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
             score = stages.scores(cfg, said, split, prompts=prompts, **judge)
             points.append(({"split": split, "part": part_of or "end", **place}, score))
 
-    def make(out: Path) -> None:
-        config.check_machine(cfg)
-        table, facts = stages.scored(points, "trained models")
-        stages.write(out, table.rename(columns={stages.oracle(cfg.world): "gold"}), facts)
-
-    return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
+    return stages.judged(cfg, points)
 
 
 def elsewhere(cfg, source: str) -> Artifact:
@@ -169,12 +163,6 @@ def elsewhere(cfg, source: str) -> Artifact:
         paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
 
     return Artifact("elsewhere", 1, recipe, make)
-
-
-def _of_reference(held: Artifact, what: str) -> np.ndarray:
-    from safetensors.numpy import load_file
-
-    return load_file(held.get() / "reference.safetensors")[what].T.astype(float)
 
 
 def link(s, phi: float, epsilon: float) -> np.ndarray:

@@ -24,23 +24,23 @@ def texts(world: config.World) -> Artifact:
     return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out))
 
 
-def target(cfg) -> Artifact:
-    """Copy the target's own files: the model before any training here, as a folder like the trained ones."""
+def model(ref: str) -> Artifact:
+    """Copy a model's own files: one before any training here, as a folder like the trained ones."""
 
     def make(out: Path) -> None:
-        for file in assets.model_dir(cfg.world.target).iterdir():
+        for file in assets.model_dir(ref).iterdir():
             if file.is_file() and file.name != "manifest.json":
                 shutil.copyfile(file, out / file.name)
 
-    return Artifact("target", 1, {"model": assets.resolve(cfg.world.target)}, make)
+    return Artifact("target", 1, {"model": assets.resolve(ref)}, make)
 
 
 def sft(cfg, seed: int = 0) -> Artifact:
     """Fine-tune the target on review openings: the SFT model θ₀ of everything that follows."""
     if not cfg.world.sft_rows:  # it already is one
-        return target(cfg)
+        return model(cfg.world.target)
     desc = f"SFT seed {seed}" if seed else "SFT"
-    return _training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, desc=desc)
+    return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, desc=desc)
 
 
 def reward(world: config.World, name: str) -> Artifact:
@@ -181,16 +181,22 @@ def reference(
     return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}")
 
 
-def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
+def of_reference(held: Artifact, what: str):
+    """Return logps, tokens or entropies of a reference pass, float64 (responses, rows)."""
+    from safetensors.numpy import load_file
+
+    return load_file(held.get() / "reference.safetensors")[what].T.astype(float)
+
+
+def subset(rows: Artifact, fraction: float, seed: int, longest: bool = False, chosen: str = "chosen") -> Artifact:
     """Draw a fraction of the pairs: at random, or those whose chosen response is longest against the rejected one."""
-    rows = pairs(cfg)
 
     def make(out: Path) -> dict:
         from beyond_dpo import data
 
         everything = data.read_rows(rows.get() / "pairs.jsonl")
         order = data.order(len(everything), seed, epoch=1_000)
-        longer = [len(r["responses"]["chosen"]) - len(r["responses"]["rejected"]) for r in everything]
+        longer = [len(r["responses"][chosen]) - len(r["responses"]["rejected"]) for r in everything]
         if longest:
             order.sort(key=lambda i: -longer[i])
         kept = order[: max(1, round(fraction * len(everything)))]
@@ -210,11 +216,11 @@ def aligned(
     fields, such as epochs=2.
     """
     settings = dataclasses.replace(cfg.train, **changes)
-    part, base = subset(cfg, fraction, seed, longest), start or sft(cfg)
+    part, base = subset(pairs(cfg), fraction, seed, longest), start or sft(cfg)
     what = [f", {v}" if isinstance(v, str) else f", {k} {v:g}" for k, v in changes.items() if v != settings.loss]
     desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}" + "".join(what) + ", the longest chosen" * longest
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
-    return _training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
+    return training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
 
 
 def watched(items, desc: str):
@@ -242,13 +248,28 @@ def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, 
     return pd.concat(frames, ignore_index=True), points
 
 
+def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
+    """Gather the scores of trained models: responses.csv.gz and points.json as write() leaves them.
+
+    points: each place, in columns, with its scores. gold: the score by the reward that made the pairs, where no labels
+    train another. Raises ConfigError for a machine that is too small.
+    """
+
+    def make(out: Path) -> None:
+        workers.check_machine(cfg)
+        table, facts = scored(points, "trained models")
+        write(out, table if "gold" in table else table.rename(columns={oracle(cfg.world): "gold"}), facts)
+
+    return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
+
+
 def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
     """Write what scored() returns: responses.csv.gz and points.json."""
     table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
     (out / "points.json").write_text(json.dumps(points))
 
 
-def _training(
+def training(
     cfg, settings: config.Train, rows: Artifact, file: str, names: list, *,
     base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str,
 ) -> Artifact:  # fmt: skip

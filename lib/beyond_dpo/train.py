@@ -42,30 +42,45 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
 
 
+def fusion(settings: configuration.Train, step: int, total: int) -> float:
+    """Return WRPO's α of a 0-based optimizer step: 0 at the first, then linearly towards settings.alpha, or constant.
+
+    arXiv 2412.03187: α(t) = α_max t / T, with t the optimizer steps that are done. One step alone is DPO.
+    """
+    return settings.alpha * step / total if settings.dynamic else settings.alpha
+
+
 def row_losses(
     settings: configuration.Train, scores: dict, base: torch.Tensor | None, names: list[str],
-    weight: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None, alpha: float = 0.0,
 ):  # fmt: skip
-    """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of len(names) × rows.
+    """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of len(names) × rows, and
+    the reward of each response, (len(names), rows): β times the log-ratio, or for SimPO the mean log-probability.
 
     base: the reference's summed log-probabilities (len(names), rows), for losses that compare with it. weight: (rows,)
-    dispersion.weights, for MallowsPO. Raises ValueError for a loss that does not fit the responses' names, or lacks
-    its reference.
+    dispersion.weights, for MallowsPO. alpha: of WRPO. Raises ValueError for a loss that does not fit the responses'
+    names, or lacks its reference.
     """
     logps, loss = scores["logps"].view(len(names), -1), settings.loss
     if loss == "sft":
-        return -logps.sum(0), torch.zeros_like(logps[0]), torch.zeros_like(logps[0])
-    if list(names) != ["chosen", "rejected"]:
-        raise ValueError(f"loss {loss!r} takes the responses chosen and rejected, got {names}")
-    if base is None and loss != "simpo" or weight is None and loss.startswith("mallows"):
+        return -logps.sum(0), torch.zeros_like(logps[0]), torch.zeros_like(logps[0]), torch.zeros_like(logps)
+    fuses = loss.startswith(("wrpo", "hybrid"))
+    pair = len(names) == 2 and names[0].endswith("chosen") and names[1] == "rejected"
+    if (tuple(names) != configuration.FUSED) if fuses else not pair:
+        wanted = configuration.FUSED if fuses else "a chosen and the rejected one"
+        raise ValueError(f"loss {loss!r} takes the responses {wanted}, in this order, got {names}")
+    if base is None and not loss.endswith("simpo") or weight is None and loss.startswith("mallows"):
         raise ValueError(f"loss {loss!r} needs a reference file")
     given = {"tau" if loss.endswith("ipo") else "beta": settings.beta}
-    known = {"dpo": ["label_smoothing"], "simpo": ["gamma"], "mallows_simpo": ["gamma"], "mallows_phi": ["epsilon"]}
-    given |= {name: getattr(settings, name) for name in known.get(loss, ())}
+    given |= {"alpha": alpha} if loss.startswith("wrpo") else {}
+    given |= {"gamma": settings.gamma} if loss.endswith("simpo") else {}
+    known = {"dpo": "label_smoothing", "mallows_phi": "epsilon"}
+    given |= {known[loss]: getattr(settings, known[loss])} if loss in known else {}
     inputs = logps / scores["tokens"].view(len(names), -1) if loss.endswith("simpo") else logps - base
     if loss == "mallows_phi":
         weight = torch.exp(-weight)  # dispersion.to_phi
-    return getattr(losses, loss)(*inputs, *([weight] if loss.startswith("mallows") else []), **given)
+    weights = [weight] if loss.startswith("mallows") else []
+    return *getattr(losses, loss)(*inputs, *weights, **given), settings.beta * inputs.detach()
 
 
 def engine_config(settings: configuration.Train, accumulation: int) -> dict:
@@ -163,7 +178,8 @@ def main(path: str) -> None:
         weight = 1 / settings.global_batch
         if settings.loss == "sft":  # mean over the tokens of the whole step, however it is split
             weight = 1 / sum(len(r["responses"][n]) for r in batch for n in names)
-        sums = torch.zeros(6, device=device)
+        alpha = fusion(settings, step, total)
+        sums = torch.zeros(4 + 3 * len(names), device=device)
         for micro in range(accumulation):
             start = (micro * world + rank) * settings.micro_batch
             part = batch[start : start + settings.micro_batch]
@@ -172,7 +188,7 @@ def main(path: str) -> None:
             scores = engine(**{k: v.to(device) for k, v in tensors.items()})
             against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
             weight_of = torch.tensor([dispersed[i] for i in ids], device=device) if dispersed else None
-            row_loss, chosen, rejected = row_losses(settings, scores, against, names, weight_of)
+            row_loss, chosen, rejected, inner = row_losses(settings, scores, against, names, weight_of, alpha)
             if not row_loss.isfinite().all():
                 bad = [i for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True) if not finite]
                 raise NonFiniteLoss(f"step {step}: the loss of rows {_culprits(model, part, names, bad)} is not finite")
@@ -184,17 +200,22 @@ def main(path: str) -> None:
                 if not settings.zero:  # which alone does not keep its norm
                     norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
             engine.step()
-            logps = scores["logps"].detach().view(len(names), -1)
             with torch.no_grad():
                 rewards = chosen.sum(), rejected.sum(), (chosen > rejected).float().sum()
-                sums += torch.stack([row_loss.sum() * weight, *rewards, logps[0].sum(), logps[-1].sum()])
+                of_each = inner, inner > inner[-1], scores["logps"].view(len(names), -1)
+                of_each = [values.float().sum(1) for values in of_each]
+                sums += torch.cat([torch.stack([row_loss.sum() * weight, *rewards]), *of_each])
         dist.all_reduce(sums)
         norm = float(engine.get_global_grad_norm() if settings.zero else norm)
         if not 0 <= norm < math.inf:  # the sharded stages report -1 for NaN
             raise NonFiniteLoss(f"step {step}: the gradient of rows {[r['id'] for r in batch]} is not finite")
         if rank == 0:
             rate = engine.optimizer.param_groups[0]["lr"]
-            _log_step(log_file, step, sums.tolist(), batch, names, settings.loss, rate, norm, time.time() - began)
+            entry = {"step": step, "lr": rate, "grad_norm": norm}
+            entry |= {"alpha": alpha} if settings.loss.startswith("wrpo") else {}
+            entry |= _measured(sums.tolist(), batch, names, settings.loss, time.time() - began)
+            with open(log_file, "a") as f:
+                f.write(json.dumps(entry) + "\n")
             launch.progress(step + 1, total)
         if step + 1 in ends:
             _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
@@ -236,16 +257,19 @@ def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: i
     return sorted(picked, key=lambda r: (data.length(r, names), r["id"]))
 
 
-def _log_step(log_file, step: int, sums: list, batch: list, names: list, loss: str, rate, norm, seconds: float) -> None:
+def _measured(sums: list, batch: list, names: list, loss: str, seconds: float) -> dict:
+    """Return what the log says of one step: its loss and speed, and of preferences the mean over its rows."""
     tokens = sum(data.length(r, names) for r in batch)
-    entry = {"step": step, "loss": sums[0], "lr": rate, "grad_norm": norm}
-    entry |= {"tokens_per_s": tokens / seconds, "rows_per_s": len(batch) / seconds}
-    if loss != "sft":
-        chosen, rejected, correct, chosen_logps, rejected_logps = (x / len(batch) for x in sums[1:])
-        entry |= {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected}
-        entry |= {"accuracy": correct, "chosen_logps": chosen_logps, "rejected_logps": rejected_logps}
-    with open(log_file, "a") as f:
-        f.write(json.dumps(entry) + "\n")
+    entry = {"loss": sums[0], "tokens_per_s": tokens / seconds, "rows_per_s": len(batch) / seconds}
+    if loss == "sft":
+        return entry
+    means = [x / len(batch) for x in sums[1:]]
+    inner, correct, logps = (means[i : i + len(names)] for i in range(3, len(means), len(names)))
+    for i, name in enumerate(names):
+        entry |= {f"{name}_reward": inner[i], f"{name}_accuracy": correct[i], f"{name}_logps": logps[i]}
+    chosen, rejected, accuracy = means[:3]  # as the loss takes them: WRPO's chosen reward is the weighted one
+    del entry["rejected_accuracy"]
+    return entry | {"chosen_reward": chosen, "margin": chosen - rejected, "accuracy": accuracy}
 
 
 def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:

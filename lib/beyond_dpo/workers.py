@@ -2,6 +2,9 @@
 
 import atexit
 import json
+import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from beyond_dpo import config, launch, paths
@@ -16,9 +19,33 @@ def close() -> None:
         living.popitem()[1].close()
 
 
+def memory_gib() -> float:
+    """Return this machine's memory in GiB."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+
+
+def check_machine(cfg) -> None:
+    """Raise ConfigError, with what is missing and what to do, if this machine cannot run the profile."""
+    needs, gib = cfg.needs, memory_gib()
+    gpus = len(list(Path("/proc/driver/nvidia/gpus").glob("*"))) or len(list(Path("/dev").glob("nvidia[0-9]*")))
+    missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})"] if gpus < needs.gpus else []
+    free = shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists())).free / 1e9
+    for path in paths.ARTIFACTS.glob("*/manifest.json"):  # what is finished needs no room any more
+        with suppress(OSError, ValueError, LookupError):  # being made, or damaged: found when it is read
+            free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
+    room = f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free or held by results: {free:.0f})"
+    missing += [room] if free < needs.disk_gb else []
+    missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
+    if missing:
+        raise config.ConfigError(
+            f"profile {cfg.profile} needs {' and '.join(missing)}. What a machine that has them would execute: "
+            f"--dry-run. What may run here: --profile {'cpu' if gib > 9 and cfg.profile != 'cpu' else 'smoke'}"
+        )
+
+
 def make_room(cfg, *needed: str) -> None:
     """End the living processes that are not needed next and would hold gigabytes beside it, unless there is plenty."""
-    if cfg.needs.gpus or config.memory_gib() < 4 * cfg.needs.memory_gb:
+    if cfg.needs.gpus or memory_gib() < 4 * cfg.needs.memory_gb:
         for name in living.keys() - set(needed):
             living.pop(name).close()
 

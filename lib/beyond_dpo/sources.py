@@ -1,0 +1,197 @@
+"""Responses of other models and of people, in the target's tokens: what WRPO (arXiv 2412.03187) learns from.
+
+A source is one entry of a profile (config.Source): a model by asset, folder or hub id; an OpenAI-compatible endpoint; a
+file of recorded answers; or the reviewers themselves.
+"""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+
+from beyond_dpo import assets, config, corpus, stages
+from beyond_dpo.artifacts import Artifact
+
+AT_ONCE = 8  # requests to an endpoint
+
+
+def shown(cfg) -> pd.DataFrame:
+    """Return what a user should know of the sources before they are used: name, kind, model or file, terms."""
+    rows = [{"source": name, **asdict(cfg.known_sources[name])} for name in cfg.sources]
+    return pd.DataFrame(rows)[["source", "kind", "ref", "ask", "terms"]]
+
+
+def sampling(cfg):
+    """Return the configuration by which training data is sampled, from sources and target alike."""
+    return replace(cfg, decoding=cfg.sampling)
+
+
+def answers(cfg, name: str) -> Artifact:
+    """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
+
+    They are cut after cfg.sampling.max_tokens. Raises ConfigError for a source without any answer, and what the engine
+    or the endpoint raises.
+    """
+    source, texts = cfg.known_sources[name], stages.texts(cfg.world)
+    asked = {"model": source.ref, "ask": source.ask, "samples": cfg.world.samples, "sampling": asdict(cfg.sampling)}
+    made_of = {"human": {}, "endpoint": asked}.get(source.kind)
+    if source.kind == "recorded":
+        made_of = {"file": assets.resolve(source.ref)}
+    elif source.kind == "model":
+        prompts = _put(cfg, source)
+        how = {"prompts": prompts, "samples": cfg.world.samples, "seed": 1}
+        said = stages.responses(sampling(cfg), stages.model(source.ref), "prompts", **how)
+        made_of = {"said": said}
+
+    def make(out: Path) -> dict:
+        from beyond_dpo import data
+
+        tokenizer, rows = data.load_tokenizer(assets.model_dir(cfg.world.target)), texts.json("prompts.json")
+        wording = {row["id"]: tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in rows}
+        if source.kind == "human":
+            found = _written(cfg.world, rows)
+        elif source.kind == "model":
+            found = _decoded(assets.model_dir(source.ref), prompts.json("prompts.json"), said)
+        else:
+            given = _recorded(source) if source.kind == "recorded" else _replies(cfg, source, wording, out)
+            plain = cfg.world.template == "plain"
+            found = {i: [(_after(text, answer) if plain else answer, ended) for answer, ended in given.get(text, ())]
+                     for i, text in wording.items()}  # fmt: skip
+        lines = []
+        for i, responses in found.items():
+            for sample, (text, ended) in enumerate(responses):
+                ids = data.encode_response(tokenizer, text, end=ended)[: cfg.sampling.max_tokens]
+                lines.append(json.dumps({"id": i, "sample": sample, "response_ids": ids, "logp": None}) + "\n")
+        if not lines:
+            raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
+        (out / "responses.jsonl").write_text("".join(lines))
+        return {"responses": len(lines), "unanswered": sum(not found.get(row["id"]) for row in rows)}
+
+    recipe = {"kind": source.kind, "texts": texts, "max_tokens": cfg.sampling.max_tokens, **made_of}
+    return Artifact("answers", 1, recipe, make)
+
+
+def _put(cfg, source: config.Source) -> Artifact:
+    """Put the prompts to a source's model, in its own tokens: prompts.json.
+
+    A text to go on with stands again where the chat model's answer begins, so that it goes on right there.
+    """
+    texts, plain = stages.texts(cfg.world), cfg.world.template == "plain"
+
+    def make(out: Path) -> None:
+        from beyond_dpo import data
+
+        reader, own = (data.load_tokenizer(assets.model_dir(ref)) for ref in (cfg.world.target, source.ref))
+        rows = texts.json("prompts.json")
+        for row in rows:
+            text = reader.decode(row["prompt_ids"], skip_special_tokens=True)
+            if source.ask:
+                row["prompt_ids"] = data.render(own, source.ask.format(prompt=text), "chat")
+                row["prompt_ids"] += data.encode_response(own, text, end=False) if plain else []
+            else:
+                row["prompt_ids"] = data.render(own, text, "plain")
+        (out / "prompts.json").write_text(json.dumps(rows))
+
+    recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
+    return Artifact("asked", 1, recipe, make)
+
+
+def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
+    """Return {prompt id: [(text, did it end by itself), …]} of a model's own tokens."""
+    from beyond_dpo import data
+
+    tokenizer, found = data.load_tokenizer(model), {row["id"]: [] for row in prompts}
+    asked = {row["id"]: row["prompt_ids"] for row in prompts}
+    for line in (said.get() / "responses.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        before, whole = (tokenizer.decode(asked[row["id"]] + ids, skip_special_tokens=True)
+                         for ids in ([], row["response_ids"]))  # fmt: skip
+        ended = set(row["response_ids"][-1:]) <= set(tokenizer.all_special_ids)
+        found[row["id"]].append((whole[len(before) :], ended))  # a response alone may lose its first blank
+    return found
+
+
+def _written(world: config.World, prompts: list[dict]) -> dict:
+    """Return how the reviewers went on: whole sentences as in SFT, or where the first is too long its beginning."""
+    from beyond_dpo import data
+
+    tokenizer, (_, reviews, _) = data.load_tokenizer(assets.model_dir(world.target)), corpus.shuffled(world.dataset)
+    found = {}
+    for row in prompts:
+        text, cut = reviews[int(row["id"][1:])][0], len(row["prompt_ids"])
+        ids = corpus.opening(tokenizer, text, world)
+        whole = len(ids) >= cut + corpus.SHORTEST
+        ids = ids if whole else data.render(tokenizer, text, world.template)[: world.sft_tokens]
+        found[row["id"]] = [(tokenizer.decode(ids[cut:]), whole)]
+    return found
+
+
+def _recorded(source: config.Source) -> dict:
+    """Read recorded answers, {prompt: [(response, True), …]}: a file of JSON lines, or a data set on the hub.
+
+    A row holds "prompt" and "response" (several rows for several responses), or as WRPO's authors publish theirs
+    (AALF/ultrafeedback_wrpo) a list "chosen", whose first is the best source's. Each is a text, or turns of a chat.
+    """
+    path, found = Path(source.ref).expanduser(), {}
+    if path.is_file():
+        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    else:
+        import datasets
+
+        repo, commit = assets.resolve(source.ref).values()
+        rows = datasets.load_dataset(repo, revision=commit, split="train")
+    try:
+        for row in rows:
+            response = row["response"] if "response" in row else row["chosen"][0]
+            found.setdefault(_text(row["prompt"]), []).append((_text(response), True))
+    except (ValueError, LookupError, TypeError) as error:
+        wanted = '{"prompt": text, "response": text} a line'
+        raise config.ConfigError(
+            f"{source.ref}: row {sum(map(len, found.values()))} is not {wanted}: {error!r}"
+        ) from None
+    return found
+
+
+def _text(turns: str | dict | list) -> str:
+    """Return the last turn's text of a chat."""
+    return turns if isinstance(turns, str) else turns["content"] if isinstance(turns, dict) else _text(turns[-1])
+
+
+def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
+    """Ask an endpoint for every prompt; replies that came before an interruption are kept and not asked for again."""
+    from openai import OpenAI
+
+    kept, prompts = out / "checkpoints" / "replies.jsonl", dict.fromkeys(wording.values())
+    kept.parent.mkdir(exist_ok=True)
+    lines = kept.read_text().splitlines(keepends=True) if kept.exists() else []
+    found = dict(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half a line
+    kept.write_text("".join(json.dumps([text, found[text]]) + "\n" for text in found))
+    client, how = OpenAI(base_url=source.url), cfg.sampling
+
+    def ask(text: str) -> tuple:
+        reply = client.with_options(max_retries=6).chat.completions.create(
+            model=source.ref, messages=[{"role": "user", "content": source.ask.format(prompt=text) or text}],
+            n=cfg.world.samples, temperature=how.temperature, top_p=how.top_p, max_tokens=how.max_tokens,
+        )  # fmt: skip
+        return text, [(choice.message.content or "", choice.finish_reason == "stop") for choice in reply.choices]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool, open(kept, "a") as file:
+        asked = [pool.submit(ask, text) for text in prompts if text not in found]
+        try:
+            for reply in stages.watched(asked, f"asking {source.ref}"):
+                text, replies = reply.result()
+                found[text] = replies
+                file.write(json.dumps([text, replies]) + "\n")
+                file.flush()
+        except BaseException:  # an interrupt, too, ends the asking
+            pool.shutdown(cancel_futures=True)
+            raise
+    return found
+
+
+def _after(prompt: str, answer: str) -> str:
+    """Return what an answer adds to a text that it was asked to go on with, whether it begins with that text or not."""
+    answer = answer.strip()
+    return answer[len(prompt) :] if answer.startswith(prompt) else f" {answer}"

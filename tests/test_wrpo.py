@@ -1,0 +1,301 @@
+"""WRPO: sources, what is chosen of their responses, the quadruples, and what is trained on them, at profile smoke."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pandas as pd
+import pytest
+
+from beyond_dpo import assets, config, corpus, data, paths, sources, stages, workers, wrpo
+
+SMOKE = config.load("wrpo", "smoke", seeds=[0])
+KEY = "sk-not-to-be-found-anywhere"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("wrpo")
+        patch.setattr(paths, "ARTIFACTS", folder / "artifacts")
+        patch.setattr(paths, "FROZEN", folder / "frozen")
+        yield folder
+        workers.close()
+
+
+def lines(artifact, name="responses.jsonl"):
+    return [json.loads(line) for line in (artifact.get() / name).read_text().splitlines()]
+
+
+def with_source(**source):
+    """Return the configuration with one source only, called `one`."""
+    return config.load("wrpo", "smoke", known_sources={"one": source}, sources=["one"])
+
+
+def recorded(file, **source):
+    return with_source(kind="recorded", ref=str(file), **source)
+
+
+@pytest.fixture(scope="module")
+def wording(store):
+    tokenizer = data.load_tokenizer(assets.model_dir("tiny"))
+    prompts = stages.texts(SMOKE.world).json("prompts.json")
+    return [tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in prompts]
+
+
+# ---- sources
+
+
+def test_people_go_on_with_their_own_review(store):
+    texts, tokenizer = stages.texts(SMOKE.world), data.load_tokenizer(assets.model_dir("tiny"))
+    asked = {row["id"]: row["prompt_ids"] for row in texts.json("prompts.json")}
+    written = {" ".join(text.split()) for text, _ in corpus._halves("fixtures")[0]}
+    said = lines(sources.answers(SMOKE, "human"))
+    assert [line["id"] for line in said] == list(asked) and {line["sample"] for line in said} == {0}
+    for line in said:
+        whole = tokenizer.decode(asked[line["id"]] + line["response_ids"], skip_special_tokens=True)
+        assert len(line["response_ids"]) <= 16 and any(text.startswith(whole.strip()) for text in written)
+
+
+def test_a_chat_model_goes_on_where_the_text_stands(store):
+    asked, texts = sources._put(SMOKE, SMOKE.known_sources["chat"]), stages.texts(SMOKE.world)
+    tokenizer = data.load_tokenizer(assets.model_dir("tiny"))
+    for row, prompt in zip(asked.json("prompts.json"), texts.json("prompts.json"), strict=True):
+        text = tokenizer.decode(prompt["prompt_ids"], skip_special_tokens=True)
+        wanted = f"<s><|user|> Go on with this film review: {text}</s><|assistant|> {text}"
+        assert tokenizer.decode(row["prompt_ids"]) == wanted
+    said = lines(sources.answers(SMOKE, "chat"))
+    assert len(said) == 16 * 3 and {len(line["response_ids"]) for line in said} <= set(range(1, 17))
+
+
+def test_recorded_answers_are_matched_by_prompt(store, tmp_path, wording):
+    """As plain rows, or in the form of the data set that WRPO's authors published; unanswered prompts are counted."""
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "The best."}]
+    rows = [
+        {"prompt": wording[0], "response": "It is good."}, {"prompt": wording[0], "response": wording[0] + " is long."},
+        {"prompt": {"role": "user", "content": wording[1]}, "chosen": [turns, "The target's."], "rejected": ["Bad."]},
+        {"prompt": "asked by nobody", "response": "Nothing."},
+    ]  # fmt: skip
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    artifact = sources.answers(recorded(tmp_path / "answers.jsonl"), "one")
+    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    found = [decode(line["response_ids"]) for line in lines(artifact)]
+    assert found == [" It is good.</s>", " is long.</s>", " The best.</s>"]
+    assert artifact.manifest["facts"] == {"responses": 3, "unanswered": 14}
+
+
+def test_recorded_answers_that_are_none_say_so(store, tmp_path):
+    file = tmp_path / "answers.jsonl"
+    few = '{"prompt": "a", "response": "b"}\n'
+    for text, message in [('{"prompt": "a"}\n', "row 0 is not .*chosen"), (few + '{"pro', "row 1 is not"),
+                          (few, "source one answers none of the 16 prompts")]:  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(config.ConfigError, match=message):
+            sources.answers(recorded(file), "one").get()
+    with pytest.raises(assets.AssetError, match="no such folder or file"):
+        sources.answers(recorded(tmp_path / "missing.jsonl"), "one")
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny):
+    """Start a real OpenAI-compatible server with the tiny model; yield its address."""
+    pytest.importorskip("vllm")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny), "--port", str(port)]
+    command += ["--served-model-name", "tiny", "--enforce-eager", "--dtype", "float32", "--max-model-len", "256"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1"}
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)  # fmt: skip
+    end = time.monotonic() + 240
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+            break
+        except OSError:
+            assert child.poll() is None and time.monotonic() < end
+            time.sleep(0.5)
+    yield f"http://127.0.0.1:{port}/v1"
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def test_an_endpoint_is_asked_and_an_interrupted_run_goes_on(store, endpoint, monkeypatch, wording):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask="Go on: {prompt}")
+    artifact = sources.answers(cfg, "one")
+    assert artifact.key == sources.answers(with_source(kind="endpoint", ref="tiny", ask="Go on: {prompt}"), "one").key
+    kept = {text: [[f"said before {i}", True] for i in range(3)] for text in wording[:2]}
+    before = paths.ARTIFACTS / f"{artifact.key}.partial" / "checkpoints" / "replies.jsonl"
+    before.parent.mkdir(parents=True)
+    before.write_text("".join(json.dumps(item) + "\n" for item in kept.items()) + '["half a li')
+    said = lines(artifact)
+    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    assert len(said) == 16 * 3 and artifact.manifest["facts"] == {"responses": 48, "unanswered": 0}
+    assert [decode(line["response_ids"]) for line in said[:6]] == [f" said before {i}</s>" for i in (0, 1, 2)] * 2
+    assert len({tuple(line["response_ids"]) for line in said[6:]}) > 20, "sampled"
+    written = [path.read_bytes() for path in paths.ARTIFACTS.rglob("*") if path.is_file()]
+    assert len(written) > 10 and not any(KEY.encode() in content for content in written)
+
+
+def test_an_endpoint_needs_a_key_and_says_which(store, endpoint, monkeypatch):
+    cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask="Once more: {prompt}")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(Exception, match="OPENAI_API_KEY"):
+        sources.answers(cfg, "one").get()
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
+    with pytest.raises(Exception, match="401"):
+        sources.answers(cfg, "one").get()
+
+
+# ---- what is chosen
+
+
+def test_best_and_worst_by_hand():
+    """Ties are broken by the seed, the same each time; no preference without a response, or among equals."""
+    group = pd.DataFrame({"reward": [0.5, 2.0, -1.0, 2.0, -1.0]}, index=[10, 11, 12, 13, 14])
+    found = [wrpo.best_and_worst(group, f"prompt {i}") for i in range(40)]
+    assert {best for best, _ in found} == {11, 13} and {worst for _, worst in found} == {12, 14}
+    assert found == [wrpo.best_and_worst(group, f"prompt {i}") for i in range(40)]
+    assert wrpo.best_and_worst(group[:1], "a") == (10, 10), "one response is the best there is"
+    assert wrpo.best_and_worst(None, "a") is None and wrpo.best_and_worst(group.iloc[[1, 3]], "a") is None
+
+
+def test_y_ws_is_the_best_of_all_sources(store):
+    best, asked = wrpo.fusion(SMOKE, SMOKE.sources), stages.texts(SMOKE.world).json("prompts.json")
+    highest = {}
+    for name in SMOKE.sources:
+        answers = sources.answers(SMOKE, name)
+        said = {(line["id"], line["sample"]): line["response_ids"] for line in lines(answers)}
+        for score in lines(wrpo.scored(SMOKE, answers), "scores.jsonl"):
+            new = (score["reward"], name, said[score["id"], score["sample"]])
+            highest.setdefault(score["id"], []).append(new)
+    rows = data.read_rows(best.get() / "best.jsonl")
+    assert [row["id"] for row in rows] == [row["id"] for row in asked] and best.manifest["facts"]["dropped"] == 0
+    for row in rows:
+        best_of = max(reward for reward, _, _ in highest[row["id"]])
+        fits = [(name, ids) for reward, name, ids in highest[row["id"]] if reward == best_of]
+        assert (row["source"], row["responses"]["source_chosen"]) in fits and len(row["responses"]) == 1
+    assert sum(best.manifest["facts"]["wins"].values()) == 16 and len(best.manifest["facts"]["wins"]) == 2
+
+
+def test_thirds_share_no_prompt(store):
+    split, best = wrpo.thirds(SMOKE), wrpo.fusion(SMOKE, SMOKE.sources)
+    first, rest = ({row["id"] for row in split.json(f"{name}.json")} for name in ("first", "rest"))
+    assert (len(first), len(rest)) == (5, 11) and not first & rest
+    assert {row["id"] for row in data.read_rows(best.get() / "sft.jsonl")} == first
+    model = wrpo.target_sft(SMOKE, SMOKE.sources)
+    assert {
+        row["id"] for row in data.read_rows(wrpo.quadruples(SMOKE, SMOKE.sources, model).get() / "pairs.jsonl")
+    } <= rest
+
+
+def test_y_wt_and_y_l_are_target_sfts_own_best_and_worst(store):
+    model = wrpo.target_sft(SMOKE, SMOKE.sources)
+    answers, judged = wrpo.own(SMOKE, model)
+    said = {(line["id"], line["sample"]): line["response_ids"] for line in lines(answers)}
+    scores = pd.DataFrame(lines(judged, "scores.jsonl"))
+    rows = data.read_rows(wrpo.quadruples(SMOKE, SMOKE.sources, model).get() / "pairs.jsonl")
+    best = {row["id"]: row for row in data.read_rows(wrpo.fusion(SMOKE, SMOKE.sources).get() / "best.jsonl")}
+    assert len(rows) > 5
+    for row in rows:
+        here = scores[scores["id"] == row["id"]].set_index("sample")["reward"]
+        assert row["responses"]["source_chosen"] == best[row["id"]]["responses"]["source_chosen"]
+        for name, wanted in (("target_chosen", here.max()), ("rejected", here.min())):
+            assert row["responses"][name] in [said[row["id"], sample] for sample in here.index[here == wanted]]
+
+
+def test_prompts_without_a_preference_are_counted_and_dropped(store, tmp_path, wording):
+    """Two responses that are the same score alike; one alone is the best there is; most prompts have none."""
+    said = [
+        (wording[0], "Good."),
+        (wording[0], "Good."),
+        (wording[1], "Good."),
+        (wording[2], "Good."),
+        (wording[2], "B"),
+    ]
+    rows = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in said]
+    (tmp_path / "few.jsonl").write_text("".join(rows))
+    facts = wrpo.fusion(recorded(tmp_path / "few.jsonl"), ("one",)).manifest["facts"]
+    assert facts == {"wins": {"one": 2}, "dropped": 14}
+
+
+# ---- what is trained
+
+
+def test_main_result_compares_all_models_on_the_same_prompts(store):
+    table = wrpo.main_result(SMOKE).csv("responses.csv.gz")
+    names = ["Target", "Target-SFT", "Target-DPO", "Target-IPO", "Target-SimPO", "Target-SFT-DPO", "Target-SFT-WRPO"]
+    assert table["model"].unique().tolist() == names
+    assert (table.groupby("model")["prompt"].nunique() == SMOKE.world.test_prompts).all()
+    assert table[["gold", "reward", "vader", "logratio", "length"]].notna().all(axis=None)
+    assert table[table["model"] == "Target"]["logratio"].abs().max() < 0.02, "KL is that to the target"
+    assert not {"prompt_ids", "response_ids", "text", "id"} & set(table.columns)
+    ways = [wrpo.trained(SMOKE, "dpo", beta=0.1), wrpo.trained(SMOKE, "dpo", beta=0.1, base=stages.sft(SMOKE))]
+    ways += [wrpo.fused(SMOKE), wrpo.trained(SMOKE, "dpo", beta=0.1, responses=wrpo.OFF_POLICY)]
+    assert len({way.key for way in ways}) == 4 and wrpo.OFF_POLICY == ("source_chosen", "rejected")
+    shared = [key for key in ways[0].upstream if key.startswith("reference")]
+    assert len(shared) == 1 and all(shared[0] in way.upstream for way in ways[2:]), "one pass for all losses"
+
+
+def test_collected_responses_and_logs(store):
+    table = wrpo.collected(SMOKE).csv("responses.csv.gz")
+    assert set(table["source"]) == {"human", "chat", "Target-SFT"} and table["overlap"].between(0, 1).all()
+    assert table.columns.tolist() == ["reward", "length", "source", "prompt", "overlap", "chosen"]
+    chosen = table[table["chosen"]].groupby("prompt")["source"].agg(set)
+    assert (chosen.map(len) == 2).all(), "the best of the sources and the best of the target's own"
+    facts = wrpo.collected(SMOKE).json("facts.json")
+    assert sum(facts["sources"]["wins"].values()) == 16
+    log, gap = (wrpo.dynamics(SMOKE).csv(f"{name}.csv") for name in ("log", "gap"))
+    fused = log[log["model"] == "Target-SFT-WRPO"]
+    assert fused["alpha"].tolist() == pytest.approx([0.1 * step / len(fused) for step in range(len(fused))], abs=1e-6)
+    weighted = fused["alpha"] * fused["source_chosen_reward"] + (1 - fused["alpha"]) * fused["target_chosen_reward"]
+    assert fused["chosen_reward"].tolist() == pytest.approx(weighted.tolist(), abs=1e-5)
+    assert set(gap["model"]) == {"Target", "Target-SFT"} and set(gap["response"]) == set(config.FUSED)
+    assert (gap["nats"] < 0).all()
+
+
+def test_win_rate_by_hand():
+    """Of prompt 0 one sample wins and one ties, 3/4; of prompt 1 both lose: 3/8 in the mean, minus one half."""
+    rows = [("a", 0, 0, 2.0), ("a", 0, 1, 1.0), ("a", 1, 0, 0.0), ("a", 1, 1, 0.0),
+            ("b", 0, 0, 1.0), ("b", 0, 1, 1.0), ("b", 1, 0, 1.0), ("b", 1, 1, 1.0)]  # fmt: skip
+    table = pd.DataFrame(rows, columns=["model", "prompt", "sample", "gold"])
+    mean, low, high = wrpo.win_rate(table, "gold", "a", "b", seed=0)
+    assert mean == pytest.approx(3 / 8 - 1 / 2) and (low, high) == (-0.5, 0.25)
+    assert wrpo.win_rate(table, "gold", "b", "a", seed=0)[0] == pytest.approx(1 / 2 - 3 / 8)
+
+
+def test_the_papers_settings():
+    """papers: batch 128, SFT 7e-6, WRPO 3e-7, β 0.01, α to 0.1, a third for SFT, 5 samples of ten sources."""
+    cfg = config.load("wrpo", "paper")
+    assert (cfg.train.lr, cfg.train.beta, cfg.train.alpha, cfg.train.dynamic) == (3e-7, 0.01, 0.1, True)
+    assert cfg.sft.lr == 7e-6 and cfg.train.global_batch == cfg.sft.global_batch == 128 and cfg.train.zero == 3
+    assert (cfg.sampling.temperature, cfg.sampling.top_p, cfg.world.samples) == (0.8, 0.95, 5)
+    assert len(cfg.sources) == 10 and {cfg.known_sources[name].kind for name in cfg.sources} == {"model"}
+    assert (cfg.train.max_prompt, cfg.train.max_length, cfg.train.warmup, cfg.sft_share) == (1800, 2048, 0.1, 1 / 3)
+    assert (
+        "gemma" not in config.load("wrpo", "cpu").sources
+        and "Gemma" in config.load("wrpo", "cpu").known_sources["gemma"].terms
+    )
+
+
+def test_an_unknown_source_is_refused():
+    with pytest.raises(config.ConfigError, match="unknown source 'chatt'; did you mean 'chat'?"):
+        config.load("wrpo", "smoke", sources=["human", "chatt"])
+
+
+def test_quadruples_of_three_kinds_of_training_are_packed(store, monkeypatch):
+    """Every row's prompt stands once in the batch, whatever the number of responses."""
+    rows = data.read_rows(
+        wrpo.quadruples(SMOKE, SMOKE.sources, wrpo.target_sft(SMOKE, SMOKE.sources)).get() / "pairs.jsonl"
+    )
+    for names in (config.FUSED, wrpo.OWN):
+        batch = data.pack(rows, list(names), 2)
+        lengths = [len(row["prompt_ids"]) + sum(len(row["responses"][name]) for name in names) for row in rows]
+        assert int((batch["attention_mask"].diagonal(dim1=-2, dim2=-1)).sum()) >= sum(lengths)
+        assert len(batch["tokens"]) == len(names) * len(rows)
