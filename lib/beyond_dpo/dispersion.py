@@ -3,8 +3,6 @@
 A prompt whose answers the reference model is sure of has a small dispersion index phi; -log phi weights its pair.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 
