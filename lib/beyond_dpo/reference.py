@@ -106,23 +106,18 @@ def load_scorer(folder: str, precision: str) -> ResponseScorer:
     return ResponseScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), precision)
 
 
-def by_length(rows: list[dict], names: list[str], size: int) -> list[list[int]]:
-    """Group row indices into batches of `size` rows of similar length, the longest first (memory fails early)."""
-    order = sorted(range(len(rows)), key=lambda i: (-data.length(rows[i], names), i))
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
 @torch.no_grad()
 def score_rows(scorer: ResponseScorer, rows: list[dict], names: list, *, pad_id: int, micro_batch: int = 16) -> dict:
     """Return logps, tokens and entropies of `rows` in their order, each float32 (len(rows), len(names)) on the CPU."""
     scorer.eval()
     out = {k: torch.full((len(rows), len(names)), float("nan")) for k in ("logps", "tokens", "entropies")}
-    done = 0
-    for batch in by_length(rows, names, micro_batch):
+    # similar lengths together, the longest first: too little memory shows at once
+    order = sorted(range(len(rows)), key=lambda i: -data.length(rows[i], names))
+    for start in range(0, len(rows), micro_batch):
+        batch = order[start : start + micro_batch]
         for k, v in scorer.score([rows[i] for i in batch], names, pad_id, entropy=True).items():
             out[k][batch] = v.view(len(names), len(batch)).T.float().cpu()
-        done += len(batch)
-        launch.progress(done, len(rows))
+        launch.progress(start + len(batch), len(rows))
     if not out["logps"].isfinite().all():
         bad = [rows[i]["id"] for i in (~out["logps"].isfinite()).any(1).nonzero()[:5, 0].tolist()]
         raise ValueError(f"the log-probabilities of rows {bad} are not finite (packed, one spoils its line)")
