@@ -170,14 +170,13 @@ class TransformersBackend:
     """transformers' generate(), for machines without vLLM."""
 
     def __init__(self, model: str, decoding: dict, seed: int):
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.decoding, self.end, dtype = decoding, _end_tokens(model), getattr(torch, decoding["dtype"])
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True).to(device).eval()
+        self.decoding, self.end = decoding, _end_tokens(model)
+        self.scorer = reference.load_scorer(model, dtype=getattr(torch, decoding["dtype"])).eval()
+        self.model = self.scorer.model
         # without the model's own sampling defaults, which vLLM does not follow either
         self.model.generation_config = GenerationConfig(eos_token_id=self.end, pad_token_id=self.end[0])
-        self.scorer = reference.ResponseScorer(self.model)
 
     @torch.no_grad()
     def swap(self, tensors) -> None:

@@ -98,11 +98,11 @@ class ResponseScorer(torch.nn.Module):
         return picked, -(logps.exp() * logps).sum(-1) / math.log(logits.shape[-1])
 
 
-def load_scorer(folder: str, precision: str) -> ResponseScorer:
-    """Return the scorer of a model folder: weights in float32, on the accelerator if there is one."""
+def load_scorer(folder: str, precision: str = "fp32", dtype: torch.dtype = torch.float32) -> ResponseScorer:
+    """Return the scorer of a model folder: weights in `dtype`, on the accelerator if there is one."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return ResponseScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), precision)
 
 
