@@ -228,8 +228,8 @@ class Scorer:
             said = [(lines[i]["id"], lines[i]["response_ids"]) for i in picked]
             rows = [{"id": name, "prompt_ids": asked[name], "responses": {"said": ids}} for name, ids in said]
             self._reference = self._reference or reference.load_scorer(self.target, self.precision)
-            found = reference.score_rows(self._reference, rows, ["said"], pad_id=tokenizer.pad_token_id)
-            logps = dict(zip(picked, found["logps"][:, 0].tolist(), strict=True))
+            found = reference.score_rows(self._reference, [*rows.values()], ["said"], pad_id=tokenizer.pad_token_id)
+            logps = dict(zip(rows, found["logps"][:, 0].tolist(), strict=True))
         with open(out, "w") as f:
             for i, r in enumerate(lines):
                 said = r["response_ids"]
