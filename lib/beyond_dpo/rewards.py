@@ -144,11 +144,10 @@ class Classifier:
         return scores
 
     def _ids(self, text: str | list[dict]) -> list[int]:
-        chat = isinstance(text, list)
-        if chat:  # a rendered chat already holds its special tokens, BOS included
-            text = self.tokenizer.apply_chat_template(text, tokenize=False)
-        options = {"truncation": True, "max_length": self.max_tokens, "add_special_tokens": not chat}
-        return self.tokenizer(text, **options)["input_ids"]
+        cut = {"truncation": True, "max_length": self.max_tokens}
+        if isinstance(text, list):
+            return self.tokenizer.apply_chat_template(text, return_dict=False, **cut)
+        return self.tokenizer(text, **cut)["input_ids"]
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -221,12 +220,11 @@ class Scorer:
         lines = [json.loads(line) for line in Path(responses).read_text().splitlines()]
         texts = [tokenizer.decode(asked[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
         table = {name: reward.score(texts) for name, reward in self.rewards.items()}
-        referenced = set(list(asked)[:reference_prompts])
-        picked = [i for i, r in enumerate(lines) if r["id"] in referenced and r["response_ids"]]
-        logps = {}
-        if picked:
-            said = [(lines[i]["id"], lines[i]["response_ids"]) for i in picked]
-            rows = [{"id": name, "prompt_ids": asked[name], "responses": {"said": ids}} for name, ids in said]
+        referenced, rows, logps = set(list(asked)[:reference_prompts]), {}, {}
+        for i, r in enumerate(lines):
+            if r["id"] in referenced and r["response_ids"]:
+                rows[i] = {"id": r["id"], "prompt_ids": asked[r["id"]], "responses": {"said": r["response_ids"]}}
+        if rows:
             self._reference = self._reference or reference.load_scorer(self.target, self.precision)
             found = reference.score_rows(self._reference, [*rows.values()], ["said"], pad_id=tokenizer.pad_token_id)
             logps = dict(zip(rows, found["logps"][:, 0].tolist(), strict=True))
