@@ -5,8 +5,6 @@ The paper states the arms' rewards (Table 4), the 16 pairs (Table 5), full-batch
 uniform reference, the mean (not the sum) over pairs, and a smoothing of the φ link that ends at |s| = 0.05.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numba import njit
 from scipy.special import rel_entr, softmax
@@ -22,12 +20,12 @@ PAIRS = (
     (2, 4), (1, 4), (1, 4), (0, 1), (2, 4), (0, 4), (0, 3), (0, 4),
     (3, 4), (1, 3), (1, 0), (1, 4), (0, 2), (2, 4), (2, 3), (3, 1),
 )  # fmt: skip
+PHI, EPSILON = 0.05, 0.05  # dispersion index, half width of the smoothing
 
 
 def train(
-    betas, *, link: str, steps: int = 500_000, lr: float = 5e-3, phi: float = 0.05, epsilon: float = 0.05,
-    record_every: int = 100,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    betas, *, link: str, steps: int = 500_000, lr: float = 5e-3, record_every: int = 100
+) -> tuple[np.ndarray, np.ndarray]:
     """Train one policy per β on the 16 pairs: full-batch gradient descent in float64, compiled, on one core.
 
     Eq. 7 and 9, arXiv 2405.14953:  mean of -log g(s),  s = β (θ_winner - θ_loser), as a uniform reference and the
@@ -38,7 +36,6 @@ def train(
 
     Args:
         betas: (k,) strengths of the KL penalty, > 0. lr: > 0. steps: a multiple of record_every.
-        phi: dispersion in (0, 1) and epsilon: ε > 0; "dpo" uses neither.
     Returns:
         (n,) int64, the steps done at each record: 0, record_every, ..., steps; (n, k, 5) float64, the arms'
         probabilities then.
@@ -50,18 +47,14 @@ def train(
     betas = np.asarray(betas, dtype=float)
     if betas.ndim != 1 or not betas.size:
         raise ValueError(f"betas must be a list of at least one number, got shape {betas.shape}")
-    for name, value in (("betas", betas), ("lr", lr), ("epsilon", epsilon)):
+    for name, value in (("betas", betas), ("lr", lr)):
         if not np.all((0 < value) & (value < np.inf)):
             raise ValueError(f"{name} must be positive and finite, got {value!r}")
-    if not 0 < phi < 1:
-        raise ValueError(f"phi must lie between 0 and 1, both excluded, got {phi!r}")
-    if not record_every >= 1 or record_every % 1:
-        raise ValueError(f"record_every must be a whole number of at least 1, got {record_every!r}")
-    if not steps >= 1 or steps % record_every:
+    if record_every < 1 or steps < 1 or steps % record_every:
         raise ValueError(f"steps must be a positive multiple of record_every ({record_every}), got {steps!r}")
-    logits = np.zeros((int(steps // record_every) + 1, len(betas), 5))
-    _descend(logits, betas, link == "dpo", int(record_every), float(lr), float(phi), float(epsilon))
-    return np.arange(len(logits)) * int(record_every), softmax(logits, -1)
+    logits = np.zeros((steps // record_every + 1, len(betas), 5))
+    _descend(logits, betas, link == "dpo", record_every, float(lr))
+    return np.arange(len(logits)) * record_every, softmax(logits, -1)
 
 
 def reward(probs) -> np.ndarray:
@@ -75,23 +68,23 @@ def kl(probs) -> np.ndarray:
 
 
 @njit  # not cache=True: compiling takes a second, and where no folder can be written that would fail to import
-def _phi_link(t, phi):
+def _phi_link(t):
     """Return (q, u, v) with 1 - g(t) = g(-t) = q u and slope g'(t) = g'(-t) = -q v, at t > 0 (Eq. 9 and 12).
 
     q = φ^t is kept apart: at large t, g(-t) is too small for a float, but the slope of log g there, -v/u, is not.
     """
-    q = np.exp(t * np.log(phi))
-    b, c = 1 / (1 - q), 1 / (1 - phi * q)
-    return q, t * b - (t + 1) * phi * c, b - phi * c + np.log(phi) * (t * b * b - (t + 1) * phi * c * c)
+    q = np.exp(t * np.log(PHI))
+    b, c = 1 / (1 - q), 1 / (1 - PHI * q)
+    return q, t * b - (t + 1) * PHI * c, b - PHI * c + np.log(PHI) * (t * b * b - (t + 1) * PHI * c * c)
 
 
 @njit  # loops over arms, as array expressions here would take three times as long to compile
-def _descend(logits, betas, dpo, every, lr, phi, epsilon):
+def _descend(logits, betas, dpo, every, lr):
     """Descend from 0 for each β; put the logits after every `every` steps into logits (n, k, 5), but for row 0."""
-    q, u, v = _phi_link(epsilon, phi)
+    q, u, v = _phi_link(EPSILON)
     gap, slope = 0.5 - q * u, -q * v
-    a3 = (slope * epsilon - gap) / (2 * epsilon**3)
-    a1 = gap / epsilon - a3 * epsilon**2
+    a3 = (slope * EPSILON - gap) / (2 * EPSILON**3)
+    a1 = gap / EPSILON - a3 * EPSILON**2
     rise = np.zeros(5)
     for k in range(len(betas)):
         theta = np.zeros(5)
@@ -102,10 +95,10 @@ def _descend(logits, betas, dpo, every, lr, phi, epsilon):
                     # h = d log g / ds; the loss falls along beta * h * (winner up, loser down)
                     if dpo:
                         h = 1 / (1 + np.exp(s))
-                    elif abs(s) < epsilon:
+                    elif abs(s) < EPSILON:
                         h = (a1 + 3 * a3 * s * s) / (0.5 + a1 * s + a3 * s**3)
                     else:
-                        q, u, v = _phi_link(abs(s), phi)
+                        q, u, v = _phi_link(abs(s))
                         h = -v / u if s < 0 else -q * v / (1 - q * u)
                     rise[winner] += h
                     rise[loser] -= h
