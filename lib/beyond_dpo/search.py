@@ -99,14 +99,9 @@ def golden_section(evaluate: Callable, bracket: tuple[float, float], evaluations
 
     mean(0.0)
     a, b = math.log1p(low), math.log1p(high)
-    c, d = b - GOLDEN * (b - a), a + GOLDEN * (b - a)
-    while len(rewards) < evaluations and d - c > 0.01:
-        if mean(c) >= mean(d):
-            b, d = d, c
-            c = b - GOLDEN * (b - a)
-        else:
-            a, c = c, d
-            d = a + GOLDEN * (b - a)
+    while len(rewards) < evaluations and b - a > 0.042:
+        c, d = b - GOLDEN * (b - a), a + GOLDEN * (b - a)  # one of them was a place before, and is not sampled again
+        a, b = (a, d) if mean(c) >= mean(d) else (c, b)
     alphas, table = list(rewards), np.stack(list(rewards.values()))
     generator = np.random.default_rng(seed)
     draws = generator.integers(table.shape[1], size=(2000, table.shape[1]))
