@@ -94,19 +94,14 @@ def interpolation(cfg) -> dict[str, Line]:
 
 def recipes(cfg) -> dict[str, Line]:
     """Return the lines of models trained longer, faster, by other optimizers and with another β (ACL Table 4)."""
-    changes = {"default": {}} | changed(cfg)
-    models = {name: stages.aligned(cfg, cfg.recipe_fraction, cfg.seeds[0], **c) for name, c in changes.items()}
-    return {name: Line(stages.sft(cfg), model, cfg.recipe_alphas) for name, model in models.items()}
-
-
-def changed(cfg) -> dict[str, dict]:
-    """Return what each of the profile's recipes changes in cfg.train."""
     lr, beta = cfg.train.lr, cfg.train.beta
-    changes = {"2 epochs": {"epochs": 2}, "3 epochs": {"epochs": 3}}
-    changes |= {f"learning rate × {k}": {"lr": k * lr} for k in (2, 4)}
+    changes = {"default": {}, "2 epochs": {"epochs": 2}, "3 epochs": {"epochs": 3}}
+    changes |= {"learning rate × 2": {"lr": 2 * lr}, "learning rate × 4": {"lr": 4 * lr}}
     changes |= {"AdaGrad": {"optimizer": "adagrad"}, "RMSprop": {"optimizer": "rmsprop"}}
     changes |= {"β × 0.1": {"beta": beta / 10}, "β × 10": {"beta": beta * 10}}
-    return {name: changes[name] for name in cfg.recipes}
+    train = partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
+    models = {name: train(**changes[name]) for name in ("default", *cfg.recipes)}
+    return {name: Line(stages.sft(cfg), model, cfg.recipe_alphas) for name, model in models.items()}
 
 
 def data_quality(cfg) -> dict[str, Line]:
