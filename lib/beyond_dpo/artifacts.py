@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import platform
 import re
@@ -66,7 +65,7 @@ class Artifact:
     def __post_init__(self):
         if not re.fullmatch(r"[a-z0-9_-]+", self.stage):
             raise ValueError(f"stage {self.stage!r}: use lower-case letters, digits, '_' and '-' only")
-        recipe = {"stage": self.stage, "version": self.version, "inputs": _canonical(self.inputs, "inputs")}
+        recipe = {"stage": self.stage, "version": self.version, "inputs": _canonical(self.inputs)}
         object.__setattr__(self, "recipe", recipe)
         object.__setattr__(self, "key", f"{self.stage}-{digest(recipe)[:16]}")
 
@@ -228,23 +227,18 @@ def _verify(folder: Path, key: str) -> None:
             raise DamagedArtifact(f"damaged {path}: expected sha256 {entry['sha256']}, found {sha256(path)}")
 
 
-def _canonical(value, where: str):
-    """Return `value` as plain JSON in which equal values are written alike; `where` names the place in errors."""
-    if isinstance(value, Artifact):
-        return value.key
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}: only finite numbers can enter a key")
-        return int(value) if value.is_integer() else float(value)
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, list | tuple):
-        return [_canonical(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if isinstance(value, dict) and all(isinstance(name, str) for name in value):
-        return {name: _canonical(item, f"{where}.{name}") for name, item in value.items()}
-    if isinstance(value, os.PathLike):
-        raise TypeError(f"{where} is the path {os.fspath(value)!r}: paths never enter a key; use assets.resolve(...)")
-    raise TypeError(f"{where} is {value!r}: use None, bool, int, float, str, list, dict with str keys, or Artifact")
+def _canonical(inputs: dict):
+    """Return `inputs` as plain JSON in which equal values are written alike."""
+
+    def key(value) -> str:
+        if isinstance(value, Artifact):
+            return value.key
+        raise TypeError(f"{value!r} cannot enter a key: use JSON values, Artifacts, and assets.resolve(...) for paths")
+
+    def number(digits: str) -> int | float:
+        return int(float(digits)) if float(digits).is_integer() else float(digits)
+
+    return json.loads(json.dumps(inputs, default=key, allow_nan=False), parse_float=number)
 
 
 @contextmanager
