@@ -384,11 +384,11 @@ def test_watch_reads_reports(tmp_path):
         return json.dumps({"event": event, **known, **fields}) + "\n"
 
     assert told(line("hit", score)) == ""
-    assert told(line("start", train, seconds=None)) == " · train-ab12cd · for 0 s"
+    assert told(line("start", train)) == " · train-ab12cd · for 0 s"
     half = line("progress", fraction=0.434, eta=130.2)
     assert told(half[:20]) == " · train-ab12cd · for 0 s"
     assert told(half[20:]) == " · train-ab12cd · job · 43 % · 2 min 10 s left"
-    assert told(line("done", train, seconds=60)) == ""
+    assert told(line("done", train)) == ""
     assert told(line("hit", train)) == ""
     assert (watch.computed, watch.found - watch.computed) == ({train}, {score})
     assert "job · 50 %" in told(line("progress", fraction=0.5, eta=None))

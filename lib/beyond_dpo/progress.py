@@ -1,7 +1,7 @@
-"""Say what a notebook would run, and what it is doing: its kernel and the stages report, the runner follows.
+"""Say what a notebook would run, and what it is doing: artifacts and child processes report, the runner follows.
 
-Reports are JSON lines {event, stage, key, seconds, fraction, eta} in the file that BEYOND_DPO_PROGRESS names. Events:
-start, wait, hit and done of an artifact, and progress (fraction in [0, 1], eta in seconds) of the one that runs.
+Reports are JSON lines in the file that BEYOND_DPO_PROGRESS names: {event, stage, key} for start, wait, hit and done of
+an artifact, and {event, stage, fraction, eta} (fraction in [0, 1], eta in seconds) for progress of the one that runs.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import threading
 import time
 from pathlib import Path
 
-from beyond_dpo import artifacts, config, launch, paths
+from beyond_dpo import artifacts, config, paths
 
 
 def planned(nb, values: dict) -> list[str]:
@@ -49,13 +49,8 @@ def planned(nb, values: dict) -> list[str]:
     ]
 
 
-def listen() -> None:
-    """Report this process's artifacts, and write its log to BEYOND_DPO_LOG; the runner's kernels start with it."""
-
-    def report(event, artifact, seconds):
-        launch.tell(event=event, stage=artifact.stage, key=artifact.key, seconds=seconds)
-
-    artifacts.listeners.append(report)
+def log_to_file() -> None:
+    """Write this process's log to BEYOND_DPO_LOG; the runner's kernels start with it."""
     logging.basicConfig(filename=os.environ["BEYOND_DPO_LOG"], level=logging.INFO)
 
 
@@ -69,7 +64,6 @@ class Watch:
     def __init__(self, title: str, reports: Path):
         self.title, self.reports, self.cell, self.peak = title, reports, "", 0
         self.running, self.computed, self.found = {}, set(), set()
-        self.spent = []  # (stage, seconds) of each that was computed
         self._offset, self._printed, self._stop = 0, (0.0, ""), threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -127,7 +121,6 @@ class Watch:
             began = self.running.pop(key, (time.monotonic(),))[0]
             if told["event"] == "done":
                 self.computed.add(key)
-                self.spent.append((told["stage"], told["seconds"]))
             elif told["event"] == "hit":
                 self.found.add(key)
             elif told.get("fraction") != 1 or key != told["stage"]:  # a job outside of any artifact ends at 1

@@ -127,7 +127,7 @@ def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path) -> 
     class Kernel(AsyncKernelManager):
         @property
         def kernel_spec(self):  # whatever a `python3` kernel installed on this machine may start
-            start = "--IPKernelApp.exec_lines=__import__('beyond_dpo.progress').progress.listen()"
+            start = "--IPKernelApp.exec_lines=__import__('beyond_dpo.progress').progress.log_to_file()"
             quiet = "--IPKernelApp.log_level=ERROR"  # each start would warn that the loopback is not encrypted
             return KernelSpec(**get_kernel_dict([start, quiet]))
 
@@ -205,9 +205,9 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that Watch can end them
-    rows, spent = [], []
+    rows = []
     for i, (path, nb, values, profile) in enumerate(plan, 1):
-        rows.append(_run(f"[{i}/{len(plan)}] {path.stem}", path, nb, values, profile, options, spent))
+        rows.append(_run(f"[{i}/{len(plan)}] {path.stem}", path, nb, values, profile, options))
         if rows[-1]["status"] == "interrupted":
             return 130
     import pandas as pd
@@ -215,9 +215,6 @@ def main(arguments: list[str] | None = None) -> int:
     total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
     total |= {name: sum(row[name] for row in rows) for name in ("seconds", "computed", "found")}
     print(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
-    sums = pd.DataFrame(spent, columns=["stage", "s"]).groupby("stage", sort=False)["s"].agg(["size", "sum"])
-    if parts := [f"{stage} {count} in {progress.duration(s)}" for stage, count, s in sums.itertuples() if s >= 1]:
-        print("computed:", " · ".join(parts))
     return int(any(row["status"] != "ok" for row in rows))
 
 
@@ -243,7 +240,7 @@ def _plan(options) -> list[tuple]:
     return plan
 
 
-def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, spent: list) -> dict:
+def _run(title: str, path: Path, nb, values: dict, profile: str | None, options) -> dict:
     folder = paths.ARTIFACTS / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
@@ -271,7 +268,6 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
         signal.signal(signal.SIGTERM, before)
         reports.close()
     seconds = time.time() - began
-    spent += watch.spent
     print(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note), file=sys.stderr, flush=True)
     row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}
     return row | {"computed": len(watch.computed), "found": len(watch.found - watch.computed), "status": status}
