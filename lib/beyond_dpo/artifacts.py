@@ -62,8 +62,6 @@ class Artifact:
     key: str = field(init=False)
 
     def __post_init__(self):
-        if not re.fullmatch(r"[a-z0-9_-]+", self.stage):
-            raise ValueError(f"stage {self.stage!r}: use lower-case letters, digits, '_' and '-' only")
         recipe = {"stage": self.stage, "version": self.version, "inputs": _canonical(self.inputs)}
         object.__setattr__(self, "recipe", recipe)
         object.__setattr__(self, "key", f"{self.stage}-{digest(recipe)[:16]}")
@@ -148,14 +146,12 @@ class Artifact:
         finally:
             upstream = _upstream.pop()
         seconds = round(time.monotonic() - began - upstream, 3)
-        if not isinstance(facts, dict):
-            raise TypeError(f"make of stage '{self.stage}' returned {facts!r}: return a dict of facts or None")
         facts = json.loads(json.dumps(facts))  # as a reader will see it; fails here, the checkpoints still there
         for path in [partial / "checkpoints", *partial.rglob(".*")]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         (partial / "manifest.json").unlink(missing_ok=True)  # of an attempt that died before the rename
         made = sorted(path for path in partial.rglob("*") if path.is_file())
-        files = {p.relative_to(partial).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in made}
+        files = {path.relative_to(partial).as_posix(): _content(path) for path in made}
         manifest = self.recipe | {"key": self.key, "facts": facts, "seconds": seconds} | made_with
         manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
         text = json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
@@ -221,11 +217,13 @@ def _verify(folder: Path, key: str) -> None:
         raise DamagedArtifact(f"damaged {path}: expected {expected}, found {found}")
     for name, entry in files.items():
         path = folder / name
-        size = path.stat().st_size if path.is_file() else "no such file"
-        if size != entry["bytes"]:
-            raise DamagedArtifact(f"damaged {path}: expected {entry['bytes']} bytes, found {size}")
-        if sha256(path) != entry["sha256"]:
-            raise DamagedArtifact(f"damaged {path}: expected sha256 {entry['sha256']}, found {sha256(path)}")
+        content = _content(path) if path.is_file() else "no such file"
+        if content != entry:
+            raise DamagedArtifact(f"damaged {path}: expected {entry}, found {content}")
+
+
+def _content(path: Path) -> dict:
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def _canonical(inputs: dict):
@@ -246,17 +244,13 @@ def _canonical(inputs: dict):
 def _lock(artifact: Artifact) -> Iterator[None]:
     """Hold the artifact's lock file; the system lets go of it however the process ends."""
     paths.ARTIFACTS.mkdir(parents=True, exist_ok=True)
-    with open(paths.ARTIFACTS / f"{artifact.key}.lock", "a+", encoding="utf-8") as file:
+    with open(paths.ARTIFACTS / f"{artifact.key}.lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            log.warning("waiting for %s, which %s is computing", artifact.key, file.read() or "another process")
+            log.warning("waiting for %s, which another process is computing", artifact.key)
             artifact._tell("wait")
             fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
         yield
 
 
