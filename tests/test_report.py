@@ -12,7 +12,10 @@ import pytest
 from beyond_dpo import paths, report
 
 NOTEBOOK = "11_expo_headline"
-ROW = {"claim": "ExPO lifts DPO", "paper": 2.6, "paper_source": "Table 1", "ours": 2.0, "low": 1.5, "high": 2.5}
+
+
+def claim(text="ExPO lifts DPO", ours=(2.0, 1.5, 2.5), **how):
+    return report.claim(text, 2.6, "Table 1", ours, **how)
 
 
 @pytest.fixture
@@ -78,8 +81,8 @@ def test_verdict_refuses(arguments, extra, message):
 def test_a_sign_without_a_number():
     assert report.verdict("-", -2.0, -3.0, -1.0) == "direction" and report.verdict("-", 2.0) == "not reproduced"
     assert report.verdict("+", 2.0, -1.0, 3.0) == "not reproduced" and report.verdict("+", None) == "not run"
-    row = {"claim": "c", "paper": "-", "paper_source": "text", "ours": -1.0}
-    assert report.compare([row])["paper"].tolist() == ["-"]
+    row = report.claim("c", "-", "text", -1.0)
+    assert (row["paper"], row["verdict"]) == ("-", "direction")
 
 
 def test_the_readme_shows_the_frozen_scoreboard(tmp_path):
@@ -89,20 +92,20 @@ def test_the_readme_shows_the_frozen_scoreboard(tmp_path):
     assert not report.update_readme(copy)
 
 
-def test_compare_names_the_claim_and_the_column():
-    df = report.compare([ROW, ROW | {"claim": "b", "ours": None, "low": None, "high": None}])
+def test_claims_become_a_table_and_name_what_is_wrong(project):
+    df = report.record(NOTEBOOK, [claim(), claim("b", None)], "cpu")
     assert list(df["verdict"]) == ["direction", "not run"]
     assert list(df.columns) == list(report.COLUMNS)
-    with pytest.raises(ValueError, match=r"'ExPO lifts DPO': \['tolerence'\]"):
-        report.compare([ROW | {"tolerence": 1}])
-    with pytest.raises(ValueError, match=r"\['ours'\]"):
-        report.compare([{name: value for name, value in ROW.items() if name != "ours"}])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'tolerence'"):
+        claim(tolerence=1)
+    with pytest.raises(TypeError, match="'ours'"):
+        report.claim("it rises", 2.6, "Table 1")
     with pytest.raises(ValueError, match="'ExPO lifts DPO': ours is nan"):
-        report.compare([ROW | {"ours": float("nan")}])
+        claim(ours=(float("nan"), 1.5, 2.5))
 
 
-def test_tables_repeat_escape_and_round():
-    df = report.compare([ROW | {"claim": "a < b & <script>", "ours": 1.23456}])
+def test_tables_repeat_escape_and_round(project):
+    df = report.record(NOTEBOOK, [claim("a < b & <script>", (1.23456, 1.5, 2.5))], "cpu")
     first, second = report.show(df, "caption <i>"), report.show(df.copy(), "caption <i>")
     html = first._repr_html_()
     assert html == second._repr_html_()
@@ -110,16 +113,16 @@ def test_tables_repeat_escape_and_round():
     assert "a &lt; b &amp; &lt;script&gt;" in html and "<script>" not in html and "caption &lt;i&gt;" in html
     assert "1.235" in html and "1.2346" not in html and report.SHADES["direction"] in html
     assert "None" not in html + repr(first) and "tolerance" not in html
-    assert "sign_only" in report.show(report.compare([ROW | {"sign_only": True}]), "c")._repr_html_()
+    assert "sign_only" in report.show(pd.DataFrame([claim(sign_only=True)]), "c")._repr_html_()
     assert html != report.show(df, "another caption")._repr_html_()
 
 
 def test_claim_rows():
     row = report.claim("it rises", 1.5, "Table 1", (2.0, 1.0, 3.0), sign_only=True)
-    assert report.compare([row])["verdict"].tolist() == ["direction"] and (row["low"], row["high"]) == (1.0, 3.0)
+    assert (row["verdict"], row["low"], row["high"]) == ("direction", 1.0, 3.0)
     (alone, none) = report.claim("12 of 12", 12, "t", np.int64(12)), report.claim("later", "+", "t", None)
     assert alone["ours"] == 12.0 and alone["low"] is None
-    assert report.compare([alone, none])["verdict"].tolist() == ["reproduced", "not run"]
+    assert [alone["verdict"], none["verdict"]] == ["reproduced", "not run"]
 
 
 def test_published_tables_are_read_as_printed():
@@ -134,18 +137,16 @@ def test_published_tables_are_read_as_printed():
     assert table.loc["DPO 10% data + ExPO", "reward"] == 6.57
     assert table.loc["DPO 10% data + ExPO", "delta_reward"] == 2.6
     assert report.published("expo_table3")["optimal_alpha"].iloc[0] == 8
-    with pytest.raises(FileNotFoundError, match="did you mean 'expo_table1'"):
+    with pytest.raises(FileNotFoundError, match="published/expo_tabel1.csv"):
         report.published("expo_tabel1")
 
 
 def test_scoreboard_prefers_the_highest_profile(project):
     """cpu and smoke ran claim a; gpu ran a and left b out; b therefore comes from cpu."""
-    a, b = ROW | {"claim": "a"}, ROW | {"claim": "b"}
-    nothing = {"ours": None, "low": None, "high": None}
     for profile, rows in {
-        "smoke": [a | {"ours": 99.0, "high": 99.0}, ROW | {"claim": "smoke only"}],
-        "cpu": [a, b],
-        "gpu": [a | {"ours": 2.25}, b | nothing],
+        "smoke": [claim("a", (99.0, 1.5, 99.0)), claim("smoke only")],
+        "cpu": [claim("a"), claim("b")],
+        "gpu": [claim("a", (2.25, 1.5, 2.5)), claim("b", None)],
     }.items():
         report.record(NOTEBOOK, rows, profile, keys=["score-1", "score-1"])
         freeze(project, NOTEBOOK, profile)
@@ -154,26 +155,24 @@ def test_scoreboard_prefers_the_highest_profile(project):
         ["a", "gpu", 2.25, "direction"],
         ["b", "cpu", 2.0, "direction"],
     ]
-    report.record(NOTEBOOK, [a | {"ours": 2.5}], "gpu")
+    report.record(NOTEBOOK, [claim("a", (2.5, 1.5, 2.5))], "gpu")
     assert report.scoreboard().equals(board), "local runs must not change the committed scoreboard"
     assert report.scoreboard(local=True)["ours"].tolist() == [2.5, 2.0]
-    report.record(NOTEBOOK, [a | {"claim": "a, in other words"}], "gpu")  # a claim was reworded since the freeze
+    report.record(NOTEBOOK, [claim("a, in other words")], "gpu")  # a claim was reworded since the freeze
     assert report.scoreboard(local=True)["claim"].tolist() == ["a", "b", "a, in other words"]
 
 
 def test_record_writes_plain_json(project):
-    df = report.record(NOTEBOOK, report.compare([ROW | {"low": None, "high": None}]), "cpu", keys=["k-1", "k-1", "k-2"])
+    df = report.record(NOTEBOOK, [claim(ours=2.0)], "cpu", keys=["k-1", "k-1", "k-2"])
     content = json.loads(report.claims_path(NOTEBOOK, "cpu").read_text())
     assert content["keys"] == ["k-1", "k-2"] and content["claims"][0]["low"] is None
     assert content["claims"][0]["verdict"] == df["verdict"][0] == "direction"
     with pytest.raises(ValueError, match="profile 'cup'"):
-        report.record(NOTEBOOK, [ROW], "cup")
+        report.record(NOTEBOOK, [claim()], "cup")
 
 
 def test_update_readme(project):
-    report.record(
-        NOTEBOOK, [ROW | {"claim": "a | b"}, ROW | {"claim": "c", "ours": None, "low": None, "high": None}], "cpu"
-    )
+    report.record(NOTEBOOK, [claim("a | b"), claim("c", None)], "cpu")
     freeze(project, NOTEBOOK, "cpu")
     readme = project / "README.md"
     readme.write_text("# T\n<!-- scoreboard -->\nold\n<!-- /scoreboard -->\nend\n")
@@ -198,7 +197,7 @@ def test_main_prints_and_updates(project):
     command = [sys.executable, "-m", "beyond_dpo.report"]
     empty = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert empty.stdout == "No claim has been recorded yet.\n"
-    report.record(NOTEBOOK, [ROW], "cpu")
+    report.record(NOTEBOOK, [claim()], "cpu")
     assert "No claim" in subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     (project / "README.md").write_text("<!-- scoreboard -->\n<!-- scoreboard -->\n")
     done = subprocess.run(

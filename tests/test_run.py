@@ -266,7 +266,7 @@ figures.interpolation(df, ax, y="r")
 path = figures.save(fig, "expo_fig2_x", data=df, keys=[made.key], stamp="profile smoke")
 """
 CLAIM = """
-row = {"claim": "it rises", "paper": 1, "paper_source": "Fig 2", "ours": 0.9, "low": 0.8, "high": 1.1}
+row = report.claim("it rises", 1, "Fig 2", (0.9, 0.8, 1.1))
 report.show(report.record("12_expo_drawn", [row], profile, keys=[made.key]), "claims")
 """
 

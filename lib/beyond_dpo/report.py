@@ -1,14 +1,13 @@
 """Compare our numbers with the papers': verdicts, tables for notebooks, and the README's scoreboard."""
 
 import argparse
-import difflib
 import hashlib
 import html
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
@@ -31,16 +30,8 @@ class Table(Styler):
 
 
 def published(name: str) -> pd.DataFrame:
-    """Return data/published/<name>.csv: numbers as a paper prints them, each with its source.
-
-    Raises FileNotFoundError with the nearest name.
-    """
-    path = paths.PUBLISHED / f"{name}.csv"
-    if not path.is_file():
-        known = [p.stem for p in sorted(paths.PUBLISHED.glob("*.csv"))]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0) or ["nothing: the folder is empty"]
-        raise FileNotFoundError(f"no table {name!r} in {paths.PUBLISHED}; did you mean {near[0]!r}?")
-    return pd.read_csv(path)
+    """Return data/published/<name>.csv: numbers as a paper prints them, each with its source."""
+    return pd.read_csv(paths.PUBLISHED / f"{name}.csv")
 
 
 def verdict(paper, ours, low=None, high=None, *, tolerance=None, sign_only: bool = False) -> str:
@@ -72,32 +63,18 @@ def verdict(paper, ours, low=None, high=None, *, tolerance=None, sign_only: bool
     return "direction" if same_sign and (low > 0 or high < 0) else "not reproduced"
 
 
-def claim(text: str, paper, source: str, ours, **how) -> dict:
-    """Return a row for `compare`: what the claim says, the paper's number or sign, where it is printed, and ours.
+def claim(text: str, paper, source: str, ours, *, tolerance=None, sign_only: bool = False) -> dict:
+    """Return a claim with its verdict: what it says, the paper's number or sign, where it is printed, and ours.
 
     ours: (mean, low, high), as the functions of `stats` return it, a number without an interval, or None (not run).
-    how: tolerance or sign_only.
+    tolerance, sign_only: see `verdict`, whose ValueError gets the claim's text in front.
     """
     mean, low, high = ours if isinstance(ours, tuple) else (ours if ours is None else float(ours), None, None)
-    return {"claim": text, "paper": paper, "paper_source": source, "ours": mean, "low": low, "high": high} | how
-
-
-def compare(rows: Iterable[Mapping]) -> pd.DataFrame:
-    """Return one line per claim with its verdict.
-
-    rows: dicts with claim (a sentence), paper, paper_source (where it is printed), ours, and optionally low, high,
-    tolerance, sign_only; see `verdict`. Raises ValueError for a missing or unknown name.
-    """
-    lines = []
-    for row in rows:
-        line = {"low": None, "high": None, "tolerance": None, "sign_only": False} | dict(row)
-        if missing := set(COLUMNS) - {"verdict"} ^ set(line):
-            raise ValueError(f"claim {line.get('claim')!r}: {sorted(missing)} missing or unknown; use {COLUMNS[:-1]}")
-        try:
-            lines.append(line | {"verdict": verdict(line["paper"], **{name: line[name] for name in COLUMNS[3:-1]})})
-        except ValueError as error:
-            raise ValueError(f"claim {line['claim']!r}: {error}") from None
-    return pd.DataFrame(lines, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[3:-2], float))
+    try:
+        judged = verdict(paper, mean, low, high, tolerance=tolerance, sign_only=sign_only)
+    except ValueError as error:
+        raise ValueError(f"claim {text!r}: {error}") from None
+    return dict(zip(COLUMNS, (text, paper, source, mean, low, high, tolerance, sign_only, judged), strict=True))
 
 
 def show(df: pd.DataFrame, caption: str) -> Table:
@@ -114,17 +91,17 @@ def show(df: pd.DataFrame, caption: str) -> Table:
     return table
 
 
-def record(notebook: str, rows, profile: str, *, keys: Iterable[str] = ()) -> pd.DataFrame:
-    """Store a notebook's claims for the scoreboard and return them as `compare` does.
+def record(notebook: str, claims: Iterable[dict], profile: str, *, keys: Iterable[str] = ()) -> pd.DataFrame:
+    """Store a notebook's claims for the scoreboard and return them as a table.
 
-    rows: as for `compare`, or its result. keys: of the artifacts behind the numbers, copied by `run --freeze`.
+    claims: as `claim` returns them. keys: of the artifacts behind the numbers, copied by `run --freeze`.
     Writes artifacts/runs/claims/<notebook>.<profile>.json. Raises ValueError for an unknown profile.
     """
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is none of {PROFILES}")
-    df = rows if isinstance(rows, pd.DataFrame) else compare(rows)
-    claims = json.loads(df.to_json(orient="records", double_precision=6))  # a missing number becomes null
-    content = {"notebook": notebook, "profile": profile, "keys": list(dict.fromkeys(keys)), "claims": claims}
+    df = pd.DataFrame(claims, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[3:-2], float))
+    rows = json.loads(df.to_json(orient="records", double_precision=6))  # a missing number becomes null
+    content = {"notebook": notebook, "profile": profile, "keys": list(dict.fromkeys(keys)), "claims": rows}
     paths.write(claims_path(notebook, profile), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return df
 
