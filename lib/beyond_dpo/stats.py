@@ -1,26 +1,28 @@
 """Means and percentile bootstrap intervals from explicit generators: the same seed gives the same interval.
 
 Shared by all: values are (n,) or (n, k) in any unit, axis 0 holds the independent units (prompts) and a row is drawn as
-a whole; `groups`, (n,) labels, draws all units with one label together (several pairs of one prompt); level in (0, 1).
-All raise ValueError for NaN or infinity (naming the index), fewer than two units or groups, and unequal shapes.
+a whole; `groups`, (n,) labels, draws all units with one label together (several pairs of one prompt).
+All raise ValueError for NaN or infinity, fewer than two units or groups, and unequal shapes.
 """
 
 import numpy as np
 
+LEVEL = 0.95  # of all intervals
 
-def mean_interval(values, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
+
+def mean_interval(values, *, seed: int, n_boot: int = 2000, groups=None):
     """Return (mean, low, high) of `values`; adding a constant to `values` adds it to all three."""
-    sums, counts = _by_group(_finite(values=values)[0], groups)
-    return interval(lambda i: sums[i].sum() / counts[i].sum(), len(sums), seed, level, n_boot)
+    sums, counts = _by_group(np.asarray_chkfinite(values, float), groups)
+    return interval(lambda i: sums[i].sum() / counts[i].sum(), len(sums), seed, n_boot)
 
 
-def paired_interval(a, b, *, seed: int, level: float = 0.95, n_boot: int = 2000, groups=None):
+def paired_interval(a, b, *, seed: int):
     """Return (mean, low, high) of a - b for the same units in the same order; what a and b share cancels."""
-    a, b = _finite(a=a, b=b)
-    return mean_interval(a - b, seed=seed, level=level, n_boot=n_boot, groups=groups)
+    a, b = _paired(a, b)
+    return mean_interval(a - b, seed=seed)
 
 
-def peak_correlation(table, value: str, by: list[str], *, seed: int, level: float = 0.95, n_boot: int = 2000):
+def peak_correlation(table, value: str, by: list[str], *, seed: int, n_boot: int = 2000):
     """Return (rho, low, high), the rank correlation of by[0] and −(the α at which mean `value` is highest).
 
     table: one row per response; one curve per combination of the columns `by`, each on an α grid of its own. A draw
@@ -28,7 +30,7 @@ def peak_correlation(table, value: str, by: list[str], *, seed: int, level: floa
     Peaks that are all at one α show no relation: rho 0.
     """
     wide = table.pivot_table(index="prompt", columns=[*by, "alpha"], values=value)
-    values, alphas = _finite(values=wide.to_numpy())[0], wide.columns.get_level_values("alpha").to_numpy()
+    values, alphas = np.asarray_chkfinite(wide), wide.columns.get_level_values("alpha").to_numpy()
     curves = wide.columns.droplevel("alpha")
     places = [np.flatnonzero(curves == curve) for curve in curves.unique()]
     x = [wide.columns[place[0]][0] for place in places]
@@ -37,16 +39,16 @@ def peak_correlation(table, value: str, by: list[str], *, seed: int, level: floa
         means = values[i].mean(0)
         return _rho(x, [-alphas[place[means[place].argmax()]] for place in places])
 
-    return interval(rho, len(values), seed, level, n_boot)
+    return interval(rho, len(values), seed, n_boot)
 
 
-def interval(statistic, units: int, seed: int, level=0.95, n_boot=2000) -> tuple[float, float, float]:
+def interval(statistic, units: int, seed: int, n_boot: int = 2000) -> tuple[float, float, float]:
     """Return (statistic of all units, low, high), drawing units: `statistic` takes the (units,) indices of a draw."""
-    if units < 2 or not 0 < level < 1:
-        raise ValueError(f"an interval needs 2 or more independent units and a level in (0, 1): {units=}, {level=}")
+    if units < 2:
+        raise ValueError(f"an interval needs 2 or more independent units: {units=}")
     generator = np.random.default_rng(seed)
     draws = [statistic(generator.integers(units, size=units)) for _ in range(n_boot)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(statistic(np.arange(units))), float(low), float(high)
 
 
@@ -59,18 +61,11 @@ def _by_group(values: np.ndarray, groups) -> tuple[np.ndarray, np.ndarray]:
     return np.bincount(index, sums, len(labels)), np.bincount(index, counts, len(labels))
 
 
-def _finite(**named) -> list[np.ndarray]:
-    arrays = {name: np.asarray(values, dtype=float) for name, values in named.items()}
-    for name, array in arrays.items():
-        if array.ndim == 0 or not len(array):
-            raise ValueError(f"{name} has shape {array.shape}; give one value per unit")
-        if (bad := ~np.isfinite(array)).any():
-            place = np.argwhere(bad)[0].tolist()
-            where = place[0] if array.ndim == 1 else tuple(place)
-            raise ValueError(f"{name} is {array[bad][0]} at index {where}; an average would hide it")
-    if len({array.shape for array in arrays.values()}) > 1:
-        raise ValueError(f"shapes differ: { {name: array.shape for name, array in arrays.items()} }; pair the units")
-    return list(arrays.values())
+def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
+    a, b = np.asarray_chkfinite(a, float), np.asarray_chkfinite(b, float)
+    if a.shape != b.shape:
+        raise ValueError(f"shapes differ: {a.shape} and {b.shape}; pair the units")
+    return a, b
 
 
 def summarise(table, value: str, by: list[str], *, seed: int, groups: str = "prompt"):
@@ -107,7 +102,7 @@ def gain(table, value: str, to: dict, since: dict, *, seed: int) -> tuple[float,
 
 def rank_correlation(a, b, *, seed: int) -> tuple[float, float, float]:
     """Return (rho, low, high), Spearman's rank correlation of two (n,) measures of the same units."""
-    a, b = _finite(a=a, b=b)
+    a, b = _paired(a, b)
     return interval(lambda i: _rho(a[i], b[i]), len(a), seed)
 
 
