@@ -258,11 +258,11 @@ import matplotlib.pyplot as plt, pandas as pd
 from beyond_dpo import figures, report
 from beyond_dpo.artifacts import Artifact
 figures.style()
-df = pd.DataFrame({"gamma": [0, 1, 2], "r": [0.1, 1, 0.7]})
+df = pd.DataFrame({"gamma": [0, 1, 2], "r": [0.1, 1, 0.7], "judge": "gold"})
 made = Artifact("score", 1, {"seed": seed}, lambda folder: df.to_csv(folder / "s.csv"))
 made.get()
 fig, ax = plt.subplots()
-figures.interpolation(df, ax, y="r")
+figures.interpolation(df, ax, y="r", by="judge")
 path = figures.save(fig, "expo_fig2_x", data=df, keys=[made.key], stamp="profile smoke")
 """
 CLAIM = """

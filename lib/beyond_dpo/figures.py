@@ -72,8 +72,7 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
         for ax in fig.axes:
             ax.set_position(np.round(ax.get_position().bounds, 4))
     svg = io.BytesIO()
-    with mpl.rc_context({"svg.hashsalt": "beyond_dpo"}):
-        fig.savefig(svg, format="svg", metadata=SVG)
+    fig.savefig(svg, format="svg", metadata=SVG)
     rows = json.loads(data.to_json(orient="records", double_precision=6))
     content = {"figure": name, "stamp": stamp, "keys": list(dict.fromkeys(keys)), "data": rows}
     paths.write(paths.FIGURES / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -87,16 +86,14 @@ def alpha_curves(df, ax, *, y, x="alpha", by="fraction", low=None, high=None, ma
 
     by: column of names, or of shares in (0, 1], shown as percent. mark: {curve: α} to ring, default the best point of
     each curve, {} for none. baseline: {name: level} of horizontal lines. title: of the legend. The α axis becomes
-    logarithmic away from 0 when it spans more than 1:20. Raises ValueError for a marked α that is not in `df`.
+    logarithmic away from 0 when it spans more than 1:20. Raises IndexError for a marked α that is not in `df`.
     """
     best = df.loc[df.groupby(by)[y].idxmax()].set_index(by)[x].to_dict() if mark is None else mark
     for name, colour, curve in _lines(df, ax, by, x, y, low, high):
-        for at in [best[name]] if name in best else []:
-            if (point := curve[np.isclose(curve[x], at)]).empty:
-                raise ValueError(f"mark {at:g} of {_label(name)}: no such {x}; it has {curve[x].tolist()}")
-            place = point[x].iloc[0]
-            ax.plot(place, point[y].iloc[0], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
-            ax.annotate(f"{at:g}", (place, point[high or y].iloc[0]), xytext=(0, 7), textcoords="offset points",
+        if name in best:
+            point = curve[np.isclose(curve[x], best[name])].iloc[0]
+            ax.plot(point[x], point[y], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+            ax.annotate(f"{point[x]:g}", (point[x], point[high or y]), xytext=(0, 7), textcoords="offset points",
                         ha="center", fontsize=8, color=colour, fontweight="bold")  # fmt: skip
     for i, (name, level) in enumerate((baseline or {}).items()):
         ax.axhline(level, color=COLOURS.get(name, "#333333"), linestyle=("--", ":", "-.")[i % 3], linewidth=1.3,
@@ -106,7 +103,7 @@ def alpha_curves(df, ax, *, y, x="alpha", by="fraction", low=None, high=None, ma
     return _legend(ax, title)
 
 
-def interpolation(df, ax, *, y, x="gamma", by=None, low=None, high=None, ylabel="mean reward"):
+def interpolation(df, ax, *, y, x="gamma", by, low=None, high=None, ylabel="mean reward"):
     """Draw reward against γ = 1 + α, the place on the line from the SFT model (0) through the aligned model (1).
 
     by: column of the curves' names. γ in [0, 1] and γ > 1 are shaded apart.
@@ -125,7 +122,7 @@ def interpolation(df, ax, *, y, x="gamma", by=None, low=None, high=None, ylabel=
     list(_lines(df, ax, by, x, y, low, high))
     xlabel = "γ = 1 + α, place on the line through SFT and aligned"
     ax.set(xlim=(left - margin, right + margin), xlabel=xlabel, ylabel=ylabel)
-    return _legend(ax) if by else ax
+    return _legend(ax)
 
 
 def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean reward"):
@@ -167,7 +164,7 @@ def matrix(df, ax, *, rows, columns, value, title=""):
 
 def _lines(df, ax, by, x, y, low, high):
     """Draw a line with its band per value of `by`; yield each value, its colour and its rows."""
-    for i, (name, rows) in enumerate([(None, df)] if by is None else df.groupby(by, sort=df[by].dtype.kind in "fi")):
+    for i, (name, rows) in enumerate(df.groupby(by, sort=df[by].dtype.kind in "fi")):
         rows, colour = rows.sort_values(x), _colour(name, i)
         ax.plot(rows[x], rows[y], color=colour, marker=MARKERS[i % len(MARKERS)], label=_label(name))
         if low:
