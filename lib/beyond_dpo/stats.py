@@ -12,7 +12,10 @@ LEVEL = 0.95  # of all intervals
 
 def mean_interval(values, *, seed: int, n_boot: int = 2000, groups=None):
     """Return (mean, low, high) of `values`; adding a constant to `values` adds it to all three."""
-    sums, counts = _by_group(np.asarray_chkfinite(values, float), groups)
+    values = np.asarray_chkfinite(values, float)
+    index = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)[1]
+    sums = np.bincount(index, values.reshape(len(values), -1).sum(1))
+    counts = np.bincount(index, np.full(len(values), values[0].size))
     return interval(lambda i: sums[i].sum() / counts[i].sum(), len(sums), seed, n_boot)
 
 
@@ -50,15 +53,6 @@ def interval(statistic, units: int, seed: int, n_boot: int = 2000) -> tuple[floa
     draws = [statistic(generator.integers(units, size=units)) for _ in range(n_boot)]
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(statistic(np.arange(units))), float(low), float(high)
-
-
-def _by_group(values: np.ndarray, groups) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum and the number of values of each unit, or of each group of units."""
-    sums, counts = values.reshape(len(values), -1).sum(1), np.full(len(values), values[0].size)
-    labels, index = np.unique(np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True)
-    if len(index) != len(values):
-        raise ValueError(f"groups has {len(index)} labels for {len(values)} units; give one label per unit")
-    return np.bincount(index, sums, len(labels)), np.bincount(index, counts, len(labels))
 
 
 def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
