@@ -66,8 +66,8 @@ def test_verdict(paper, ours, low, high, extra, expected):
 @pytest.mark.parametrize(
     ("arguments", "extra", "message"),
     [
-        ((1, float("nan"), 0, 1), {}, "ours is nan"),
-        ((None, 1, 0, 1), {}, "paper is None"),
+        ((1, float("nan"), 0, 1), {}, "'ours': nan"),
+        ((float("nan"), 1, 0, 1), {}, "'paper': nan"),
         ((1, 1, 2, 1), {}, "low <= high"),
         ((1, 1, 0, 1), {"tolerance": -1}, "tolerance >= 0"),
         ((0, 1, 0, 1), {"sign_only": True}, "sign"),
@@ -100,7 +100,7 @@ def test_claims_become_a_table_and_name_what_is_wrong(project):
         claim(tolerence=1)
     with pytest.raises(TypeError, match="'ours'"):
         report.claim("it rises", 2.6, "Table 1")
-    with pytest.raises(ValueError, match="'ExPO lifts DPO': ours is nan"):
+    with pytest.raises(ValueError, match="'ExPO lifts DPO': needs finite numbers.*'ours': nan"):
         claim(ours=(float("nan"), 1.5, 2.5))
 
 

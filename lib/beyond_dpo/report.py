@@ -51,11 +51,10 @@ def verdict(paper, ours, low=None, high=None, *, tolerance=None, sign_only: bool
         paper, sign_only = SIGNS[paper], True
     low, high = ours if low is None else low, ours if high is None else high
     numbers = {"paper": paper, "ours": ours, "low": low, "high": high, "tolerance": tolerance or 0}
-    for name, value in numbers.items():
-        if value is None or not math.isfinite(value):
-            raise ValueError(f"{name} is {value}: give a finite number (`ours` None says that it was not run)")
-    if low > high or numbers["tolerance"] < 0 or (sign_only and paper == 0):
-        raise ValueError(f"needs low <= high, tolerance >= 0, and a sign where sign_only: {numbers}, {sign_only=}")
+    finite = all(map(math.isfinite, numbers.values()))
+    if not finite or low > high or numbers["tolerance"] < 0 or (sign_only and paper == 0):
+        rule = "needs finite numbers, low <= high, tolerance >= 0, and a sign where sign_only"
+        raise ValueError(f"{rule}: {numbers}, {sign_only=}")
     same_sign = paper * ours > 0
     near = low <= paper <= high or abs(ours - paper) <= numbers["tolerance"] * (1 + 1e-9)
     if near and not sign_only and (same_sign or paper == 0):
