@@ -150,7 +150,6 @@ def test_save_writes_picture_numbers_keys_and_stamp(ax):
     [
         ("fig5", "s", "'fig5': use <paper>"),
         ("expo_fig5_a/b", "s", "use <paper>"),
-        ("expo_fig5_x", " ", "stamp is empty"),
     ],
 )
 def test_save_refuses(ax, name, stamp, message):

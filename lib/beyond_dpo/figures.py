@@ -54,13 +54,11 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     """Write figures/<name>.svg and figures/<name>.json (drawn numbers, artifact keys, stamp); return the SVG's path.
 
     name: <paper>_<fig|tab><n>_<slug>. data: the drawn numbers. keys: of the artifacts they come from. stamp: profile,
-    model and n, written small under the figure. Raises ValueError for another kind of name or an empty stamp.
+    model and n, written small under the figure. Raises ValueError for another kind of name.
     Drawing the same again writes the same bytes, in any process.
     """
     if not re.fullmatch(r"(expo|mallows|wrpo)_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+", name):
         raise ValueError(f"figure name {name!r}: use <paper>_<fig|tab><n>_<slug>, as in expo_fig5_reward_vs_alpha")
-    if not stamp.strip():
-        raise ValueError(f"{name}: the stamp is empty; say profile, model and number of prompts")
     for text in [text for text in fig.texts if text.get_gid() == "stamp"]:
         text.remove()  # of an earlier save
     note = fig.text(0.995, 0.01, stamp, ha="right", va="bottom", fontsize=7, color="#555555", gid="stamp")
