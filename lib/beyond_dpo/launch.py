@@ -63,11 +63,14 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
     path, log, progress_file = workdir / "config.json", workdir / "job.log", workdir / ".progress"
     path.write_text(json.dumps(config, indent=1))
     arguments = command(module, path, launcher=launcher, processes=processes, now=True)
-    with open(log, "ab") as out, _bar(desc, progress_file):
+    with open(log, "ab") as out, _bar(desc, progress_file) as show:
         begin = out.tell()  # an earlier attempt's output stays in front
         child = _start(arguments, out, progress_file, processes)
         with _ended(child):
-            child.wait()
+            while child.poll() is None:
+                show()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(0.5)
     if child.returncode:
         raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {_tail(log, begin)}")
 
@@ -89,23 +92,25 @@ class Worker(AbstractContextManager):
             arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
             self.child = _start(arguments, out, self.progress_file, pass_fds=[other_end.fileno()])
         try:
-            self._ask(config)
+            self._ask(config, "start")
         except JobFailed:  # nobody will hold a worker whose object could not be built
             self.close()
             raise
 
     def call(self, method: str, **arguments):
         """Return what the object's method returns."""
-        with _bar(f"{self.desc}: {method}", self.progress_file):
-            return self._ask({"method": method, "arguments": arguments})
+        return self._ask({"method": method, "arguments": arguments}, method)
 
-    def _ask(self, message: dict):
+    def _ask(self, message: dict, what: str):
         text = json.dumps(message).encode()
         if self._pipe.closed:
             raise JobFailed(f"{self.desc}: this worker has ended; start another")
         try:
-            self._pipe.send_bytes(text)
-            answer = json.loads(self._pipe.recv_bytes())
+            with _bar(f"{self.desc}: {what}", self.progress_file) as show:
+                self._pipe.send_bytes(text)
+                while not self._pipe.poll(0.5):
+                    show()
+                answer = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError) as end:
             self.close()
             status = self.child.returncode
@@ -235,33 +240,25 @@ def _signal(child, number) -> None:
 
 @contextmanager
 def _bar(desc: str, progress_file: Path):
-    """Follow a child's progress file in a thread: a tqdm bar here, and a line for the batch runner if one listens."""
+    """Yield show(), which passes on what a child's progress file says: to a tqdm bar here, and to the batch runner."""
     progress_file.write_text("")
-    stop, start = threading.Event(), time.monotonic()
+    bar, said, start = None, [], time.monotonic()
 
-    def follow():
-        bar, told, said, ended = None, 0.0, [], False
-        while not ended:
-            ended = stop.wait(0.5)
-            words = progress_file.read_text().split()
-            if len(words) == 2:  # none: the child writes it this very moment
-                done, total = map(int, words)
-                bar = bar or tqdm(total=total, desc=desc, leave=False)
-                bar.update(done - bar.n)
-                now = time.monotonic()
-                if words != said and (ended or now - told > 2):
-                    told, said = now, words
-                    announce(desc, done, total, now - start)
+    def show():
+        nonlocal bar, said
+        words = progress_file.read_text().split()
+        if len(words) == 2 and words != said:  # none: the child writes it this very moment
+            said, (done, total) = words, map(int, words)
+            bar = bar or tqdm(total=total, desc=desc, leave=False)
+            bar.update(done - bar.n)
+            announce(desc, done, total, time.monotonic() - start)
+
+    try:
+        yield show
+        show()
+    finally:
         if bar:
             bar.close()
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _tail(log: Path, begin: int = 0) -> str:
