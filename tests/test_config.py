@@ -140,8 +140,11 @@ def test_recipe_holds_what_the_result_depends_on():
     names = {f.name for f in dataclasses.fields(Train)}
     machine = {"micro_batch", "zero", "offload", "gradient_checkpointing", "processes", "launcher", "checkpoint_every"}
     assert machine == set(Train.MACHINE) < names
-    assert SMOKE.train.recipe().keys() == names - machine - {"epsilon", "parts"}, "what DPO in one part does not know"
-    assert train(loss="mallows_phi", parts=2).recipe().keys() == names - machine
+    unknown = {"epsilon", "parts", "alpha", "dynamic"}
+    assert SMOKE.train.recipe().keys() == names - machine - unknown, "what DPO in one part does not know"
+    assert train(loss="mallows_phi", parts=2).recipe().keys() == names - machine - {"alpha", "dynamic"}
+    assert train(loss="wrpo_ipo").recipe().keys() == names - machine - {"epsilon", "parts"}
+    assert train(loss="hybrid").recipe().keys() == names - machine - unknown
     faster = train(micro_batch=1, zero=3, offload=True, gradient_checkpointing=True, processes=4, launcher="plain")
     assert faster.recipe() == SMOKE.train.recipe() != train(lr=1.0).recipe()
 

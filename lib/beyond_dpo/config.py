@@ -1,15 +1,12 @@
 """Profiles: one dial from a laptop test (`smoke`) to the paper's own settings (`paper`).
 
-`load("expo", "cpu", **overrides)` merges `base` and an overlay of `profiles/<paper>.yaml`; only values enter keys.
-"""
+`load("expo", "cpu")` merges `base` and an overlay of `profiles/<paper>.yaml`; only values enter keys."""
 
-import dataclasses
 import difflib
 import json
-import typing
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -17,10 +14,8 @@ from pydantic.dataclasses import dataclass
 
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # an int is a float, "1" and True are not
-Losses = Literal[
-    "sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo",
-    "wrpo", "wrpo_ipo", "wrpo_simpo", "hybrid",
-]  # fmt: skip
+Losses = Literal["sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo",
+                 "wrpo", "wrpo_ipo", "wrpo_simpo", "hybrid"]  # fmt: skip
 FUSED = ("source_chosen", "target_chosen", "rejected")  # WRPO's responses, in the order that its losses take them
 
 
@@ -59,15 +54,13 @@ class Train:
     launcher: Literal["deepspeed", "torchrun", "plain"] = "deepspeed"  # (machine)
     checkpoint_every: int = 50  # optimizer steps between checkpoints to resume from (machine)
 
-    MACHINE: typing.ClassVar = (
-        "micro_batch zero offload gradient_checkpointing processes launcher checkpoint_every".split()
-    )
+    MACHINE: ClassVar = "micro_batch zero offload gradient_checkpointing processes launcher checkpoint_every".split()
 
     def recipe(self) -> dict:
         """Return what the result depends on: every field but the machine's, and but what this loss does not know."""
         unused = ["epsilon"] * (self.loss != "mallows_phi") + ["parts"] * (self.parts == 1)
         unused += ["alpha", "dynamic"] * (not self.loss.startswith("wrpo"))
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in [*self.MACHINE, *unused]}
+        return {k: v for k, v in asdict(self).items() if k not in [*self.MACHINE, *unused]}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -174,7 +167,7 @@ class Mallows(Paper):
 
 @dataclass(frozen=True, config=STRICT)
 class Source:
-    """Where responses of a model that WRPO learns from come from; they all end as token ids of the target."""
+    """Where responses that WRPO learns from come from."""
 
     kind: Literal["model", "endpoint", "recorded", "human"]  # human: how the reviewers themselves went on
     ref: str = ""  # a model's asset, folder or hub id; an endpoint's model name; a file of recorded answers
@@ -206,8 +199,8 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
     """Return the configuration of `paper` at `profile`, with `overrides` by dotted key (`train.lr`, or `train__lr`).
 
     experiment: one with models of its own at some profile, as `paper/llama3`. A key set to None keeps the profile's
-    value, so that a notebook's parameters cell can list what may be changed; a tuple or a grid is replaced whole.
-    Raises ConfigError for an unknown name or key, a wrong type or value, an impossible batch split or a missing α grid.
+    value, so that a notebook can list what may be changed; a tuple or a grid is replaced whole. Raises ConfigError for
+    an unknown name or key, a wrong type or value, an impossible batch split or a missing α grid.
     """
     file = Path(__file__).parent / "profiles" / f"{paper}.yaml"
     layers = yaml.safe_load(file.read_text()) if paper in SCHEMAS else {}
@@ -232,7 +225,7 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
         if wrong["type"] == "unexpected_keyword_argument" and given.get(key) is not None:
             load(paper, profile, experiment, **{key: None})  # says what is nearest
         raise ConfigError(f"{key}: {wrong['msg']}, got {wrong['input']!r}") from None
-    known = [*(f.name for f in fields(config)), *_flat(dataclasses.asdict(config))]
+    known = [*(f.name for f in fields(config)), *_flat(asdict(config))]
     for key in [key for key in given if given[key] is None and key not in known]:
         raise ConfigError(_unknown("key", key, known))
     for name in ("sft", "train"):
@@ -265,7 +258,7 @@ def check_batch(train: Train, where: str = "train") -> int:
 
 def differences(config, other) -> list[tuple[str, object, object]]:
     """Return (dotted key, value here, value there) wherever two configurations of one paper differ."""
-    a, b = _flat(dataclasses.asdict(config)), _flat(dataclasses.asdict(other))
+    a, b = _flat(asdict(config)), _flat(asdict(other))
     return [(k, a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k) and k != "profile"]
 
 

@@ -141,11 +141,8 @@ def alignments(cfg) -> dict[str, tuple[Artifact, dict[str, Artifact]]]:
     start, first = stages.sft(cfg), cfg.seeds[0]
     models = {f"{f:.0%} of the pairs" + f", seed {s}" * (s != first): stages.aligned(cfg, f, s) for f, s in runs(cfg)}
     most = stages.aligned(cfg, cfg.fractions[-1], first)
-    pairs = {"SFT → DPO": (start, models)}
-    if cfg.world.sft_rows:
-        before = stages.model(cfg.world.target)
-        pairs |= {"instruct → SFT": (before, {"SFT": start}), "instruct → DPO": (before, {"DPO": most})}
-    return pairs
+    before, ends = stages.model(cfg.world.target), {"SFT": start, "DPO": most} if cfg.world.sft_rows else {}
+    return {"SFT → DPO": (start, models)} | {f"instruct → {name}": (before, {name: end}) for name, end in ends.items()}
 
 
 def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artifact:

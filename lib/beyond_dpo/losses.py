@@ -244,8 +244,7 @@ def wrpo(
     """Compute the WRPO loss of each quadruple (prompt, source's best, target's best, rejected response).
 
     arXiv 2412.03187:  -log sigmoid(alpha * r(y_ws) + (1 - alpha) * r(y_wt) - r(y_l)),  r(y) = beta * logratio(y).
-    The sigmoid is one: its gradient is beta * sigmoid(-s) times that of alpha y_ws + (1 - alpha) y_wt - y_l, which is
-    no mix of two DPO gradients (hybrid is the mix).
+    All three share one sigmoid, and so one gradient weight: this is no mix of two DPO losses (hybrid is).
 
     Args:
         source_logratios, target_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed
@@ -294,8 +293,7 @@ def hybrid(
     """Compute the mean of two DPO losses, (source, rejected) and (target, rejected): the baseline of WRPO's authors.
 
     It is the `sigmoid` branch of their code (arXiv 2412.03187): each pair has a sigmoid, and so a gradient, of its own.
-    Args, Returns and Raises are those of wrpo; chosen_reward is the mean of the two. By convexity of -log sigmoid it is
-    never below wrpo with alpha = 1/2, and equal where both chosen responses have one reward.
+    Args, Returns and Raises are those of wrpo; chosen_reward is the mean of both. It is never below wrpo at alpha 1/2.
     """
     source, chosen, rejected = dpo(source_logratios, rejected_logratios, beta=beta)
     target, other, _ = dpo(target_logratios, rejected_logratios, beta=beta)

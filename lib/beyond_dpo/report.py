@@ -41,12 +41,12 @@ def verdict(paper, ours, low=None, high=None, *, tolerance=None, sign_only: bool
     direction: same sign and the interval excludes 0; not run: `ours` is None; otherwise not reproduced.
     low, high: None for a number without uncertainty. sign_only: only the sign of `paper` is comparable (another scale,
     or read off a figure), so "direction" is the best verdict. A paper's effect of 0 has no direction to share.
-    paper: "+" or "-" where the paper states a direction and prints no number.
+    paper: "+" or "-" where the paper states a direction and prints no number; None where what it found is not public.
     Raises ValueError for NaN, for low > high, a negative tolerance, and a missing or zero sign with sign_only.
     The verdict is the same when all signs are turned.
     """
-    if ours is None:
-        return "not run"
+    if ours is None or paper is None:
+        return "not run" if ours is None else "value not known"
     if paper in SIGNS:
         paper, sign_only = SIGNS[paper], True
     low, high = ours if low is None else low, ours if high is None else high
@@ -142,9 +142,11 @@ def update_readme(path: Path | None = None) -> bool:
     if len(MARKERS.findall(text)) != 1:
         raise ValueError(f"{path} needs one `<!-- scoreboard -->` ... `<!-- /scoreboard -->` for the table to go to")
     board = _readable(scoreboard())
-    holds = board["verdict"].isin(["reproduced", "direction"]).groupby(board["notebook"]).agg(["sum", "size"])
+    known = board[board["verdict"] != "value not known"]  # where there is something to hold
+    holds = known["verdict"].isin(["reproduced", "direction"]).groupby(known["notebook"]).agg(["sum", "size"])
     first = board.drop_duplicates("notebook").set_index("notebook", drop=False)
-    first["verdict"] += holds["sum"].map(" ({} of ".format) + holds["size"].map("{} hold)".format)
+    counts = holds["sum"].map(" ({} of ".format) + holds["size"].map("{} hold)".format)
+    first["verdict"] += counts.reindex(first.index, fill_value="")
     fold = [f"<details><summary>All {len(board)} claims</summary>", "", *_markdown(board), "", "</details>"]
     lines = [*_markdown(first), "", *fold]
     new = MARKERS.sub(lambda match: "\n".join([match[1], *lines, match[2]]), text)

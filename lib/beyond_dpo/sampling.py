@@ -4,8 +4,6 @@ import torch
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-FEW = 1024  # tokens that nearly always hold the mass p: without a k only they are sorted
-
 
 def top_k_top_p(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     """Set to −inf, in place, all but the k largest logits of each row, then all whose more likely ones hold the mass p.
@@ -14,22 +12,15 @@ def top_k_top_p(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     The same as sorting each row, at a tenth of its time on a CPU for |V| = 49,152.
     """
     size = logits.shape[-1]
-    limited = 0 < k < size
-    if not limited and p >= 1:
+    if not 0 < k < size and p >= 1:
         return logits
-    top = logits.topk(k if limited else min(FEW, size), dim=-1).values
+    top = logits.topk(k if 0 < k < size else size, dim=-1).values
     lowest = top[:, -1:]
     if p < 1:
         mass = (top - top[:, :1]).exp()
-        if limited:
-            kept = torch.bincount((logits >= lowest).nonzero()[:, 0], minlength=len(logits))  # a third of .sum's time
-            ties = kept[:, None] - top.shape[-1]  # equal to the k-th, yet not among the k: common in bfloat16
-            total = mass.sum(-1, keepdim=True) + ties * mass[:, -1:]
-        else:
-            total = (logits - top[:, :1]).exp().sum(-1, keepdim=True)
-            if (mass.sum(-1, keepdim=True) < p * total).any():
-                top = logits.sort(dim=-1, descending=True).values
-                mass = (top - top[:, :1]).exp()
+        kept = torch.bincount((logits >= lowest).nonzero()[:, 0], minlength=len(logits))  # a third of .sum(-1)'s time
+        ties = kept[:, None] - top.shape[-1]  # equal to the k-th, yet not among the k: common in bfloat16
+        total = mass.sum(-1, keepdim=True) + ties * mass[:, -1:]
         inside = mass.cumsum(-1) - mass < p * total
         inside[:, 0] = True
         lowest = top.masked_fill(~inside, float("inf")).amin(-1, keepdim=True)

@@ -25,12 +25,10 @@ def texts(world: config.World) -> Artifact:
 
 
 def model(ref: str) -> Artifact:
-    """Copy a model's own files: one before any training here, as a folder like the trained ones."""
+    """Copy a model's own files, before any training here."""
 
     def make(out: Path) -> None:
-        for file in assets.model_dir(ref).iterdir():
-            if file.is_file() and file.name != "manifest.json":
-                shutil.copyfile(file, out / file.name)
+        shutil.copytree(assets.model_dir(ref), out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
 
     return Artifact("target", 1, {"model": assets.resolve(ref)}, make)
 
@@ -78,8 +76,7 @@ def responses(
 ) -> Artifact:  # fmt: skip
     """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`.
 
-    modules: patterns of tensor names with an α of their own, as in extrapolate(). part: of `aligned`'s training, after
-    which it is taken. prompts: in place of texts(world).
+    modules: as in extrapolate(). part: of `aligned`'s training, after which it is taken. prompts: not the world's own.
     """
     prompts = prompts or texts(cfg.world)
     decoding = dataclasses.asdict(cfg.decoding)
@@ -212,8 +209,7 @@ def aligned(
 ) -> Artifact:
     """Align the SFT model on a fraction of the pairs (a fraction of the data is a fraction of the steps).
 
-    start: another model to align, which is then its own reference. longest: see subset(). changes: of cfg.train's
-    fields, such as epochs=2.
+    start: another model to align, then its own reference. longest: see subset(). changes: of cfg.train, as epochs=2.
     """
     settings = dataclasses.replace(cfg.train, **changes)
     part, base = subset(pairs(cfg), fraction, seed, longest), start or sft(cfg)
@@ -251,8 +247,7 @@ def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, 
 def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
     """Gather the scores of trained models: responses.csv.gz and points.json as write() leaves them.
 
-    points: each place, in columns, with its scores. gold: the score by the reward that made the pairs, where no labels
-    train another. Raises ConfigError for a machine that is too small.
+    points: (place, in columns; its scores). gold: the reward that made the pairs, where no labels train another.
     """
 
     def make(out: Path) -> None:

@@ -73,9 +73,8 @@ def row_losses(
         raise ValueError(f"loss {loss!r} needs a reference file")
     given = {"tau" if loss.endswith("ipo") else "beta": settings.beta}
     given |= {"alpha": alpha} if loss.startswith("wrpo") else {}
-    given |= {"gamma": settings.gamma} if loss.endswith("simpo") else {}
-    known = {"dpo": "label_smoothing", "mallows_phi": "epsilon"}
-    given |= {known[loss]: getattr(settings, known[loss])} if loss in known else {}
+    takes = {"dpo": "label_smoothing", "mallows_phi": "epsilon"}.get(loss, "gamma" if loss.endswith("simpo") else "")
+    given |= {takes: getattr(settings, takes)} if takes else {}
     inputs = logps / scores["tokens"].view(len(names), -1) if loss.endswith("simpo") else logps - base
     if loss == "mallows_phi":
         weight = torch.exp(-weight)  # dispersion.to_phi
