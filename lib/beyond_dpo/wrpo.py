@@ -160,25 +160,23 @@ def weighted(cfg) -> Artifact:
 
 
 def by_sources(cfg) -> Artifact:
-    """Judge Target-SFT, and DPO and WRPO from it, for every choice of sources."""
-    walk = []
+    """Judge Target-SFT, and DPO and WRPO from it, for every choice of sources; first seed."""
+    walk, seed = [], cfg.seeds[0]
     for choice, names in {" + ".join(names): names for names in (*cfg.source_sets, cfg.sources)}.items():
-        walk.append(({"sources": choice, "model": "Target-SFT", "seed": 0}, target_sft(cfg, names)))
-        for seed in cfg.seeds:
-            models = {"Target-SFT-DPO": trained(cfg, "dpo", names=names, seed=seed, **cfg.objectives["dpo"])}
-            models["Target-SFT-WRPO"] = fused(cfg, names=names, seed=seed)
-            walk += [({"sources": choice, "model": name, "seed": seed}, model) for name, model in models.items()]
+        models = {"Target-SFT": target_sft(cfg, names)}
+        models["Target-SFT-DPO"] = trained(cfg, "dpo", names=names, seed=seed, **cfg.objectives["dpo"])
+        models["Target-SFT-WRPO"] = fused(cfg, names=names, seed=seed)
+        walk += [({"sources": choice, "model": name, "seed": seed}, model) for name, model in models.items()]
     return judged(cfg, walk)
 
 
 def by_objective(cfg) -> Artifact:
-    """Judge WRPO in the forms of DPO, IPO and SimPO beside each on the target's own pairs alone."""
-    walk = [({"model": "Target-SFT", "seed": 0}, target_sft(cfg, cfg.sources))]
+    """Judge WRPO in the forms of DPO, IPO and SimPO beside each on the target's own pairs alone; first seed."""
+    models, seed = {"Target-SFT": target_sft(cfg, cfg.sources)}, cfg.seeds[0]
     for loss, settings in cfg.objectives.items():
-        for seed in cfg.seeds:
-            walk.append(({"model": NAMES[loss], "seed": seed}, trained(cfg, loss, seed=seed, **settings)))
-            walk.append(({"model": f"WRPO-{NAMES[loss]}", "seed": seed}, fused(cfg, loss, seed=seed)))
-    return judged(cfg, walk)
+        models[NAMES[loss]] = trained(cfg, loss, seed=seed, **settings)
+        models[f"WRPO-{NAMES[loss]}"] = fused(cfg, loss, seed=seed)
+    return judged(cfg, [({"model": name, "seed": seed}, model) for name, model in models.items()])
 
 
 def judged(cfg, walk: list[tuple[dict, Artifact | None]]) -> Artifact:
