@@ -70,7 +70,7 @@ def answers(cfg, name: str) -> Artifact:
         return {"responses": len(lines), "unanswered": sum(not found.get(row["id"]) for row in rows)}
 
     recipe = {"kind": source.kind, "texts": texts, "max_tokens": cfg.sampling.max_tokens, **made_of}
-    return Artifact("answers", 1, recipe, make)
+    return Artifact("answers", 1, recipe, make, f"source {name}: {source.kind} {source.ref}")
 
 
 def _put(cfg, source: config.Source) -> Artifact:

@@ -118,11 +118,12 @@ def trained(cfg, loss: str, *, base: Artifact | None = None, names=(), responses
     names: the sources, default cfg.sources. responses: those that the loss takes, in its order. changes: of cfg.train.
     """
     names, settings = names or cfg.sources, replace(cfg.train, loss=loss, **changes)
-    base = base or target_sft(cfg, names)
+    start, base = "Target" if base else "Target-SFT", base or target_sft(cfg, names)
     rows = quadruples(cfg, names, base)
     part = stages.subset(rows, cfg.fraction, seed, chosen=config.FUSED[0])
     held = stages.reference(cfg, base, rows, config.FUSED)
-    desc = ", ".join([f"{loss.upper()} seed {seed}", *(f"{k} {v:g}" for k, v in changes.items())])
+    desc = f"{loss.upper()} from {start} on {responses[0]}, seed {seed}"
+    desc += "".join(f", {name} {value:g}" for name, value in changes.items())
     how = {"base": base, "against": held, "seed": seed, "desc": desc}
     return stages.training(cfg, settings, part, "pairs.jsonl", list(responses), **how)
 
