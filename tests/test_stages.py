@@ -206,7 +206,8 @@ def test_the_dry_run_names_every_training_of_every_notebook(profile):
     assert count["15"] == (5 if sft else 0) and count["17"] == sft + len(cfg.fractions)
     fused = config.load("wrpo", profile)
     sft, seeds, losses = int(fused.world.sft_rows > 0) + 1, len(fused.seeds), len(fused.objectives)
-    assert count["31"] == sft + seeds * (losses + 2) and count["34"] == sft + 2 * losses and count["35"] >= sft + 2 * seeds
+    assert count["31"] == sft + seeds * (losses + 2) and count["34"] == sft + 2 * losses
+    assert count["35"] == sft + 2 * seeds + sum(alpha > 0.1 for alpha in fused.alphas)
     assert count["00"] == count["18"] == 0 and "computes nothing" in found["18"][0]
     assert cfg.world.target in found["11"][1] and f"{cfg.needs.hours:g} h" in found["11"][0]
     assert any(f"2 × lr {cfg.train.lr:g}" in line for line in found["13"])

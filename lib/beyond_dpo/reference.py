@@ -107,7 +107,7 @@ def load_scorer(folder: str, precision: str = "fp32", dtype: torch.dtype = torch
 
 
 @torch.no_grad()
-def score_rows(scorer: ResponseScorer, rows: list[dict], names: list, *, pad_id: int, micro_batch: int = 16) -> dict:
+def score_rows(scorer: ResponseScorer, rows: list[dict], names: list, *, pad_id: int, micro_batch: int = 64) -> dict:
     """Return logps, tokens and entropies of `rows` in their order, each float32 (len(rows), len(names)) on the CPU."""
     scorer.eval()
     out = {k: torch.full((len(rows), len(names)), float("nan")) for k in ("logps", "tokens", "entropies")}

@@ -49,7 +49,7 @@ def answers(cfg, name: str) -> Artifact:
         from beyond_dpo import data
 
         tokenizer, rows = data.load_tokenizer(assets.model_dir(cfg.world.target)), texts.json("prompts.json")
-        wording = {row["id"]: tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in rows}
+        wording = {row["id"]: _wording(row, tokenizer) for row in rows}
         if source.kind == "human":
             found = _written(cfg.world, rows)
         elif source.kind == "model":
@@ -73,6 +73,11 @@ def answers(cfg, name: str) -> Artifact:
     return Artifact("answers", 1, recipe, make, f"source {name}: {source.kind} {source.ref}")
 
 
+def _wording(row: dict, tokenizer) -> str:
+    """Return a prompt's text: as the data set keeps it, or of its tokens (a chat's hold its template's words too)."""
+    return row.get("text") or tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+
+
 def _put(cfg, source: config.Source) -> Artifact:
     """Put the prompts to a source's model, in its own tokens: prompts.json.
 
@@ -86,7 +91,7 @@ def _put(cfg, source: config.Source) -> Artifact:
         reader, own = (data.load_tokenizer(assets.model_dir(ref)) for ref in (cfg.world.target, source.ref))
         rows = texts.json("prompts.json")
         for row in rows:
-            text = reader.decode(row["prompt_ids"], skip_special_tokens=True)
+            text = _wording(row, reader)
             if source.ask:
                 row["prompt_ids"] = data.render(own, source.ask.format(prompt=text), "chat")
                 row["prompt_ids"] += data.encode_response(own, text, end=False) if plain else []

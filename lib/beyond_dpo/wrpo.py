@@ -153,10 +153,10 @@ def weighted(cfg) -> Artifact:
         models |= {"weighted": fused(cfg, seed=seed)}
         models["hybrid"] = trained(cfg, "hybrid", responses=config.FUSED, seed=seed, **settings)
         walk += [({"model": name, "seed": seed}, model) for name, model in models.items()]
-    for alpha in cfg.alphas:
-        for dynamic in (True, False):
-            how = {"alpha": alpha, "dynamic": dynamic, "seed": cfg.seeds[0]}
-            walk.append(({"model": "α", **how}, fused(cfg, **how)))
+    for how in [{"alpha": a, "dynamic": d, "seed": cfg.seeds[0]} for a in cfg.alphas for d in (True, False)]:
+        same = how["alpha"] == 1 and not how["dynamic"]  # constant 1 is the source alone
+        model = trained(cfg, "dpo", responses=OFF_POLICY, seed=how["seed"], **settings) if same else fused(cfg, **how)
+        walk.append(({"model": "α", **how}, model))
     return judged(cfg, [({"model": "Target-SFT", "seed": 0}, target_sft(cfg, cfg.sources)), *walk])
 
 
