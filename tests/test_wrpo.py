@@ -81,7 +81,7 @@ def test_recorded_answers_are_matched_by_prompt(store, tmp_path, wording):
     rows = [
         {"prompt": wording[0], "response": "It is good."}, {"prompt": wording[0], "response": wording[0] + " is long."},
         {"prompt": {"role": "user", "content": wording[1]}, "chosen": [turns, "The target's."], "rejected": ["Bad."]},
-        {"prompt": "asked by nobody", "response": "Nothing."},
+        {"prompt": "asked by nobody", "response": "Nothing."}, {"prompt": wording[2], "response": " "},
     ]  # fmt: skip
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     artifact = sources.answers(recorded(tmp_path / "answers.jsonl"), "one")
@@ -91,10 +91,28 @@ def test_recorded_answers_are_matched_by_prompt(store, tmp_path, wording):
     assert artifact.manifest["facts"] == {"responses": 3, "unanswered": 14}
 
 
+def test_in_a_chat_the_prompt_is_asked_as_it_is(store, tmp_path):
+    """Its tokens hold the template's words too: neither a source nor a recorded prompt must see them."""
+    chat = {"world__template": "chat", "known_sources": {"one": {"kind": "model", "ref": "tiny", "ask": "{prompt}"}}}
+    cfg = config.load("wrpo", "smoke", **chat)
+    rows = stages.texts(cfg.world).json("prompts.json")
+    asked = sources._put(cfg, cfg.known_sources["one"]).json("prompts.json")
+    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    assert [decode(row["prompt_ids"]) for row in asked] == [f"<s><|user|> {r['text']}</s><|assistant|> " for r in rows]
+    file = tmp_path / "answers.jsonl"
+    file.write_text(json.dumps({"prompt": rows[3]["text"], "response": "Yes."}))
+    chat["known_sources"] = {"one": {"kind": "recorded", "ref": str(file)}}
+    cfg = config.load("wrpo", "smoke", **chat)
+    said = lines(sources.answers(cfg, "one"))
+    assert [line["id"] for line in said] == [rows[3]["id"]] and decode(said[0]["response_ids"]) == "Yes.</s>"
+
+
 def test_recorded_answers_that_are_none_say_so(store, tmp_path):
     file = tmp_path / "answers.jsonl"
     few = '{"prompt": "a", "response": "b"}\n'
     for text, message in [('{"prompt": "a"}\n', "row 0 is not .*chosen"), (few + '{"pro', "row 1 is not"),
+                          ('{"prompt": "a", "chosen": "Good"}', "not a list of responses: .*Good"),
+                          ('{"prompt": "a", "chosen": [{"role": "user", "content": "a"}]}', "not a list of responses"),
                           (few, "source one answers none of the 16 prompts")]:  # fmt: skip
         file.write_text(text)
         with pytest.raises(config.ConfigError, match=message):
@@ -153,6 +171,16 @@ def test_an_endpoint_needs_a_key_and_says_which(store, endpoint, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
     with pytest.raises(Exception, match="401"):
         sources.answers(cfg, "one").get()
+
+
+def test_what_an_endpoint_refuses_is_unanswered_and_not_asked_again(store, endpoint, monkeypatch, wording):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask="too long for 256 tokens " * 100 + "{prompt}")
+    artifact = sources.answers(cfg, "one")
+    with pytest.raises(config.ConfigError, match="source one answers none of the 16 prompts"):
+        artifact.get()
+    kept = paths.ARTIFACTS / f"{artifact.key}.partial" / "checkpoints" / "replies.jsonl"
+    assert [json.loads(line)[1] for line in kept.read_text().splitlines()] == [[]] * len(set(wording))
 
 
 # ---- what is chosen
@@ -241,6 +269,11 @@ def test_main_result_compares_all_models_on_the_same_prompts(store):
     ways = [wrpo.trained(SMOKE, "dpo", beta=0.1), wrpo.trained(SMOKE, "dpo", beta=0.1, base=stages.sft(SMOKE))]
     ways += [wrpo.fused(SMOKE), wrpo.trained(SMOKE, "dpo", beta=0.1, responses=wrpo.OFF_POLICY)]
     assert len({way.key for way in ways}) == 4 and wrpo.OFF_POLICY == ("source_chosen", "rejected")
+    drawn = []
+    for way in ways[:2]:
+        (draw,) = [one for key, one in way.upstream.items() if key.startswith("draw")]
+        drawn.append({row["id"] for row in data.read_rows(draw.get() / "pairs.jsonl")})
+    assert len(drawn[0] & drawn[1]) >= 0.9 * max(map(len, drawn)), "but for ties the same prompts"
     shared = [key for key in ways[0].upstream if key.startswith("reference")]
     assert len(shared) == 1 and all(shared[0] in way.upstream for way in ways[2:]), "one pass for all losses"
 
@@ -260,6 +293,30 @@ def test_collected_responses_and_logs(store):
     assert fused["chosen_reward"].tolist() == pytest.approx(weighted.tolist(), abs=1e-5)
     assert set(gap["model"]) == {"Target", "Target-SFT"} and set(gap["response"]) == set(config.FUSED)
     assert (gap["nats"] < 0).all()
+
+
+def test_without_labels_the_reward_model_judges(store, monkeypatch):
+    cfg = config.load("wrpo", "smoke", world__gold_rows=0)
+    table = pd.DataFrame({"reward": [1.0, 2.0], "model": ["a", "b"]})
+    monkeypatch.setattr(stages, "scored", lambda points, desc: (table, []))
+    found = stages.judged(cfg, [({"model": "only here"}, wrpo.thirds(cfg))]).csv("responses.csv.gz")
+    assert found["gold"].tolist() == found["reward"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu", "paper"])
+def test_the_trainings_of_each_experiment(profile, monkeypatch):
+    monkeypatch.setenv("COMPUTE", "plan")
+    cfg, found = config.load("wrpo", profile), {}
+    for name in ("main_result", "weighted", "by_sources", "by_objective", "collected", "dynamics"):
+        upstream = getattr(wrpo, name)(cfg).upstream
+        found[name] = sum(key.startswith("train") for key in upstream)
+        assert sum(key.startswith("reward-reward") for key in upstream) == 1
+    start, seeds, losses = int(cfg.world.sft_rows > 0) + 1, len(cfg.seeds), len(cfg.objectives)
+    sets = len({*cfg.source_sets, cfg.sources})
+    assert found["main_result"] == start + seeds * (losses + 2) and found["collected"] == start
+    assert found["weighted"] == start + 4 * seeds + 2 * len(cfg.alphas) - 2  # dynamic 0.1 and static 1 are there
+    assert found["by_sources"] == start - 1 + 3 * sets and found["by_objective"] == start + 2 * losses
+    assert found["dynamics"] == start + 2 * seeds + len(cfg.alphas) - 1
 
 
 def test_win_rate_by_hand():

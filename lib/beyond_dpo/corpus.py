@@ -62,11 +62,11 @@ def split(world: config.World, out: Path) -> dict:
         rows = []
         for i in range(place, place + getattr(world, name)):
             ids = data.render(tokenizer, half_b[i][0], world.template)
-            rows.append({"id": f"B{i}", "prompt_ids": ids[: rng.randint(*world.prompt_tokens)]})
+            row = {"id": f"B{i}", "prompt_ids": ids[: rng.randint(*world.prompt_tokens)]}
+            rows.append(row | ({"text": half_b[i][0]} if world.template == "chat" else {}))
         (out / f"{name}.json").write_text(json.dumps(rows))
         place += len(rows)
-    tokens = sum(len(row["responses"]["chosen"]) for row in sft_rows)
-    return {"sft_rows": len(sft_rows), "sft_tokens": tokens, "held_out": held}
+    return {"sft_rows": len(sft_rows), "held_out": held}
 
 
 def opening(tokenizer, text: str, world: config.World) -> list[int]:

@@ -246,7 +246,7 @@ def _bar(desc: str, progress_file: Path):
 
     def show():
         nonlocal bar, said
-        words = progress_file.read_text().split()
+        words = progress_file.read_text().split() if progress_file.exists() else []
         if len(words) == 2 and words != said:  # none: the child writes it this very moment
             said, (done, total) = words, map(int, words)
             bar = bar or tqdm(total=total, desc=desc, leave=False)

@@ -5,15 +5,18 @@ file of recorded answers; or the reviewers themselves.
 """
 
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Lock
 
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, stages
+from beyond_dpo import assets, config, corpus, paths, stages
 from beyond_dpo.artifacts import Artifact
 
+log = logging.getLogger("beyond_dpo")
 AT_ONCE = 8  # requests to an endpoint
 
 
@@ -31,8 +34,8 @@ def sampling(cfg):
 def answers(cfg, name: str) -> Artifact:
     """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
 
-    They are cut after cfg.sampling.max_tokens. Raises ConfigError for a source without any answer, and what the engine
-    or the endpoint raises.
+    They are cut after cfg.sampling.max_tokens; those without a word are left out. Raises ConfigError for a source
+    without any answer, and what the engine or the endpoint raises.
     """
     source, texts = cfg.known_sources[name], stages.texts(cfg.world)
     asked = {"model": source.ref, "ask": source.ask, "samples": cfg.world.samples, "sampling": asdict(cfg.sampling)}
@@ -51,7 +54,7 @@ def answers(cfg, name: str) -> Artifact:
         tokenizer, rows = data.load_tokenizer(assets.model_dir(cfg.world.target)), texts.json("prompts.json")
         wording = {row["id"]: _wording(row, tokenizer) for row in rows}
         if source.kind == "human":
-            found = _written(cfg.world, rows)
+            found = _written(cfg, rows)
         elif source.kind == "model":
             found = _decoded(assets.model_dir(source.ref), prompts.json("prompts.json"), said)
         else:
@@ -59,7 +62,7 @@ def answers(cfg, name: str) -> Artifact:
             plain = cfg.world.template == "plain"
             found = {i: [(_after(text, answer) if plain else answer, ended) for answer, ended in given.get(text, ())]
                      for i, text in wording.items()}  # fmt: skip
-        lines = []
+        found, lines = {i: [one for one in responses if one[0].strip()] for i, responses in found.items()}, []
         for i, responses in found.items():
             for sample, (text, ended) in enumerate(responses):
                 ids = data.encode_response(tokenizer, text, end=ended)[: cfg.sampling.max_tokens]
@@ -118,17 +121,18 @@ def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
     return found
 
 
-def _written(world: config.World, prompts: list[dict]) -> dict:
-    """Return how the reviewers went on: whole sentences as in SFT, or where the first is too long its beginning."""
+def _written(cfg, prompts: list[dict]) -> dict:
+    """Return how the reviewers went on: whole sentences that fit with an end token, or a first one's beginning."""
     from beyond_dpo import data
 
-    tokenizer, (_, reviews, _) = data.load_tokenizer(assets.model_dir(world.target)), corpus.shuffled(world.dataset)
-    found = {}
+    tokenizer, found = data.load_tokenizer(assets.model_dir(cfg.world.target)), {}
+    _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     for row in prompts:
         text, cut = reviews[int(row["id"][1:])][0], len(row["prompt_ids"])
-        ids = corpus.opening(tokenizer, text, world)
+        room = replace(cfg.world, sft_tokens=cut + cfg.sampling.max_tokens)
+        ids = corpus.opening(tokenizer, text, room)
         whole = len(ids) >= cut + corpus.SHORTEST
-        ids = ids if whole else data.render(tokenizer, text, world.template)[: world.sft_tokens]
+        ids = ids if whole else data.render(tokenizer, text, room.template)[: room.sft_tokens]
         found[row["id"]] = [(tokenizer.decode(ids[cut:]), whole)]
     return found
 
@@ -149,7 +153,7 @@ def _recorded(source: config.Source) -> dict:
         rows = datasets.load_dataset(repo, revision=commit, split="train")
     try:
         for row in rows:
-            response = row["response"] if "response" in row else row["chosen"][0]
+            response = row["response"] if "response" in row else _first(row["chosen"])
             found.setdefault(_text(row["prompt"]), []).append((_text(response), True))
     except (ValueError, LookupError, TypeError) as error:
         wanted = '{"prompt": text, "response": text} a line'
@@ -159,37 +163,51 @@ def _recorded(source: config.Source) -> dict:
     return found
 
 
+def _first(chosen: list) -> str | dict | list:
+    """Return the best source's response of several; a single one, as in files of pairs, would give its first letter."""
+    if not isinstance(chosen, list) or isinstance(chosen[0], dict) and chosen[0]["role"] == "user":
+        raise ValueError(f'"chosen" is not a list of responses: {chosen!r:.80}')
+    return chosen[0]
+
+
 def _text(turns: str | dict | list) -> str:
     """Return the last turn's text of a chat."""
     return turns if isinstance(turns, str) else turns["content"] if isinstance(turns, dict) else _text(turns[-1])
 
 
 def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
-    """Ask an endpoint for every prompt; replies that came before an interruption are kept and not asked for again."""
-    from openai import OpenAI
+    """Ask an endpoint for every prompt; each reply is kept as it comes, so that nothing is asked for twice.
 
-    kept, prompts = out / "checkpoints" / "replies.jsonl", dict.fromkeys(wording.values())
-    kept.parent.mkdir(exist_ok=True)
+    Temperature, top-p and the number of tokens and samples are sent, no seed: an endpoint repeats nothing exactly. What
+    it refuses to answer (HTTP 400) counts as unanswered.
+    """
+    from openai import BadRequestError, OpenAI
+
+    kept, prompts, lock = out / "checkpoints" / "replies.jsonl", dict.fromkeys(wording.values()), Lock()
     lines = kept.read_text().splitlines(keepends=True) if kept.exists() else []
     found = dict(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half a line
-    kept.write_text("".join(json.dumps([text, found[text]]) + "\n" for text in found))
-    client, how = OpenAI(base_url=source.url), cfg.sampling
+    paths.write(kept, "".join(json.dumps([text, found[text]]) + "\n" for text in found))
+    client, how = OpenAI(base_url=source.url or None, max_retries=6, timeout=120), cfg.sampling
 
-    def ask(text: str) -> tuple:
-        reply = client.with_options(max_retries=6).chat.completions.create(
-            model=source.ref, messages=[{"role": "user", "content": source.ask.format(prompt=text) or text}],
-            n=cfg.world.samples, temperature=how.temperature, top_p=how.top_p, max_tokens=how.max_tokens,
-        )  # fmt: skip
-        return text, [(choice.message.content or "", choice.finish_reason == "stop") for choice in reply.choices]
+    def ask(text: str) -> None:
+        try:
+            reply = client.chat.completions.create(
+                model=source.ref, messages=[{"role": "user", "content": source.ask.format(prompt=text) or text}],
+                n=cfg.world.samples, temperature=how.temperature, top_p=how.top_p, max_tokens=how.max_tokens,
+            )  # fmt: skip
+            said = [(choice.message.content or "", choice.finish_reason == "stop") for choice in reply.choices]
+        except BadRequestError as refusal:
+            log.warning("%s refused a prompt: %s", source.ref, refusal)
+            said = []
+        with lock, open(kept, "a") as file:
+            file.write(json.dumps([text, said]) + "\n")
+        found[text] = said
 
-    with ThreadPoolExecutor(AT_ONCE) as pool, open(kept, "a") as file:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         asked = [pool.submit(ask, text) for text in prompts if text not in found]
         try:
             for reply in stages.watched(asked, f"asking {source.ref}"):
-                text, replies = reply.result()
-                found[text] = replies
-                file.write(json.dumps([text, replies]) + "\n")
-                file.flush()
+                reply.result()
         except BaseException:  # an interrupt, too, ends the asking
             pool.shutdown(cancel_futures=True)
             raise

@@ -144,9 +144,8 @@ def pairs(cfg) -> Artifact:
         for name, group in gold.groupby("id", sort=False):
             best, worst = group.loc[group[by].idxmax()], group.loc[group[by].idxmin()]
             if best[by] > worst[by]:  # a prompt whose samples all score alike has no preference
-                chosen, rejected = said[name, best["sample"]], said[name, worst["sample"]]
-                said_of = {"chosen": chosen, "rejected": rejected}
-                rows.append({"id": name, "prompt_ids": asked[name], "responses": said_of})
+                responses = {"chosen": said[name, best["sample"]], "rejected": said[name, worst["sample"]]}
+                rows.append({"id": name, "prompt_ids": asked[name], "responses": responses})
                 gaps.append(float(best[by] - worst[by]))
         data.write_rows(out / "pairs.jsonl", rows)
         gap = round(sum(gaps) / len(gaps), 3)
@@ -185,15 +184,16 @@ def of_reference(held: Artifact, what: str):
     return load_file(held.get() / "reference.safetensors")[what].T.astype(float)
 
 
-def subset(rows: Artifact, fraction: float, seed: int, longest: bool = False, chosen: str = "chosen") -> Artifact:
+def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
     """Draw a fraction of the pairs: at random, or those whose chosen response is longest against the rejected one."""
+    rows = pairs(cfg)
 
     def make(out: Path) -> dict:
         from beyond_dpo import data
 
         everything = data.read_rows(rows.get() / "pairs.jsonl")
         order = data.order(len(everything), seed, epoch=1_000)
-        longer = [len(r["responses"][chosen]) - len(r["responses"]["rejected"]) for r in everything]
+        longer = [len(r["responses"]["chosen"]) - len(r["responses"]["rejected"]) for r in everything]
         if longest:
             order.sort(key=lambda i: -longer[i])
         kept = order[: max(1, round(fraction * len(everything)))]
@@ -212,7 +212,7 @@ def aligned(
     start: another model to align, then its own reference. longest: see subset(). changes: of cfg.train, as epochs=2.
     """
     settings = dataclasses.replace(cfg.train, **changes)
-    part, base = subset(pairs(cfg), fraction, seed, longest), start or sft(cfg)
+    part, base = subset(cfg, fraction, seed, longest), start or sft(cfg)
     what = [f", {v}" if isinstance(v, str) else f", {k} {v:g}" for k, v in changes.items() if v != settings.loss]
     desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}" + "".join(what) + ", the longest chosen" * longest
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
@@ -253,7 +253,7 @@ def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
     def make(out: Path) -> None:
         workers.check_machine(cfg)
         table, facts = scored(points, "trained models")
-        write(out, table if "gold" in table else table.rename(columns={oracle(cfg.world): "gold"}), facts)
+        write(out, table if "gold" in table else table.assign(gold=table[oracle(cfg.world)]), facts)
 
     return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, sources, stages, stats
+from beyond_dpo import config, sources, stages, stats, workers
 from beyond_dpo.artifacts import Artifact
 
 OWN, OFF_POLICY = config.FUSED[1:], config.FUSED[::2]  # the target's own pair; the source's response against its worst
@@ -46,13 +46,13 @@ def fusion(cfg, names: tuple) -> Artifact:
     best.jsonl, as data.write_rows: the response "source_chosen", and the name of its "source"; sft.jsonl: those of the
     first third. A prompt without a response, or whose responses all score alike, is counted and dropped.
     """
-    said = {name: sources.answers(cfg, name) for name in names}
+    said = {name: sources.answers(cfg, name) for name in sorted(names)}
     judged = {name: scored(cfg, answers) for name, answers in said.items()}
 
     def make(out: Path) -> dict:
         from beyond_dpo import data
 
-        table = pd.concat([_table(said[name], judged[name]).assign(source=name) for name in names], ignore_index=True)
+        table = pd.concat([_table(said[name], judged[name]).assign(source=name) for name in said], ignore_index=True)
         groups, rows, asked = dict(iter(table.groupby("id"))), [], stages.texts(cfg.world).json("prompts.json")
         for prompt in asked:
             if picked := best_and_worst(groups.get(prompt["id"]), prompt["id"]):
@@ -80,7 +80,7 @@ def best_and_worst(group: pd.DataFrame | None, seed: str) -> tuple | None:
 
 def target_sft(cfg, names: tuple) -> Artifact:
     """Fine-tune the target on the sources' best responses to the first third of the prompts: Target-SFT."""
-    how = {"base": stages.sft(cfg), "seed": 0, "desc": f"Target-SFT on {' + '.join(names)}"}
+    how = {"base": stages.sft(cfg), "seed": cfg.seeds[0], "desc": f"Target-SFT on {' + '.join(names)}"}
     return stages.training(cfg, cfg.sft, fusion(cfg, names), "sft.jsonl", [config.FUSED[0]], **how)
 
 
@@ -112,6 +112,22 @@ def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
     return Artifact("quadruples", 1, {"scores": judged, "fusion": best}, make)
 
 
+def draw(cfg, rows: Artifact, seed: int) -> Artifact:
+    """Keep the quadruples of a fraction of the prompts: the same prompts for all models of one seed."""
+
+    def make(out: Path) -> None:
+        from beyond_dpo import data
+
+        ids = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
+        order = data.order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
+        kept = {ids[i] for i in order}
+        whole = data.read_rows(rows.get() / "pairs.jsonl")
+        data.write_rows(out / "pairs.jsonl", [row for row in whole if row["id"] in kept])
+
+    inputs = {"quadruples": rows, "thirds": thirds(cfg), "fraction": cfg.fraction, "seed": seed}
+    return Artifact("draw", 1, inputs, make)
+
+
 def trained(cfg, loss: str, *, base: Artifact | None = None, names=(), responses=OWN, seed=0, **changes) -> Artifact:
     """Train Target-SFT (or `base`) on a draw of its quadruples; the same reference pass serves all losses and seeds.
 
@@ -120,12 +136,11 @@ def trained(cfg, loss: str, *, base: Artifact | None = None, names=(), responses
     names, settings = names or cfg.sources, replace(cfg.train, loss=loss, **changes)
     start, base = "Target" if base else "Target-SFT", base or target_sft(cfg, names)
     rows = quadruples(cfg, names, base)
-    part = stages.subset(rows, cfg.fraction, seed, chosen=config.FUSED[0])
     held = stages.reference(cfg, base, rows, config.FUSED)
     desc = f"{loss.upper()} from {start} on {responses[0]}, seed {seed}"
     desc += "".join(f", {name} {value:g}" for name, value in changes.items())
     how = {"base": base, "against": held, "seed": seed, "desc": desc}
-    return stages.training(cfg, settings, part, "pairs.jsonl", list(responses), **how)
+    return stages.training(cfg, settings, draw(cfg, rows, seed), "pairs.jsonl", list(responses), **how)
 
 
 def fused(cfg, loss: str = "dpo", **how) -> Artifact:
@@ -196,7 +211,7 @@ def collected(cfg) -> Artifact:
 
     responses.csv.gz, a row a response: source, prompt, reward, length, overlap (the share of its token pairs that
     another response of Target-SFT to this prompt has), chosen (it is y_ws, or for Target-SFT y_wt).
-    wins.json: how often each source's response was the best one, and how many prompts were dropped.
+    facts.json: how often each source's response was the best one, of all prompts, and how many prompts were dropped.
     """
     model = target_sft(cfg, cfg.sources)
     pools = {name: (answers := sources.answers(cfg, name), scored(cfg, answers)) for name in cfg.sources}
@@ -206,6 +221,7 @@ def collected(cfg) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
+        workers.check_machine(cfg)
         table = pd.concat([_table(*pool).assign(source=name) for name, pool in pools.items()], ignore_index=True)
         kept = {row["id"]: row["responses"] for row in data.read_rows(rows.get() / "pairs.jsonl")}
         table = table[table["id"].isin(kept)]
@@ -235,12 +251,14 @@ def dynamics(cfg) -> Artifact:
     start, model, seed = stages.sft(cfg), target_sft(cfg, cfg.sources), cfg.seeds[0]
     runs = {("Target-SFT-DPO", s): trained(cfg, "dpo", seed=s, **cfg.objectives["dpo"]) for s in cfg.seeds}
     runs |= {("Target-SFT-WRPO", s): fused(cfg, seed=s) for s in cfg.seeds}
-    runs |= {(f"α to {alpha:g}", seed): fused(cfg, alpha=alpha, seed=seed) for alpha in cfg.alphas if alpha > 0.1}
+    others = [alpha for alpha in cfg.alphas if alpha != cfg.train.alpha]
+    runs |= {(f"α to {alpha:g}", seed): fused(cfg, alpha=alpha, seed=seed) for alpha in others}
     rows = quadruples(cfg, cfg.sources, model)
     held = {"Target": stages.reference(cfg, start, rows, config.FUSED)}
     held["Target-SFT"] = stages.reference(cfg, model, rows, config.FUSED)
 
     def make(out: Path) -> None:
+        workers.check_machine(cfg)
         logs = []
         for (name, s), run in runs.items():
             logs.append(pd.read_json(run.get() / "log.jsonl", lines=True).assign(model=name, seed=s))
