@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from beyond_dpo import assets, paths
+from beyond_dpo import assets, paths, workers
 
 os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(paths.ROOT / "lib"), os.environ.get("PYTHONPATH")])),
@@ -18,6 +18,17 @@ os.environ.update(
 )
 for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)  # what the caller (or make) set for itself is not part of a test
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Let a module's tests share one empty store of results."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("store")
+        patch.setattr(paths, "ARTIFACTS", folder / "artifacts")
+        patch.setattr(paths, "FROZEN", folder / "frozen")
+        yield folder
+        workers.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,20 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_dpo import config, corpus, dispersion, mallows, paths, report, stages, workers
+from beyond_dpo import config, corpus, dispersion, mallows, report, stages
 from beyond_dpo.losses import mallows_link
 
 SMOKE = config.load("mallows", "smoke", betas=[0.1], methods=["dpo", "mallows_phi"])
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("mallows")
-        patch.setattr(paths, "ARTIFACTS", folder / "artifacts")
-        patch.setattr(paths, "FROZEN", folder / "frozen")
-        yield folder
-        workers.close()
 
 
 def test_the_bandit_ends_where_the_papers_figures_end(store):

@@ -14,20 +14,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from beyond_dpo import artifacts, assets, config, corpus, data, paths, sources, stages, workers, wrpo
+from beyond_dpo import artifacts, assets, config, corpus, data, paths, sources, stages, wrpo
 
 SMOKE = config.load("wrpo", "smoke", seeds=[0])
 KEY = "sk-not-to-be-found-anywhere"
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("wrpo")
-        patch.setattr(paths, "ARTIFACTS", folder / "artifacts")
-        patch.setattr(paths, "FROZEN", folder / "frozen")
-        yield folder
-        workers.close()
 
 
 def lines(artifact, name="responses.jsonl"):

@@ -18,7 +18,7 @@ from beyond_dpo import config, sources, stages, stats, workers
 from beyond_dpo.artifacts import Artifact
 
 OWN, OFF_POLICY = config.FUSED[1:], config.FUSED[::2]  # the target's own pair; the source's response against its worst
-NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "hybrid": "hybrid"}
+NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
 FUSING = {"dpo": "wrpo", "ipo": "wrpo_ipo", "simpo": "wrpo_simpo"}
 
 
