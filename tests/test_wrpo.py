@@ -336,6 +336,8 @@ def test_the_papers_settings():
 def test_an_unknown_source_is_refused():
     with pytest.raises(config.ConfigError, match="unknown source 'chatt'; did you mean 'chat'?"):
         config.load("wrpo", "smoke", sources=["human", "chatt"])
+    with pytest.raises(config.ConfigError, match="unknown source 'humans'"):
+        config.load("wrpo", "smoke", source_sets=[["chat"], ["humans", "chat"]])
 
 
 def test_the_readmes_sources_are_entries_of_a_profile():

@@ -230,11 +230,11 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
         raise ConfigError(_unknown("key", key, known))
     for name in ("sft", "train"):
         check_batch(getattr(config, name), where=name)
-    for name in [name for name in getattr(config, "sources", ()) if name not in config.known_sources]:
+    named = sum(getattr(config, "source_sets", ()), getattr(config, "sources", ()))
+    for name in [name for name in named if name not in config.known_sources]:
         raise ConfigError(_unknown("source", name, config.known_sources))
     for fraction in [f for f in getattr(config, "fractions", ()) if f not in config.alphas]:
-        grids = ", ".join(map(str, config.alphas))
-        raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {grids}")
+        raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {', '.join(map(str, config.alphas))}")
     return config
 
 
