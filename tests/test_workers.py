@@ -36,10 +36,10 @@ def test_jobs_share_a_process_until_one_fails(tmp_path, job):
 def test_room_is_made_only_where_it_is_scarce(job, monkeypatch):
     cfg = config.load("expo", "smoke")
     worker = workers.get("jobs", "beyond_dpo.launch", {})
-    monkeypatch.setattr(workers, "memory_gib", lambda: 4.0 * cfg.needs.memory_gb)
+    monkeypatch.setattr(workers, "memory_gib", lambda: 2.0 * cfg.needs.memory_gb)
     workers.make_room(cfg)
     assert workers.get("jobs", "beyond_dpo.launch", {}) is worker, "there is plenty"
-    monkeypatch.setattr(workers, "memory_gib", lambda: 1.0)
+    monkeypatch.setattr(workers, "memory_gib", lambda: 1.9 * cfg.needs.memory_gb)
     workers.make_room(cfg, "jobs")
     assert workers.living == {"jobs": worker}
     workers.make_room(cfg, "generate")

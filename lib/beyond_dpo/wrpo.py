@@ -176,12 +176,10 @@ def weighted(cfg) -> Artifact:
 
 
 def by_sources(cfg) -> Artifact:
-    """Judge Target-SFT, and DPO and WRPO from it, for every choice of sources; first seed."""
+    """Judge Target-SFT, and WRPO from it, for every choice of sources; first seed."""
     walk, seed = [], cfg.seeds[0]
     for choice, names in {" + ".join(names): names for names in (*cfg.source_sets, cfg.sources)}.items():
-        models = {"Target-SFT": target_sft(cfg, names)}
-        models["Target-SFT-DPO"] = trained(cfg, "dpo", names=names, seed=seed, **cfg.objectives["dpo"])
-        models["Target-SFT-WRPO"] = fused(cfg, names=names, seed=seed)
+        models = {"Target-SFT": target_sft(cfg, names), "Target-SFT-WRPO": fused(cfg, names=names, seed=seed)}
         walk += [({"sources": choice, "model": name, "seed": seed}, model) for name, model in models.items()]
     return judged(cfg, walk)
 
