@@ -22,7 +22,7 @@ def code_cells(path):
 
 def test_there_are_notebooks():
     assert {p.stem for p in NOTEBOOKS} >= {"00_start_here", "11_expo_headline", "12_expo_interpolation"}
-    assert len(NOTEBOOKS) == 16
+    assert len(NOTEBOOKS) == 21
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -79,7 +79,7 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed == sum(len(code_cells(p)) for p in NOTEBOOKS), "every code cell was compared"
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.svg")}
-    assert drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 20, "the same bytes"
+    assert drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 27, "the same bytes"
 
 
 def test_readme_examples_run(tmp_path, monkeypatch):

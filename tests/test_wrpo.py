@@ -304,7 +304,7 @@ def test_the_trainings_of_each_experiment(profile, monkeypatch):
     start, seeds, losses = int(cfg.world.sft_rows > 0) + 1, len(cfg.seeds), len(cfg.objectives)
     sets = len({*cfg.source_sets, cfg.sources})
     assert found["main_result"] == start + seeds * (losses + 2) and found["collected"] == start
-    assert found["weighted"] == start + 4 * seeds + 2 * len(cfg.alphas) - 2  # dynamic 0.1 and static 1 are there
+    assert found["weighted"] == start + 4 + 2 * len(cfg.alphas) - 2  # dynamic 0.1 and static 1 are there
     assert found["by_sources"] == start - 1 + 2 * sets and found["by_objective"] == start + 2 * losses
     assert found["dynamics"] == start + 2 * seeds + len(cfg.alphas) - 1
 

@@ -44,7 +44,7 @@ def check_machine(cfg) -> None:
 
 
 def make_room(cfg, *needed: str) -> None:
-    """End the living processes that are not needed next and would hold gigabytes beside it, unless there is room for both."""
+    """End the living processes that are not needed next and would hold gigabytes, unless there is room for both."""
     if cfg.needs.gpus or memory_gib() < 2 * cfg.needs.memory_gb:
         for name in living.keys() - set(needed):
             living.pop(name).close()

@@ -160,19 +160,20 @@ def main_result(cfg) -> Artifact:
 
 
 def weighted(cfg) -> Artifact:
-    """Judge what enters the reward (source, target, both, two losses), and every α_max, dynamic and static."""
-    settings, walk = cfg.objectives["dpo"], []
-    for seed in cfg.seeds:
-        only = {"target only": OWN, "source only": OFF_POLICY}
-        models = {name: trained(cfg, "dpo", responses=pair, seed=seed, **settings) for name, pair in only.items()}
-        models |= {"weighted": fused(cfg, seed=seed)}
-        models["hybrid"] = trained(cfg, "hybrid", responses=config.FUSED, seed=seed, **settings)
-        walk += [({"model": name, "seed": seed}, model) for name, model in models.items()]
-    for how in [{"alpha": a, "dynamic": d, "seed": cfg.seeds[0]} for a in cfg.alphas for d in (True, False)]:
-        same = how["alpha"] == 1 and not how["dynamic"]  # constant 1 is the source alone
-        model = trained(cfg, "dpo", responses=OFF_POLICY, seed=how["seed"], **settings) if same else fused(cfg, **how)
-        walk.append(({"model": "α", **how}, model))
-    return judged(cfg, [({"model": "Target-SFT", "seed": 0}, target_sft(cfg, cfg.sources)), *walk])
+    """Judge what enters the reward (source, target, both, two losses), and every α_max, dynamic and static; first seed.
+
+    model: Target-SFT, "target only", "source only", "weighted", "hybrid", or "α" with alpha and dynamic.
+    """
+    settings, seed = cfg.objectives["dpo"], cfg.seeds[0]
+    models = {"Target-SFT": target_sft(cfg, cfg.sources), "weighted": fused(cfg, seed=seed)}
+    for name, responses in {"target only": OWN, "source only": OFF_POLICY}.items():
+        models[name] = trained(cfg, "dpo", responses=responses, seed=seed, **settings)
+    models["hybrid"] = trained(cfg, "hybrid", responses=config.FUSED, seed=seed, **settings)
+    walk = [({"model": name}, model) for name, model in models.items()]
+    for how in [{"alpha": a, "dynamic": d} for a in cfg.alphas for d in (True, False)]:
+        alone = how["alpha"] == 1 and not how["dynamic"]  # constant 1 is the source alone
+        walk.append(({"model": "α", **how}, models["source only"] if alone else fused(cfg, seed=seed, **how)))
+    return judged(cfg, walk)
 
 
 def by_sources(cfg) -> Artifact:
