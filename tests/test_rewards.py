@@ -324,11 +324,12 @@ def test_scorer(answers, bag, head, tmp_path):
         "model": {"kind": "classifier", "folder": str(classifier), "token_budget": 64},
         "vader": {"kind": "vader"},
     }
-    config = {"rewards": kinds, "target": str(target), "precision": "fp32"}
-    given = {"prompts": str(folder / "prompts.json"), "responses": str(folder / "responses.jsonl")}
+    config = {"target": str(target), "precision": "fp32"}
+    given = {"rewards": kinds, "prompts": str(folder / "prompts.json"), "responses": str(folder / "responses.jsonl")}
     with launch.Worker("beyond_dpo.rewards", config, tmp_path / "log", desc="score") as worker:
         facts = worker.call("score", **given, out=str(tmp_path / "scores.jsonl"), reference_prompts=5)
         worker.call("score", **given, out=str(tmp_path / "none.jsonl"))
+        worker.call("score", **given | {"rewards": {"vader": kinds["vader"]}}, out=str(tmp_path / "one.jsonl"))
     table = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [(r["id"], r["sample"], r["logp"]) for r in table] == [(r["id"], r["sample"], r["logp"]) for r in lines]
     tokenizer, asked = data.load_tokenizer(target), {p["id"]: p["prompt_ids"] for p in prompts}
@@ -355,11 +356,24 @@ def test_scorer(answers, bag, head, tmp_path):
     assert sum(r["logp_sft"] is None for r in table) == 3
     without = [json.loads(line) for line in (tmp_path / "none.jsonl").read_text().splitlines()]
     assert without == [r | {"logp_sft": None} for r in table]
+    one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert one == [{k: v for k, v in r.items() if k not in ("words", "model")} for r in without]
 
 
-def test_unknown_kind_of_reward_is_named():
+def test_a_reward_is_loaded_once(answers, bag, tmp_path):
+    folder, scorer = answers[0], Scorer(str(assets.model_dir("tiny")))
+    files = [str(folder / "prompts.json"), str(folder / "responses.jsonl"), str(tmp_path / "out")]
+    words, vader = {"kind": "bag_of_words", "folder": str(bag[0])}, {"kind": "vader"}
+    rewards.load.cache_clear()
+    for asked in ({"gold": words}, {"gold": words, "vader": vader}, {"gold": words}):
+        scorer.score(asked, *files)
+    assert rewards.load.cache_info().misses == 2
+
+
+def test_unknown_kind_of_reward_is_named(answers, tmp_path):
+    files = [str(answers[0] / name) for name in ("prompts.json", "responses.jsonl")]
     with pytest.raises(KeyError, match="vaders"):
-        Scorer({"x": {"kind": "vaders"}}, "unread")
+        Scorer(str(assets.model_dir("tiny"))).score({"x": {"kind": "vaders"}}, *files, str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])

@@ -7,6 +7,7 @@ fine-tuned encoder, or any sequence-classification model), `vader` (a lexicon an
 
 import json
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -183,25 +184,24 @@ def repetition(ids: list[int], n: int = 3) -> float:
     return 1 - distinct_n([ids], n) if len(ids) >= n else 0.0
 
 
+@lru_cache(maxsize=3)  # a profile's judges
+def load(kind: str, **arguments):
+    """Return a reward; one that was asked for lately is not loaded again."""
+    return {"bag_of_words": BagOfWords, "classifier": Classifier, "vader": Vader}[kind](**arguments)
+
+
 class Scorer:
-    """Score response files with named rewards, and the reference's log-probability of each response.
+    """Score response files with named rewards, and the log-probability of each response by `target`, the SFT model."""
 
-    rewards: name -> {"kind": "bag_of_words" | "classifier" | "vader", …arguments}. target: folder of the SFT model.
-    """
-
-    KINDS = {"bag_of_words": BagOfWords, "classifier": Classifier, "vader": Vader}
-
-    def __init__(self, rewards: dict, target: str, precision: str = "bf16"):
-        self.rewards = {}
-        for name, given in rewards.items():
-            self.rewards[name] = self.KINDS[given["kind"]](**{k: v for k, v in given.items() if k != "kind"})
+    def __init__(self, target: str, precision: str = "bf16"):
         self.target, self.precision, self._reference = target, precision, None
 
-    def score(self, prompts: str, responses: str, out: str, reference_prompts: int = 0) -> dict:
+    def score(self, rewards: dict, prompts: str, responses: str, out: str, reference_prompts: int = 0) -> dict:
         """Write one JSON line per response: id, sample, length, each reward, repetition, logp, and logp_sft.
 
-        A reward reads prompt and response together, as its training texts are whole openings. logp_sft is given for
-        the first `reference_prompts` prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
+        rewards: name -> {"kind": "bag_of_words" | "classifier" | "vader", …arguments}. A reward reads prompt and
+        response together, as its training texts are whole openings. logp_sft is given for the first `reference_prompts`
+        prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
         Returns {"distinct_2"} of all responses together.
         """
         from beyond_dpo import data, reference
@@ -210,7 +210,7 @@ class Scorer:
         asked = {r["id"]: r["prompt_ids"] for r in json.loads(Path(prompts).read_text())}
         lines = [json.loads(line) for line in Path(responses).read_text().splitlines()]
         texts = [tokenizer.decode(asked[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
-        table = {name: reward.score(texts) for name, reward in self.rewards.items()}
+        table = {name: load(**given).score(texts) for name, given in rewards.items()}
         referenced, rows, logps = set(list(asked)[:reference_prompts]), {}, {}
         for i, r in enumerate(lines):
             if r["id"] in referenced and r["response_ids"]:

@@ -121,9 +121,9 @@ def scores(
         if "reward" in judges and not cfg.world.reward_rows:
             rewards["reward"] |= {"folder": str(assets.model_dir(cfg.world.reward_model))}
             rewards["reward"] |= {"trust_remote_code": cfg.world.reward_model in cfg.world.trust_remote_code}
-        scorer = workers.get("score", "beyond_dpo.rewards", {"rewards": rewards, "target": str(start.get())})
+        job = {"rewards": rewards, "out": str(out / "scores.jsonl"), "reference_prompts": kl_prompts}
         files = {"prompts": str(prompts.get() / f"{split}.json"), "responses": str(answers.get() / "responses.jsonl")}
-        return scorer.call("score", **files, out=str(out / "scores.jsonl"), reference_prompts=kl_prompts)
+        return workers.get("score", "beyond_dpo.rewards", {"target": str(start.get())}).call("score", **job, **files)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
     return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve")
