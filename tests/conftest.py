@@ -20,6 +20,12 @@ for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)  # what the caller (or make) set for itself is not part of a test
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the files that take longest, so that two processes end at about the same time."""
+    longest = ("test_cold.py", "test_wrpo.py", "test_run.py", "test_notebooks.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     """Let a module's tests share one empty store of results."""

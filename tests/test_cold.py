@@ -1,4 +1,4 @@
-"""Every notebook runs cold at smoke. The longest test: a file of its own, early in the order of names."""
+"""Every notebook runs cold at smoke. The longest test: a file of its own, with which conftest.py begins."""
 
 import os
 import subprocess
