@@ -204,6 +204,11 @@ def test_the_dry_run_names_every_training_of_every_notebook(profile):
     assert count["11"] == count["16"] == count["90"] == sft + models
     assert count["12"] == sft + 1 and count["13"] == sft + 2 + len(cfg.recipes) and count["14"] == sft + 3
     assert count["15"] == (5 if sft else 0) and count["17"] == sft + len(cfg.fractions)
+    fused = config.load("wrpo", profile)
+    start, seeds, losses = int(fused.world.sft_rows > 0) + 1, len(fused.seeds), len(fused.objectives)
+    assert count["31"] == start + seeds * (losses + 2) and count["32"] == start + 2 + 2 * len(fused.alphas)
+    assert count["33"] == start - 1 + 2 * len({*fused.source_sets, fused.sources}) and count["34"] == start + 2 * losses
+    assert count["35"] == start + 2 * seeds + sum(alpha > 0.1 for alpha in fused.alphas)
     assert count["00"] == count["18"] == 0 and "computes nothing" in found["18"][0]
     assert cfg.world.target in found["11"][1] and f"{cfg.needs.hours:g} h" in found["11"][0]
     assert any(f"2 × lr {cfg.train.lr:g}" in line for line in found["13"])

@@ -120,8 +120,7 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
 
         ids = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
         order = data.order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
-        kept = {ids[i] for i in order}
-        whole = data.read_rows(rows.get() / "pairs.jsonl")
+        whole, kept = data.read_rows(rows.get() / "pairs.jsonl"), {ids[i] for i in order}
         data.write_rows(out / "pairs.jsonl", [row for row in whole if row["id"] in kept])
 
     inputs = {"quadruples": rows, "thirds": thirds(cfg), "fraction": cfg.fraction, "seed": seed}
@@ -134,10 +133,10 @@ def trained(cfg, loss: str, *, base: Artifact | None = None, names=(), responses
     names: the sources, default cfg.sources. responses: those that the loss takes, in its order. changes: of cfg.train.
     """
     names, settings = names or cfg.sources, replace(cfg.train, loss=loss, **changes)
-    start, base = "Target" if base else "Target-SFT", base or target_sft(cfg, names)
+    start, base = "Target" if base else f"Target-SFT on {' + '.join(names)}", base or target_sft(cfg, names)
     rows = quadruples(cfg, names, base)
     held = stages.reference(cfg, base, rows, config.FUSED)
-    desc = f"{loss.upper()} from {start} on {responses[0]}, seed {seed}"
+    desc = f"{loss.upper()} from {start}, {responses[0]} chosen, seed {seed}"
     desc += "".join(f", {name} {value:g}" for name, value in changes.items())
     how = {"base": base, "against": held, "seed": seed, "desc": desc}
     return stages.training(cfg, settings, draw(cfg, rows, seed), "pairs.jsonl", list(responses), **how)
@@ -258,9 +257,8 @@ def dynamics(cfg) -> Artifact:
 
     def make(out: Path) -> None:
         workers.check_machine(cfg)
-        logs = []
-        for (name, s), run in runs.items():
-            logs.append(pd.read_json(run.get() / "log.jsonl", lines=True).assign(model=name, seed=s))
+        logs = {one: pd.read_json(run.get() / "log.jsonl", lines=True) for one, run in runs.items()}
+        logs = [table.assign(model=name, seed=s) for (name, s), table in logs.items()]
         pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"]).round(6).to_csv(out / "log.csv", index=False)
         tables = []
         for name, one in held.items():
