@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,6 +211,19 @@ def test_failed_swap_leaves_no_half_model(backend, request, models, reference):
             call("logps", sequences=[TEXT])
         call("swap", **where, alpha=3)
         assert call("logps", sequences=[TEXT]) == pytest.approx([reference(3, TEXT)], abs=2e-3)
+
+
+@pytest.mark.parametrize("backend", ["vllm", "transformers"])
+def test_a_models_own_weights_need_no_second_model(backend, request, models, reference):
+    """Also those that the engine started with: after a sweep, and after a swap that failed."""
+    worker = request.getfixturevalue("engine" if backend == "vllm" else "transformers_engine")
+    call = worker.call if backend == "vllm" else lambda method, **given: getattr(worker, method)(**given)
+    where = {"sft": str(models / "sft"), "aligned": str(models / "aligned")}
+    for before, own in ((3, "sft"), (3, "aligned"), (1e39, "sft"), (0.5, "3")):
+        with suppress(ValueError, launch.JobFailed):
+            call("swap", **where, alpha=before)
+        call("swap", sft=str(models / own), aligned=None, alpha=0.0)
+        assert call("logps", sequences=[TEXT]) == pytest.approx([reference(own, TEXT)], abs=2e-3)
 
 
 def test_models_of_another_shape_are_refused(transformers_engine, models, tmp_path):

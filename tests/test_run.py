@@ -253,6 +253,37 @@ def test_runs_failures_and_dead_kernels(project):
     assert not list(runs.glob("*.jsonl"))
 
 
+LIVING = """
+import os, pathlib, logging
+from beyond_dpo import workers
+before = workers.living.get("jobs")
+worker = workers.get("jobs", "beyond_dpo.launch", {})
+logging.getLogger("beyond_dpo").warning("in %s", tag)
+print(os.getpid(), worker.child.pid, before is worker, pathlib.Path.cwd().name, sorted({"pid", "before"} & seen))
+"""
+
+
+def test_notebooks_of_one_run_share_living_processes(project, tmp_path):
+    """But neither names, counts, folder nor log; one that fails takes them along, and all end with the run."""
+    living = ("seen = set(dir())\npid = None", LIVING)
+    names = [notebook(project / "notebooks" / f"1{i}_expo.ipynb", *living).stem for i in range(3)]
+    names.append(notebook(tmp_path / "elsewhere" / "mine.ipynb", *living).stem)
+    notebook(project / "notebooks" / "19_expo.ipynb", "import sys\nfrom beyond_dpo import workers\n1 / 0")
+    order = ["10", "11", "19", "12", str(tmp_path / "elsewhere" / "mine.ipynb")]
+    assert start(project, *order, "-p", "tag=T").wait(120) == 1
+    runs, said = project / "artifacts" / "runs", []
+    for name in names:
+        nb = nbformat.read(runs / f"{name}.smoke.ipynb", 4)
+        assert [cell.get("execution_count") for cell in nb.cells] == [None, 1, 2, 3, 4]
+        said.append(nb.cells[-1].outputs[0].text.split())
+        assert (runs / f"{name}.smoke.log").read_text().count("in T") == 1
+    kernels, pids, kept, folders, seen = zip(*said, strict=True)
+    assert kernels[0] == kernels[1] != kernels[2] == kernels[3] and pids[0] == pids[1] != pids[2] == pids[3]
+    assert kept == ("False", "True", "False", "True") and folders == ("notebooks",) * 3 + ("elsewhere",)
+    assert set(seen) == {"[]"}, "names of an earlier notebook"
+    assert not any(map(psutil.pid_exists, map(int, {*kernels, *pids})))
+
+
 DRAWN = """
 import matplotlib.pyplot as plt, pandas as pd
 from beyond_dpo import figures, report

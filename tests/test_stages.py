@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,33 @@ def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
             expo.curves(wider).get()
     finally:
         del os.environ["COMPUTE"]
+
+
+def test_one_engine_samples_from_all_models_of_a_shape(store):
+    """The SFT model, what it was trained from, and back: one process, which says what an engine of each alone says."""
+    cfg = plain()
+    start, raw = stages.sft(cfg), stages.model(cfg.world.target)
+
+    def said(model):
+        answers = stages.responses(cfg, model, "dev_prompts", samples=2, seed=1)
+        shutil.rmtree(paths.ARTIFACTS / answers.key, ignore_errors=True)
+        return (answers.get() / "responses.jsonl").read_text()
+
+    first, engine = said(start), workers.living["generate"]
+    own = said(raw)
+    assert said(start) == first != own and workers.living["generate"] is engine
+    settings = {"model": str(raw.get()), "decoding": dataclasses.asdict(cfg.decoding)}
+    with launch.Worker("beyond_dpo.generate", settings, store, desc="alone") as alone:
+        prompts = str(stages.texts(cfg.world).get() / "dev_prompts.json")
+        alone.call("generate", prompts=prompts, out=str(store / "alone.jsonl"), samples=2, seed=1)
+    alone, together = ([json.loads(line) for line in text.splitlines()]
+                       for text in ((store / "alone.jsonl").read_text(), own))  # fmt: skip
+    assert [row["response_ids"] for row in alone] == [row["response_ids"] for row in together]
+
+    other = shutil.copytree(raw.get(), store / "other", ignore=shutil.ignore_patterns("manifest.json"))
+    shape = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 0.5}))
+    assert said(stages.model(str(other))) != own and workers.living["generate"] is not engine
 
 
 def test_lines_share_what_is_already_trained():

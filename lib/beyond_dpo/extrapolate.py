@@ -119,8 +119,8 @@ def extrapolate(sft, aligned, outputs: dict[float, str | Path], *, modules: dict
 
 
 def tensors(sft, aligned, alpha: float, modules: dict[str, float] | None = None):
-    """Return an iterator over extrapolate()'s (name, tensor), one by one; raises alike, weights as they are read."""
-    pairs = check(sft, aligned)
+    """Return an iterator over extrapolate()'s (name, tensor), read one by one; raises alike. aligned: None for θ₀."""
+    pairs = check(sft, aligned or sft)
     alphas = _alphas(pairs, [alpha], modules or {})
 
     def stream():
@@ -132,7 +132,7 @@ def tensors(sft, aligned, alpha: float, modules: dict[str, float] | None = None)
                 next(parts).copy_(result)
                 moved = moved or changed
             yield one.name, whole
-        if not moved:
+        if aligned and not moved:
             raise IncompatibleModels(EQUAL.format(sft, aligned))
 
     return stream()

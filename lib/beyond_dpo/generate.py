@@ -37,18 +37,17 @@ class Engine:
         self.weights, self.whole = (model, model, 0.0), True
         self.probes = {self.weights: self._probe()}
 
-    def swap(self, sft: str, aligned: str, alpha: float, modules: dict[str, float] | None = None) -> float:
+    def swap(self, sft: str, aligned: str | None, alpha: float, modules: dict[str, float] | None = None) -> float:
         """Give the engine the weights θ₁ + α(θ₁ − θ₀) and return the log-probability of a fixed probe text (nats).
 
-        sft, aligned: folders of θ₀ and θ₁, with the tensors of the model that the engine started from. modules: as in
-        extrapolate(), patterns of tensor names with an α of their own. Raises
-        StaleWeights if other weights give the very same probe as before, or known weights another one, and as
-        extrapolate.tensors() does. After any error only another swap helps: the engine may hold half of each.
+        sft, aligned: folders of θ₀ and θ₁ (None: θ₀ itself), with the tensors of the model that the engine started
+        from. modules: as in extrapolate(), patterns of tensor names with an α of their own. Raises StaleWeights if
+        other weights give the very same probe as before, or known weights another one, and as extrapolate.tensors()
+        does. After any error only another swap helps: the engine may hold half of each.
         """
-        wanted, held = (sft, aligned, float(alpha), *(modules or {}).items()), self.weights
+        wanted, held = (sft, aligned or sft, float(alpha), *(modules or {}).items()), self.weights
         if wanted != held or not self.whole:
-            if not Path(sft).samefile(self.model):
-                extrapolate.check(self.model, sft)  # a back-end would keep its own tensor where one is missing
+            extrapolate.check(self.model, sft)  # a back-end would keep its own tensor where one is missing
             self.whole = False
             self.backend.swap(extrapolate.tensors(sft, aligned, alpha, modules))
             probe = self._probe()

@@ -6,7 +6,6 @@ an artifact, and {event, stage, fraction, eta} (fraction in [0, 1], eta in secon
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import sys
@@ -27,9 +26,8 @@ def planned(nb, values: dict) -> list[str]:
     before = os.environ.get("COMPUTE", "")
     os.environ["COMPUTE"] = "plan"
     try:
-        exec("\n".join(cells[:2]), held)
-    except artifacts.MissingArtifact:  # the first result that it would show
-        pass
+        with contextlib.suppress(artifacts.MissingArtifact):  # the first result that it would show
+            exec("\n".join(cells[:2]), held)
     except config.ConfigError as reason:
         return [f"is refused: {reason}"]
     finally:
@@ -49,20 +47,15 @@ def planned(nb, values: dict) -> list[str]:
     ]
 
 
-def log_to_file() -> None:
-    """Write this process's log to BEYOND_DPO_LOG; the runner's kernels start with it."""
-    logging.basicConfig(filename=os.environ["BEYOND_DPO_LOG"], level=logging.INFO)
-
-
 class Watch:
     """Follow one notebook twice a second, in a `with`: memory of its processes, its reports, a live line on stderr.
 
     peak: most memory (RSS, bytes) that all processes below this one held together. computed, found: keys of artifacts.
-    At its end all processes below this one are ended.
+    At its end all processes below this one are ended, unless `kept` was set.
     """
 
     def __init__(self, title: str, reports: Path):
-        self.title, self.reports, self.cell, self.peak = title, reports, "", 0
+        self.title, self.reports, self.cell, self.peak, self.kept = title, reports, "", 0, False
         self.running, self.computed, self.found = {}, set(), set()
         self._offset, self._printed, self._stop = 0, (0.0, ""), threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -77,7 +70,7 @@ class Watch:
         self._stop.set()
         self._thread.join()
         for end in ("terminate", "kill"):  # what the notebook left behind
-            left = psutil.Process().children(recursive=True)
+            left = [] if self.kept else psutil.Process().children(recursive=True)
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     getattr(process, end)()

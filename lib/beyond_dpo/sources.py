@@ -44,7 +44,7 @@ def answers(cfg, name: str) -> Artifact:
         made_of = {"file": assets.resolve(source.ref)}
     elif source.kind == "model":
         prompts = _put(cfg, source)
-        how = {"prompts": prompts, "samples": cfg.world.samples, "seed": 1}
+        how = {"prompts": prompts, "samples": cfg.world.samples, "seed": 1, "engine": "sample"}
         said = stages.responses(sampling(cfg), stages.model(source.ref), "prompts", **how)
         made_of = {"said": said}
 

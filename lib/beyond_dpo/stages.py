@@ -73,10 +73,12 @@ def oracle(world: config.World) -> str:
 def responses(
     cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0,
     modules: dict | None = None, part: str = "", prompts: Artifact | None = None, samples: int, seed: int,
+    engine: str = "generate",
 ) -> Artifact:  # fmt: skip
     """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`.
 
     modules: as in extrapolate(). part: of `aligned`'s training, after which it is taken. prompts: not the world's own.
+    engine: the living one that does it; who samples in two ways by turns keeps two.
     """
     prompts = prompts or texts(cfg.world)
     decoding = dataclasses.asdict(cfg.decoding)
@@ -84,26 +86,23 @@ def responses(
     recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
 
     def make(out: Path) -> dict:
-        folder = str(model.get())
-        built = str(sft(cfg).get()) if aligned else folder  # one engine for every line: a swap brings all weights
-        if aligned is None and workers.moved and "generate" in workers.living:  # back to what an engine starts with
-            workers.living.pop("generate").close()
-        clock, known = [time.monotonic()], workers.living.get("generate")
-        if known is None:
+        start = sft(cfg)  # one engine for all that it can hold: a swap brings all weights
+        built = str((start if aligned or _shape(start) == _shape(model) else model).get())
+        if engine not in workers.living:
             workers.make_room(cfg, "score")
-        engine, probe = workers.get("generate", "beyond_dpo.generate", {"model": built, "decoding": decoding}), None
-        clock.append(time.monotonic())
-        workers.moved[:] = [aligned] if aligned else []
-        if aligned:
-            probe = engine.call("swap", sft=folder, aligned=str(aligned.get() / part), alpha=alpha, modules=modules)
-        clock.append(time.monotonic())
-        spent = {"swap_s": round(clock[2] - clock[1], 2)} if aligned else {}
-        spent |= {"engine_s": round(clock[1] - clock[0], 2)} if engine is not known else {}
+        worker = workers.get(engine, "beyond_dpo.generate", {"model": built, "decoding": decoding})
+        ends = {"sft": str(model.get()), "aligned": str(aligned.get() / part) if aligned else None}
+        probe = worker.call("swap", **ends, alpha=alpha, modules=modules)
         arguments = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
-        return engine.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe} | spent
+        return worker.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe}
 
     does = f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"
     return Artifact("responses", 2, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make, does)
+
+
+def _shape(model: Artifact) -> dict:
+    held = json.loads((model.get() / "config.json").read_text())
+    return {name: value for name, value in held.items() if name not in ("dtype", "transformers_version")}
 
 
 def scores(

@@ -109,8 +109,8 @@ def main(path: str) -> None:
         if int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # each task would take itself for the only one
             wanted = "RANK=$SLURM_PROCID, LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR, MASTER_PORT"
             raise configuration.ConfigError(f"started by srun without RANK: let each task export {wanted}")
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # 0: any that is free
+        # port 0: any that is free
+        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     job = json.loads(Path(path).read_text())

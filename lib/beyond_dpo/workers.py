@@ -10,7 +10,6 @@ from pathlib import Path
 from beyond_dpo import config, launch, paths
 
 living: dict[str, launch.Worker] = {}
-moved: list = []  # the aligned model whose extrapolation the generation engine holds
 
 
 def close() -> None:
@@ -55,8 +54,7 @@ def run(module: str, job: dict, out: Path, desc: str, *, launcher: str = "plain"
     folder = out / "checkpoints"
     if launcher != "plain" or processes > 1:
         return launch.run(module, job, folder, desc=desc, launcher=launcher, processes=processes)
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(job, indent=1))
+    paths.write(folder / "config.json", json.dumps(job, indent=1))
     worker = get("jobs", "beyond_dpo.launch", {})
     try:
         worker.desc = desc

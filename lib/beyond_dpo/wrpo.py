@@ -86,7 +86,7 @@ def target_sft(cfg, names: tuple) -> Artifact:
 
 def own(cfg, model: Artifact) -> tuple[Artifact, Artifact]:
     """Sample `model`'s own responses to the rest of the prompts, and score them."""
-    start, how = stages.sft(cfg), {"prompts": thirds(cfg), "samples": cfg.world.samples, "seed": 1}
+    start, how = stages.sft(cfg), {"prompts": thirds(cfg), "samples": cfg.world.samples, "seed": 1, "engine": "sample"}
     aligned = model if model.key != start.key else None
     said = stages.responses(sources.sampling(cfg), start, "rest", aligned=aligned, **how)
     return said, scored(cfg, said, "rest", thirds(cfg))
