@@ -120,7 +120,7 @@ def extrapolate(sft, aligned, outputs: dict[float, str | Path], *, modules: dict
 
 def tensors(sft, aligned, alpha: float, modules: dict[str, float] | None = None):
     """Return an iterator over extrapolate()'s (name, tensor), read one by one; raises alike. aligned: None for θ₀."""
-    pairs = check(sft, aligned or sft)
+    pairs = check(sft, aligned)
     alphas = _alphas(pairs, [alpha], modules or {})
 
     def stream():
@@ -142,16 +142,16 @@ def check(sft, aligned) -> list[tuple[_Stored, _Stored]]:
     """Return where each tensor is in both models, or raise IncompatibleModels naming the first difference.
 
     Compares architecture, vocabulary, tensor names, shapes and kinds, but no weights: equal models and NaN show later.
-    A head that repeats the embeddings bit for bit may be absent from one. Raises ValueError for unreadable folders.
+    A head that repeats the embeddings may be absent. aligned: None for sft alone. Raises ValueError: unreadable folders.
     """
-    sft, aligned = Path(sft), Path(aligned)
+    alone, sft, aligned = aligned is None, Path(sft), Path(aligned or sft)
 
     def compare(what, zero, one):
         if zero != one:
             raise IncompatibleModels(f"{what} is {zero!r} in {sft} and {one!r} in {aligned}")
 
     zeros, ones = _stored(sft), _stored(aligned)
-    if sft.samefile(aligned):
+    if not alone and sft.samefile(aligned):
         raise IncompatibleModels(EQUAL.format(sft, aligned))
     left, right = (c | (c.get("text_config") or {}) for c in (load_json(f / "config.json") for f in (sft, aligned)))
     for key in (key for key in STRUCTURE if key in left and key in right):

@@ -47,7 +47,8 @@ class Engine:
         """
         wanted, held = (sft, aligned or sft, float(alpha), *(modules or {}).items()), self.weights
         if wanted != held or not self.whole:
-            extrapolate.check(self.model, sft)  # a back-end would keep its own tensor where one is missing
+            if not Path(sft).samefile(self.model):
+                extrapolate.check(self.model, sft)  # a back-end would keep its own tensor where one is missing
             self.whole = False
             self.backend.swap(extrapolate.tensors(sft, aligned, alpha, modules))
             probe = self._probe()

@@ -88,8 +88,7 @@ def responses(
     def make(out: Path) -> dict:
         start = sft(cfg)  # one engine for all that it can hold: a swap brings all weights
         built = str((start if aligned or _shape(start) == _shape(model) else model).get())
-        if engine not in workers.living:
-            workers.make_room(cfg, "score")
+        workers.make_room(cfg, "score", engine)
         worker = workers.get(engine, "beyond_dpo.generate", {"model": built, "decoding": decoding})
         ends = {"sft": str(model.get()), "aligned": str(aligned.get() / part) if aligned else None}
         probe = worker.call("swap", **ends, alpha=alpha, modules=modules)
