@@ -199,7 +199,7 @@ def test_dry_run_describes_and_executes_nothing(project, capsys):
 
 
 GOOD = """
-import os, sys, pathlib, logging
+import os, sys, pathlib, logging, time
 from tqdm import tqdm
 from beyond_dpo.artifacts import Artifact
 assert (seed, lr, profile) == (7, 2.0, "cpu") and type(lr) is float
@@ -207,6 +207,8 @@ assert list(tqdm([1])) == [1]
 logging.getLogger("beyond_dpo").warning("to the log file")
 made = Artifact("train", 1, {"seed": seed}, lambda folder: (folder / "a.txt").write_text("a") and None)
 made.get(), made.get(), Artifact("score", 1, {"on": made}, lambda folder: None).get()
+held = b"x" * (300 << 20)
+time.sleep(1.5)  # to be seen
 print(sys.executable, pathlib.Path.cwd().name)
 """
 
@@ -249,7 +251,7 @@ def test_runs_failures_and_dead_kernels(project):
         ("all", "2", "0"),
     ]
     assert "WARNING" not in err and "[1/3] 11_expo_good · ok" in err
-    assert all(0.02 < float(row[2]) < 4 for row in table[1:2])
+    assert all(0.3 <= float(row[2]) < 4 for row in table[1:2])
     assert not list(runs.glob("*.jsonl"))
 
 

@@ -142,7 +142,7 @@ def check(sft, aligned) -> list[tuple[_Stored, _Stored]]:
     """Return where each tensor is in both models, or raise IncompatibleModels naming the first difference.
 
     Compares architecture, vocabulary, tensor names, shapes and kinds, but no weights: equal models and NaN show later.
-    A head that repeats the embeddings may be absent. aligned: None for sft alone. Raises ValueError: unreadable folders.
+    A head that repeats the embeddings may be absent. aligned: None for sft alone. ValueError: unreadable folders.
     """
     alone, sft, aligned = aligned is None, Path(sft), Path(aligned or sft)
 
