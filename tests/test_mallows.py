@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_dpo import config, corpus, dispersion, mallows, report, stages
+from beyond_dpo import config, dispersion, mallows, report, stages
 from beyond_dpo.losses import mallows_link
 
 SMOKE = config.load("mallows", "smoke", betas=[0.1], methods=["dpo", "mallows_phi"])
@@ -43,7 +43,7 @@ def test_raters_hold_numbers_only(store):
     table = mallows.raters(SMOKE).csv("raters.csv")
     assert table.columns.tolist() == ["entropy", "tokens", "people", "sd", "split", "strength"] and len(table) == 12
     assert table.dtypes.map(pd.api.types.is_numeric_dtype).all() and table["entropy"].between(0, 1).all()
-    said = [ratings for _, ratings in corpus.rated("fixtures")]
+    said = [ratings for _, ratings in mallows.rated("fixtures")]
     assert set(table["sd"]) <= {round(float(np.std(ratings)), 6) for ratings in said}
     assert set(table["split"]) <= {0.0, 0.5} and (table["people"] == 2).all() and (table["tokens"] >= 4).all()
 
@@ -74,7 +74,7 @@ def test_the_same_training_is_done_once_for_all_tables():
 def test_rated_sentences():
     """The film reviews of Hutto & Gilbert 2014: 10,605 sentences with 15 to 29 raters; 3,708 on products with 20."""
     for source, size, people in (("movie", 10605, (15, 29)), ("amazon", 3708, (20, 20))):
-        sentences = corpus.rated(source)
+        sentences = mallows.rated(source)
         counts = [len(ratings) for _, ratings in sentences]
         assert len(sentences) == size and (min(counts), max(counts)) == people
         assert all(-4 <= rating <= 4 for _, ratings in sentences for rating in ratings)
@@ -88,7 +88,7 @@ def test_prompts_from_elsewhere(store):
     with pytest.raises(config.ConfigError, match="elsewhere_prompts=500, but fixtures has only"):
         mallows.elsewhere(dataclasses.replace(SMOKE, elsewhere_prompts=500), "fixtures").get()
     with pytest.raises(config.ConfigError, match="'imdb2' has no reader"):
-        corpus.rated("imdb2")
+        mallows.rated("imdb2")
 
 
 def test_the_drawn_link_is_the_loss():

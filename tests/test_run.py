@@ -46,6 +46,8 @@ def start(project, *arguments):
     """Start the runner, in another folder and with the relative PYTHONPATH of a checkout."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")}
     environment |= {"BEYOND_DPO_ROOT": str(project), "PYTHONPATH": "lib", "JUPYTER_PATH": str(project / "jupyter")}
+    environment["TMPDIR"] = str(project / "tmp")
+    (project / "tmp").mkdir(exist_ok=True)
     spec = project / "jupyter" / "kernels" / "python3"  # a `python3` that cannot work and is found first
     spec.mkdir(parents=True, exist_ok=True)
     (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
@@ -258,6 +260,8 @@ def test_runs_failures_and_dead_kernels(project):
 LIVING = """
 import os, pathlib, logging
 from beyond_dpo import workers
+from beyond_dpo.artifacts import Artifact
+Artifact("score", 1, {"of": str(pathlib.Path.cwd())}, lambda folder: None).get()
 before = workers.living.get("jobs")
 worker = workers.get("jobs", "beyond_dpo.launch", {})
 logging.getLogger("beyond_dpo").warning("in %s", tag)
@@ -272,7 +276,12 @@ def test_notebooks_of_one_run_share_living_processes(project, tmp_path):
     names.append(notebook(tmp_path / "elsewhere" / "mine.ipynb", *living).stem)
     notebook(project / "notebooks" / "19_expo.ipynb", "import sys\nfrom beyond_dpo import workers\n1 / 0")
     order = ["10", "11", "19", "12", str(tmp_path / "elsewhere" / "mine.ipynb")]
-    assert start(project, *order, "-p", "tag=T").wait(120) == 1
+    runner = start(project, *order, "-p", "tag=T")
+    table = [line.split() for line in runner.communicate(timeout=120)[0].splitlines()]
+    assert runner.returncode == 1 and not list((project / "tmp").glob("*.json")), "a connection file"
+    counts = {name: (computed, found) for name, _, _, computed, found, status in table[1:-1]}
+    assert counts == {"10_expo": ("1", "0"), "11_expo": ("0", "1"), "19_expo": ("0", "0"), "12_expo": ("0", "1"),
+                      "mine": ("1", "0")}, "each notebook reports its own results"  # fmt: skip
     runs, said = project / "artifacts" / "runs", []
     for name in names:
         nb = nbformat.read(runs / f"{name}.smoke.ipynb", 4)
@@ -396,6 +405,7 @@ def test_interrupt_leaves_no_process(project):
         assert runner.returncode == 130 and "11_expo_busy · interrupted" in err
         assert "cell 3 of 3, executed copy: " in err
         assert wait_for(lambda pids=started: not any(map(psutil.pid_exists, pids)), 5)
+    assert not list((project / "tmp").glob("*.json")), "a kernel's connection file with its key"
 
 
 def test_watch_reads_reports(tmp_path):

@@ -161,10 +161,12 @@ def test_one_engine_samples_from_all_models_of_a_shape(store):
                        for text in ((store / "alone.jsonl").read_text(), own))  # fmt: skip
     assert [row["response_ids"] for row in alone] == [row["response_ids"] for row in together]
 
-    other = shutil.copytree(raw.get(), store / "other", ignore=shutil.ignore_patterns("manifest.json"))
-    shape = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(shape | {"rms_norm_eps": 0.5}))
-    assert said(stages.model(str(other))) != own and workers.living["generate"] is not engine
+    changes = {"config.json": {"rms_norm_eps": 0.5}, "generation_config.json": {"eos_token_id": [*range(400)]}}
+    for file, changed in changes.items():
+        engine, other = workers.living["generate"], store / file
+        shutil.copytree(raw.get(), other, ignore=shutil.ignore_patterns("manifest.json"))
+        (other / file).write_text(json.dumps(json.loads((other / file).read_text()) | changed))
+        assert said(stages.model(str(other))) != own and workers.living["generate"] is not engine, "it needs its own"
 
 
 def test_lines_share_what_is_already_trained():

@@ -46,7 +46,7 @@ def wording(store):
 def test_people_go_on_with_their_own_review(store):
     texts, tokenizer = stages.texts(SMOKE.world), data.load_tokenizer(assets.model_dir("tiny"))
     asked = {row["id"]: row["prompt_ids"] for row in texts.json("prompts.json")}
-    written = {" ".join(text.split()) for text, _ in corpus._halves("fixtures")[0]}
+    written = {" ".join(text.split()) for text, _ in corpus.halves("fixtures")[0]}
     said = lines(sources.answers(SMOKE, "human"))
     assert [line["id"] for line in said] == list(asked) and {line["sample"] for line in said} == {0}
     for line in said:

@@ -105,32 +105,16 @@ def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     return list(half_a.items()), list(half_b.items())
 
 
-def rated(source: str) -> list[tuple[str, list[int]]]:
-    """Return sentences of reviews with the ratings, −4 (negative) to 4, of 15 to 29 people each (Hutto & Gilbert 2014).
-
-    source: "movie" (10,605 sentences), "amazon" (3,708, on products), or "fixtures" with invented ratings.
-    """
-    if source not in RATED:
-        return [(text, [4 * label - 2, len(text) % 5 - 2]) for text, label in _halves(source)[0]]
-    folder, archive = "hutto_ICWSM_2014", "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-
-    def rows(what: str) -> list[list[str]]:
-        text = assets.member("vader", archive, f"{folder}/{source}ReviewSnippets_{what}.txt").decode("utf-8-sig")
-        return [line.split("\t") for line in text.splitlines() if line.strip()]
-
-    ratings = {name: json.loads(values) for name, _, _, values in rows("anonDataRatings")}
-    return [(text, ratings[name]) for name, _, text in rows("GroundTruth")]
-
-
 def shuffled(dataset: str) -> tuple[list, list, random.Random]:
     """Return both halves in the one order that all seeds share: an experiment's seed varies training, not the data."""
-    rng, halves = random.Random(20240416), _halves(dataset)
-    for half in halves:
+    rng, both = random.Random(20240416), halves(dataset)
+    for half in both:
         rng.shuffle(half)
-    return *halves, rng
+    return *both, rng
 
 
-def _halves(dataset: str) -> tuple[list, list]:
+def halves(dataset: str) -> tuple[list, list]:
+    """Return a data set's two disjoint halves A, B of (text, label), label 1 = positive."""
     if dataset == "imdb":
         return imdb_halves()
     if dataset != "fixtures":

@@ -139,10 +139,10 @@ def tensors(sft, aligned, alpha: float, modules: dict[str, float] | None = None)
 
 
 def check(sft, aligned) -> list[tuple[_Stored, _Stored]]:
-    """Return where each tensor is in both models, or raise IncompatibleModels naming the first difference.
+    """Return where each tensor is in both models (None: in one), or raise IncompatibleModels with the first difference.
 
     Compares architecture, vocabulary, tensor names, shapes and kinds, but no weights: equal models and NaN show later.
-    A head that repeats the embeddings may be absent. aligned: None for sft alone. ValueError: unreadable folders.
+    A head that repeats the embeddings bit for bit may be absent from one. Raises ValueError for unreadable folders.
     """
     alone, sft, aligned = aligned is None, Path(sft), Path(aligned or sft)
 

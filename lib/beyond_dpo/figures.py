@@ -141,25 +141,6 @@ def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean 
     return _legend(ax) if colour else ax
 
 
-def matrix(df, ax, *, rows, columns, value, title=""):
-    """Draw a half matrix of numbers in [-1, 1], such as cosines, each written into its square.
-
-    rows, columns, value: column names of `df`, one line per pair; names keep the order in which they first come.
-    """
-    names = list(dict.fromkeys([*df[rows], *df[columns]]))
-    grid = np.full((len(names), len(names)), np.nan)
-    for a, b, number in df[[rows, columns, value]].itertuples(index=False):
-        i, j = sorted((names.index(a), names.index(b)), reverse=True)
-        grid[i, j] = number
-        ax.text(j, i, f"{number:.2f}", ha="center", va="center", color="white" if abs(number) > 0.6 else "black")
-    ax.imshow(grid, cmap="PuOr_r", vmin=-1, vmax=1)
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.set_yticks(range(len(names)), names)
-    ax.grid(visible=False)
-    ax.set_title(title)
-    return ax
-
-
 def _lines(df, ax, by, x, y, low, high):
     """Draw a line with its band per value of `by`; yield each value, its colour and its rows."""
     for i, (name, rows) in enumerate(df.groupby(by, sort=df[by].dtype.kind in "fi")):

@@ -56,6 +56,23 @@ def dispersed(cfg) -> Artifact:
     return Artifact("dispersion", 1, {"reference": held}, make)
 
 
+def rated(source: str) -> list[tuple[str, list[int]]]:
+    """Return sentences of reviews with the ratings, −4 (negative) to 4, of 15 to 29 people each (Hutto & Gilbert 2014).
+
+    source: "movie" (10,605 sentences), "amazon" (3,708, on products), or "fixtures" with invented ratings.
+    """
+    if source not in corpus.RATED:
+        return [(text, [4 * label - 2, len(text) % 5 - 2]) for text, label in corpus.halves(source)[0]]
+    folder, archive = "hutto_ICWSM_2014", "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+
+    def rows(what: str) -> list[list[str]]:
+        text = assets.member("vader", archive, f"{folder}/{source}ReviewSnippets_{what}.txt").decode("utf-8-sig")
+        return [line.split("\t") for line in text.splitlines() if line.strip()]
+
+    ratings = {name: json.loads(values) for name, _, _, values in rows("anonDataRatings")}
+    return [(text, ratings[name]) for name, _, text in rows("GroundTruth")]
+
+
 def raters(cfg) -> Artifact:
     """Set the SFT model's entropy on the second half of film-review sentences beside what 15 to 29 people said of them.
 
@@ -68,7 +85,7 @@ def raters(cfg) -> Artifact:
     def split(out: Path) -> None:
         from beyond_dpo import data
 
-        sentences, rows, said = corpus.rated(cfg.rated), [], []
+        sentences, rows, said = rated(cfg.rated), [], []
         random.Random(0).shuffle(sentences)
         reader = data.load_tokenizer(assets.model_dir(cfg.world.target))
         for i, (text, ratings) in enumerate(sentences):
@@ -150,7 +167,7 @@ def elsewhere(cfg, source: str) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        generator, rows, texts = random.Random(0), [], [text for text, _ in corpus.rated(source)]
+        generator, rows, texts = random.Random(0), [], [text for text, _ in rated(source)]
         generator.shuffle(texts)
         tokenizer = data.load_tokenizer(assets.model_dir(world.target))
         for i, text in enumerate(texts):

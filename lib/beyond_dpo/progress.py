@@ -51,11 +51,10 @@ class Watch:
     """Follow one notebook twice a second, in a `with`: memory of its processes, its reports, a live line on stderr.
 
     peak: most memory (RSS, bytes) that all processes below this one held together. computed, found: keys of artifacts.
-    At its end all processes below this one are ended, unless `kept` was set.
     """
 
     def __init__(self, title: str, reports: Path):
-        self.title, self.reports, self.cell, self.peak, self.kept = title, reports, "", 0, False
+        self.title, self.reports, self.cell, self.peak = title, reports, "", 0
         self.running, self.computed, self.found = {}, set(), set()
         self._offset, self._printed, self._stop = 0, (0.0, ""), threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -65,16 +64,8 @@ class Watch:
         return self
 
     def __exit__(self, *error):
-        import psutil
-
         self._stop.set()
         self._thread.join()
-        for end in ("terminate", "kill"):  # what the notebook left behind
-            left = [] if self.kept else psutil.Process().children(recursive=True)
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    getattr(process, end)()
-            psutil.wait_procs(left, timeout=3)
         self._read()
         print("\r\x1b[K" * sys.stderr.isatty(), end="", file=sys.stderr, flush=True)
 

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from beyond_dpo import artifacts, paths, progress
+from beyond_dpo.kernels import Kernel
 
 CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()  # that each run changes
 KEYS = [f"metadata.{k}" for k in ("papermill", "language_info", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
@@ -117,36 +118,9 @@ def clean(nb) -> None:
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
 
 
-def kernel():
-    """Return a manager for a kernel of this interpreter, whatever kernels are installed on this machine."""
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-
-    return AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
-
-
-async def _ready(manager, folder: Path, log: Path) -> None:
-    """Start the manager's kernel, or empty the one that an earlier notebook of the run leaves with its engines."""
-    if not manager.has_kernel:  # without a warning at each start that the loopback is not encrypted
-        quiet = ["--IPKernelApp.log_level=ERROR", "--HistoryManager.hist_file=:memory:"]
-        await manager.start_kernel(extra_arguments=quiet)
-    client = manager.client()
-    client.start_channels()
-    await client.wait_for_ready(timeout=120)
-    told = {name: value for name, value in os.environ.items() if name.startswith("BEYOND_DPO_")}
-    code = f"get_ipython().reset(); import logging, os; os.environ |= {told}; os.chdir({str(folder)!r}); "
-    code += f"logging.basicConfig(filename={str(log)!r}, level='INFO', force=True); del logging, os"
-    await client.execute(code, silent=True, reply=True, timeout=60)
-    client.stop_channels()
-
-
-def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, manager, last: bool) -> str:
-    """Run the notebook at `path` in the manager's kernel, write the executed copy, return why it failed.
-
-    A kernel in which one failed is ended, as is that of the run's `last`.
-    """
+def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, kernel: Kernel) -> str:
+    """Run the notebook at `path` in the kernel, write the executed copy, return why it failed (and end the kernel)."""
     import papermill
-    from jupyter_core.utils import run_sync
 
     at = 0  # the cell that runs, in the notebook's own count
 
@@ -155,21 +129,18 @@ def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, man
         at += "injected-parameters" not in cell.metadata.get("tags", [])
         watch.cell = f"cell {at} of {len(nb.cells)}"
 
-    how = {"kernel_name": "python3", "language": "python", "km": manager, "on_cell_start": start}
-    how |= {"cwd": path.parent, "progress_bar": False, "coalesce_streams": True}
+    how = {"kernel_name": "python3", "language": "python", "km": kernel, "on_cell_start": start}
     try:
-        run_sync(_ready)(manager, path.parent, copy.with_suffix(".log"))
-        papermill.execute_notebook(path, copy, values, **how)
-        reason = ""
+        kernel.prepare(path.parent, copy.with_suffix(".log"))
+        papermill.execute_notebook(path, copy, values, **how, progress_bar=False, coalesce_streams=True)
+        return ""
     except papermill.PapermillExecutionError as error:
         text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
         reason = "\n".join(text.splitlines()[-30:])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}\nIts processes held {watch.peak / 2**30:.1f} GiB; out of memory?"
-    watch.kept = not (reason or last)
-    if not watch.kept:
-        run_sync(manager.shutdown_kernel)(now=bool(reason))
-    return reason and f"{watch.cell}\n\n{nb.cells[max(at, 1) - 1].source}\n\n{reason}\n\nexecuted copy: {copy}"
+    kernel.end()
+    return f"{watch.cell}\n\n{nb.cells[max(at, 1) - 1].source}\n\n{reason}\n\nexecuted copy: {copy}"
 
 
 def write_back(path: Path, nb, copy: Path) -> None:
@@ -225,17 +196,22 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that Watch can end them
+        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that we can end them
     changed = any(set(values) - {"profile"} for _, _, values, _ in plan)
     if changed or any(profile == "smoke" for *_, profile in plan):  # neither a figure nor a claim of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
-    rows, manager = [], kernel()
-    for i, notebook in enumerate(plan, 1):
-        rows.append(_run(f"[{i}/{len(plan)}] {notebook[0].stem}", *notebook, options, manager, last=i == len(plan)))
-        if rows[-1]["status"] == "interrupted":
-            return 130
-        manager = manager if manager.has_kernel else kernel()
+    rows, kernel = [], Kernel()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
+    try:
+        for i, notebook in enumerate(plan, 1):
+            rows.append(_run(f"[{i}/{len(plan)}] {notebook[0].stem}", *notebook, options, kernel))
+            if rows[-1]["status"] == "interrupted":
+                return 130
+            kernel = kernel if kernel.has_kernel else Kernel()
+    finally:
+        kernel.end()
+        signal.signal(signal.SIGTERM, before)
     import pandas as pd
 
     total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
@@ -266,17 +242,16 @@ def _plan(options) -> list[tuple]:
     return plan
 
 
-def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, manager, last: bool) -> dict:
+def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, kernel: Kernel) -> dict:
     folder = paths.ARTIFACTS / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
-    reports = tempfile.NamedTemporaryFile(suffix=".jsonl", dir=folder)
-    os.environ["BEYOND_DPO_PROGRESS"] = reports.name
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
-    began, watch = time.time(), progress.Watch(title, Path(reports.name))
+    began = time.time()
     try:
-        with watch:
-            note = execute(path, nb, values, watch, copy, manager, last)
+        with tempfile.NamedTemporaryFile(suffix=".jsonl", dir=folder) as reports:
+            os.environ["BEYOND_DPO_PROGRESS"] = reports.name
+            with progress.Watch(title, Path(reports.name)) as watch:
+                note = execute(path, nb, values, watch, copy, kernel)
         status = "failed" if note else "ok"
         if options.in_place and not note:
             write_back(path, nb, copy)
@@ -286,9 +261,6 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
         status, note = "interrupted", f"{watch.cell}, executed copy: {copy}"
     except (ValueError, RuntimeError) as error:  # too big to freeze, damaged, nowhere
         status, note = "failed", f"the notebook ran, but its results are not stored: {error}"
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        reports.close()
     seconds = time.time() - began
     print(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note), file=sys.stderr, flush=True)
     row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}

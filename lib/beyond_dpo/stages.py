@@ -72,8 +72,7 @@ def oracle(world: config.World) -> str:
 
 def responses(
     cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0,
-    modules: dict | None = None, part: str = "", prompts: Artifact | None = None, samples: int, seed: int,
-    engine: str = "generate",
+    modules: dict | None = None, part="", prompts: Artifact | None = None, samples: int, seed: int, engine="generate",
 ) -> Artifact:  # fmt: skip
     """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`.
 
@@ -86,11 +85,12 @@ def responses(
     recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
 
     def make(out: Path) -> dict:
-        start = sft(cfg)  # one engine for all that it can hold: a swap brings all weights
-        built = str((start if aligned or _shape(start) == _shape(model) else model).get())
+        folder, living = str(model.get()), workers.living.get(engine)
+        alike = living and _shape(living.settings["model"]) == _shape(folder)  # then a swap brings all weights
+        settings = {"model": living.settings["model"] if alike else folder, "decoding": decoding}
         workers.make_room(cfg, "score", engine)
-        worker = workers.get(engine, "beyond_dpo.generate", {"model": built, "decoding": decoding})
-        ends = {"sft": str(model.get()), "aligned": str(aligned.get() / part) if aligned else None}
+        worker = workers.get(engine, "beyond_dpo.generate", settings)
+        ends = {"sft": folder, "aligned": str(aligned.get() / part) if aligned else None}
         probe = worker.call("swap", **ends, alpha=alpha, modules=modules)
         arguments = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
         return worker.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe}
@@ -99,9 +99,11 @@ def responses(
     return Artifact("responses", 2, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make, does)
 
 
-def _shape(model: Artifact) -> dict:
-    held = json.loads((model.get() / "config.json").read_text())
-    return {name: value for name, value in held.items() if name not in ("dtype", "transformers_version")}
+def _shape(model: str) -> list[str]:
+    """Return what an engine keeps of the model that it starts with: structure, end tokens, vocabulary."""
+    files = [Path(model, name) for name in ("config.json", "generation_config.json", "tokenizer.json")]
+    lines = [line for path in files if path.exists() for line in path.read_text().splitlines()]
+    return [line for line in lines if '"dtype"' not in line and '"transformers_version"' not in line]
 
 
 def scores(

@@ -1,4 +1,4 @@
-"""The processes that live as long as the kernel: one that samples, one that scores, one that does jobs in turn."""
+"""The processes that live as long as the kernel: those that sample, one that scores, one that does jobs in turn."""
 
 import atexit
 import json

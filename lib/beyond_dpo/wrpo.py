@@ -257,8 +257,8 @@ def dynamics(cfg) -> Artifact:
 
     def make(out: Path) -> None:
         workers.check_machine(cfg)
-        logs = {one: pd.read_json(run.get() / "log.jsonl", lines=True) for one, run in runs.items()}
-        logs = [table.assign(model=name, seed=s) for (name, s), table in logs.items()]
+        read = {one: pd.read_json(run.get() / "log.jsonl", lines=True) for one, run in runs.items()}
+        logs = [table.assign(model=name, seed=s) for (name, s), table in read.items()]
         pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"]).round(6).to_csv(out / "log.csv", index=False)
         tables = []
         for name, one in held.items():
