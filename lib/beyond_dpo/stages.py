@@ -12,7 +12,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from beyond_dpo import assets, config, corpus, launch, paths, workers
+from beyond_dpo import artifacts, assets, config, corpus, launch, paths, workers
 from beyond_dpo.artifacts import Artifact
 
 
@@ -85,25 +85,25 @@ def responses(
     recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
 
     def make(out: Path) -> dict:
-        folder, living = str(model.get()), workers.living.get(engine)
-        alike = living and _shape(living.settings["model"]) == _shape(folder)  # then a swap brings all weights
-        settings = {"model": living.settings["model"] if alike else folder, "decoding": decoding}
+        own, living = str(model.get()), workers.living.get(engine)
+        alike = living and _shape(living.settings["model"]) == _shape(own)  # then a swap brings all weights
+        settings = {"model": living.settings["model"] if alike else own, "decoding": decoding}
         workers.make_room(cfg, "score", engine)
-        worker = workers.get(engine, "beyond_dpo.generate", settings)
-        ends = {"sft": folder, "aligned": str(aligned.get() / part) if aligned else None}
-        probe = worker.call("swap", **ends, alpha=alpha, modules=modules)
+        held = workers.get(engine, "beyond_dpo.generate", settings)
+        probe = held.call("swap", sft=own, aligned=aligned and str(aligned.get() / part), alpha=alpha, modules=modules)
         arguments = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
-        return worker.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe}
+        return held.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe}
 
     does = f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"
     return Artifact("responses", 2, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make, does)
 
 
-def _shape(model: str) -> list[str]:
+def _shape(model: str) -> list:
     """Return what an engine keeps of the model that it starts with: structure, end tokens, vocabulary."""
-    files = [Path(model, name) for name in ("config.json", "generation_config.json", "tokenizer.json")]
+    files, words = [Path(model, f"{name}config.json") for name in ("", "generation_")], Path(model, "tokenizer.json")
     lines = [line for path in files if path.exists() for line in path.read_text().splitlines()]
-    return [line for line in lines if '"dtype"' not in line and '"transformers_version"' not in line]
+    known = [line for line in lines if '"dtype"' not in line and '"transformers_version"' not in line]
+    return [*known, words.exists() and artifacts.sha256(words)]
 
 
 def scores(
