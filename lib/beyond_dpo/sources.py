@@ -5,19 +5,13 @@ file of recorded answers; or the reviewers themselves.
 """
 
 import json
-import logging
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from threading import Lock
 
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, paths, stages
+from beyond_dpo import assets, config, corpus, endpoint, preferences, stages
 from beyond_dpo.artifacts import Artifact
-
-log = logging.getLogger("beyond_dpo")
-AT_ONCE = 8  # requests to an endpoint
 
 
 def shown(cfg) -> pd.DataFrame:
@@ -38,7 +32,7 @@ def answers(cfg, name: str) -> Artifact:
     without any answer, and what the engine or the endpoint raises.
     """
     source, texts = cfg.known_sources[name], stages.texts(cfg.world)
-    asked = {"model": source.ref, "ask": source.ask, "samples": cfg.world.samples, "sampling": asdict(cfg.sampling)}
+    asked = {"model": source.ref, "ask": source.ask, "samples": cfg.world.samples, "sampling": cfg.sampling.recipe()}
     made_of = {"human": {}, "endpoint": asked}.get(source.kind)
     if source.kind == "recorded":
         made_of = {"file": assets.resolve(source.ref)}
@@ -78,7 +72,8 @@ def answers(cfg, name: str) -> Artifact:
 
 def _wording(row: dict, tokenizer) -> str:
     """Return a prompt's text: as the data set keeps it, or of its tokens (a chat's hold its template's words too)."""
-    return row.get("text") or tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+    told = row.get("text") or tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+    return preferences.dialogue(told)
 
 
 def _put(cfg, source: config.Source) -> Artifact:
@@ -103,7 +98,7 @@ def _put(cfg, source: config.Source) -> Artifact:
         (out / "prompts.json").write_text(json.dumps(rows))
 
     recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
-    return Artifact("asked", 1, recipe, make)
+    return Artifact("asked", 1, recipe, make, work=texts.work)
 
 
 def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
@@ -145,7 +140,7 @@ def _recorded(source: config.Source) -> dict:
     """
     path, found = Path(source.ref).expanduser(), {}
     if path.is_file():
-        rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+        rows = map(json.loads, path.read_bytes().splitlines())  # of bytes: U+2028 ends no line
     else:
         import datasets
 
@@ -181,37 +176,17 @@ def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
     Temperature, top-p and the number of tokens and samples are sent, no seed: an endpoint repeats nothing exactly. What
     it refuses to answer (HTTP 400) counts as unanswered.
     """
-    from openai import BadRequestError, OpenAI
+    how = cfg.sampling
+    options = {"n": cfg.world.samples, "temperature": how.temperature, "top_p": how.top_p, "max_tokens": how.max_tokens}
+    said = {text: source.ask.format(prompt=text) or text for text in wording.values()}
+    requests = {text: {"messages": [{"role": "user", "content": said[text]}], **options} for text in said}
 
-    kept, prompts, lock = out / "checkpoints" / "replies.jsonl", dict.fromkeys(wording.values()), Lock()
-    lines = kept.read_text().splitlines(keepends=True) if kept.exists() else []
-    found = dict(json.loads(line) for line in lines if line.endswith("\n"))  # the last may be half a line
-    paths.write(kept, "".join(json.dumps([text, found[text]]) + "\n" for text in found))
-    client, how = OpenAI(base_url=source.url or None, max_retries=6, timeout=120), cfg.sampling
+    def read(reply) -> list:
+        choices = reply.choices if reply else []
+        return [(choice.message.content or "", choice.finish_reason == "stop") for choice in choices]
 
-    def ask(text: str) -> None:
-        try:
-            reply = client.chat.completions.create(
-                model=source.ref, messages=[{"role": "user", "content": source.ask.format(prompt=text) or text}],
-                n=cfg.world.samples, temperature=how.temperature, top_p=how.top_p, max_tokens=how.max_tokens,
-            )  # fmt: skip
-            said = [(choice.message.content or "", choice.finish_reason == "stop") for choice in reply.choices]
-        except BadRequestError as refusal:
-            log.warning("%s refused a prompt: %s", source.ref, refusal)
-            said = []
-        with lock, open(kept, "a") as file:
-            file.write(json.dumps([text, said]) + "\n")
-        found[text] = said
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        asked = [pool.submit(ask, text) for text in prompts if text not in found]
-        try:
-            for reply in stages.watched(asked, f"asking {source.ref}"):
-                reply.result()
-        except BaseException:  # an interrupt, too, ends the asking
-            pool.shutdown(cancel_futures=True)
-            raise
-    return found
+    asked = endpoint.Endpoint(source.ref, source.url)
+    return endpoint.ask(asked, requests, out / "checkpoints" / "replies.jsonl", read)[0]
 
 
 def _after(prompt: str, answer: str) -> str:

@@ -1,0 +1,63 @@
+"""ExPO on published pairs of models, searched and judged here (arXiv 2404.16792, Table 2 and ACL Table 5)."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+from beyond_dpo import ask, assets, estimate, gather, judge, stages
+from beyond_dpo.artifacts import Artifact
+from beyond_dpo.endpoint import Endpoint
+from beyond_dpo.expo import Line
+
+
+def off_the_shelf(cfg) -> Artifact:
+    """Extrapolate published pairs: α by the reward model on dev prompts, then test prompts at 0 and the chosen α.
+
+    As sweep(), with the column split and the pair's name as `model`; wins.json: with a judge, AlpacaEval's win rate in
+    percent with its standard error, and its length-controlled estimate with its interval, of each (model, alpha).
+    """
+    worlds = {name: replace(cfg, world=replace(cfg.world, target=sft))
+              for name, (sft, _) in cfg.pairs.items()}  # fmt: skip
+    lines = {name: Line(stages.model(sft), stages.model(end), cfg.published_alphas)
+             for name, (sft, end) in cfg.pairs.items()}  # fmt: skip
+
+    def place(name: str, alpha: float, split: str) -> tuple[dict, Artifact]:
+        samples = cfg.test_samples if split == "test" else cfg.dev_samples
+        scores = lines[name].scores(worlds[name], alpha, f"{split}_prompts", samples)
+        return {"split": split, "model": name, "alpha": alpha}, scores
+
+    dev = [place(name, alpha, "dev") for name in lines for alpha in cfg.published_alphas]
+
+    def make(out: Path) -> None:
+        estimate.check(cfg)
+        searched, points = gather.scored(dev, "α of published models, dev prompts")
+        means, wins = searched.groupby(["model", "alpha"])["reward"].mean().unstack(), []
+        best = {name: float(means.loc[name].idxmax()) for name in lines}
+        test = [place(name, a, "test") for name in lines for a in dict.fromkeys([0.0, best[name]])]
+        tested, more = gather.scored(test, "published models, test prompts")
+        gather.write(out, pd.concat([searched, tested]), points + more)
+        for at, scores in test if cfg.judge else ():
+            said = _spoken(worlds[at["model"]], scores.inputs["responses"], "test_prompts")
+            name, by = f"{at['model']} {at['alpha']:g}", Endpoint(cfg.judge, cfg.judge_url)
+            rows = ask.rows(ask.alpaca_eval(said, by, model=name, questions=ask.alpaca_questions(said)))
+            won, fair = judge.win_rate(row["preference"] for row in rows), judge.length_controlled(rows)
+            wins.append(at | {"win_rate": won._asdict(), "length_controlled": fair._asdict()})
+        (out / "wins.json").write_text(json.dumps(wins, indent=1))
+        (out / "best.json").write_text(json.dumps(best, indent=1))
+
+    recipe = {"dev": [scores for _, scores in dev], "names": list(lines), "judge": cfg.judge}
+    return Artifact("published", 1, recipe | {"test_samples": cfg.test_samples}, make)
+
+
+def _spoken(cfg, said: Artifact, split: str) -> dict[str, str]:
+    """Return {what a prompt asks: the first response to it} in words."""
+    from beyond_dpo import data
+
+    tokenizer, found = data.load_tokenizer(assets.model_dir(cfg.world.target)), {}
+    asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json(f"{split}.json")}
+    for line in (said.get() / "responses.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(asked[row["id"]], tokenizer.decode(row["response_ids"], skip_special_tokens=True))
+    return found
