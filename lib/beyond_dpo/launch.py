@@ -8,11 +8,11 @@ import gc
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -21,23 +21,33 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from beyond_dpo import cluster
+from beyond_dpo.cluster import follow_parent
+
+# what would move the cursor, or name the window, of a terminal that shows a log
+UNPRINTABLE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)?|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
+
 
 class JobFailed(RuntimeError):
     """A child process ended with an error; the message holds what its log says about it."""
 
 
 def command(module: str, config: Path, *, launcher: str = "plain", processes: int = 1, now: bool = False) -> list[str]:
-    """Return the command line that runs `python -m module config` in `processes` processes on one machine.
+    """Return the command line that runs `python -m module config` in `processes` processes, over all nodes (cluster).
 
     now: to be run here and at once: with a port that is free, on devices that CUDA_VISIBLE_DEVICES names.
-    Raises ValueError for an unknown launcher, several processes with the plain one, or too few such devices.
+    Raises ValueError for an unknown launcher, several processes with the plain one, too few such devices, or processes
+    that the nodes cannot share equally.
     """
+    each = cluster.share(processes, launcher)
     if launcher == "plain" and processes == 1:
         return [sys.executable, "-m", module, str(config)]
     if launcher == "deepspeed":
-        here = ["--num_accelerators", str(processes)]
+        here = ["--num_accelerators", str(each)]
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if now and visible:  # given a number of devices, deepspeed would take the machine's first ones
+        if hosts := cluster.hostfile():
+            here += cluster.over_ssh(hosts, each)
+        elif now and visible:  # given a number of devices, deepspeed would take the machine's first ones
             devices = visible.split(",")[:processes]
             if len(devices) < processes or not all(d.isdigit() for d in devices):
                 raise ValueError(
@@ -49,9 +59,12 @@ def command(module: str, config: Path, *, launcher: str = "plain", processes: in
         here += ["--no_local_rank", "--module", module, str(config)]
         return [sys.executable, "-m", "deepspeed.launcher.runner", *here]
     if launcher == "torchrun":
-        here = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        return [*here, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", module, str(config)]
-    raise ValueError(f"launcher {launcher!r}, {processes} processes: use deepspeed, torchrun, or plain with 1 process")
+        here = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(each)]
+        return [*here, *cluster.meeting(_free_port() if now else 29400, now), "-m", module, str(config)]
+    if launcher == "srun":  # the first failure ends all; beside a head that itself is a step
+        here = ["srun", "--ntasks", str(processes), "--kill-on-bad-exit=1", "--overlap", "--export=ALL"]
+        return [*here, sys.executable, "-u", "-m", module, str(config)]
+    raise ValueError(f"launcher {launcher!r}, {processes} processes: use deepspeed, torchrun, srun, or plain with 1")
 
 
 def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = "plain", processes: int = 1) -> None:
@@ -63,16 +76,21 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
     path, log, progress_file = workdir / "config.json", workdir / "job.log", workdir / ".progress"
     path.write_text(json.dumps(config, indent=1))
     arguments = command(module, path, launcher=launcher, processes=processes, now=True)
-    with open(log, "ab") as out, _bar(desc, progress_file) as show:
+    everywhere = cluster.job(arguments, workdir, launcher)
+    with open(log, "ab") as out, _bar(desc, progress_file) as show, everywhere as (environment, failed, alive):
         begin = out.tell()  # an earlier attempt's output stays in front
-        child = _start(arguments, out, progress_file, processes)
-        with _ended(child):
-            while child.poll() is None:
+        arguments = [*cluster.TETHER * bool(failed), *arguments]
+        child = _start(arguments, out, progress_file, cluster.share(processes, launcher), environment)
+        # over ssh DeepSpeed answers SIGTERM with a pkill of all its launchers on all hosts, those of other jobs too
+        with _ended(child, signal.SIGKILL if "DS_ENV_FILE" in environment else signal.SIGTERM):
+            while child.poll() is None and alive():
                 show()
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(0.5)
-    if child.returncode:
-        raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {_tail(log, begin)}")
+        said = failed.read_text() if failed and failed.exists() else ""
+    if child.returncode or said:
+        why = UNPRINTABLE.sub("", said) or _tail(log, begin)
+        raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {why}")
 
 
 class Worker(AbstractContextManager):
@@ -82,7 +100,7 @@ class Worker(AbstractContextManager):
     through files), and raises JobFailed with the child's traceback, or its log's tail if it died.
     """
 
-    def __init__(self, module: str, config: dict, workdir: Path, *, desc: str):
+    def __init__(self, module: str, config: dict, workdir: Path, *, desc: str, environment: dict | None = None):
         workdir.mkdir(parents=True, exist_ok=True)
         self.settings = config
         name = f"{desc}-{os.getpid()}"  # two notebooks may share a folder
@@ -90,7 +108,7 @@ class Worker(AbstractContextManager):
         self._pipe, other_end = Pipe()
         with open(self.log, "wb") as out, other_end:
             arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
-            self.child = _start(arguments, out, self.progress_file, pass_fds=[other_end.fileno()])
+            self.child = _start(arguments, out, self.progress_file, 1, environment, pass_fds=[other_end.fileno()])
         try:
             self._ask(config, "start")
         except JobFailed:  # nobody will hold a worker whose object could not be built
@@ -119,7 +137,7 @@ class Worker(AbstractContextManager):
             self.close()
             raise
         if "error" in answer:
-            raise JobFailed(f"{self.desc}: {answer['error']}")
+            raise JobFailed(f"{self.desc}: {UNPRINTABLE.sub('', answer['error'])}")
         return answer["result"]
 
     def close(self) -> None:
@@ -178,27 +196,9 @@ def tell(**report) -> None:
             f.write(json.dumps(report) + "\n")
 
 
-def follow_parent() -> None:
-    """End this process within about a second when its launcher or the notebook's kernel is gone (kill -9 included).
-
-    And write a traceback in one piece: launchers start Python unbuffered, so processes that fail together would mix
-    even their words in the log they share.
-    """
-    import psutil
-
-    sys.excepthook = lambda *error: os.write(2, "".join(traceback.format_exception(*error)).encode(errors="replace"))
-    launcher, kernel = os.getppid(), int(os.environ.get("BEYOND_DPO_PARENT", 0))
-
-    def watch():
-        while os.getppid() == launcher and psutil.pid_exists(kernel):
-            time.sleep(1)
-        os._exit(1)
-
-    if kernel:
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def _start(arguments: list[str], out, progress_file: Path, processes: int = 1, **options) -> subprocess.Popen:
+def _start(
+    arguments: list[str], out, progress_file: Path, processes: int = 1, more: dict | None = None, **options
+) -> subprocess.Popen:
     """Start a child in its own session: Ctrl-C reaches the notebook only, and the child's group can be ended whole."""
     threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))  # of this job, not of each process
     lib = str(Path(__file__).parents[1])  # also without an installed package
@@ -210,7 +210,12 @@ def _start(arguments: list[str], out, progress_file: Path, processes: int = 1, *
         "BEYOND_DPO_PARENT": str(os.getpid()),
         "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        **(more or {}),
     }
+    if "DS_ENV_FILE" in (more or {}):
+        Path(more["DS_ENV_FILE"]).write_text(cluster.exported(environment))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # which some clusters give a node's first process
+        environment.pop(name, None)
     return subprocess.Popen(
         arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
         start_new_session=True, **options,
@@ -218,14 +223,14 @@ def _start(arguments: list[str], out, progress_file: Path, processes: int = 1, *
 
 
 @contextmanager
-def _ended(child: subprocess.Popen):
+def _ended(child: subprocess.Popen, number: int = signal.SIGTERM):
     """Leave no process of the child's group behind, whatever happens inside."""
     try:
         yield
     finally:
         try:
             if child.poll() is None:
-                _signal(child, signal.SIGTERM)
+                _signal(child, number)
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(5)
         finally:  # also when the user is impatient and interrupts again
@@ -268,7 +273,7 @@ def _tail(log: Path, begin: int = 0) -> str:
     shown = lines[first:]
     if len(shown) > 60:
         shown = [*shown[:40], "...", *shown[-20:]]
-    return f"{log} says:\n" + "\n".join(shown)
+    return f"{log} says:\n" + UNPRINTABLE.sub("", "\n".join(shown))
 
 
 def _free_port() -> int:
