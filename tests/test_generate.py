@@ -44,7 +44,7 @@ class Sabotaged(Engine):
             self.backend.llm.llm_engine.vllm_config.additional_config.update(decoding)
 
     def swap_without_effect(self, **arguments):
-        swap, self.backend.swap = self.backend.swap, lambda tensors: None
+        swap, self.backend.swap = self.backend.swap, lambda *weights: None
         try:
             self.swap(**arguments)
         finally:
@@ -392,3 +392,16 @@ def test_top_k_top_p_by_hand():
 
 if __name__ == "__main__":
     launch.serve(Sabotaged)
+
+
+def test_a_model_spread_over_two_devices_is_the_same_model(models, tmp_path, monkeypatch):
+    """Tensor parallelism: the probe of swapped weights is that of one device, and a seed repeats in all workers."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    settings = {"model": str(models / "sft"), "decoding": DECODING | {"tensor_parallel": 2}}
+    weights = {"sft": str(models / "sft"), "aligned": str(models / "aligned"), "alpha": 0.5}
+    with launch.Worker("beyond_dpo.generate", settings, tmp_path, desc="two") as two:
+        probe = two.call("swap", **weights)
+        first, again = (sample(two, tmp_path, PROMPTS[:4], samples=2, seed=3) for _ in range(2))
+        assert first == again != sample(two, tmp_path, PROMPTS[:4], samples=2, seed=4)
+    alone = Engine(str(models / "sft"), DECODING | {"backend": "transformers"})
+    assert probe == pytest.approx(alone.swap(**weights), abs=1e-3)

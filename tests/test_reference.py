@@ -64,6 +64,29 @@ def test_scores_equal_all_logits_in_float64(which, request, rows):
         assert ((scores["entropies"] > 0) & (scores["entropies"] < 1)).all()
 
 
+def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
+    """Each response with its prompt, all in one line, no mask: positions alone say where a sequence ends."""
+    names = ["chosen", "rejected"]
+    scorer = ResponseScorer(model)
+    wanted = scorer.score(rows, names, 2, entropy=True)
+    scorer.shared = False
+    packed = data.pack(rows, names, 2, shared=False)
+    assert "attention_mask" not in packed and len(packed["input_ids"]) == 1
+    assert packed["input_ids"].numel() == sum(data.length(r, [n]) for r in rows for n in names), "no padding"
+    assert packed["ids"] == [r["id"] for r in rows]
+    found = scorer.score(rows, names, 2, entropy=True)
+    for name in wanted:
+        assert found[name].tolist() == pytest.approx(wanted[name].tolist(), rel=1e-5)
+
+
+def test_flash_attention_is_taken_where_it_is_there():
+    assert reference.attention("fp32") == "sdpa" and reference.attention("bf16", "sdpa") == "sdpa"
+    if not torch.cuda.is_available():
+        assert reference.attention("bf16") == "sdpa"
+        with pytest.raises(ImportError, match="needs a GPU.*pip install flash-attn"):
+            reference.attention("bf16", "flash_attention_2")
+
+
 def test_gradients_are_those_of_each_response_alone_however_they_are_cut(model, rows):
     """One chunk keeps its logits; several are computed again in the backward pass."""
     alone = [(r["prompt_ids"], r["responses"][n]) for n in ("chosen", "rejected") for r in rows]

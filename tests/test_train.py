@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beyond_dpo import config, data, launch, reference, train
+from beyond_dpo import config, data, launch, lora, reference, train
 from beyond_dpo.losses import mallows_link
 
 pytestmark = pytest.mark.slow
@@ -41,6 +41,7 @@ FUSED = {
     "wrpo_simpo": {"loss": "wrpo_simpo", "beta": 2.0, "gamma": 0.5, "alpha": 0.3},
     "hybrid": {"loss": "hybrid", "beta": 0.5},
 }
+LORA = {**PAIRS["dpo"], "lora_rank": 2, "lora_alpha": 8.0, "lr": 1e-2}
 LONG = {"epochs": 40, "checkpoint_every": 20}  # 120 steps: long enough to be killed before its end
 
 
@@ -132,6 +133,7 @@ def single(folder, tiny):
         **PAIRS, "dpo_1": {**PAIRS["dpo"], "micro_batch": 1}, **FUSED, "wrpo_2": {**FUSED["wrpo"], "micro_batch": 2},
         "parts": {"parts": 3}, "recomputed": {**PAIRS["dpo"], "micro_batch": 2, "gradient_checkpointing": True},
         "bf16": {"precision": "bf16", "save_dtype": "bfloat16"},
+        "lora": LORA, "lora_bf16": {**LORA, "precision": "bf16"},
         "offload": {"zero": 2, "offload": True}, "clipped": {"max_grad_norm": 0.1},
         "plain_dpo": {"loss": "dpo", "beta": 0.1}, "long": LONG, "killed": LONG,
         "overflow": {"lr": 1e6, "epochs": 1, "global_batch": 12, "save_dtype": "float16", "warmup": 0.0},
@@ -146,7 +148,8 @@ def double(folder, tiny):
     stages = [a_job(folder, f"zero{z}_2", tiny, zero=z, micro_batch=2, checkpoint_every=4) for z in range(4)]
     pairs = a_job(folder, "dpo_2", tiny, zero=3, gradient_checkpointing=True, **PAIRS["dpo"] | {"micro_batch": 1})
     sharded = a_job(folder, "sharded_2", tiny, zero=3, **PAIRS["dpo"] | {"micro_batch": 1}) | {"sharded": True}
-    run_all([*stages, pairs, *stages, sharded], folder / "double", launcher="torchrun", processes=2)
+    adapter = a_job(folder, "lora_2", tiny, zero=3, micro_batch=2, checkpoint_every=4, **LORA)
+    run_all([*stages, pairs, adapter, *stages, adapter, sharded], folder / "double", launcher="torchrun", processes=2)
     return folder
 
 
@@ -322,6 +325,38 @@ def test_at_step_0_the_cached_reference_is_the_policy(single, rows):
     assert [first["chosen_logps"], first["rejected_logps"]] == pytest.approx(visited.tolist(), rel=1e-6)
 
 
+# ---- adapters
+
+
+def test_lora_trains_an_adapter_alone_in_any_number_of_processes(single, double, tiny):
+    """The first loss is DPO's (B = 0), the later ones fall, two processes, ZeRO-3 and a resume change nothing."""
+    assert losses(single, "lora")[0] == pytest.approx(losses(single, "dpo")[0], rel=1e-5)
+    assert sum(losses(single, "lora")[3:]) < 0.9 * sum(losses(single, "lora")[:3])
+    assert losses(single, "lora") == pytest.approx(losses(double, "lora_2"), rel=1e-4)
+    assert not (single / "lora" / "model.safetensors").exists() and (single / "lora" / "tokenizer.json").exists()
+    one, two = (weights(folder / name, lora.WEIGHTS) for folder, name in ((single, "lora"), (double, "lora_2")))
+    assert one.keys() == two.keys() and len(one) == 2 * 7 * 2, "A and B of seven linear layers in two blocks"
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 0.02 * LORA["lr"]
+    assert "/" not in (single / "lora" / lora.CONFIG).read_text(), "no path of this machine"
+
+
+def test_peft_loads_the_adapter_as_it_was_trained(single, tiny, rows):
+    """peft's own model and lora.tensors() at α = 0 score alike, and the last logged margin is near theirs."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    before = reference.ResponseScorer(plain).score(good, ["chosen", "rejected"], 2)["logps"]
+    own = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    own.load_state_dict(dict(lora.tensors(tiny, single / "lora", 0.0)), strict=False)
+    theirs = peft.PeftModel.from_pretrained(plain, single / "lora").merge_and_unload()
+    scores = [reference.ResponseScorer(m).score(good, ["chosen", "rejected"], 2)["logps"] for m in (own, theirs)]
+    assert scores[0].tolist() == pytest.approx(scores[1].tolist(), rel=1e-5)
+    moved = (scores[0] - before).view(2, -1)
+    assert (moved[0] - moved[1]).mean() > 0.2, "in nats: the chosen responses became likelier"
+
+
 # ---- however it is computed
 
 
@@ -352,7 +387,7 @@ def test_two_processes_resume_from_their_checkpoint(double, zero):
     again = double / f"zero{zero}_2"
     assert [e["step"] for e in log(double, again.name)] == list(range(6))
     assert difference(weights(again, "first.safetensors"), weights(again)) < 1e-3
-    assert (double / "double" / "job.log").read_text().count("steps 4 to 6") == 4
+    assert (double / "double" / "job.log").read_text().count("steps 4 to 6") == 5, "and the adapter"
 
 
 def test_two_processes_with_pairs(single, double):
@@ -373,18 +408,18 @@ def test_the_deepspeed_launcher(single, tiny):
 
 
 def test_tasks_that_export_their_rank_need_no_launcher(single, tiny):
-    """As under `srun`: RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are all they share; without RANK: refused."""
+    """RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are all they share; of a task of `srun`, what SLURM says instead."""
     file = single / "tasks.json"
     file.write_text(json.dumps(a_job(single, "tasks", tiny, zero=1, micro_batch=2)))
-    shared = {"WORLD_SIZE": "2", "SLURM_NTASKS": "2", "MASTER_ADDR": "127.0.0.1"}
+    shared = {"MASTER_ADDR": "127.0.0.1"}
     shared["MASTER_PORT"] = str(launch._free_port())
-    command, ranks = [sys.executable, "-m", "beyond_dpo.train", str(file)], [{"RANK": i, "LOCAL_RANK": i} for i in "01"]
+    step = {"STEP_NUM_TASKS": "2", "PROCID": "1", "LOCALID": "1", "JOB_ID": "1", "STEP_ID": "0", "STEP_NODELIST": "n1"}
+    ranks = [{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, {f"SLURM_{k}": v for k, v in step.items()}]
+    command = [sys.executable, "-m", "beyond_dpo.train", str(file)]
     tasks = [subprocess.Popen(command, env=os.environ | shared | rank) for rank in ranks]
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert losses(single, "tasks") == pytest.approx(losses(single, "sft"), rel=1e-5)
     assert difference(weights(single / "tasks"), weights(single / "sft")) < 0.02
-    lost = subprocess.run(command, env=os.environ | shared, capture_output=True, text=True)
-    assert lost.returncode == 1 and "export RANK=$SLURM_PROCID" in lost.stderr
 
 
 # ---- interrupted

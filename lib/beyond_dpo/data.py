@@ -150,13 +150,16 @@ def length(row: dict, names: list[str]) -> int:
     return len(row["prompt_ids"]) + sum(len(row["responses"][n]) for n in names)
 
 
-def pack(rows: list[dict], names: list[str], pad_id: int) -> dict:
+def pack(rows: list[dict], names: list[str], pad_id: int, shared: bool = True) -> dict:
     """Lay the named responses of rows into one batch in which every prompt stands once.
 
     A row is its prompt and then its responses one after the other; each response sees the prompt and itself only, and
     its positions go on from the prompt's, so scores are those of each response alone. Rows share lines of about
     twice the longest row, each put on the line that is shortest yet, the longest first: little is padding (3 % where
     lines of one response each had 60 %), and attention, which grows with the line's length, stays cheap.
+
+    shared: False for flash-attention, which knows no such masks: each response has its prompt to itself, all stand in
+    one line, and positions that begin again say where a sequence ends; then there is no attention_mask.
 
     Returns input_ids and position_ids (lines, L) long; attention_mask (lines, 1, L, L) bool, True = is seen;
     labels (N,), the N response tokens, name-major (all of names[0] first, row by row); predictors (N,), where in
@@ -168,8 +171,11 @@ def pack(rows: list[dict], names: list[str], pad_id: int) -> dict:
         raise ValueError("pad_id is None: give the tokenizer a pad token (its end token will do)")
     if bad := [row["id"] for row in rows if not row["prompt_ids"]]:
         raise ValueError(f"rows {bad[:5]} have no prompt token, so nothing predicts their first response token")
+    ids = [row["id"] for row in rows]
+    if not shared:
+        rows, names = [row | {"responses": {"": row["responses"][name]}} for name in names for row in rows], [""]
     lengths = [length(row, names) for row in rows]
-    lines: list = [[] for _ in range(max(1, sum(lengths) // (2 * max(lengths))))]
+    lines: list = [[] for _ in range(max(1, sum(lengths) // (2 * max(lengths))) if shared else 1)]
     for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
         min(lines, key=lambda line: sum(lengths[j] for j in line)).append(i)
     width = max(sum(lengths[i] for i in line) for line in lines)
@@ -185,25 +191,27 @@ def pack(rows: list[dict], names: list[str], pad_id: int) -> dict:
         for i in line:
             prompt, said = rows[i]["prompt_ids"], [rows[i]["responses"][n] for n in names]
             here, ahead = slice(start, start + lengths[i]), len(prompt)
-            input_ids[at, here] = torch.tensor([*prompt, *(t for ids in said for t in ids)])
-            positions = [*range(ahead), *(ahead + t for ids in said for t in range(len(ids)))]
+            input_ids[at, here] = torch.tensor([*prompt, *(t for one in said for t in one)])
+            positions = [*range(ahead), *(ahead + t for one in said for t in range(len(one)))]
             position_ids[at, here] = torch.tensor(positions)
             row_of[at, here] = i
             part_of[at, here] = torch.arange(len(said) + 1).repeat_interleave(torch.tensor([ahead, *map(len, said)]))
             first = at * width + start + ahead
-            for k, ids in enumerate(said):  # the prompt's last token predicts the first, and so on in a chain
-                chain = [at * width + start + ahead - 1, *range(first, first + len(ids) - 1)]
-                predictors[k * len(rows) + i] = chain[: len(ids)]
-                first += len(ids)
+            for k, one in enumerate(said):  # the prompt's last token predicts the first, and so on in a chain
+                chain = [at * width + start + ahead - 1, *range(first, first + len(one) - 1)]
+                predictors[k * len(rows) + i] = chain[: len(one)]
+                first += len(one)
             start += lengths[i]
-    seen = (part_of[:, None] == 0) | (part_of[:, :, None] == part_of[:, None])
-    seen &= (row_of[:, :, None] == row_of[:, None]) & torch.ones(width, width, dtype=torch.bool).tril()
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "ids": ids}
+    if shared:
+        seen = (part_of[:, None] == 0) | (part_of[:, :, None] == part_of[:, None])
+        seen &= (row_of[:, :, None] == row_of[:, None]) & torch.ones(width, width, dtype=torch.bool).tril()
+        batch["attention_mask"] = seen[:, None]
     answers = [row["responses"][name] for name in names for row in rows]
-    return {
-        "input_ids": input_ids, "position_ids": position_ids, "attention_mask": seen[:, None],
-        "labels": torch.tensor([t for ids in answers for t in ids], dtype=torch.long),
+    return batch | {
+        "labels": torch.tensor([t for said in answers for t in said], dtype=torch.long),
         "predictors": torch.tensor([t for where in predictors for t in where], dtype=torch.long),
-        "tokens": torch.tensor([len(ids) for ids in answers]), "ids": [row["id"] for row in rows]}  # fmt: skip
+        "tokens": torch.tensor([len(said) for said in answers])}  # fmt: skip
 
 
 def order(n: int, seed: int, epoch: int) -> list[int]:

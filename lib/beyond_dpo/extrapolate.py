@@ -246,7 +246,7 @@ def _stored(folder: Path) -> dict[str, _Stored]:
     """Return the tensors of a folder by name, in the order of its files."""
     index = {} if (folder / SINGLE).exists() else load_json(folder / INDEX).get("weight_map")
     if index is None:
-        raise ValueError(f"no {SINGLE} or index in {folder}: convert .bin and .pt (never loaded), merge adapters first")
+        raise ValueError(f"no {SINGLE} or index in {folder}: convert .bin, .pt (never loaded); adapters: lora.scaled()")
     found, quantised = {}, "quantization_config" in load_json(folder / "config.json")
     for file in sorted({folder / Path(shard).name for shard in index.values()} or {folder / SINGLE}):
         try:

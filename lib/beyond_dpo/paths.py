@@ -1,6 +1,7 @@
 """Absolute paths of the project, so that the working directory never matters."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -16,6 +17,17 @@ FIXTURES = ROOT / "data" / "fixtures"  # invented rows for tests and the smoke p
 FROZEN = ROOT / "data" / "frozen"  # small measured results, committed
 ARTIFACTS = _folder("BEYOND_DPO_ARTIFACTS", ROOT / "artifacts")  # everything computed, git-ignored
 CACHE = _folder("BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo"))  # downloaded archives, converted models
+
+
+def link(source: str | Path, target: str | Path, least: int = 0) -> None:
+    """Give a file a second name, or a copy where it is smaller than `least` bytes or another file system's."""
+    source = os.path.realpath(source)
+    try:
+        if os.path.getsize(source) < least:
+            raise OSError
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def write(path: Path, content: str | bytes) -> None:

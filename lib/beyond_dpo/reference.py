@@ -18,6 +18,20 @@ from beyond_dpo import data, launch, paths
 CHUNK = 2048  # response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB)
 
 
+def attention(precision: str, wanted: str = "auto") -> str:
+    """Return the attention to ask transformers for: `wanted`, or flash-attention on a GPU where it is installed.
+
+    Else, and for precision "fp32", which it does not know, PyTorch's scaled-dot-product attention. Raises ImportError
+    for a flash-attention that is not there.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    there = torch.cuda.is_available() and is_flash_attn_2_available() and precision == "bf16"
+    if wanted == "flash_attention_2" and not there:
+        raise ImportError("flash_attention_2 needs a GPU, precision bf16 and `pip install flash-attn`; sdpa needs none")
+    return ("flash_attention_2" if there else "sdpa") if wanted == "auto" else wanted
+
+
 class ResponseScorer(torch.nn.Module):
     """Wrap a causal language model so that `forward` scores responses; logits exist for response positions only.
 
@@ -35,12 +49,14 @@ class ResponseScorer(torch.nn.Module):
             raise ValueError(f"precision must be bf16 or fp32, got {precision!r}")
         self.config = model.config.get_text_config()
         self.window = getattr(self.config, "sliding_window", None) or math.inf
-        self.model, self.bf16, self.chunk = model, False, chunk
-        self._check()
+        # flash-attention knows neither float32 nor a mask in which several responses see one prompt
+        self.shared = getattr(model.config, "_attn_implementation", "") != "flash_attention_2"
+        self.model, self.bf16, self.chunk = model, not self.shared, chunk
+        self._check(0.01 if self.shared else 0.03)
         self.bf16 = precision == "bf16"
 
     @torch.no_grad()
-    def _check(self) -> None:
+    def _check(self, tolerance: float) -> None:
         """Score four short responses packed and alone: a recurrent or otherwise masked model would differ."""
         training, device = self.model.training, next(self.model.parameters()).device
         self.eval()
@@ -48,9 +64,10 @@ class ResponseScorer(torch.nn.Module):
         row = {"id": "", "prompt_ids": ids[:4], "responses": {"a": ids[4:7], "b": ids[7:]}}
         packed = self.score([row, row], ["a", "b"], 0)["logps"]
         for said, found in ((ids[4:7], packed[:2]), (ids[7:], packed[2:])):
-            logits = self.model(torch.tensor([ids[:4] + said], device=device)).logits[0, 3:-1].float()
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+                logits = self.model(torch.tensor([ids[:4] + said], device=device)).logits[0, 3:-1].float()
             alone = logits.log_softmax(-1).gather(-1, torch.tensor(said, device=device)[:, None]).sum()
-            if ((found - alone).abs() > 0.01 * alone.abs()).any():
+            if ((found - alone).abs() > tolerance * alone.abs()).any():
                 raise ValueError(f"{self.config.model_type} models score packed responses otherwise than alone "
                                  f"({found.tolist()} and {float(alone)} nats): not supported")  # fmt: skip
         self.train(training)
@@ -58,16 +75,16 @@ class ResponseScorer(torch.nn.Module):
     def score(self, rows: list[dict], names: list[str], pad_id: int, entropy: bool = False) -> dict:
         """Return forward() of rows that are packed into one batch."""
         device = next(self.model.parameters()).device
-        batch = {k: v.to(device) for k, v in data.pack(rows, names, pad_id).items() if k != "ids"}
+        batch = {k: v.to(device) for k, v in data.pack(rows, names, pad_id, self.shared).items() if k != "ids"}
         return self(**batch, entropy=entropy)
 
-    def forward(self, input_ids, position_ids, attention_mask, labels, predictors, tokens, entropy=False) -> dict:
+    def forward(self, input_ids, position_ids, labels, predictors, tokens, attention_mask=None, entropy=False) -> dict:
         if input_ids.shape[1] > self.window and position_ids.max() >= self.window:
             raise ValueError(f"a sequence is longer than the model's attention window of {self.window} tokens")
-        dtype = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype
-        # added to the attention scores, which every attention of transformers understands
-        unseen = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
-        unseen = unseen.masked_fill(~attention_mask, -math.inf)
+        dtype, unseen = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype, None
+        if attention_mask is not None:  # added to the scores, which every attention but flash-attention understands
+            unseen = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
+            unseen = unseen.masked_fill(~attention_mask, -math.inf)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             inputs = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": unseen}
             hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
@@ -102,7 +119,8 @@ def load_scorer(folder: str, precision: str = "fp32", dtype: torch.dtype = torch
     """Return the scorer of a model folder: weights in `dtype`, on the accelerator if there is one."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    how = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attention(precision)}
+    model = AutoModelForCausalLM.from_pretrained(folder, **how)
     return ResponseScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), precision)
 
 
@@ -135,7 +153,14 @@ def main(path: str) -> None:
     scorer, pad = load_scorer(job["model"], job["precision"]), data.load_tokenizer(job["model"]).pad_token_id
     scores = score_rows(scorer, rows, job["names"], pad_id=pad, micro_batch=job["micro_batch"])
     about = {"ids": json.dumps([r["id"] for r in rows]), "names": json.dumps(job["names"]), "dropped": str(dropped)}
-    paths.write(Path(job["out"]), save(scores, metadata=about))
+    paths.write(Path(job["out"]), _sorted(save(scores, metadata=about)))
+
+
+def _sorted(content: bytes) -> bytes:
+    """Return a safetensors file whose header stands in one order: the library writes metadata in another each time."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + header.ljust(end - 8) + content[end:]
 
 
 def load(path, rows: list[dict], names: list[str]) -> dict:

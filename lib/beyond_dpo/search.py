@@ -62,12 +62,13 @@ def search_alpha(
         raise ValueError("prompts is empty: give at least one, better fifty")
     asked = [p for p in prompts for _ in range(samples)]
     with tempfile.TemporaryDirectory() as work:
-        given, out = Path(work, "prompts.json"), Path(work, "responses.jsonl")
+        given = Path(work, "prompts.json")
         given.write_text(json.dumps([{"id": str(i), "prompt_ids": prompt} for i, prompt in enumerate(rendered)]))
         settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
         with launch.Worker("beyond_dpo.generate", settings, Path(work), desc="search") as engine:
 
             def evaluate(alpha: float) -> np.ndarray:
+                out = Path(work, f"{alpha:g}.jsonl")
                 engine.call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
                 engine.call("generate", prompts=str(given), out=str(out), samples=samples, seed=seed)
                 said = [json.loads(line)["response_ids"] for line in out.read_text().splitlines()]

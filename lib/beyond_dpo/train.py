@@ -1,6 +1,6 @@
 """One training loop on a DeepSpeed engine: `python -m beyond_dpo.train CONFIG.json`, under any launcher.
 
-Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* only, so `deepspeed`, `torchrun` and plain python start it alike.
+Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so `deepspeed`, `torchrun`, `srun` and plain python start it alike.
 The job file holds config.Train's fields and: model, rows, names, reference (or null), limits, seed, out.
 Supervised fine-tuning is the loss "sft" on rows with one response.
 """
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
+from beyond_dpo import cluster, data, dispersion, launch, lora, losses, paths, reference
 from beyond_dpo import config as configuration
-from beyond_dpo import data, dispersion, launch, losses, paths, reference
 
 log = logging.getLogger("beyond_dpo.train")
 OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad}
@@ -105,12 +105,8 @@ def main(path: str) -> None:
     """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
     logging.basicConfig(level=logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at each step
-    if "RANK" not in os.environ:  # started by plain python
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:  # each task would take itself for the only one
-            wanted = "RANK=$SLURM_PROCID, LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR, MASTER_PORT"
-            raise configuration.ConfigError(f"started by srun without RANK: let each task export {wanted}")
-        # port 0: any that is free
-        os.environ |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+    if "RANK" not in os.environ:  # started by plain python, or srun
+        os.environ |= cluster.rank(torch.cuda.device_count())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     job = json.loads(Path(path).read_text())
@@ -146,20 +142,23 @@ def main(path: str) -> None:
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     tokenizer = data.load_tokenizer(job["model"])
     torch.manual_seed(job["seed"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True)
+    how = {"attn_implementation": reference.attention(settings.precision, settings.attention)}
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True, **how)
+    if settings.lora_rank:
+        lora.inject(model, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     scorer = reference.ResponseScorer(model.train(), settings.precision)
-    weights = list(scorer.parameters())
+    weights = [w for w in scorer.parameters() if w.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=scorer,
         optimizer=OPTIMIZERS[settings.optimizer](weights, lr=settings.lr, weight_decay=settings.weight_decay),
         config=engine_settings,
     )
     engine.enable_backward_allreduce = settings.zero > 0 or world > 1  # alone, stage 0 would only copy its gradients
-    checkpoints, log_file = out / "checkpoints", out / "log.jsonl"
+    checkpoints, log_file, whole = out / "checkpoints", out / "log.jsonl", not settings.lora_rank
     saved = checkpoints / f"zero{settings.zero}-of{world}"
-    first = engine.load_checkpoint(str(saved))[1]["step"] if (saved / "latest").exists() else 0
+    first = engine.load_checkpoint(saved, load_module_strict=whole)[1]["step"] if (saved / "latest").exists() else 0
     if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
         for other in checkpoints.glob("zero*"):  # of an attempt with other processes: its steps leave the log
@@ -182,7 +181,7 @@ def main(path: str) -> None:
         for micro in range(accumulation):
             start = (micro * world + rank) * settings.micro_batch
             part = batch[start : start + settings.micro_batch]
-            tensors = data.pack(part, names, tokenizer.pad_token_id)
+            tensors = data.pack(part, names, tokenizer.pad_token_id, scorer.shared)
             ids = tensors.pop("ids")
             scores = engine(**{k: v.to(device) for k, v in tensors.items()})
             against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
@@ -220,12 +219,14 @@ def main(path: str) -> None:
             _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
             tag = f"step{step + 1}"
-            engine.save_checkpoint(str(saved), tag=tag, client_state={"step": step + 1}, save_latest=False)
+            engine.save_checkpoint(saved, tag, {"step": step + 1}, False, exclude_frozen_parameters=not whole)
             if rank == 0:  # `latest` at once: DeepSpeed's own writing would leave an empty one to a kill in the middle
                 paths.write(saved / "latest", tag)
                 for old in {*saved.glob("step*")} - {saved / tag}:  # of no more use
                     shutil.rmtree(old)
     _save(model, tokenizer, out, save_dtype, rank)
+    if rank == 0:
+        paths.write(checkpoints / "finished", "")
     dist.barrier()
 
 
@@ -275,18 +276,21 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
     """Write the model as safetensors, gathering ZeRO-3's shards one parameter at a time."""
     import deepspeed
 
-    weights = {}
-    for name, parameter in model.named_parameters():
+    weights, adapter = {}, hasattr(model, "peft_config")
+    for name, parameter in ((name, one) for name, one in model.named_parameters() if one.requires_grad or not adapter):
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank == 0:
                 weights[name] = parameter.detach().to("cpu", dtype, copy=True)
                 if not weights[name].isfinite().all():
                     raise NonFiniteLoss(f"the trained weight {name} is not finite in {dtype}")
-    if rank == 0:
+    if rank == 0 and adapter:
+        lora.save(model, weights, out)
+    elif rank == 0:
         model.save_pretrained(out, state_dict=weights)
         config = copy.deepcopy(model.config)  # save_pretrained wrote the dtype of the model in memory
         config.dtype = dtype
         config.save_pretrained(out)
+    if rank == 0:
         tokenizer.save_pretrained(out)
 
 

@@ -1,0 +1,104 @@
+"""Sampling and scoring by several processes, each of which makes its shards: on this machine, or on all nodes.
+
+`python -m beyond_dpo.spread JOB.json` is such a process, under any launcher and on any number of nodes that share the
+folder: it builds the engine or scorer of the job and makes its calls for the shards rank, rank + world, …
+"""
+
+import importlib
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+from beyond_dpo import cluster, launch, lora, shards, workers
+from beyond_dpo.artifacts import Artifact
+
+
+def devices(place: int, each: int = 1) -> dict[str, str]:
+    """Return the environment in which the process at `place` (0, 1, …) of a machine sees `each` devices alone."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(64)))
+    return {"CUDA_VISIBLE_DEVICES": ",".join(visible.split(",")[place * each : (place + 1) * each])}
+
+
+def call(cfg, name: str, served: str, settings: dict, calls: list[tuple[str, dict]], out: Path, desc: str) -> list:
+    """Make calls, [(method, arguments), …], on living processes of this machine, or in a job on all nodes.
+
+    name: of the living process; served: "module.Class" that it serves. Calls with an `out` are shared by
+    cfg.decoding.engines processes; who asks several must finish() then. Returns what the first process answered, for
+    each call ([] for a job).
+    """
+    (module, _, kind), how = served.rpartition("."), cfg.decoding
+    if how.launcher:
+        job = {"module": module, "name": kind, "settings": settings, "calls": calls, "devices": how.tensor_parallel}
+        workers.run("beyond_dpo.spread", job, out, desc, launcher=how.launcher, processes=how.engines)
+        return []
+    many = range(how.engines)
+    held = [workers.get(f"{name}{i or ''}", module, settings, _place(cfg, i)) for i in many]
+
+    def ask(rank: int) -> list:
+        share = {"rank": rank, "world": len(many)} if len(many) > 1 else {}
+        return [held[rank].call(method, **given, **(share if "out" in given else {})) for method, given in calls]
+
+    with ThreadPoolExecutor(len(many)) as pool:
+        return list(pool.map(ask, many))[0]
+
+
+def _place(cfg, place: int) -> dict[str, str]:
+    """Return the environment of one of several engines: its devices, and its part of the processor's threads."""
+    if cfg.decoding.engines == 1:
+        return {}
+    threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))) // cfg.decoding.engines
+    return devices(place, cfg.decoding.tensor_parallel) | {"OMP_NUM_THREADS": str(max(1, threads))}
+
+
+def side_by_side(cfg, model: Artifact, adapter: Artifact, split: str, alphas, prompts: Artifact, **how) -> Artifact:
+    """Sample from a LoRA adapter of `model` at all α in one vLLM batch: responses.jsonl, with "adapter" = α in words.
+
+    how: samples and seed.
+    """
+    recipe = {"sft": model, "adapter": adapter, "alphas": alphas, "prompts": prompts, "split": split, **how}
+
+    def make(out: Path) -> dict:
+        folders = {alpha: out / ".adapters" / f"{alpha:g}" for alpha in alphas}
+        lora.scaled(adapter.get(), folders)
+        room = min(rank for rank in lora.RANKS if rank >= cfg.train.lora_rank)
+        settings = {"model": str(model.get()), "decoding": asdict(cfg.decoding), "adapters": [len(alphas), room]}
+        given = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl"), **how}
+        given["adapters"] = {f"{alpha:g}": str(folder) for alpha, folder in folders.items()}
+        workers.make_room(cfg, "score", "adapters")
+        calls, served = [("generate", given)], "beyond_dpo.generate.Engine"
+        return finish(cfg, given, call(cfg, "adapters", served, settings, calls, out, "all α side by side"))
+
+    does = "one vLLM engine with an adapter for every α: python -m beyond_dpo.generate --serve"
+    return Artifact("adapted", 1, recipe | {"decoding": cfg.decoding.recipe()}, make, does)
+
+
+def finish(cfg, given: dict, answers: list) -> dict:
+    """Return how many responses and tokens were generated; what several processes made is merged.
+
+    given: the arguments of `generate`, answers: what call() returned for it and the calls before.
+    """
+    if answers and cfg.decoding.engines == 1:
+        return answers[-1]
+    prompts = len(json.loads(Path(given["prompts"]).read_text()))
+    return shards.counted(shards.merge(given["out"], shards.parts(given["out"], prompts, cfg.decoding.shard)))
+
+
+def main(path: str) -> None:
+    """Do this process's share of a job file: module and name of a class, settings to build it, calls [method, {…}]."""
+    if "RANK" not in os.environ:  # started by srun, or alone
+        os.environ |= cluster.rank(0)
+    job, rank, world = json.loads(Path(path).read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) > job["devices"]:  # else the launcher chose them
+        os.environ |= devices(int(os.environ["LOCAL_RANK"]), job["devices"])
+    served = getattr(importlib.import_module(job["module"]), job["name"])(**job["settings"])
+    for method, arguments in job["calls"]:
+        share = {"rank": rank, "world": world} if "out" in arguments else {}
+        getattr(served, method)(**arguments, **share)
+
+
+if __name__ == "__main__":
+    launch.follow_parent()
+    main(sys.argv[1])
