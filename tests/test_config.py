@@ -12,7 +12,7 @@ import types
 
 import pytest
 
-from beyond_dpo import config, paths, workers
+from beyond_dpo import config, estimate, paths
 from beyond_dpo.config import ConfigError, Train, load
 
 SMOKE = load("expo", "smoke")
@@ -139,11 +139,13 @@ def test_recipe_holds_what_the_result_depends_on():
     """The machine's fields are known by name: a new field enters the recipe unless it is put among them."""
     names = {f.name for f in dataclasses.fields(Train)}
     machine = {"micro_batch", "zero", "offload", "gradient_checkpointing", "processes", "launcher", "checkpoint_every"}
+    machine |= {"attention"}
     assert machine == set(Train.MACHINE) < names
-    unknown = {"epsilon", "parts", "alpha", "dynamic"}
+    unknown = {"epsilon", "parts", "alpha", "dynamic", "lora_rank", "lora_alpha"}
     assert SMOKE.train.recipe().keys() == names - machine - unknown, "what DPO in one part does not know"
-    assert train(loss="mallows_phi", parts=2).recipe().keys() == names - machine - {"alpha", "dynamic"}
-    assert train(loss="wrpo_ipo").recipe().keys() == names - machine - {"epsilon", "parts"}
+    assert train(loss="mallows_phi", parts=2).recipe().keys() == names - machine - (unknown - {"epsilon", "parts"})
+    assert train(loss="wrpo_ipo").recipe().keys() == names - machine - (unknown - {"alpha", "dynamic"})
+    assert train(lora_rank=4).recipe().keys() == names - machine - (unknown - {"lora_rank", "lora_alpha"})
     assert train(loss="hybrid").recipe().keys() == names - machine - unknown
     faster = train(micro_batch=1, zero=3, offload=True, gradient_checkpointing=True, processes=4, launcher="plain")
     assert faster.recipe() == SMOKE.train.recipe() != train(lr=1.0).recipe()
@@ -172,25 +174,25 @@ def test_card_says_how_far_each_profile_is_from_the_paper():
 
 
 def test_this_machine():
-    workers.check_machine(SMOKE)
+    estimate.check(SMOKE)
     cfg = load("expo", "smoke", needs__gpus=10_000, needs__gpu_gb=80, needs__memory_gb=10**7)
     with pytest.raises(ConfigError, match=r"smoke needs 10000 GPUs of 80 GB \(found \d+\) and 10000000 GB of memory"):
-        workers.check_machine(cfg)
+        estimate.check(cfg)
 
 
 def test_what_is_finished_counts_as_room(tmp_path, monkeypatch):
     """A profile of 20 GB may go on with 5 GB free when 16 GB of it are there."""
-    monkeypatch.setattr(workers.paths, "ARTIFACTS", tmp_path)
-    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
+    monkeypatch.setattr(estimate.paths, "ARTIFACTS", tmp_path)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
     cfg = load("expo", "smoke", needs__disk_gb=20)
     with pytest.raises(ConfigError, match=r"20 GB of disk for .* held by results: 5\).*--profile"):
-        workers.check_machine(cfg)
+        estimate.check(cfg)
     (tmp_path / "train-1").mkdir()
     (tmp_path / "train-1" / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": 16_000_000_000}}}))
-    workers.check_machine(cfg)
+    estimate.check(cfg)
     (tmp_path / "train-2").mkdir()
     (tmp_path / "train-2" / "manifest.json").write_text("{")  # damaged: noticed by whoever reads it
-    workers.check_machine(cfg)
+    estimate.check(cfg)
 
 
 def test_import_is_light():
@@ -230,3 +232,52 @@ def test_paper_grids_hold_the_published_ranges_and_optima():
     models = {0.1: "DPO (10% data)", 0.2: "DPO (20% data)", 0.4: "DPO (40% data)", 1.0: "zephyr-7b-dpo"}
     for fraction, model in (models | {0.05: "zephyr_0.05 (5% data)"}).items():
         assert float(table[model]["optimal_alpha"]) in PAPER.alphas[fraction]
+
+
+# What papers/*.md print of each paper's settings, by key; a list in a YAML file is a tuple here.
+ZEPHYR = {"lr": 5e-7, "beta": 0.01, "global_batch": 128, "epochs": 1, "optimizer": "adamw", "warmup": 0.1, "zero": 3,
+          "offload": True, "gradient_checkpointing": True, "loss": "dpo", "max_prompt": 1024, "max_length": 2048,
+          "precision": "bf16", "label_smoothing": 0.0, "lora_rank": 0}  # fmt: skip
+WEIGHTED = {"lr": 3e-7, "beta": 0.01, "alpha": 0.1, "dynamic": True, "global_batch": 128, "epochs": 1, "zero": 3,
+            "gradient_checkpointing": True, "warmup": 0.1, "optimizer": "adamw", "max_prompt": 1800, "max_length": 2048,
+            "micro_batch": 2, "processes": 8, "precision": "bf16"}  # fmt: skip
+PUBLISHED = [
+    ("expo", "", "train", ZEPHYR),
+    ("expo", "", "decoding", {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "presence_penalty": 0.1,
+                              "frequency_penalty": 0.1, "max_tokens": 2048, "dtype": "bfloat16"}),
+    ("expo", "", "world", {"target": "alignment-handbook/zephyr-7b-sft-full", "template": "chat", "pairs": "given",
+                           "dataset": "HuggingFaceH4/ultrafeedback_binarized", "dev_prompts": 1000,
+                           "test_prompts": 805, "reward_model": "weqweasdas/RM-Mistral-7B"}),
+    ("mallows", "", "train", {"optimizer": "rmsprop", "lr": 1e-6, "global_batch": 64}),
+    ("mallows", "llama3", "train", {"lr": 5e-7, "global_batch": 256, "epochs": 1, "optimizer": "adamw", "zero": 3,
+                                    "warmup": 0.1, "max_length": 2048, "max_prompt": 1800, "micro_batch": 1}),
+    ("mallows", "llama3", "world", {"target": "meta-llama/Meta-Llama-3-8B-Instruct", "template": "chat",
+                                    "dataset": "princeton-nlp/llama3-ultrafeedback-armorm",
+                                    "reward_model": "RLHFlow/ArmoRM-Llama3-8B-v0.1"}),
+    ("mallows", "hh", "train", {"optimizer": "rmsprop", "lr": 1e-6, "global_batch": 32}),
+    ("mallows", "hh", "world", {"target": "EleutherAI/pythia-2.8b", "dataset": "Anthropic/hh-rlhf"}),
+    ("wrpo", "", "train", WEIGHTED),
+    ("wrpo", "", "sft", {"lr": 7e-6, "global_batch": 128, "micro_batch": 8, "epochs": 1, "warmup": 0.1, "zero": 3,
+                         "max_length": 2048, "gradient_checkpointing": True, "optimizer": "adamw"}),
+    ("wrpo", "", "sampling", {"temperature": 0.8, "top_p": 0.95}),
+    ("wrpo", "", "world", {"target": "meta-llama/Meta-Llama-3-8B-Instruct", "samples": 5,
+                           "reward_model": "RLHFlow/ArmoRM-Llama3-8B-v0.1"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("paper, experiment, section, printed", PUBLISHED)
+def test_profile_paper_has_what_the_papers_print(paper, experiment, section, printed):
+    found = dataclasses.asdict(getattr(load(paper, "paper", experiment), section))
+    assert {name: found[name] for name in printed} == printed
+
+
+@pytest.mark.parametrize("paper", config.SCHEMAS)
+def test_profile_gpu_is_the_embedded_world_at_full_size_on_one_card(paper):
+    """All IMDB prompts that half B (24,676 reviews) has left, five seeds, the models of profile cpu."""
+    gpu, cpu = load(paper, "gpu"), load(paper, "cpu")
+    used = gpu.world.reward_rows + 2000 + gpu.world.dev_prompts + gpu.world.test_prompts
+    assert gpu.world.prompts == 24_676 - used
+    assert len(set(gpu.seeds)) == 5 and gpu.needs.gpus == 1 and gpu.needs.gpu_gb <= 80
+    assert (gpu.world.target, gpu.world.dataset) == (cpu.world.target, cpu.world.dataset) == ("smollm2", "imdb")
+    assert gpu.world.gold_rows == 20_000 and gpu.train.processes == gpu.sft.processes == gpu.decoding.engines == 1
+    assert {gpu.train.beta} <= {0.1} and gpu.decoding.backend == "vllm"

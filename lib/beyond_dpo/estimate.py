@@ -1,0 +1,300 @@
+"""What a run will need, in numbers, before anything starts: memory of a device and of the host, disk, hours.
+
+From the configuration, the models' own config.json and this machine's speed, which is measured once
+(`python -m beyond_dpo.estimate`). Factors were fitted to measured runs of a 135M model on two cores, to which
+tests/test_estimate.py holds them; for a GPU they are what the same formulas say, not yet measured there.
+"""
+
+import functools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from beyond_dpo import artifacts, assets, config, paths, workers
+
+GIB = 2**30
+PROCESS = {"train": 0.4, "generate": 1.8}  # GiB that a process takes besides its model
+ACTIVATION = (35.0, 10.0)  # bytes a token keeps for the backward pass, for each unit of hidden and intermediate
+LOGIT = 25.0  # bytes of one logit: in float32 and half, its log-probability, and their gradients
+BUCKETS, BUCKET, LIVE = 2.5, 5e8, 1e9  # DeepSpeed's buffers for gradients, and weights that ZeRO-3 keeps together
+STATE = {"adamw": 8, "adagrad": 4, "rmsprop": 4}  # bytes of the optimizer's state, for each trained weight
+START = {"train": 7.5, "generate": 13.0, "score": 6.0}  # seconds before a process computes
+USE = {"train": 0.37, "generate": 0.35, "score": 0.4}  # of the matrix products' speed that the work reaches
+SLOW = 2.2  # times that float32 takes longer
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a causal language model.
+
+    weights: of all of it; body: of what each token is multiplied with, without the head. cache: bytes of a token's keys
+    and values in bfloat16.
+    """
+
+    weights: int
+    body: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    cache: int
+
+
+def shape(architecture: dict) -> Shape:
+    """Return the sizes of the model that a config.json describes, counted on a model that takes no memory."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = AutoConfig.for_model(**architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(given)
+    text, head, words = given.get_text_config(), model.get_output_embeddings().weight, model.get_input_embeddings()
+    weights = sum(p.numel() for p in model.parameters())
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return Shape(
+        weights=weights, body=weights - head.numel() - (head is not words.weight) * words.weight.numel(),
+        layers=text.num_hidden_layers, hidden=text.hidden_size, vocabulary=len(head),
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        cache=4 * text.num_hidden_layers * heads * width,
+    )  # fmt: skip
+
+
+def training(model: Shape, settings: config.Train, prompt: float, said: float, names: int) -> dict[str, float]:
+    """Return the GiB of a training: {"device": of each process's device, "host": of all processes besides}.
+
+    prompt, said: tokens of a prompt and of one of its `names` responses. On a CPU the device is the host's memory:
+    processes × device + host. Weights, gradients and the optimizer's state are float32, which ZeRO 1, 2 and 3 spread
+    over the processes, with buffers of its own and, at stage 3, a copy on the host from which the weights came; bf16
+    keeps a copy of the weights besides; activations go with the tokens of a forward pass, all but their layers' inputs
+    computed again with gradient checkpointing; logits exist for 2,048 tokens at one time.
+    """
+    state, gradients, kept = (settings.processes if settings.zero >= stage else 1 for stage in (1, 2, 3))
+    trained = adapter(model, settings.lora_rank) if settings.lora_rank else model.weights
+    optimizer = trained * (STATE[settings.optimizer] + 4 * (settings.zero > 0)) / state
+    half, rows = settings.precision == "bf16", settings.micro_batch
+    layer = ACTIVATION[0] * model.hidden + ACTIVATION[1] * model.intermediate
+    layers = 4 * model.layers * model.hidden + layer if settings.gradient_checkpointing else model.layers * layer
+    device = 4 * model.weights / kept + 4 * trained / gradients + 2 * model.weights * half
+    device += rows * (prompt + names * said) * layers + min(rows * names * said, 2048) * model.vocabulary * LOGIT
+    device += 4 * BUCKETS * min(model.weights, BUCKET) * (settings.zero > 0)
+    device += 4 * min(model.weights, LIVE) * (settings.zero == 3)
+    copy = 4 * model.weights * (settings.zero == 3)
+    host = settings.processes * (PROCESS["train"] + (optimizer * settings.offload + copy) / GIB)
+    return {"device": (device + optimizer * (not settings.offload)) / GIB, "host": host}
+
+
+def adapter(model: Shape, rank: int) -> int:
+    """Return the weights of a LoRA adapter: A and B of seven linear layers a block, if it is built as Llama's are."""
+    return rank * model.layers * (8 * model.hidden + 3 * (model.hidden + model.intermediate))
+
+
+def seconds(model: Shape, work: dict, speed: dict) -> float:
+    """Return how long a job computes, at most: its multiplications by the speed that this kind of work reaches.
+
+    Sampling is also bound by reading all weights once a token of 256 requests. speed: as `speed()` returns it.
+    """
+    prompt, said = work["tokens"]
+    head, (kind, operations) = model.hidden * model.vocabulary, ("score", 2)
+    if settings := work.get("train"):
+        kind, count = "train", work["rows"] * settings.epochs
+        operations = (4 if settings.lora_rank else 6) * (4 / 3 if settings.gradient_checkpointing else 1)
+        products = count * ((prompt + work["names"] * said) * model.body + work["names"] * said * head)
+        products *= SLOW if settings.precision == "fp32" else 1
+        at_once = settings.processes if speed["gpus"] else 1
+    else:
+        products = work["requests"] * ((prompt + said) * model.body + said * head)
+        at_once = work["decoding"].engines if "decoding" in work and speed["gpus"] else 1
+    reads = 0.0
+    if "decoding" in work:
+        kind, reads = "generate", -(-work["requests"] // 256) * said * 2 * model.weights / speed["bytes"]
+    return START[kind] + max(operations * products / (USE[kind] * speed["products"]), reads) / at_once
+
+
+def of(made: list[artifacts.Artifact]) -> dict:
+    """Return what is still to be made for these artifacts, and what it takes at most.
+
+    trainings, samplings: their number. disk: GiB. hours: at this machine's speed. unknown: models whose config.json is
+    not on this machine, which count nothing. What an experiment only decides on its way is not in it.
+    """
+    jobs = {key: one for artifact in made for key, one in artifact.missing().items()}
+    work = [one.work for one in jobs.values() if "model" in one.work and "tokens" in one.work]
+    sizes, speed = measured([one["model"] for one in work])
+    found = {"trainings": sum("train" in w for w in work), "samplings": sum("decoding" in w for w in work)}
+    found |= {"disk": 0.0, "hours": 0.0, "unknown": sorted({w["model"] for w in work} - sizes.keys())}
+    for w in [w for w in work if w["model"] in sizes]:
+        model = sizes[w["model"]]
+        found["hours"] += seconds(model, w, speed) / 3600
+        if settings := w.get("train"):
+            kept = adapter(model, settings.lora_rank) if settings.lora_rank else model.weights
+            found["disk"] += kept * settings.parts * (4 if settings.save_dtype == "float32" else 2) / GIB
+        elif "decoding" in w:
+            found["disk"] += 8 * w["requests"] * w["tokens"][1] / GIB  # a token is a number and a comma
+    return found
+
+
+def memory(cfg) -> dict[str, float] | None:
+    """Return the GiB that a configuration's largest job takes, {"device", "host"}; None if its model is unknown.
+
+    On a CPU machine all of it is the host's: of the processes of a training together, or of an engine.
+    """
+    from beyond_dpo import stages
+
+    sizes, speed = measured([cfg.world.target])
+    if not sizes:
+        return None
+    (model,), needs = sizes.values(), [engine(next(iter(sizes.values())), cfg.decoding)]
+    for settings, names in ((cfg.sft, 1), (cfg.train, 3 if "wrpo" in cfg.train.loss else 2)):
+        if settings is cfg.train or cfg.world.sft_rows:
+            need = training(model, settings, *stages.tokens(cfg, settings), names)
+            if speed["gpus"]:  # the weights come by way of the host
+                need["host"] += 4 * settings.processes * model.weights * (settings.zero < 3) / GIB
+            else:
+                need = {"device": 0.0, "host": need["host"] + settings.processes * need["device"]}
+            needs.append(need)
+    return {place: max(need[place] for need in needs) for place in ("device", "host")}
+
+
+def engine(model: Shape, decoding: config.Decoding) -> dict[str, float]:
+    """Return the GiB of an engine: its weights, and keys and values of eight requests of the greatest length."""
+    each = model.weights * (4 if decoding.dtype == "float32" else 2) / decoding.tensor_parallel
+    return {"device": (each + 8 * decoding.max_model_len * model.cache) / GIB, "host": PROCESS["generate"]}
+
+
+def check(cfg) -> None:
+    """Raise ConfigError, with what is missing in numbers and what to do, if this machine cannot run a configuration."""
+    needs, gib, gpus = cfg.needs, workers.memory_gib(), cards()
+    missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {len(gpus)})"] if len(gpus) < needs.gpus else []
+    if (free := room()) < needs.disk_gb:
+        missing += [f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free or held by results: {free:.0f})"]
+    missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
+    large = (not missing and memory(cfg)) or {"device": 0.0, "host": 0.0}
+    card = min(gpus, default=math.inf)
+    if large["device"] > card or large["host"] > gib:
+        found = f"{card:.0f} a card and {gib:.0f} of the host" if gpus else f"{gib:.0f}"
+        missing += [f"about {large['device']:.1f} GiB a card and {large['host']:.1f} of the host" if gpus else
+                    f"about {large['host']:.1f} GiB of memory"]  # fmt: skip
+        missing[-1] += f" for its largest job (found {found}): lower train.micro_batch, or set train.zero, "
+        missing[-1] += "train.offload, train.gradient_checkpointing or train.lora_rank"
+    if missing:
+        raise config.ConfigError(
+            f"profile {cfg.profile} needs {' and '.join(missing)}. What a machine that has them would execute: "
+            f"--dry-run. What may run here: --profile {'cpu' if gib > 9 and cfg.profile != 'cpu' else 'smoke'}"
+        )
+
+
+def told(configurations: list, made: list[artifacts.Artifact]) -> tuple[str, str]:
+    """Return what making all these takes, in words, and why it does not fit on this machine, "" if it does."""
+    found, free, gpus, gib = of(made), room() * 1e9 / GIB, cards(), workers.memory_gib()
+    large, card = {"device": 0.0, "host": 0.0}, min(gpus, default=0.0)
+    for need in filter(None, map(memory, configurations)):
+        large = {place: max(large[place], need[place]) for place in large}
+    text = f"{found['trainings']} trainings, {found['samplings']} samplings, {found['hours']:.2g} h, "
+    text += f"{found['disk']:.1f} GiB of disk ({free:.0f} free or held by results), largest job "
+    text += f"{large['device']:.1f} GiB of a card ({card:.0f}), " * bool(gpus)
+    text += f"{large['host']:.1f} GiB of memory ({gib:.0f})"
+    text += f"; without {', '.join(found['unknown'])}, not yet on this machine" if found["unknown"] else ""
+    limits = {"disk": (found["disk"], free), "memory": (large["host"], gib)}
+    limits |= {"a card": (large["device"], card)} if gpus else {}
+    return text, "; ".join(f"{a:.1f} GiB of {what}, {b:.1f} there" for what, (a, b) in limits.items() if a > b)
+
+
+def cards() -> list[float]:
+    """Return the memory of each GPU of this machine in GiB."""
+    told = artifacts.output("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    return [float(line) / 1024 for line in told if line.strip().isdigit()]
+
+
+def room() -> float:
+    """Return GB of disk for results: free, or held by those that are finished and need no more."""
+    free = shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists())).free / 1e9
+    for path in paths.ARTIFACTS.glob("*/manifest.json"):
+        with suppress(OSError, ValueError, LookupError):  # being made, or damaged: found when it is read
+            free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
+    return free
+
+
+@functools.cache
+def architecture(ref: str) -> dict | None:
+    """Return a model's config.json, None if it is not on this machine and the hub does not give it."""
+    if ref in assets.BUILDERS:
+        file = paths.CACHE / f"{ref}-{artifacts.digest(assets.resolve(ref))[:12]}" / "config.json"
+    elif Path(ref).is_dir():
+        file = Path(ref, "config.json")
+    elif hub := re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", ref):
+        import huggingface_hub
+
+        file = huggingface_hub.try_to_load_from_cache(hub[1], "config.json", revision=hub[2])
+        if not isinstance(file, str):
+            with suppress(Exception):  # its client has many, and an estimate is no reason to end a run
+                file = huggingface_hub.hf_hub_download(hub[1], "config.json", revision=hub[2])
+        file = Path(file) if isinstance(file, str) else Path()
+    else:
+        return None
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def measured(models: list[str]) -> tuple[dict[str, Shape], dict]:
+    """Return {model: Shape} of those whose config.json is here, and this machine's speed; both are measured once."""
+    file = paths.CACHE / "estimate.json"
+    kept: dict = {}
+    with suppress(OSError, ValueError):  # not there, or damaged: measured again
+        kept = dict(json.loads(file.read_text()))
+    wanted = {ref: given for ref in set(models) if (given := architecture(ref))}
+    keys = {ref: artifacts.digest(given) for ref, given in wanted.items()}
+    machine = artifacts.digest([platform.node(), artifacts.environment()["hardware"]])
+    ask = {keys[ref]: given for ref, given in wanted.items() if keys[ref] not in kept}
+    if ask or machine not in kept:  # in a process of its own: this one needs no torch
+        command = [sys.executable, "-m", "beyond_dpo.estimate", *["--speed"] * (machine not in kept)]
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        done = subprocess.run(command, input=json.dumps(ask), capture_output=True, text=True, env=env, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        kept |= found["shapes"] | ({machine: found["speed"]} if "speed" in found else {})
+        paths.write(file, json.dumps(kept))
+    return {ref: Shape(**kept[key]) for ref, key in keys.items() if kept[key]}, kept[machine]
+
+
+def speed() -> dict:
+    """Measure matrix products (operations a second, bfloat16) and memory (bytes a second); the median of ten."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    device, n = ("cuda", 8192) if gpus else ("cpu", 2048)
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    big = torch.empty(256 << 20, device=device, dtype=torch.uint8)
+    rates = {"products": (2 * n**3, lambda: a @ b), "bytes": (2 * big.numel(), lambda: big.clone())}
+    found = {"gpus": gpus, "threads": torch.get_num_threads()}
+    for name, (amount, run) in rates.items():
+        times = []
+        for _ in range(12):
+            began = time.perf_counter()
+            run()
+            if gpus:
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - began)
+        found[name] = amount / sorted(times[2:])[5]
+    return found
+
+
+def main() -> None:
+    """Print the Shape of each architecture on standard input, {name: config.json}, null for one of no known kind."""
+    shapes, given = {}, json.load(sys.stdin)
+    for name, architecture in given.items():
+        try:
+            shapes[name] = asdict(shape(architecture))
+        except (ValueError, KeyError, AttributeError, TypeError):  # code of its own, an encoder
+            shapes[name] = None
+    print(json.dumps({"shapes": shapes} | ({"speed": speed()} if "--speed" in sys.argv else {})))
+
+
+if __name__ == "__main__":
+    main()
