@@ -5,6 +5,8 @@ PYTHON  ?= python3
 PROFILE ?= cpu
 NB      ?=
 COMPUTE ?= cold
+ROUNDS  ?= 2
+FAULTS_TO ?= artifacts/faults.json
 # Address of PyTorch's CPU wheel index (see PyTorch's install page). Without it torch is the build that your package
 # index holds, on Linux usually the CUDA one: larger, and it works as well.
 TORCH_INDEX ?=
@@ -50,6 +52,10 @@ reproduce: $(READY)  ## download models and data, compute every result anew, pri
 test: $(READY)  ## run the tests
 	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# The short form of this is part of `make test`.
+faults: $(READY)  ## break every stage, disk and file in all known ways, a quarter of an hour; count what survives
+	@FAULT_ROUNDS=$(ROUNDS) FAULTS_TO=$(FAULTS_TO) $(RUN) -m pytest -q tests/test_faults.py tests/test_hostile.py
+
 smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, no downloads, numbers without meaning
 	@$(RUN) -m beyond_dpo.run --all --profile smoke
 
@@ -72,4 +78,4 @@ clean:  ## delete computed results (artifacts/) and caches; downloads, data/froz
 	@rm -rf artifacts .pytest_cache .ruff_cache build lib/*.egg-info notebooks/.ipynb_checkpoints
 	@find lib tests -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce test smoke lab render freeze lint clean
+.PHONY: help setup reproduce test faults smoke lab render freeze lint clean

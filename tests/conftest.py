@@ -3,6 +3,13 @@
 import json
 import os
 import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -22,8 +29,40 @@ for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
 
 def pytest_collection_modifyitems(items):
     """Begin with the files that take longest, so that two processes end at about the same time."""
-    longest = ("test_cold.py", "test_wrpo.py", "test_run.py", "test_notebooks.py")
+    longest = ("test_cold.py", "test_faults.py", "test_shards.py", "test_wrpo.py", "test_notebooks.py", "test_judge.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Count what the fault suite tried, from whichever process ran it."""
+    import faults
+
+    faults.summary(terminalreporter)
+
+
+@contextmanager
+def openai_server(model, name: str, key: str, *options: str):
+    """Start a real OpenAI-compatible server of vLLM; yield its address."""
+    pytest.importorskip("vllm")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--enforce-eager"]
+    command += ["--model", str(model), "--served-model-name", name, *options]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    try:
+        end = time.monotonic() + 240
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            assert child.poll() is None and time.monotonic() < end
+            time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 @pytest.fixture(scope="module")
