@@ -22,7 +22,7 @@ def code_cells(path):
 
 def test_there_are_notebooks():
     assert {p.stem for p in NOTEBOOKS} >= {"00_start_here", "11_expo_headline", "12_expo_interpolation"}
-    assert len(NOTEBOOKS) == 21
+    assert len(NOTEBOOKS) == 22
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -79,7 +79,7 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
     assert passed == sum(len(code_cells(p)) for p in NOTEBOOKS), "every code cell was compared"
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.svg")}
-    assert drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 27, "the same bytes"
+    assert drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 29, "the same bytes"
 
 
 def test_readme_examples_run(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     )
     AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(tmp_path / "reward")
     blocks = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     folders = {
         "sft_folder": tmp_path / "sft",
         "aligned_folder": tmp_path / "aligned",

@@ -1,6 +1,7 @@
 """What a user installs and reads: pins that agree, light imports, files that git keeps, a Makefile that works."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -17,8 +18,8 @@ from packaging.utils import canonicalize_name
 from beyond_dpo import __version__, paths
 
 ROOT = paths.ROOT
-TARGETS = "help setup reproduce test smoke lab render freeze lint clean".split()
-LIGHT = "config artifacts figures report stats stages expo run launch assets".split()
+TARGETS = "help setup reproduce test faults smoke lab render freeze lint clean".split()
+LIGHT = "config artifacts cluster figures report stats stages expo run launch assets ask judge endpoint".split()
 HEAVY = "torch transformers vllm deepspeed".split()
 in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 
@@ -149,13 +150,20 @@ def test_the_readme_shows_the_frozen_benchmarks(monkeypatch):
         measure.table("# no table")
 
 
+def test_the_readme_tells_the_frozen_faults():
+    found = json.loads((paths.FROZEN / "benchmarks" / "faults.json").read_text())
+    told = f"Of {found['tried']} faults tried {found['survived']} were survived"
+    assert told in read("README.md") and found["lost"] == 0 and found["tried"] > 100
+
+
 def test_lib_stays_small():
     """Size is a feature: no file over 300 lines; lines of code (no docstrings, comments, blanks) are counted.
 
-    What the papers share and ExPO's own stay below what they were before MallowsPO came, also with WRPO; MallowsPO and
-    WRPO have bounds of their own.
+    MallowsPO, WRPO, and what came for many nodes, hub ids and judges, have bounds of their own.
     """
     sizes, own, wrpo = {}, ("bandit.py", "dispersion.py", "mallows.py"), ("sources.py", "wrpo.py")
+    machines = [f"{name}.py" for name in ("cluster", "estimate", "lora", "shards", "spread")]
+    elsewhere = [f"{name}.py" for name in ("armorm", "ask", "endpoint", "judge", "preferences", "published")]
     files = sorted((ROOT / "lib").rglob("*.py"))
     assert len(files) > 15
     for path in files:
@@ -170,7 +178,10 @@ def test_lib_stays_small():
         sizes[path.name] = len(code)
     assert sum(sizes[name] for name in own) <= 240, sizes
     assert sum(sizes[name] for name in wrpo) <= 330, sizes
-    assert sum(size for name, size in sizes.items() if name not in own + wrpo) <= 3254, sizes
+    assert sum(sizes[name] for name in machines) <= 548, sizes
+    assert sum(sizes[name] for name in elsewhere) <= 621, sizes
+    rest = [size for name, size in sizes.items() if name not in {*own, *wrpo, *machines, *elsewhere}]
+    assert sum(rest) <= 3476, sizes
 
 
 def test_license_is_apache_2():
@@ -217,6 +228,7 @@ def test_makefile_has_every_target_and_prints_them():
         (["render"], "COMPUTE=never"),
         (["freeze"], "--profile cpu --freeze"),
         (["test"], "-m pytest"),
+        (["faults"], "FAULT_ROUNDS=2 FAULTS_TO=artifacts/faults.json"),
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),
     ],
