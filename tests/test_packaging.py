@@ -181,7 +181,7 @@ def test_lib_stays_small():
     assert sum(sizes[name] for name in machines) <= 548, sizes
     assert sum(sizes[name] for name in elsewhere) <= 621, sizes
     rest = [size for name, size in sizes.items() if name not in {*own, *wrpo, *machines, *elsewhere}]
-    assert sum(rest) <= 3476, sizes
+    assert sum(rest) <= 3480, sizes
 
 
 def test_license_is_apache_2():

@@ -50,7 +50,9 @@ def test_only_a_shard_size_of_its_own_enters_a_key():
     assert "shard" not in plain.recipe() and dataclasses.replace(plain, shard=4).recipe()["shard"] == 4
     for machine in ({"engines": 4}, {"tensor_parallel": 2}, {"gpu_share": 0.2}, {"launcher": "torchrun"}):
         assert dataclasses.replace(plain, **machine).recipe() == plain.recipe()
-    assert set(plain.recipe()) == {f.name for f in dataclasses.fields(plain)} - {"shard", *plain.MACHINE}
+    assert set(plain.recipe()) == {f.name for f in dataclasses.fields(plain)} - {"shard", "together", *plain.MACHINE}
+    swaps, batch = (cut(decoding__backend="vllm", train__lora_rank=2, decoding__together=t) for t in (False, True))
+    assert len({expo.point(cfg, 1.0, 0, 2.0, "dev_prompts").key for cfg in (swaps, batch)}) == 2
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,7 @@ class Decoding:
     max_tokens: int = 2048
     dtype: str = "bfloat16"
     max_model_len: int = 4096
+    together: bool = True  # all α of an adapter in one vLLM batch; on two cores a swap for each takes half as long
     shard: int = 512  # prompts that are sampled in one go, each shard with a seed of its own
     engines: int = 1  # that take shards in turn, each on devices of its own (machine, never in a key)
     tensor_parallel: int = 1  # devices that one vLLM engine spreads its model over (machine)
@@ -80,9 +81,12 @@ class Decoding:
     MACHINE: ClassVar = "engines tensor_parallel gpu_share launcher".split()
 
     def recipe(self) -> dict:
-        """Return what the responses depend on: every field but the machine's; `shard` where it is not the default."""
+        """Return what responses depend on: every field but the machine's; `shard` where it is not the default.
+
+        What is sampled together is another result, with a key that names it.
+        """
         given, default = asdict(self), type(self).shard
-        return {k: v for k, v in given.items() if k not in self.MACHINE and (k, v) != ("shard", default)}
+        return {k: v for k, v in given.items() if k not in (*self.MACHINE, "together") and (k, v) != ("shard", default)}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import artifacts, assets, config, corpus, launch, paths, shards, spread, workers
+from beyond_dpo import artifacts, assets, config, corpus, estimate, launch, paths, shards, spread, workers
 from beyond_dpo.artifacts import Artifact
 
 
@@ -62,6 +62,8 @@ def reward(world: config.World, name: str) -> Artifact:
         if name == "reward":
             job["encoder"] = str(assets.model_dir(world.reward_model))
             job |= {} if words else {"trust_remote_code": world.reward_model in world.trust_remote_code}
+        if words and estimate.cards():  # a living engine holds most of the card
+            workers.close()
         workers.run("beyond_dpo.rewards", job, out, f"train {name}")
         return json.loads((out / "facts.json").read_text())
 
@@ -86,7 +88,8 @@ def responses(
     prompts = prompts or texts(cfg.world)
     recipe = {"sft": model, "aligned": aligned, "alpha": alpha, "prompts": prompts, "split": split}
     recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
-    if alpha in alphas and cfg.train.lora_rank and cfg.decoding.backend == "vllm" and not modules:
+    batch = cfg.decoding.together and cfg.decoding.backend == "vllm" and not modules
+    if batch and alpha in alphas and cfg.train.lora_rank:
         every = spread.side_by_side(cfg, model, aligned, split, alphas, prompts, samples=samples, seed=seed)
 
         def pick(out: Path) -> dict:
