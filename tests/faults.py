@@ -236,8 +236,13 @@ def summary(terminalreporter) -> None:
     """Print how many faults were tried and survived, and write it with the machine to the file that FAULTS_TO names."""
     reports = sum(terminalreporter.stats.values(), [])
     reports = [report for report in reports if isinstance(report, pytest.TestReport)]
-    told = [pair for report in reports if report.when == "call" for pair in report.user_properties]
-    tried, survived = (Counter(what for name, what in told if name == f"fault {k}") for k in ("tried", "survived"))
+    called = [report for report in reports if report.when == "call"]
+    told = [pair for report in called for pair in report.user_properties]
+    tried = Counter(what for name, what in told if name == "fault tried")
+    # survived is what a test that passed has counted: it compares all hashes at its end
+    passed = [pair for report in called if report.passed for pair in report.user_properties]
+    survived = Counter(what for name, what in passed if name == "fault survived")
+    tried.update(one.nodeid for one in called if one.failed and not one.user_properties and "hostile" in one.nodeid)
     if not tried:
         return
     lost = sum(value for name, value in told if name == "results lost")

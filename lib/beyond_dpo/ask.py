@@ -64,7 +64,8 @@ def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prom
 
     def read(reply) -> dict:
         logprobs = reply and reply.choices[0].logprobs
-        return {top.token: top.logprob for top in logprobs.content[0].top_logprobs} if logprobs else {}
+        said = logprobs and logprobs.content  # of one token, or of none
+        return {top.token: top.logprob for top in said[0].top_logprobs} if said else {}
 
     def score(top: dict, row: dict) -> dict:
         return {"preference": judge.preference(top, row["swapped"])}

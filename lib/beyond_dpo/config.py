@@ -41,11 +41,13 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
     for layer in ("base", profile, f"{profile}/{experiment}"):
         values = _merge(values, layers.get(layer, {}))
     machine, sampling = cluster.machine(Train.MACHINE), cluster.machine(Decoding.MACHINE)
-    if "engines" in sampling:  # else they stay on the head
-        several = {name: value for name, value in sampling.items() if name in Decoding.MACHINE}
-        values = _merge(values, {name: several for name in ("decoding", "sampling") if name in values})
+    own = {name: sampling[name] for name in Decoding.MACHINE if name in sampling}
+    if "engines" not in own:  # a single one stays on the head
+        own.pop("launcher", None)
+    values = _merge(values, {name: own for name in ("decoding", "sampling") if name in values})
     values = _merge(values, {"sft": machine, "train": machine})
     given = {key.replace("__", "."): value for key, value in overrides.items()}
+    values |= {"pairs": {}} if given.get("pairs") is not None else {}  # a list of models is replaced whole
     for key, value in given.items():
         for name in reversed(key.split(".") if value is not None else ()):
             value = {name: value}

@@ -99,7 +99,7 @@ def adapter(model: Shape, rank: int) -> int:
 
 
 def seconds(model: Shape, work: dict, speed: dict) -> float:
-    """Return how long a job computes, at most: its multiplications by the speed that this kind of work reaches.
+    """Return about how long a job computes: its multiplications by the speed that this kind of work reaches.
 
     Sampling is also bound by reading all weights once a token of 256 requests. speed: as `speed()` returns it.
     """
@@ -121,10 +121,10 @@ def seconds(model: Shape, work: dict, speed: dict) -> float:
 
 
 def of(made: list[artifacts.Artifact]) -> dict:
-    """Return what is still to be made for these artifacts, and what it takes at most.
+    """Return what is still to be made for these artifacts, and about what it takes, with responses as long as allowed.
 
     trainings, samplings: their number. disk: GiB. hours: at this machine's speed. unknown: models whose config.json is
-    not on this machine, which count nothing. What an experiment only decides on its way is not in it.
+    not on this machine, which count nothing. Nor does what an experiment only decides on its way, or word models.
     """
     jobs = {key: one for artifact in made for key, one in artifact.missing().items()}
     work = [one.work for one in jobs.values() if "model" in one.work and "tokens" in one.work]
@@ -198,7 +198,7 @@ def told(configurations: list, made: list[artifacts.Artifact]) -> tuple[str, str
     large, card = {"device": 0.0, "host": 0.0}, min(gpus, default=0.0)
     for need in filter(None, map(memory, configurations)):
         large = {place: max(large[place], need[place]) for place in large}
-    text = f"{found['trainings']} trainings, {found['samplings']} samplings, {found['hours']:.2g} h, "
+    text = f"{found['trainings']} trainings, {found['samplings']} samplings, about {found['hours']:.2g} h, "
     text += f"{found['disk']:.1f} GiB of disk ({free:.0f} free or held by results), largest job "
     text += f"{large['device']:.1f} GiB of a card ({card:.0f}), " * bool(gpus)
     text += f"{large['host']:.1f} GiB of memory ({gib:.0f})"
@@ -251,7 +251,8 @@ def measured(models: list[str]) -> tuple[dict[str, Shape], dict]:
         kept = dict(json.loads(file.read_text()))
     wanted = {ref: given for ref in set(models) if (given := architecture(ref))}
     keys = {ref: artifacts.digest(given) for ref, given in wanted.items()}
-    machine = artifacts.digest([platform.node(), artifacts.environment()["hardware"]])
+    threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+    machine = artifacts.digest([platform.node(), artifacts.environment()["hardware"], str(threads)])
     ask = {keys[ref]: given for ref, given in wanted.items() if keys[ref] not in kept}
     if ask or machine not in kept:  # in a process of its own: this one needs no torch
         command = [sys.executable, "-m", "beyond_dpo.estimate", *["--speed"] * (machine not in kept)]
@@ -264,7 +265,7 @@ def measured(models: list[str]) -> tuple[dict[str, Shape], dict]:
 
 
 def speed() -> dict:
-    """Measure matrix products (operations a second, bfloat16) and memory (bytes a second); the median of ten."""
+    """Measure matrix products (operations a second, bfloat16) and memory (bytes a second); the fastest of twelve."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -281,7 +282,7 @@ def speed() -> dict:
             if gpus:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-        found[name] = amount / sorted(times[2:])[5]
+        found[name] = amount / min(times)  # which other work on the machine disturbs least
     return found
 
 

@@ -192,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
             print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
         told, refusal = _estimated(plan)
-        print(f"estimate, at most: {told}", *[f"does not fit: {refusal}"] * bool(refusal), sep="\n")
+        print(f"estimate: {told}", *[f"does not fit: {refusal}"] * bool(refusal), sep="\n")
         return 0
     package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -234,7 +234,7 @@ def _announced(arguments: list[str]) -> str:
     command = [sys.executable, "-m", "beyond_dpo.run", *arguments, "--dry-run"]
     env = {"HF_HUB_OFFLINE": "0"} | os.environ  # here it may ask the hub for a model's config.json
     lines = subprocess.run(command, capture_output=True, text=True, env=env).stdout.splitlines()[-2:]
-    print(*[line for line in lines if line.startswith("estimate, ")], sep="\n", file=sys.stderr, flush=True)
+    print(*[line for line in lines if line.startswith("estimate: ")], sep="\n", file=sys.stderr, flush=True)
     return "".join(line.removeprefix("does not fit: ") for line in lines if line.startswith("does not fit: "))
 
 

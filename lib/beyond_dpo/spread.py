@@ -41,8 +41,16 @@ def call(cfg, name: str, served: str, settings: dict, calls: list[tuple[str, dic
         share = {"rank": rank, "world": len(many)} if len(many) > 1 else {}
         return [held[rank].call(method, **given, **(share if "out" in given else {})) for method, given in calls]
 
+    if len(many) == 1:
+        return ask(0)
     with ThreadPoolExecutor(len(many)) as pool:
-        return list(pool.map(ask, many))[0]
+        asked = [pool.submit(ask, rank) for rank in many]
+        try:
+            return [one.result() for one in asked][0]
+        except BaseException:  # an interrupt, or one of them failed: the others' calls end with their processes
+            for worker in held:
+                worker.close()
+            raise
 
 
 def _place(cfg, place: int) -> dict[str, str]:
@@ -91,8 +99,11 @@ def main(path: str) -> None:
     if "RANK" not in os.environ:  # started by srun, or alone
         os.environ |= cluster.rank(0)
     job, rank, world = json.loads(Path(path).read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if len(os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")) > job["devices"]:  # else the launcher chose them
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or len(visible.split(",")) > job["devices"]:  # else the launcher chose them
         os.environ |= devices(int(os.environ["LOCAL_RANK"]), job["devices"])
+    for name in [name for name in os.environ if name.startswith(("TORCHELASTIC_", "MASTER_", "LOCAL_", "WORLD_"))]:
+        del os.environ[name]  # this process is alone: vLLM would wait for the launcher's other ones
     served = getattr(importlib.import_module(job["module"]), job["name"])(**job["settings"])
     for method, arguments in job["calls"]:
         share = {"rank": rank, "world": world} if "out" in arguments else {}
