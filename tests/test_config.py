@@ -281,3 +281,20 @@ def test_profile_gpu_is_the_embedded_world_at_full_size_on_one_card(paper):
     assert (gpu.world.target, gpu.world.dataset) == (cpu.world.target, cpu.world.dataset) == ("smollm2", "imdb")
     assert gpu.world.gold_rows == 20_000 and gpu.train.processes == gpu.sft.processes == gpu.decoding.engines == 1
     assert {gpu.train.beta} <= {0.1} and gpu.decoding.backend == "vllm"
+
+
+def test_the_environment_sets_the_engines_too(monkeypatch):
+    """Each of them alone; several engines are started by the trainings' launcher, a single one stays on the head."""
+    monkeypatch.setenv("BEYOND_DPO_TENSOR_PARALLEL", "8")
+    monkeypatch.setenv("BEYOND_DPO_LAUNCHER", "torchrun")
+    found = load("wrpo", "paper")
+    assert {(d.tensor_parallel, d.engines, d.launcher) for d in (found.decoding, found.sampling)} == {(8, 1, "")}
+    monkeypatch.setenv("BEYOND_DPO_ENGINES", "4")
+    found = load("wrpo", "paper")
+    both = {(d.tensor_parallel, d.engines, d.launcher) for d in (found.decoding, found.sampling)}
+    assert both == {(8, 4, "torchrun")}
+
+
+def test_own_pairs_replace_those_of_the_profile():
+    assert list(load("expo", "gpu", "hub", pairs={"mine": ["a/b", "c/d"]}).pairs) == ["mine"]
+    assert len(load("expo", "paper", pairs=None).pairs) == 12

@@ -101,7 +101,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     )
     AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(tmp_path / "reward")
     blocks = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.S)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     folders = {
         "sft_folder": tmp_path / "sft",
         "aligned_folder": tmp_path / "aligned",

@@ -131,7 +131,7 @@ def mt_bench(outputs: dict, by: Endpoint, *, model: str, questions=None, max_tok
     for question in questions or _lines("mt_bench", f"{MT}mt_bench/question.jsonl"):
         i, needs, (first, second) = question["question_id"], question["category"] in REFERENCED, question["turns"]
         if "reference" in question:
-            known.setdefault(i, question["reference"])
+            known[i] = question["reference"]
         ours, reference = _of(outputs, i), _of(known, i) if needs else ("", "")
         if isinstance(ours, str):
             raise ValueError(f"question {i} has one answer, of two turns")

@@ -7,7 +7,6 @@ tests/test_estimate.py holds them; for a GPU they are what the same formulas say
 
 import functools
 import json
-import math
 import os
 import platform
 import re
@@ -16,13 +15,13 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from beyond_dpo import artifacts, assets, config, paths, workers
+from beyond_dpo import artifacts, assets, cluster, config, paths, workers
 
 GIB = 2**30
-PROCESS = {"train": 0.4, "generate": 1.8}  # GiB that a process takes besides its model
+PROCESS = {"train": 0.4, "generate": 2.1}  # GiB that a process takes besides its model
 ACTIVATION = (35.0, 10.0)  # bytes a token keeps for the backward pass, for each unit of hidden and intermediate
 LOGIT = 25.0  # bytes of one logit: in float32 and half, its log-probability, and their gradients
 BUCKETS, BUCKET, LIVE = 2.5, 5e8, 1e9  # DeepSpeed's buffers for gradients, and weights that ZeRO-3 keeps together
@@ -36,8 +35,8 @@ SLOW = 2.2  # times that float32 takes longer
 class Shape:
     """Sizes of a causal language model.
 
-    weights: of all of it; body: of what each token is multiplied with, without the head. cache: bytes of a token's keys
-    and values in bfloat16.
+    weights: of all of it; body: of what each token is multiplied with, without the head; linear: inputs and outputs of
+    its linear layers together. cache: bytes of a token's keys and values in bfloat16.
     """
 
     weights: int
@@ -47,6 +46,7 @@ class Shape:
     intermediate: int
     vocabulary: int
     cache: int
+    linear: int
 
 
 def shape(architecture: dict) -> Shape:
@@ -59,6 +59,7 @@ def shape(architecture: dict) -> Shape:
         model = AutoModelForCausalLM.from_config(given)
     text, head, words = given.get_text_config(), model.get_output_embeddings().weight, model.get_input_embeddings()
     weights = sum(p.numel() for p in model.parameters())
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(
@@ -66,6 +67,7 @@ def shape(architecture: dict) -> Shape:
         layers=text.num_hidden_layers, hidden=text.hidden_size, vocabulary=len(head),
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         cache=4 * text.num_hidden_layers * heads * width,
+        linear=sum(sum(layer.weight.shape) for layer in layers),
     )  # fmt: skip
 
 
@@ -94,8 +96,8 @@ def training(model: Shape, settings: config.Train, prompt: float, said: float, n
 
 
 def adapter(model: Shape, rank: int) -> int:
-    """Return the weights of a LoRA adapter: A and B of seven linear layers a block, if it is built as Llama's are."""
-    return rank * model.layers * (8 * model.hidden + 3 * (model.hidden + model.intermediate))
+    """Return the weights of a LoRA adapter of this rank: A and B of every linear layer but the head."""
+    return rank * model.linear
 
 
 def seconds(model: Shape, work: dict, speed: dict) -> float:
@@ -120,92 +122,86 @@ def seconds(model: Shape, work: dict, speed: dict) -> float:
     return START[kind] + max(operations * products / (USE[kind] * speed["products"]), reads) / at_once
 
 
+def memory(model: Shape, work: dict, gpus: bool) -> dict[str, float]:
+    """Return the GiB of a job: {"device": memory that a card must have, "host": of one node}; a CPU has no device.
+
+    An engine gets only its share of a card, and what scores beside it the rest.
+    """
+    if settings := work.get("train"):
+        need = training(model, settings, *work["tokens"], work["names"])
+        nodes = cluster.nodes(settings.launcher)
+        here, device = settings.processes / nodes, need["device"]
+        host = need["host"] / nodes + gpus * 4 * here * model.weights * (settings.zero < 3) / GIB  # on their way there
+    else:
+        how, here, host = work.get("decoding"), 1, PROCESS["generate"]
+        share = how.gpu_share if how else 1 - config.Decoding.gpu_share
+        device = model.weights * (4 if how and how.dtype == "float32" or not how and not gpus else 2)
+        device = (device / how.tensor_parallel + 8 * how.max_model_len * model.cache if how else device) / GIB
+        device /= share if gpus else 1
+    return {"device": device, "host": host} if gpus else {"device": 0.0, "host": host + here * device}
+
+
 def of(made: list[artifacts.Artifact]) -> dict:
     """Return what is still to be made for these artifacts, and about what it takes, with responses as long as allowed.
 
-    trainings, samplings: their number. disk: GiB. hours: at this machine's speed. unknown: models whose config.json is
-    not on this machine, which count nothing. Nor does what an experiment only decides on its way, or word models.
+    trainings, samplings: their number. disk: GiB, with the optimizer's state of the largest training. hours: at this
+    machine's speed. device, host: GiB of the largest job, see memory(). unknown: models whose config.json is not on
+    this machine, which count nothing. Nor does what an experiment only decides on its way, or word models.
     """
     jobs = {key: one for artifact in made for key, one in artifact.missing().items()}
-    work = [one.work for one in jobs.values() if "model" in one.work and "tokens" in one.work]
+    work = [one.work for one in jobs.values() if "model" in one.work]
     sizes, speed = measured([one["model"] for one in work])
     found = {"trainings": sum("train" in w for w in work), "samplings": sum("decoding" in w for w in work)}
-    found |= {"disk": 0.0, "hours": 0.0, "unknown": sorted({w["model"] for w in work} - sizes.keys())}
+    found |= {"unknown": sorted({w["model"] for w in work} - sizes.keys()), "state": 0.0}
+    found |= dict.fromkeys(("disk", "hours", "device", "host"), 0.0)
     for w in [w for w in work if w["model"] in sizes]:
         model = sizes[w["model"]]
+        if "tokens" not in w:  # a copy of its files
+            found["disk"] += 2 * model.weights / GIB
+            continue
         found["hours"] += seconds(model, w, speed) / 3600
+        need = memory(model, w, bool(speed["gpus"]))
+        found |= {place: max(found[place], need[place]) for place in need}
         if settings := w.get("train"):
             kept = adapter(model, settings.lora_rank) if settings.lora_rank else model.weights
             found["disk"] += kept * settings.parts * (4 if settings.save_dtype == "float32" else 2) / GIB
+            several = w["rows"] * settings.epochs / settings.global_batch > settings.checkpoint_every
+            found["state"] = max(found["state"], 2 * 16 * kept * several / GIB)  # one is written beside another
         elif "decoding" in w:
             found["disk"] += 8 * w["requests"] * w["tokens"][1] / GIB  # a token is a number and a comma
-    return found
+    return found | {"disk": found["disk"] + found.pop("state")}
 
 
-def memory(cfg) -> dict[str, float] | None:
-    """Return the GiB that a configuration's largest job takes, {"device", "host"}; None if its model is unknown.
-
-    On a CPU machine all of it is the host's: of the processes of a training together, or of an engine.
-    """
-    from beyond_dpo import stages
-
-    sizes, speed = measured([cfg.world.target])
-    if not sizes:
-        return None
-    (model,), needs = sizes.values(), [engine(next(iter(sizes.values())), cfg.decoding)]
-    for settings, names in ((cfg.sft, 1), (cfg.train, 3 if "wrpo" in cfg.train.loss else 2)):
-        if settings is cfg.train or cfg.world.sft_rows:
-            need = training(model, settings, *stages.tokens(cfg, settings), names)
-            if speed["gpus"]:  # the weights come by way of the host
-                need["host"] += 4 * settings.processes * model.weights * (settings.zero < 3) / GIB
-            else:
-                need = {"device": 0.0, "host": need["host"] + settings.processes * need["device"]}
-            needs.append(need)
-    return {place: max(need[place] for need in needs) for place in ("device", "host")}
+def told(found: dict) -> tuple[str, str]:
+    """Return what of() found in words, and why it does not fit on this machine, "" if it does."""
+    free, gpus, gib = _disk().free / GIB, cards(), workers.memory_gib()
+    card = min(gpus, default=0.0)
+    text = f"{found['trainings']} trainings, {found['samplings']} samplings, about {found['hours']:.2g} h, "
+    text += f"{found['disk']:.1f} GiB of disk ({free:.0f} free), largest job "
+    text += f"{found['device']:.1f} GiB of a card ({card:.0f}), " * bool(gpus)
+    text += f"{found['host']:.1f} GiB of memory ({gib:.0f})"
+    text += f"; without {', '.join(found['unknown'])}, not yet on this machine" if found["unknown"] else ""
+    limits = {"disk": (found["disk"], free), "memory": (found["host"], gib)}
+    limits |= {"a card": (found["device"], card)} if gpus else {}
+    why = [f"about {a:.1f} GiB of {what} (found {b:.1f})" for what, (a, b) in limits.items() if a > b]
+    help_ = ": set train.micro_batch, zero, offload, gradient_checkpointing or lora_rank, or decoding.tensor_parallel"
+    return text, " and ".join(why) + (help_ if why and found["disk"] <= free else "")
 
 
-def engine(model: Shape, decoding: config.Decoding) -> dict[str, float]:
-    """Return the GiB of an engine: its weights, and keys and values of eight requests of the greatest length."""
-    each = model.weights * (4 if decoding.dtype == "float32" else 2) / decoding.tensor_parallel
-    return {"device": (each + 8 * decoding.max_model_len * model.cache) / GIB, "host": PROCESS["generate"]}
-
-
-def check(cfg) -> None:
-    """Raise ConfigError, with what is missing in numbers and what to do, if this machine cannot run a configuration."""
-    needs, gib, gpus = cfg.needs, workers.memory_gib(), cards()
-    missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {len(gpus)})"] if len(gpus) < needs.gpus else []
+def check(cfg, *made: artifacts.Artifact) -> None:
+    """Raise ConfigError, with what is missing in numbers and what to do, if this machine cannot make the artifacts."""
+    needs, gib, gpus = cfg.needs, workers.memory_gib(), len(cards()) * cluster.nodes(cfg.train.launcher)
+    missing = [f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})"] if gpus < needs.gpus else []
     if (free := room()) < needs.disk_gb:
         missing += [f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS} (free or held by results: {free:.0f})"]
     missing += [f"{needs.memory_gb} GB of memory (found {gib:.0f})"] if gib < 0.9 * needs.memory_gb else []
-    large = (not missing and memory(cfg)) or {"device": 0.0, "host": 0.0}
-    card = min(gpus, default=math.inf)
-    if large["device"] > card or large["host"] > gib:
-        found = f"{card:.0f} a card and {gib:.0f} of the host" if gpus else f"{gib:.0f}"
-        missing += [f"about {large['device']:.1f} GiB a card and {large['host']:.1f} of the host" if gpus else
-                    f"about {large['host']:.1f} GiB of memory"]  # fmt: skip
-        missing[-1] += f" for its largest job (found {found}): lower train.micro_batch, or set train.zero, "
-        missing[-1] += "train.offload, train.gradient_checkpointing or train.lora_rank"
+    if made and not missing and cfg.profile != "smoke":  # that runs anywhere
+        missing += filter(None, [told(of(list(made)))[1]])
     if missing:
         raise config.ConfigError(
             f"profile {cfg.profile} needs {' and '.join(missing)}. What a machine that has them would execute: "
             f"--dry-run. What may run here: --profile {'cpu' if gib > 9 and cfg.profile != 'cpu' else 'smoke'}"
         )
-
-
-def told(configurations: list, made: list[artifacts.Artifact]) -> tuple[str, str]:
-    """Return what making all these takes, in words, and why it does not fit on this machine, "" if it does."""
-    found, free, gpus, gib = of(made), room() * 1e9 / GIB, cards(), workers.memory_gib()
-    large, card = {"device": 0.0, "host": 0.0}, min(gpus, default=0.0)
-    for need in filter(None, map(memory, configurations)):
-        large = {place: max(large[place], need[place]) for place in large}
-    text = f"{found['trainings']} trainings, {found['samplings']} samplings, about {found['hours']:.2g} h, "
-    text += f"{found['disk']:.1f} GiB of disk ({free:.0f} free or held by results), largest job "
-    text += f"{large['device']:.1f} GiB of a card ({card:.0f}), " * bool(gpus)
-    text += f"{large['host']:.1f} GiB of memory ({gib:.0f})"
-    text += f"; without {', '.join(found['unknown'])}, not yet on this machine" if found["unknown"] else ""
-    limits = {"disk": (found["disk"], free), "memory": (large["host"], gib)}
-    limits |= {"a card": (large["device"], card)} if gpus else {}
-    return text, "; ".join(f"{a:.1f} GiB of {what}, {b:.1f} there" for what, (a, b) in limits.items() if a > b)
 
 
 def cards() -> list[float]:
@@ -216,11 +212,15 @@ def cards() -> list[float]:
 
 def room() -> float:
     """Return GB of disk for results: free, or held by those that are finished and need no more."""
-    free = shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists())).free / 1e9
+    free = _disk().free / 1e9
     for path in paths.ARTIFACTS.glob("*/manifest.json"):
         with suppress(OSError, ValueError, LookupError):  # being made, or damaged: found when it is read
             free += sum(file["bytes"] for file in json.loads(path.read_text())["files"].values()) / 1e9
     return free
+
+
+def _disk():
+    return shutil.disk_usage(next(p for p in (paths.ARTIFACTS, *paths.ARTIFACTS.parents) if p.exists()))
 
 
 @functools.cache
@@ -250,7 +250,7 @@ def measured(models: list[str]) -> tuple[dict[str, Shape], dict]:
     with suppress(OSError, ValueError):  # not there, or damaged: measured again
         kept = dict(json.loads(file.read_text()))
     wanted = {ref: given for ref in set(models) if (given := architecture(ref))}
-    keys = {ref: artifacts.digest(given) for ref, given in wanted.items()}
+    keys = {ref: artifacts.digest([given, [f.name for f in fields(Shape)]]) for ref, given in wanted.items()}
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
     machine = artifacts.digest([platform.node(), artifacts.environment()["hardware"], str(threads)])
     ask = {keys[ref]: given for ref, given in wanted.items() if keys[ref] not in kept}
@@ -265,7 +265,7 @@ def measured(models: list[str]) -> tuple[dict[str, Shape], dict]:
 
 
 def speed() -> dict:
-    """Measure matrix products (operations a second, bfloat16) and memory (bytes a second); the fastest of twelve."""
+    """Measure matrix products (operations a second, bfloat16) and memory (bytes a second); the median of ten."""
     import torch
 
     gpus = torch.cuda.device_count()
@@ -282,7 +282,7 @@ def speed() -> dict:
             if gpus:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - began)
-        found[name] = amount / min(times)  # which other work on the machine disturbs least
+        found[name] = amount / sorted(times[2:])[5]
     return found
 
 

@@ -53,7 +53,7 @@ def curves(cfg) -> Artifact:
         return gather.scored(walk, desc)
 
     def make(out: Path) -> None:
-        estimate.check(cfg)
+        estimate.check(cfg, *recipe["dev"])
         searched, points = judged("dev", dev, "α curves on dev prompts")
         means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
         best = [{"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())} for f, s in runs(cfg)]
@@ -79,7 +79,7 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
             for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas]  # fmt: skip
 
     def make(out: Path) -> None:
-        estimate.check(cfg)
+        estimate.check(cfg, *[score for _, score in walk])
         table, points = gather.scored(walk, "lines through two models, dev prompts")
         gather.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
@@ -153,7 +153,7 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
     def make(out: Path) -> None:
         from beyond_dpo.change import movement
 
-        estimate.check(cfg)
+        estimate.check(cfg, *[one for zero, ends in pairs.values() for one in (zero, *ends.values())])
         frames, angles = [], []
         for name, (zero, ends) in pairs.items():
             rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
@@ -183,7 +183,7 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        estimate.check(cfg)
+        estimate.check(cfg, *points.values())
         decode, texts = partial(data.load_tokenizer(str(stages.sft(cfg).get())).decode, skip_special_tokens=True), []
         for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
             for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
@@ -207,7 +207,7 @@ def searches(cfg) -> Artifact:
         return scores.groupby("id", sort=False)["reward"].mean().to_numpy()
 
     def make(out: Path) -> None:
-        estimate.check(cfg)
+        estimate.check(cfg, *grids)
         found, walk = [], []
         for f in gather.watched(cfg.fractions, "golden-section search"):
             grid = {a: mean_rewards(f, a).mean() for a in cfg.alphas[f]}

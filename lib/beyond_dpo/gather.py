@@ -45,7 +45,7 @@ def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
     """
 
     def make(out: Path) -> None:
-        estimate.check(cfg)
+        estimate.check(cfg, *[scores for _, scores in points])
         write(out, *scored(points, "trained models"))
 
     return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)

@@ -31,7 +31,7 @@ def off_the_shelf(cfg) -> Artifact:
     dev = [place(name, alpha, "dev") for name in lines for alpha in cfg.published_alphas]
 
     def make(out: Path) -> None:
-        estimate.check(cfg)
+        estimate.check(cfg, *recipe["dev"])
         searched, points = gather.scored(dev, "α of published models, dev prompts")
         means, wins = searched.groupby(["model", "alpha"])["reward"].mean().unstack(), []
         best = {name: float(means.loc[name].idxmax()) for name in lines}

@@ -233,7 +233,8 @@ def _announced(arguments: list[str]) -> str:
     """Say what the run takes; return why that does not fit. A dry run in its own process knows: it runs the set-ups."""
     command = [sys.executable, "-m", "beyond_dpo.run", *arguments, "--dry-run"]
     env = {"HF_HUB_OFFLINE": "0"} | os.environ  # here it may ask the hub for a model's config.json
-    lines = subprocess.run(command, capture_output=True, text=True, env=env).stdout.splitlines()[-2:]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    lines = done.stdout.splitlines()[-2:] if not done.returncode else [f"estimate: none, {done.stderr[-300:]!r}"]
     print(*[line for line in lines if line.startswith("estimate: ")], sep="\n", file=sys.stderr, flush=True)
     return "".join(line.removeprefix("does not fit: ") for line in lines if line.startswith("does not fit: "))
 
@@ -244,7 +245,7 @@ def _estimated(plan: list[tuple]) -> tuple[str, str]:
     for path, nb, values, _ in plan:
         with contextlib.suppress(Exception):  # a set-up that fails is shown where it runs
             asked.append(progress.planned(nb, parameters(nb, path.stem) | values))
-    return estimate.told([cfg for cfg, _ in asked if cfg], [one for _, named in asked for one in named])
+    return estimate.told(estimate.of([one for _, named in asked for one in named]))
 
 
 def _plan(options) -> list[tuple]:

@@ -222,7 +222,7 @@ def collected(cfg) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        estimate.check(cfg)
+        estimate.check(cfg, rows)
         table = pd.concat([_table(*pool).assign(source=name) for name, pool in pools.items()], ignore_index=True)
         kept = {row["id"]: row["responses"] for row in data.read_rows(rows.get() / "pairs.jsonl")}
         table = table[table["id"].isin(kept)]
@@ -259,7 +259,7 @@ def dynamics(cfg) -> Artifact:
     held["Target-SFT"] = stages.reference(cfg, model, rows, config.FUSED)
 
     def make(out: Path) -> None:
-        estimate.check(cfg)
+        estimate.check(cfg, *runs.values())
         read = {one: pd.read_json(run.get() / "log.jsonl", lines=True) for one, run in runs.items()}
         logs = [table.assign(model=name, seed=s) for (name, s), table in read.items()]
         pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"]).round(6).to_csv(out / "log.csv", index=False)
