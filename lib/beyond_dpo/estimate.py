@@ -27,8 +27,8 @@ LOGIT = 25.0  # bytes of one logit: in float32 and half, its log-probability, an
 BUCKETS, BUCKET, LIVE = 2.5, 5e8, 1e9  # DeepSpeed's buffers for gradients, and weights that ZeRO-3 keeps together
 STATE = {"adamw": 8, "adagrad": 4, "rmsprop": 4}  # bytes of the optimizer's state, for each trained weight
 START = {"train": 7.5, "generate": 13.0, "score": 6.0}  # seconds before a process computes
-USE = {"train": 0.37, "generate": 0.35, "score": 0.4}  # of the matrix products' speed that the work reaches
-SLOW = 2.2  # times that float32 takes longer
+# the share of the matrix products' speed that the work reaches; float32 takes so many times longer
+USE, SLOW = {"train": 0.37, "generate": 0.35, "score": 0.4}, 2.2
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def shape(architecture: dict) -> Shape:
         model = AutoModelForCausalLM.from_config(given)
     text, head, words = given.get_text_config(), model.get_output_embeddings().weight, model.get_input_embeddings()
     weights = sum(p.numel() for p in model.parameters())
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight is not head]
+    layers = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.weight is not head]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shape(
@@ -226,6 +226,7 @@ def _disk():
 @functools.cache
 def architecture(ref: str) -> dict | None:
     """Return a model's config.json, None if it is not on this machine and the hub does not give it."""
+    file = Path()
     if ref in assets.BUILDERS:
         file = paths.CACHE / f"{ref}-{artifacts.digest(assets.resolve(ref))[:12]}" / "config.json"
     elif Path(ref).is_dir():
@@ -238,17 +239,15 @@ def architecture(ref: str) -> dict | None:
             with suppress(Exception):  # its client has many, and an estimate is no reason to end a run
                 file = huggingface_hub.hf_hub_download(hub[1], "config.json", revision=hub[2])
         file = Path(file) if isinstance(file, str) else Path()
-    else:
-        return None
     return json.loads(file.read_text()) if file.is_file() else None
 
 
 def measured(models: list[str]) -> tuple[dict[str, Shape], dict]:
     """Return {model: Shape} of those whose config.json is here, and this machine's speed; both are measured once."""
     file = paths.CACHE / "estimate.json"
-    kept: dict = {}
+    kept = {}
     with suppress(OSError, ValueError):  # not there, or damaged: measured again
-        kept = dict(json.loads(file.read_text()))
+        kept |= json.loads(file.read_text())
     wanted = {ref: given for ref in set(models) if (given := architecture(ref))}
     keys = {ref: artifacts.digest([given, [f.name for f in fields(Shape)]]) for ref, given in wanted.items()}
     threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))

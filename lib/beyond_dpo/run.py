@@ -191,15 +191,14 @@ def main(arguments: list[str] | None = None) -> int:
         for path, nb, values, _ in plan:
             print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
             print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
-        told, refusal = _estimated(plan)
-        print(f"estimate: {told}", *[f"does not fit: {refusal}"] * bool(refusal), sep="\n")
+        told, why = _estimated(plan)
+        print(f"estimate: {told}", *[f"does not fit: {why}"] * bool(why), sep="\n")
         return 0
     package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     if os.environ.get("COMPUTE") != "never" and any(profile not in (None, "smoke") for *_, profile in plan):
-        if (refusal := _announced(sys.argv[1:] if arguments is None else arguments)) and not options.force:
-            print(f"refused: {refusal}; --force runs it all the same", file=sys.stderr)
-            return 2
+        if (why := _announced(sys.argv[1:] if arguments is None else arguments)) and not options.force:
+            return print(f"refused: {why}; --force runs it all the same", file=sys.stderr) or 2
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
@@ -231,8 +230,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _announced(arguments: list[str]) -> str:
     """Say what the run takes; return why that does not fit. A dry run in its own process knows: it runs the set-ups."""
-    command = [sys.executable, "-m", "beyond_dpo.run", *arguments, "--dry-run"]
     env = {"HF_HUB_OFFLINE": "0"} | os.environ  # here it may ask the hub for a model's config.json
+    command = [sys.executable, "-m", "beyond_dpo.run", *arguments, "--dry-run"]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = done.stdout.splitlines()[-2:] if not done.returncode else [f"estimate: none, {done.stderr[-300:]!r}"]
     print(*[line for line in lines if line.startswith("estimate: ")], sep="\n", file=sys.stderr, flush=True)
@@ -241,11 +240,11 @@ def _announced(arguments: list[str]) -> str:
 
 def _estimated(plan: list[tuple]) -> tuple[str, str]:
     """Return what all notebooks together take, and why that does not fit on this machine, if so."""
-    asked = []
+    named = []
     for path, nb, values, _ in plan:
         with contextlib.suppress(Exception):  # a set-up that fails is shown where it runs
-            asked.append(progress.planned(nb, parameters(nb, path.stem) | values))
-    return estimate.told(estimate.of([one for _, named in asked for one in named]))
+            named += progress.planned(nb, parameters(nb, path.stem) | values)[1]
+    return estimate.told(estimate.of(named))
 
 
 def _plan(options) -> list[tuple]:
