@@ -179,9 +179,9 @@ def test_lib_stays_small():
     assert sum(sizes[name] for name in own) <= 240, sizes
     assert sum(sizes[name] for name in wrpo) <= 330, sizes
     assert sum(sizes[name] for name in machines) <= 559, sizes
-    assert sum(sizes[name] for name in elsewhere) <= 625, sizes
+    assert sum(sizes[name] for name in elsewhere) <= 620, sizes
     rest = [size for name, size in sizes.items() if name not in {*own, *wrpo, *machines, *elsewhere}]
-    assert sum(rest) <= 3482, sizes
+    assert sum(rest) <= 3496, sizes
 
 
 def test_license_is_apache_2():

@@ -180,12 +180,15 @@ def test_command_line_refuses_before_anything_runs(project, capsys):
     assert not (project / "artifacts").exists()
 
 
+WRONG = "lines = expo.wrong_pairs(cfg)"
+
+
 def test_dry_run_describes_and_executes_nothing(project, capsys):
     setup = "from beyond_dpo import config, expo, stages\ncfg = config.load('expo', profile, train__lr=lr)"
     made = "part = stages.aligned(cfg, 0.1, seed)\npart.get()\n1 / 0"
     notebook(project / "notebooks" / "00_start_here.ipynb", "1", parameters=None)
     notebook(project / "notebooks" / "11_expo_a.ipynb", setup, made, "1 / 0")
-    notebook(project / "notebooks" / "15_expo_b.ipynb", setup, "lines = expo.wrong_pairs(cfg)")
+    notebook(project / "notebooks" / "15_expo_b.ipynb", setup.replace("lr)", "lr, wrong_pairs={})"), WRONG)
     assert run.main(["--all", "--profile", "gpu", "--dry-run"]) == 0
     said = capsys.readouterr().out.splitlines()
     nothing = "  computes nothing: shows what others found or printed"

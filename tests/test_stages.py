@@ -14,6 +14,7 @@ import nbformat
 import pandas as pd
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from beyond_dpo import artifacts, assets, config, data, expo, launch, paths, progress, rewards, run, stages, workers
 
@@ -233,7 +234,7 @@ def test_the_dry_run_names_every_training_of_every_notebook(profile):
     sft, models = int(cfg.world.sft_rows > 0), len(expo.runs(cfg))
     assert count["11"] == count["16"] == count["90"] == sft + models
     assert count["12"] == sft + 1 and count["13"] == sft + 2 + len(cfg.recipes) and count["14"] == sft + 3
-    assert count["15"] == (5 if sft else 0) and count["17"] == sft + len(cfg.fractions)
+    assert count["15"] == (5 if sft else 2) and count["17"] == sft + len(cfg.fractions)
     fused = config.load("wrpo", profile)
     start, seeds, losses = int(fused.world.sft_rows > 0) + 1, len(fused.seeds), len(fused.objectives)
     assert count["31"] == start + seeds * (losses + 2) and count["32"] == start + 2 + 2 * len(fused.alphas)
@@ -264,7 +265,22 @@ def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):
 
 def test_lines_of_one_finished_sft_model_are_refused():
     with pytest.raises(config.ConfigError, match="profile paper starts from one finished SFT model"):
-        expo.wrong_pairs(config.load("expo", "paper"))
+        expo.wrong_pairs(config.load("expo", "paper", wrong_pairs={}))
+
+
+def test_published_wrong_pairs_are_lines_of_their_own_tokenizers(store):
+    """Two folders as two hub ids: read by the second's tokenizer, walked along as any line, beside the right pair."""
+    tiny = str(assets.model_dir("tiny"))
+    moved = store / "moved"
+    shutil.copytree(tiny, moved)
+    weights = load_file(moved / "model.safetensors")
+    save_file({n: w + 0.01 * w.std() for n, w in weights.items()}, moved / "model.safetensors", {"format": "pt"})
+    cfg = plain(wrong_pairs={"instruct → SFT": [tiny, str(moved)]}, pair_alphas=[0, 1], recipe_fraction=0.5)
+    lines = expo.wrong_pairs(cfg)
+    assert list(lines) == ["SFT → aligned from it", "instruct → SFT"]
+    table, texts = expo.sweep(cfg, lines).csv("responses.csv.gz"), expo.said(cfg, lines).json("texts.json")
+    assert set(table["model"]) == {"SFT", *lines} and len(texts) == 2 * 2 * len(expo.PROMPTS)
+    assert table[table["model"] == "instruct → SFT"]["logratio"].isna().all(), "the world's SFT model does not score it"
 
 
 def test_a_machine_that_is_too_small_is_told_so_before_anything_starts(store):

@@ -15,7 +15,7 @@ from beyond_dpo.settings import FUSED, Decoding, Expo, Losses, Mallows, Needs, P
 
 __all__ = ["FUSED", "Decoding", "Expo", "Losses", "Mallows", "Needs", "Paper", "Source", "Train", "World", "Wrpo"]
 PROFILES = ("smoke", "cpu", "gpu", "paper")
-HIDDEN = ("profile", "pairs.")  # in no table of differences: its own name, and a list of models
+HIDDEN = ("profile", "pairs.", "wrong_pairs.")  # in no table of differences: its own name, and a list of models
 SCHEMAS = {"expo": Expo, "mallows": Mallows, "wrpo": Wrpo}
 
 
@@ -47,7 +47,7 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
     values = _merge(values, {name: own for name in ("decoding", "sampling") if name in values})
     values = _merge(values, {"sft": machine, "train": machine})
     given = {key.replace("__", "."): value for key, value in overrides.items()}
-    values |= {"pairs": {}} if given.get("pairs") is not None else {}  # a list of models is replaced whole
+    values |= {name: {} for name in ("pairs", "wrong_pairs") if given.get(name) is not None}  # replaced whole
     for key, value in given.items():
         for name in reversed(key.split(".") if value is not None else ()):
             value = {name: value}

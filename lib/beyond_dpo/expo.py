@@ -18,23 +18,32 @@ PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A line through two models, θ₁ + α(θ₁ − θ₀), and where to look on it; modules scales Δθ of some tensors only."""
+    """A line through two models, θ₁ + α(θ₁ − θ₀), and where to look on it; modules scales Δθ of some tensors only.
+
+    target: whose tokenizer reads the prompts, for published models in place of the world's own.
+    """
 
     start: Artifact  # θ₀
     end: Artifact  # θ₁
     alphas: tuple[float, ...]
     modules: tuple[str, ...] = ()  # patterns of the tensors that move past θ₁; the others stay there
+    target: str = ""
+
+    def own(self, cfg):
+        """Return the configuration in whose world this line's prompts are."""
+        return dataclasses.replace(cfg, world=dataclasses.replace(cfg.world, target=self.target or cfg.world.target))
 
     def at(self, cfg, alpha: float, split: str, samples: int, prompts: Artifact | None = None) -> Artifact:
         """Return the responses of one point; at α = 0 every part is θ₁ itself."""
         modules = dict.fromkeys(self.modules, alpha) if alpha else {}
         how = {"alpha": 0.0 if modules else alpha, "modules": modules, "samples": samples, "seed": 2}
         how |= {} if self.modules else {"alphas": self.alphas}
-        return stages.responses(cfg, self.start, split, aligned=self.end, prompts=prompts, **how)
+        return stages.responses(self.own(cfg), self.start, split, aligned=self.end, prompts=prompts, **how)
 
     def scores(self, cfg, alpha: float, split: str, samples: int) -> Artifact:
         """Return the scores of one point."""
-        return stages.scores(cfg, self.at(cfg, alpha, split, samples), split, kl_prompts=cfg.kl_prompts)
+        compared = 0 if self.target else cfg.kl_prompts  # its SFT model is no scorer here
+        return stages.scores(self.own(cfg), self.at(cfg, alpha, split, samples), split, kl_prompts=compared)
 
 
 def curves(cfg) -> Artifact:
@@ -114,11 +123,18 @@ def data_quality(cfg) -> dict[str, Line]:
 
 
 def wrong_pairs(cfg) -> dict[str, Line]:
-    """Return a line from SFT to aligned, and lines through models that ExPO should not be applied to (v1 Fig. 7)."""
-    if not cfg.world.sft_rows:
+    """Return a line from SFT to aligned, and lines through models that ExPO should not be applied to (v1 Fig. 7).
+
+    Those are published ones where the configuration names them. Raises ConfigError where it starts from one finished
+    SFT model and names none.
+    """
+    if not cfg.world.sft_rows and not cfg.wrong_pairs:
         raise config.ConfigError(f"profile {cfg.profile} starts from one finished SFT model: no other is there")
-    one, other = stages.sft(cfg), stages.sft(cfg, seed=1)
-    aligned = partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
+    one, aligned = stages.sft(cfg), partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
+    if cfg.wrong_pairs:
+        lines = {"SFT → aligned from it": Line(one, aligned(), cfg.pair_alphas)}
+        return lines | {name: published(pair, cfg.pair_alphas) for name, pair in cfg.wrong_pairs.items()}
+    other = stages.sft(cfg, seed=1)
     pairs = {
         "SFT → aligned from it": (one, aligned()),
         "instruct → SFT": (stages.model(cfg.world.target), one),
@@ -126,6 +142,11 @@ def wrong_pairs(cfg) -> dict[str, Line]:
         "two aligned models of different starts": (aligned(), aligned(start=other)),
     }
     return {name: Line(*models, cfg.pair_alphas) for name, models in pairs.items()}
+
+
+def published(pair: tuple[str, str], alphas: tuple) -> Line:
+    """Return the line through two published models, by hub id or folder; the second's tokenizer reads the prompts."""
+    return Line(stages.model(pair[0]), stages.model(pair[1]), alphas, target=pair[1])
 
 
 def modules(cfg) -> dict[str, Line]:
@@ -169,23 +190,29 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
 def said(cfg, lines: dict[str, Line]) -> Artifact:
     """Sample one response of every point to PROMPTS; texts.json: [{model, alpha, prompt, text}, …]."""
 
-    def own(out: Path) -> None:
-        from beyond_dpo import data
+    readers = {name: stages.sft(line.own(cfg)) for name, line in lines.items()}  # of each line's prompts
 
-        tokenizer = data.load_tokenizer(str(stages.sft(cfg).get()))
-        rows = [{"id": p, "prompt_ids": data.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
-        (out / "own.json").write_text(json.dumps(rows))
+    def prompts(reader: Artifact) -> Artifact:
+        def own(out: Path) -> None:
+            from beyond_dpo import data
 
-    recipe = {"prompts": PROMPTS, "tokenizer": stages.sft(cfg)}
-    prompts = Artifact("own-prompts", 1, recipe, own, work={"own": len(PROMPTS)})
-    points = {(name, a): line.at(cfg, a, "own", 1, prompts) for name, line in lines.items() for a in line.alphas}
+            tokenizer = data.load_tokenizer(str(reader.get()))
+            rows = [{"id": p, "prompt_ids": data.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
+            (out / "own.json").write_text(json.dumps(rows))
+
+        recipe = {"prompts": PROMPTS, "tokenizer": reader}
+        return Artifact("own-prompts", 1, recipe, own, work={"own": len(PROMPTS)})
+
+    points = {(name, alpha): line.at(cfg, alpha, "own", 1, prompts(readers[name]))
+              for name, line in lines.items() for alpha in line.alphas}  # fmt: skip
 
     def make(out: Path) -> None:
         from beyond_dpo import data
 
         estimate.check(cfg, *points.values())
-        decode, texts = partial(data.load_tokenizer(str(stages.sft(cfg).get())).decode, skip_special_tokens=True), []
+        texts = []
         for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
+            decode = partial(data.load_tokenizer(str(readers[name].get())).decode, skip_special_tokens=True)
             for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
                 r = json.loads(line)
                 texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": decode(r["response_ids"])})

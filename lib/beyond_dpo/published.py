@@ -1,15 +1,13 @@
 """ExPO on published pairs of models, searched and judged here (arXiv 2404.16792, Table 2 and ACL Table 5)."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import ask, assets, estimate, gather, judge, stages
+from beyond_dpo import ask, assets, estimate, expo, gather, judge, stages
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.endpoint import Endpoint
-from beyond_dpo.expo import Line
 
 
 def off_the_shelf(cfg) -> Artifact:
@@ -18,14 +16,11 @@ def off_the_shelf(cfg) -> Artifact:
     As sweep(), with the column split and the pair's name as `model`; wins.json: with a judge, AlpacaEval's win rate in
     percent with its standard error, and its length-controlled estimate with its interval, of each (model, alpha).
     """
-    worlds = {name: replace(cfg, world=replace(cfg.world, target=sft))
-              for name, (sft, _) in cfg.pairs.items()}  # fmt: skip
-    lines = {name: Line(stages.model(sft), stages.model(end), cfg.published_alphas)
-             for name, (sft, end) in cfg.pairs.items()}  # fmt: skip
+    lines = {name: expo.published(pair, cfg.published_alphas) for name, pair in cfg.pairs.items()}
 
     def place(name: str, alpha: float, split: str) -> tuple[dict, Artifact]:
         samples = cfg.test_samples if split == "test" else cfg.dev_samples
-        scores = lines[name].scores(worlds[name], alpha, f"{split}_prompts", samples)
+        scores = lines[name].scores(cfg, alpha, f"{split}_prompts", samples)
         return {"split": split, "model": name, "alpha": alpha}, scores
 
     dev = [place(name, alpha, "dev") for name in lines for alpha in cfg.published_alphas]
@@ -39,7 +34,7 @@ def off_the_shelf(cfg) -> Artifact:
         tested, more = gather.scored(test, "published models, test prompts")
         gather.write(out, pd.concat([searched, tested]), points + more)
         for at, scores in test if cfg.judge else ():
-            said = _spoken(worlds[at["model"]], scores.inputs["responses"], "test_prompts")
+            said = _spoken(lines[at["model"]].own(cfg), scores.inputs["responses"], "test_prompts")
             name, by = f"{at['model']} {at['alpha']:g}", Endpoint(cfg.judge, cfg.judge_url)
             rows = ask.rows(ask.alpaca_eval(said, by, model=name, questions=ask.alpaca_questions(said)))
             won, fair = judge.win_rate(row["preference"] for row in rows), judge.length_controlled(rows)

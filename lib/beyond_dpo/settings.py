@@ -156,6 +156,7 @@ class Expo(Paper):
     module_alphas: tuple[float, ...] = ()  # α grid of attention, MLP and layer ranges
     search_evaluations: int = 7  # α that a golden-section search may sample, 0 included
     pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # published models: SFT, and aligned from it
+    wrong_pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # that ExPO should not be applied to
     published_alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # α grid of each of them
     judge: str = ""  # model that compares their answers with AlpacaEval's baseline; "": the reward model alone
     judge_url: str = ""  # of its OpenAI-compatible endpoint, "": OpenAI's (machine)
