@@ -463,3 +463,15 @@ def test_published_pairs_are_extrapolated_and_judged(store, gate, tiny, tmp_path
     assert len(gate.asked) >= judged["wins"] + judged["losses"]
     with pytest.raises(ValueError, match="none of 1 prompts is AlpacaEval's"):
         ask.alpaca_questions({"What?": "That."})
+
+
+def test_a_judge_that_refuses_everything_gives_no_result_and_is_asked_again(gate, store):
+    """HTTP 400 to all: an error, not a finished artifact without a judgement; once it answers, it is asked anew."""
+    archive("mt_bench")
+    question = {"question_id": 1, "category": "writing", "turns": ["Say a.", "Say b."]}
+    made = ask.mt_bench({1: ["a", "b"]}, endpoint.Endpoint("judge", gate.url, at_once=1), model="ours",
+                        questions=[question], max_tokens=8)  # fmt: skip
+    gate.faults += [400, 400]
+    with pytest.raises(endpoint.EndpointError, match=r"judge refused all 2 requests \(HTTP 400\)"):
+        made.get()
+    assert len(ask.rows(made)) == 2 and made.manifest["facts"]["refused"] == 0

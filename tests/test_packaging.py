@@ -179,7 +179,7 @@ def test_lib_stays_small():
     assert sum(sizes[name] for name in own) <= 240, sizes
     assert sum(sizes[name] for name in wrpo) <= 330, sizes
     assert sum(sizes[name] for name in machines) <= 559, sizes
-    assert sum(sizes[name] for name in elsewhere) <= 620, sizes
+    assert sum(sizes[name] for name in elsewhere) <= 621, sizes
     rest = [size for name, size in sizes.items() if name not in {*own, *wrpo, *machines, *elsewhere}]
     assert sum(rest) <= 3496, sizes
 

@@ -130,8 +130,8 @@ def mt_bench(outputs: dict, by: Endpoint, *, model: str, questions=None, max_tok
     items = {}
     for question in questions or _lines("mt_bench", f"{MT}mt_bench/question.jsonl"):
         i, needs, (first, second) = question["question_id"], question["category"] in REFERENCED, question["turns"]
-        if "reference" in question:
-            known[i] = question["reference"]
+        if "reference" in question:  # FastChat's own rows have one, too, but it judges by GPT-4's
+            known.setdefault(i, question["reference"])
         ours, reference = _of(outputs, i), _of(known, i) if needs else ("", "")
         if isinstance(ours, str):
             raise ValueError(f"question {i} has one answer, of two turns")
@@ -150,7 +150,11 @@ def _judged(benchmark: str, items: dict, by: Endpoint, read, score) -> Artifact:
 
     def make(out: Path) -> dict:
         requests = {i: request for i, (request, _) in items.items() if request}
-        replies, used = endpoint.ask(by, requests, out / "checkpoints" / "replies.jsonl", read)
+        kept = out / "checkpoints" / "replies.jsonl"
+        replies, used = endpoint.ask(by, requests, kept, read)
+        if requests and not used.replies:  # no judgement; asked again once that is mended
+            kept.unlink()
+            raise endpoint.EndpointError(f"{by.model} refused all {len(requests)} requests (HTTP 400): see the log")
         tie = {"preference": 1.5}
         found = [row | (score(replies[i], row) if i in replies else tie) for i, (_, row) in items.items()]
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")

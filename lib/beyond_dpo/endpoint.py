@@ -55,8 +55,8 @@ def ask(endpoint: Endpoint, requests: dict[str, dict], kept: Path, read: Callabl
     ChatCompletion, or of None, which stands for a request that the endpoint refuses (HTTP 400). kept: a JSONL file of
     [id, value, [prompt tokens, completion tokens]], one whole line a reply, null in the third place of what was
     refused, nothing in it where the endpoint does not count; half a line is left out.
-    Raises EndpointError once the retries are used up, at once for what no retry mends (a wrong key or model), and where
-    all is refused. The tokens counted are the sum of the endpoint's own counts, however often a run was interrupted.
+    Raises EndpointError once the retries are used up, and at once for what no retry mends (a wrong key or model). The
+    tokens counted are the sum of the endpoint's own counts, however often a run was interrupted.
     """
     import openai
 
@@ -99,9 +99,6 @@ def ask(endpoint: Endpoint, requests: dict[str, dict], kept: Path, read: Callabl
     counts = [found[i][1] for i in requests if len(found[i]) > 1]
     tokens = [sum(count[k] for count in counts if count) for k in (0, 1)]
     used = Used(len(requests) - counts.count(None), counts.count(None), *tokens)
-    if requests and not used.replies:
-        kept.unlink()  # so that it is asked again once that is mended
-        raise EndpointError(f"{endpoint.model} refused all {len(requests)} requests (HTTP 400); the log says why")
     log.info("%s: %s", endpoint.model, used)
     return {i: found[i][0] for i in requests}, used
 
