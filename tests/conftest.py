@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,22 @@ def pytest_terminal_summary(terminalreporter):
     import faults
 
     faults.summary(terminalreporter)
+
+
+def wait_for(condition, seconds=60.0):
+    """Return condition()'s first true value; fail when it takes too long."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager

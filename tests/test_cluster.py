@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from beyond_dpo import cluster, config, data, launch, paths, stages
+from conftest import alive, wait_for
 
 RECIPES = paths.ROOT / "recipes"
 # What a head does: train; have a follower's process fail; train on, until it is killed.
@@ -286,22 +287,6 @@ def apart(two):
     if not two.names:
         pytest.skip("no network namespaces here")
     return two
-
-
-def wait_for(condition, seconds=60.0):
-    """Return condition()'s first true value; fail when it takes too long."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return value
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def named(folder):

@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 
 import pytest
 
 from beyond_dpo import launch
+from conftest import alive, wait_for
 
 JOB = """
 import json, os, subprocess, sys, time
@@ -95,23 +95,6 @@ def modules(tmp_path, monkeypatch):
 
 def worker(tmp_path, start=2):
     return launch.Worker("a_worker", {"start": start}, tmp_path / "logs", desc="counter")
-
-
-def wait_for(condition, seconds=30.0):
-    """Return condition()'s first true value; fail when it takes too long."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-    return value
-
-
-def alive(pid):
-    try:
-        with open(f"/proc/{pid}/stat") as f:
-            return f.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def parent_of_hanging_job(tmp_path, launcher="plain", processes=1):

@@ -11,9 +11,9 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from beyond_dpo import cluster
-from beyond_dpo.settings import FUSED, Decoding, Expo, Losses, Mallows, Needs, Paper, Source, Train, World, Wrpo
+from beyond_dpo.settings import FUSED, Decoding, Expo, Mallows, Source, Train, World, Wrpo
 
-__all__ = ["FUSED", "Decoding", "Expo", "Losses", "Mallows", "Needs", "Paper", "Source", "Train", "World", "Wrpo"]
+__all__ = ["FUSED", "Decoding", "Source", "Train", "World"]  # of settings, for users of this module
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 HIDDEN = ("profile", "pairs.", "wrong_pairs.")  # in no table of differences: its own name, and a list of models
 SCHEMAS = {"expo": Expo, "mallows": Mallows, "wrpo": Wrpo}
