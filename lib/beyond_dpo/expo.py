@@ -5,6 +5,7 @@ Each function returns an Artifact; nothing runs before its get().
 
 import dataclasses
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -219,6 +220,26 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
         (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
 
     return Artifact("said", 1, {"points": list(points.values()), "names": list(lines)}, make)
+
+
+def samples(cfg, alphas: list[float]) -> Artifact | None:
+    """Return what one model of the curves says at the given α, or at others if those alone were sampled.
+
+    The model: DPO on cfg.recipe_fraction of the pairs, the first seed. Sampling takes one response to each of PROMPTS
+    at each α, and the model itself: where it is not there, said(cfg, wrong_pairs(cfg)) may hold texts of its line.
+    Nothing is trained for this; None where neither is there. In texts.json its name is the first.
+    """
+    model = stages.aligned(cfg, cfg.recipe_fraction, cfg.seeds[0])
+    name = f"{cfg.recipe_fraction:.0%} of the pairs"
+    wanted = said(cfg, {name: Line(stages.sft(cfg), model, tuple(dict.fromkeys(alphas)))})
+    small = {"own-prompts", "responses", "said"}
+    missing = {artifact.stage for artifact in wanted.missing().values()}
+    if not missing or (missing <= small and os.environ.get("COMPUTE") != "never"):
+        return wanted
+    if not cfg.world.sft_rows and not cfg.wrong_pairs:
+        return None
+    other = said(cfg, wrong_pairs(cfg))
+    return None if other.missing() else other
 
 
 def searches(cfg) -> Artifact:

@@ -1,22 +1,30 @@
 """Draw the papers' kinds of figures from DataFrames, and save them with their numbers as bytes that repeat.
 
 Every drawing function takes a DataFrame and an Axes and returns the Axes. y, low, high name columns: a mean and the
-ends of its interval, in the unit that `ylabel` or `xlabel` states. Call `style()` first.
+ends of its interval, in the unit that `ylabel` or `xlabel` states. Call `style()` first, and draw no wider than WIDTH.
 """
 
+import base64
+import hashlib
 import io
 import json
+import os
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from PIL import Image
 
-from beyond_dpo import paths
+from beyond_dpo import parameters, paths
 
+WIDTH = 8.5  # inches, 816 CSS pixels: the output area of JupyterLab has 828 in a window of 1,280
+CSS_DPI = 96  # CSS pixels in an inch
 # One colour per name in all figures, safe for colour-blind readers: Okabe-Ito and Tol's muted set for methods and
 # judges; for shares of the data viridis, darker for more. Markers tell curves apart in grey print.
 # fmt: off
@@ -30,12 +38,20 @@ COLOURS = {
 SPARE = ("#332288", "#44AA99", "#999933", "#AA4499", "#661100", "#6699CC", "#DDCC77", "#000000")  # any other name
 MARKERS = "os^Dv<>P"
 SVG = {"Date": None, "Creator": None}  # both would change the bytes
+# Of an SVG: where coordinates stand, a number with decimals, and what is referred to by a name made of a hash.
+PLACES = re.compile(r'\b(?:d|x|y|width|height)="[^"]*"|translate\([^)]*\)')
+DECIMAL = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+IDS = re.compile(r'<(?:path|clipPath) id="([pmhC]\w*[0-9a-f]{10})"(.*?)(?:(?<!/)</clipPath>|/>)', re.DOTALL)
 
 
 def style() -> None:
-    """Set sizes, fonts and what makes SVG bytes repeat, also in the figures that a notebook shows."""
-    mpl.rc("figure", figsize=(7, 4), dpi=120)
+    """Set sizes and fonts, and let notebooks show each figure as SVG and as PNG, both of bytes that repeat.
+
+    The PNG is what an untrusted notebook, a forge or a slide shows; it has two pixels for each CSS pixel.
+    """
+    mpl.rc("figure", figsize=(WIDTH, 4), dpi=120)
     mpl.rc("figure.constrained_layout", use=True)
+    mpl.rc("path", simplify=False)  # which points it drops hangs on the last bits of the numbers
     mpl.rc("svg", hashsalt="beyond_dpo", fonttype="path")
     mpl.rc("font", family="DejaVu Sans", size=10)  # the font that comes with matplotlib
     mpl.rc("axes", titlesize=11, grid=True, axisbelow=True)
@@ -46,8 +62,12 @@ def style() -> None:
     from IPython import get_ipython
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-    if get_ipython() is not None:
-        set_matplotlib_formats("svg", metadata=SVG)
+    shell = get_ipython()
+    if shell is not None:
+        set_matplotlib_formats()  # none of its own, which crop to what is drawn and lose the stamp
+        formatters = shell.display_formatter.formatters
+        formatters["image/svg+xml"].for_type(Figure, svg)
+        formatters["image/png"].for_type(Figure, _png_output)
 
 
 def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str) -> Path:
@@ -55,27 +75,91 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
 
     name: <paper>_<fig|tab><n>_<slug>. data: the drawn numbers. keys: of the artifacts they come from. stamp: profile,
     model and n, written small under the figure. Raises ValueError for another kind of name.
-    Drawing the same again writes the same bytes, in any process.
+    Drawing the same again writes the same bytes, in any process and on any CPU.
+    In a notebook whose parameters were changed the files go to artifacts/figures, and the stamp says what was changed.
     """
     if not re.fullmatch(r"(expo|mallows|wrpo)_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+", name):
         raise ValueError(f"figure name {name!r}: use <paper>_<fig|tab><n>_<slug>, as in expo_fig5_reward_vs_alpha")
+    notebook = parameters.notebook_of(name)
+    changes = parameters.changed(notebook)
+    if changes:
+        stamp = f"{stamp} · changed: {', '.join(changes.values())}"
+    write_stamp(fig, stamp)
+    picture = svg(fig)
+
+    rows = json.loads(data.to_json(orient="records", double_precision=6))
+    content = {"figure": name, "stamp": stamp}
+    if parameters.current(notebook):
+        content |= {"notebook": notebook, "parameters": parameters.current(notebook)}
+    content |= {"keys": list(dict.fromkeys(keys)), "data": rows}
+
+    folder = paths.FIGURES
+    if changes and "BEYOND_DPO_FIGURES" not in os.environ:  # which says where everything goes
+        folder = paths.ARTIFACTS / "figures"
+        print(f"{name}: drawn with {', '.join(changes.values())}; it is in {folder}, figures/ stays as it was")
+    paths.write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    paths.write(folder / f"{name}.svg", picture)
+    return folder / f"{name}.svg"
+
+
+def write_stamp(fig, stamp: str) -> None:
+    """Write a small text under the figure in a strip of its own, in place of an earlier one."""
     for text in [text for text in fig.texts if text.get_gid() == "stamp"]:
-        text.remove()  # of an earlier save
-    note = fig.text(0.995, 0.01, stamp, ha="right", va="bottom", fontsize=7, color="#555555", gid="stamp")
+        text.remove()
+    width, height = fig.get_size_inches()
+    lines = textwrap.wrap(stamp, int(width * 17))  # about as many characters of this size as fit
+    note = fig.text(0.995, 0.04 / height, "\n".join(lines), ha="right", va="bottom", fontsize=7, color="#555555")
+    note.set_gid("stamp")
     note.set_in_layout(False)
     if isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
-        fig.get_layout_engine().set(rect=(0, 0.05, 1, 0.95))  # leaves a strip for the stamp
+        strip = (0.1 + 0.14 * len(lines)) / height
+        fig.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
+
+
+def svg(fig) -> str:
+    """Return a figure as SVG text, the same on every CPU: coordinates are rounded, and ids follow from what they name.
+
+    Matplotlib prints coordinates to a millionth of a point and makes ids of unrounded numbers.
+    """
+    _settle(fig)
+    file = io.StringIO()
+    fig.savefig(file, format="svg", metadata=SVG)
+    text = PLACES.sub(lambda place: DECIMAL.sub(_rounded, place[0]), file.getvalue())
+    for name, definition in IDS.findall(text):
+        digest = hashlib.sha256(definition.encode()).hexdigest()[:10]
+        text = re.sub(rf"\b{name}\b", f"i{digest}", text)
+    return text
+
+
+def png(fig) -> bytes:
+    """Return a figure as PNG with two pixels for each CSS pixel, without date and version."""
+    _settle(fig)
+    drawn, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=2 * CSS_DPI, metadata={"Software": None})
+    image = Image.open(drawn).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # a third of the bytes
+    return small.getvalue()
+
+
+def _png_output(fig) -> tuple[str, dict]:
+    """Return the PNG as a notebook's output holds it, with the size at which it is shown."""
+    width, height = (round(inches * CSS_DPI) for inches in fig.get_size_inches())
+    return base64.b64encode(png(fig)).decode(), {"width": width, "height": height}
+
+
+def _settle(fig) -> None:
+    """Lay the figure out once: each further draw would move the axes by a millionth, and so change the bytes."""
+    if isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
         fig.draw_without_rendering()
-        fig.set_layout_engine("none")  # each further draw would move the axes by a millionth, and so change the bytes
+        fig.set_layout_engine("none")
         for ax in fig.axes:
             ax.set_position(np.round(ax.get_position().bounds, 4))
-    svg = io.BytesIO()
-    fig.savefig(svg, format="svg", metadata=SVG)
-    rows = json.loads(data.to_json(orient="records", double_precision=6))
-    content = {"figure": name, "stamp": stamp, "keys": list(dict.fromkeys(keys)), "data": rows}
-    paths.write(paths.FIGURES / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    paths.write(paths.FIGURES / f"{name}.svg", svg.getvalue())
-    return paths.FIGURES / f"{name}.svg"
+
+
+def _rounded(number: re.Match) -> str:
+    """Return a printed number with two decimals at most; a hundredth of a point is not to be seen."""
+    text = f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
 
 
 def alpha_curves(df, ax, *, y, x="alpha", by="fraction", low=None, high=None, mark: Mapping | None = None,
@@ -87,17 +171,18 @@ def alpha_curves(df, ax, *, y, x="alpha", by="fraction", low=None, high=None, ma
     logarithmic away from 0 when it spans more than 1:20. Raises IndexError for a marked α that is not in `df`.
     """
     best = df.loc[df.groupby(by)[y].idxmax()].set_index(by)[x].to_dict() if mark is None else mark
+    rings = []
     for name, colour, curve in _lines(df, ax, by, x, y, low, high):
         if name in best:
             point = curve[np.isclose(curve[x], best[name])].iloc[0]
             ax.plot(point[x], point[y], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
-            ax.annotate(f"{point[x]:g}", (point[x], point[high or y]), xytext=(0, 7), textcoords="offset points",
-                        ha="center", fontsize=8, color=colour, fontweight="bold")  # fmt: skip
+            rings.append((point[x], point[y], point[low or y], point[high or y], colour))
     for i, (name, level) in enumerate((baseline or {}).items()):
         ax.axhline(level, color=COLOURS.get(name, "#333333"), linestyle=("--", ":", "-.")[i % 3], linewidth=1.3,
                    label=name, zorder=1)  # fmt: skip
     _alpha_axis(ax, np.unique(df[x].to_numpy(float)))
     ax.set(xlabel="α, extrapolation beyond the aligned model (α = 0)", ylabel=ylabel, ymargin=0.1)
+    _name_rings(ax, rings)
     return _legend(ax, title)
 
 
@@ -141,6 +226,16 @@ def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean 
     return _legend(ax) if colour else ax
 
 
+def one_legend(fig, title: str | None = None, columns: int = 4):
+    """Put one legend of all names above the panels of a figure, in place of the panels' own."""
+    names = {}
+    for ax in fig.axes:
+        names |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+        if ax.get_legend() is not None:
+            ax.get_legend().remove()
+    return fig.legend(names.values(), names.keys(), title=title, loc="outside upper center", ncols=columns)
+
+
 def _lines(df, ax, by, x, y, low, high):
     """Draw a line with its band per value of `by`; yield each value, its colour and its rows."""
     for i, (name, rows) in enumerate(df.groupby(by, sort=df[by].dtype.kind in "fi")):
@@ -149,6 +244,50 @@ def _lines(df, ax, by, x, y, low, high):
         if low:
             ax.fill_between(rows[x], rows[low], rows[high], color=colour, alpha=0.15, linewidth=0)
         yield name, colour, rows
+
+
+def _name_rings(ax, rings: list[tuple]) -> None:
+    """Write the α of each ring (x, y, low, high, colour) beside it; of rings that lie together, in a row."""
+    ax.autoscale_view()
+    groups = _together(ax, rings)
+    for ring in rings:
+        group = next(group for group in groups if ring in group)
+        y, right, up = _free_place(ax, group)
+        right += 15 * (group.index(ring) - (len(group) - 1) / 2)
+        ax.annotate(f"{ring[0]:g}", (ring[0], y), xytext=(right, up), textcoords="offset points", ha="center",
+                    va="center", fontsize=8, color=ring[4], fontweight="bold")  # fmt: skip
+
+
+def _free_place(ax, group: list[tuple]) -> tuple[float, float, float]:
+    """Return where to name rings: a height of the data, and from there points to the right and up.
+
+    Above them, or below where a point of another curve is in the way, or beside them where one is there, too.
+    """
+    own = [ring[1] for ring in group]
+    points = [point for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
+    others = [_points(ax, y) for x, y in points if x == group[0][0] and y not in own]
+    highest, lowest = max(ring[3] for ring in group), min(ring[2] for ring in group)
+    for y, up in ((highest, 11), (lowest, -11)):
+        if not any(abs(_points(ax, y) + up - other) < 10 for other in others):
+            return y, 0, up
+    return max(own), 14, 5
+
+
+def _together(ax, rings: list[tuple]) -> list[list[tuple]]:
+    """Return the rings in groups that have one x and no gap of 24 points or more in height."""
+    groups: list[list[tuple]] = []
+    for ring in sorted(rings, key=lambda ring: ring[:2]):
+        last = groups[-1][-1] if groups else None
+        if last and last[0] == ring[0] and _points(ax, ring[1]) - _points(ax, last[1]) < 24:
+            groups[-1].append(ring)
+        else:
+            groups.append([ring])
+    return groups
+
+
+def _points(ax, y: float) -> float:
+    """Return where a height of the data is on the figure, in points."""
+    return ax.transData.transform((0, y))[1] * 72 / ax.figure.dpi
 
 
 def _label(name) -> str:

@@ -3,30 +3,101 @@
 import argparse
 import hashlib
 import html
+import itertools
 import json
 import math
+import numbers
 import os
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from beyond_dpo import paths
+from beyond_dpo import parameters, paths
 
 PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once, from the first of these that was run
 COLUMNS = ("claim", "paper", "paper_source", "ours", "low", "high", "tolerance", "sign_only", "verdict")
 MARKERS = re.compile(r"(<!-- scoreboard -->).*?(<!-- /?scoreboard -->)", re.DOTALL)
+TRIALS = "trials"  # the folder of claims made with changed parameters
 SIGNS = {"+": 1.0, "-": -1.0}  # a direction that a paper states without a number
 SHADES = {"reproduced": "#d5ecd9", "direction": "#e3edf7", "not reproduced": "#f8dcd3", "not run": "#eeeeee"}
 
 
+# What a notebook's tables call the columns of our data; any other name is shown with spaces for underscores.
+HEADINGS = {
+    "paper_source": "where the paper has it",
+    "low": "95 % low",
+    "high": "95 % high",
+    "sign_only": "sign only",
+    "fraction": "share of the pairs",
+    "alpha": "α",
+    "α_max": "largest α",
+    "beta": "β",
+    "gamma": "γ",
+    "lr": "learning rate",
+    "gold": "gold reward",
+    "reward": "reward model",
+    "vader": "VADER",
+    "positive": "share of positive responses",
+    "length": "length (tokens)",
+    "repetition": "repeated trigrams",
+    "distinct_2": "distinct bigrams",
+    "logratio": "log-ratio to SFT (nats)",
+    "kl": "KL (nats)",
+    "split": "prompts",
+    "cell": "setting",
+    "ref": "taken from",
+    "ask": "asked with",
+    "held_out": "held-out texts",
+    "trained_on": "training texts",
+    "auc": "AUC",
+    "mean_gold_gap": "mean gap of the gold reward",
+    "sft_model": "SFT model",
+    "optimal_alpha": "best α",
+    "delta_wr": "WR gain, printed",
+    "delta_lc": "LC gain, printed",
+    "delta_mt": "MT-Bench gain, printed",
+}
+CELL = re.compile(r'class="(?:data row(\d+)|col_heading level0) col(\d+)"')  # of a Styler's HTML
+LONG_WORD = 30  # characters, above which a word may be broken anywhere
+PLAIN_WIDTH = 44  # characters of a column in the text form, where longer texts are wrapped
+
+
 class Table(Styler):
-    """Show a styled table whose text form is the table as well, without a memory address."""
+    """Show a table of texts: as HTML with its look in each cell, so that it needs no trust, and as plain text."""
+
+    left: frozenset[int] = frozenset()  # places of the columns that hold texts, not numbers
 
     def __repr__(self) -> str:
-        return self.data.to_string(index=False, na_rep="–", float_format=lambda x: f"{x:.3f}")
+        rows = [list(self.data.columns), *self.data.values.tolist()]
+        wrapped = [[textwrap.wrap(cell, PLAIN_WIDTH) or [""] for cell in row] for row in rows]
+        widths = [max(len(line) for row in wrapped for line in row[j]) for j in range(self.data.shape[1])]
+        lines = []
+        for row in wrapped:
+            for parts in itertools.zip_longest(*row, fillvalue=""):
+                aligned = [self._aligned(j, part, widths[j]) for j, part in enumerate(parts)]
+                lines.append("  ".join(aligned).rstrip())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return CELL.sub(lambda cell: f'{cell[0]} style="{self._look(cell[1], int(cell[2]))}"', super()._repr_html_())
+
+    def _aligned(self, column: int, text: str, width: int) -> str:
+        return text.ljust(width) if column in self.left else text.rjust(width)
+
+    def _look(self, row: str | None, column: int) -> str:
+        """Return the CSS of a cell; row: None for a heading."""
+        look = "text-align: left" if column in self.left else "text-align: right"
+        if row is not None and max(map(len, self.data.iloc[int(row), column].split()), default=0) > LONG_WORD:
+            look += "; overflow-wrap: anywhere"
+        if row is not None and self.data.columns[column] == "verdict":
+            shade = SHADES.get(self.data.iloc[int(row), column])
+            look += f"; background-color: {shade}; color: black" if shade else ""
+        return look
 
 
 def published(name: str) -> pd.DataFrame:
@@ -77,37 +148,90 @@ def claim(text: str, paper, source: str, ours, *, tolerance=None, sign_only: boo
 
 
 def show(df: pd.DataFrame, caption: str) -> Table:
-    """Return `df` as a table for a notebook: three decimals, escaped, the same bytes in each run.
+    """Return `df` as a table for a notebook: texts to the left, headings to read, the same bytes in each run.
 
-    The columns tolerance and sign_only appear only where a claim uses them.
+    The numbers of a column share their decimals, three at most, none where all are whole. Claims have units of their
+    own: there each number stands for itself, the paper's with the decimals it needs, ours with three or none. Names of
+    columns become HEADINGS. The columns tolerance and sign_only appear only where a claim uses them.
+    Raises ValueError where two columns would have one heading.
     """
     df = df.drop(columns=[name for name in ("tolerance", "sign_only") if name in df and not (df[name] > 0).any()])
+    claims = "verdict" in df
+    texts = pd.DataFrame({name: _texts(df[name], claims) for name in df.columns}, dtype=object)
+    texts.columns = [HEADINGS.get(name, str(name).replace("_", " ")) for name in df.columns]
+    if texts.columns.has_duplicates:
+        raise ValueError(f"two columns of one heading: {', '.join(texts.columns)}")
     uuid = hashlib.sha256(caption.encode()).hexdigest()[:8]
-    table = Table(df, uuid=uuid, caption=html.escape(caption), cell_ids=False)
-    table.hide(axis="index").format(precision=3, na_rep="–", escape="html").format_index(axis=1, escape="html")
-    if "verdict" in df:
-        table.map(lambda value: f"background-color: {SHADES.get(value, 'inherit')}; color: black", subset=["verdict"])
+    table = Table(texts, uuid=uuid, caption=html.escape(caption), cell_ids=False)
+    table.left = frozenset(j for j, name in enumerate(df.columns) if _holds_text(df[name]))
+    table.hide(axis="index").format(escape="html").format_index(axis=1, escape="html")
     return table
+
+
+def _holds_text(column: pd.Series) -> bool:
+    """Return whether a column holds words; a sign or a missing value among numbers is none."""
+    return any(isinstance(value, str) and value not in SIGNS for value in column)
+
+
+def _texts(column: pd.Series, claims: bool) -> list[str]:
+    """Return what a table shows of each value of a column; claims: of a table of claims."""
+    shared = max((_decimals(float(value)) for value in column if _is_number(value)), default=0)
+    texts = []
+    for value in column:
+        decimals = _decimals(float(value)) if _is_number(value) and claims else shared
+        if claims and column.name != "paper" and decimals:
+            decimals = 3
+        if isinstance(value, bool | np.bool_):
+            texts.append("yes" if value else "no")
+        elif _is_number(value):
+            text = f"{value:.{decimals}f}"
+            texts.append(text.removeprefix("-") if float(text) == 0 else text)
+        elif value is None or value is pd.NA or value is pd.NaT or isinstance(value, float):
+            texts.append("–")
+        else:
+            texts.append(str(value))
+    return texts
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_) and math.isfinite(value)
+
+
+def _decimals(number: float) -> int:
+    """Return how many decimals show a number, three at most; what float arithmetic leaves in the tenth counts not."""
+    for decimals in range(3):
+        if abs(number - round(number, decimals)) < 1e-9:
+            return decimals
+    return 3
 
 
 def record(notebook: str, claims: Iterable[dict], profile: str, *, keys: Iterable[str] = ()) -> pd.DataFrame:
     """Store a notebook's claims for the scoreboard and return them as a table.
 
     claims: as `claim` returns them. keys: of the artifacts behind the numbers, copied by `run --freeze`.
-    Writes artifacts/runs/claims/<notebook>.<profile>.json. Raises ValueError for an unknown profile.
+    Writes artifacts/runs/claims/<notebook>.<profile>.json. With other parameters than the committed ones, but for the
+    profile, they are no claims of the project: it writes artifacts/runs/trials/… and says so.
+    Raises ValueError for an unknown profile.
     """
     if profile not in PROFILES:
         raise ValueError(f"profile {profile!r} is none of {PROFILES}")
     df = pd.DataFrame(claims, columns=list(COLUMNS)).astype(dict.fromkeys(COLUMNS[3:-2], float))
     rows = json.loads(df.to_json(orient="records", double_precision=6))  # a missing number becomes null
     content = {"notebook": notebook, "profile": profile, "keys": list(dict.fromkeys(keys)), "claims": rows}
-    paths.write(claims_path(notebook, profile), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path = claims_path(notebook, profile)
+    paths.write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    changes = parameters.changed(notebook)
+    if path.parent.name == TRIALS and changes:
+        words = ", ".join(changes.values())
+        print(f"{notebook}: claimed with {words}; it is in {path.parent}, and no scoreboard counts it")
     return df
 
 
 def claims_path(notebook: str, profile: str) -> Path:
-    """Return where a notebook's claims of a local run are stored: `trials` where the runner was given parameters."""
-    return paths.ARTIFACTS / "runs" / os.environ.get("BEYOND_DPO_CLAIMS", "claims") / f"{notebook}.{profile}.json"
+    """Return where a notebook's claims of a local run are stored: `trials` where parameters were changed."""
+    changed = set(parameters.changed(notebook)) - {"profile"}  # each profile has claims of its own
+    folder = os.environ.get("BEYOND_DPO_CLAIMS") or (TRIALS if changed else "claims")
+    return paths.ARTIFACTS / "runs" / folder / f"{notebook}.{profile}.json"
 
 
 def scoreboard(local: bool = False) -> pd.DataFrame:

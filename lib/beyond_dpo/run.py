@@ -21,9 +21,11 @@ from pathlib import Path
 
 from beyond_dpo import artifacts, cluster, config, estimate, launch, paths, progress
 from beyond_dpo.kernels import Kernel
+from beyond_dpo.parameters import RENEW
 
 CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()  # that each run changes
-KEYS = [f"metadata.{k}" for k in ("papermill", "language_info", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
+# language_info stays: JupyterLab writes it whenever a notebook is saved, and nbconvert needs its file extension.
+KEYS = [f"metadata.{k}" for k in ("papermill", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in the kernel that made it
 
 
@@ -208,6 +210,8 @@ def main(arguments: list[str] | None = None) -> int:
     if changed or any(profile == "smoke" for *_, profile in plan):  # neither a figure nor a claim of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
+    if options.in_place or options.freeze:  # what is drawn and claimed now is what will be committed
+        os.environ[RENEW] = "1"
     cluster.head()
     rows, kernel = [], Kernel()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
