@@ -1,7 +1,10 @@
 """Figures: bytes that repeat, numbers and keys beside the picture, axes and marks that say what was drawn."""
 
+import base64
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -180,3 +184,98 @@ def test_same_bytes_in_two_processes(tmp_path):
                        env={**os.environ, "PYTHONHASHSEED": seed})  # fmt: skip
     first, second = ([p.read_bytes() for p in sorted((tmp_path / f).iterdir())] for f in "ab")
     assert len(first) == 2 and first == second
+
+
+def drawn(jitter: float, folder, name="expo_fig2_x"):
+    """Draw most kinds of marks from numbers that are off by a share of `jitter`; return the raw SVG and ours."""
+    rng = np.random.default_rng(0)
+    x = np.linspace(0, 1, 50) * (1 + jitter * rng.uniform(-1, 1, 50))
+    fig, axes = plt.subplots(2, 2, figsize=(7, 5))
+    axes[0, 0].plot(x, np.sin(9 * x), "o-", label="a")
+    axes[0, 1].scatter(x, x**2, alpha=0.5)
+    axes[0, 1].set_xlim(0, 1 + jitter)
+    axes[1, 0].hist(np.sin(50 * x) + x, 7, histtype="step")
+    axes[1, 1].pcolormesh(np.outer(x[:3], x[:3]))
+    axes[1, 1].fill_between(x, x, x + 1, hatch="/")
+    raw = folder / f"{jitter}.svg"
+    fig.savefig(raw, metadata=figures.SVG)
+    ours = figures.svg(fig)
+    plt.close(fig)
+    return raw.read_text(), ours
+
+
+def test_svg_does_not_hang_on_the_last_bits_of_its_numbers(ax, tmp_path):
+    """Other CPUs compute other last bits; Matplotlib's own ids and coordinates then differ, ours do not."""
+    (raw, ours), (other_raw, other) = drawn(0, tmp_path), drawn(1e-12, tmp_path)
+    assert raw != other_raw, "otherwise this test shows nothing"
+    assert ours == other
+
+
+def test_svg_keeps_what_it_refers_to(ax):
+    """Every reference has a definition, scales of letters are not rounded, and coordinates are, to 0.01 points."""
+    ax.plot([0, 1 / 3], [0, 1 / 7], "o", label="a")
+    ax.fill_between([0, 1], [0, 1], hatch="/")
+    ax.legend()
+    text = figures.svg(ax.figure)
+    defined = set(re.findall(r' id="([^"]+)"', text))
+    referred = set(re.findall(r'(?:xlink:href="#|url\(#)([^")]+)', text))
+    assert referred and referred <= defined
+    assert "scale(0.015625)" in text
+    assert not re.search(r'\b[dxy]="[^"]*\.\d{3}', text)
+
+
+def test_png_is_twice_as_fine_as_it_is_shown(ax):
+    """The picture for an untrusted notebook: 2 pixels a CSS pixel, no version, no date, the same bytes again."""
+    ax.plot([0, 1])
+    text, size = figures._png_output(ax.figure)
+    picture = base64.b64decode(text)
+    assert Image.open(io.BytesIO(picture)).size == (2 * size["width"], 2 * size["height"])
+    assert size == {"width": round(96 * figures.WIDTH), "height": 384}
+    assert b"Software" not in picture and b"tEXt" not in picture
+    assert figures.png(ax.figure) == picture
+
+
+def test_one_legend_above_all_panels():
+    with matplotlib.rc_context():
+        figures.style()
+        fig, axes = plt.subplots(2, 1)
+        for ax in axes:
+            figures.alpha_curves(curves(), ax, y="reward", baseline={"SFT": 0.5})
+        legend = figures.one_legend(fig, "pairs", columns=6)
+        figures.write_stamp(fig, "stamp")
+        figures.svg(fig)
+        names = [text.get_text() for text in legend.get_texts()]
+        assert names == ["5 %", "10 %", "20 %", "40 %", "100 %", "SFT"]
+        assert not any(ax.get_legend() for ax in axes)
+        box = legend.get_window_extent()
+        assert box.y0 >= max(ax.get_window_extent().y1 for ax in axes)
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 and box.y1 <= fig.bbox.y1
+        plt.close(fig)
+
+
+def test_rings_that_lie_together_are_named_side_by_side(ax):
+    """Three curves with one best α and nearly one height; a fourth passes where the name of a fifth would be."""
+    names = {"a": 0, "b": 0.01, "c": 0.02}
+    rows = [(name, alpha, 2.0 + shift - 0.1 * abs(alpha - 4)) for name, shift in names.items()
+            for alpha in (0, 4, 8)]  # fmt: skip
+    rows += [("d", alpha, reward) for alpha, reward in ((0, 0.0), (4, 0.1), (8, 1.0))]
+    rows += [("e", alpha, reward) for alpha, reward in ((0, 0.0), (4, 0.1), (8, 1.12))]
+    df = pd.DataFrame(rows, columns=["fraction", "alpha", "reward"])
+    figures.alpha_curves(df, ax, y="reward", mark={"a": 4, "b": 4, "c": 4, "d": 8})
+    ax.figure.canvas.draw()
+    assert [text.get_text() for text in ax.texts] == ["4", "4", "4", "8"]
+    assert overlaps(ax.texts) == []
+    below = ax.texts[3].get_window_extent()
+    assert below.y1 < ax.transData.transform((8, 1.0))[1], "the other curve's point stays in sight"
+
+
+def test_a_long_stamp_has_lines_enough(ax):
+    """What was changed is said whole, inside of the figure and below the axis' name."""
+    stamp = "cpu · smollm2 · changed: " + ", ".join(f"parameter_{i} = {i / 7}" for i in range(12))
+    ax.set_xlabel("x")
+    figures.save(ax.figure, "expo_fig5_x", data=curves(), keys=[], stamp=stamp)
+    ax.figure.canvas.draw()
+    (text,) = [text for text in ax.figure.texts if text.get_gid() == "stamp"]
+    box = text.get_window_extent()
+    assert text.get_text().replace("\n", " ") == stamp and text.get_text().count("\n") >= 1
+    assert ax.figure.bbox.x0 <= box.x0 and box.y0 >= 0 and box.y1 < ax.xaxis.label.get_window_extent().y0

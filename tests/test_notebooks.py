@@ -1,16 +1,24 @@
 """The committed notebooks: they say what they said (nbval) and keep the house rules."""
 
 import ast
+import base64
+import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from PIL import Image
 
-from beyond_dpo import paths
+from beyond_dpo import paths, report
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 LIBRARIES = {"beyond_dpo", "numpy", "pandas", "matplotlib", "IPython", "ipywidgets", "io"}
@@ -59,8 +67,60 @@ def test_committed_outputs_are_whole_and_clean(path):
         assert "image/svg+xml" in joined and "verdict" in joined, "a figure and a verdict"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_figures_fit_the_output_area_and_need_no_trust(path):
+    """JupyterLab in a window of 1,280 pixels shows 828; SVG and PNG have one size, the PNG twice the pixels."""
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            data = output.get("data", {})
+            assert ("image/svg+xml" in data) == ("image/png" in data)
+            if "image/png" in data:
+                size = output.metadata["image/png"]
+                points = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', data["image/svg+xml"]).groups()
+                assert [round(float(one) * 96 / 72) for one in points] == [size["width"], size["height"]]
+                picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+                assert abs(picture.width - 2 * size["width"]) <= 1 and abs(picture.height - 2 * size["height"]) <= 1
+                assert size["width"] <= 828
+                assert "stamp" in data["image/svg+xml"]
+    assert path.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_tables_have_readable_headings(path):
+    tables = [o.data["text/html"] for c in code_cells(path) for o in c.outputs if "text/html" in o.get("data", {})]
+    headings = [name for table in tables for name in re.findall(r"<th[^>]*>(.*?)</th>", table)]
+    assert bool(headings) == (path.stem != "90_playground")
+    raw = set(report.HEADINGS) - {"reward"}  # also the name of what the sources' responses are given
+    assert not [name for name in headings if "_" in name or name in raw]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_opening_and_saving_in_jupyterlab_changes_nothing(path):
+    """The file is as JupyterLab writes it: its metadata, its cells' ids, its indentation; nbconvert knows `.py`."""
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5)
+    assert nb["metadata"]["kernelspec"] == {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    }
+    language = nb["metadata"]["language_info"]
+    assert language["file_extension"] == ".py" and language["mimetype"] == "text/x-python"
+    assert language["codemirror_mode"] == {"name": "ipython", "version": 3}
+    assert (language["name"], language["nbconvert_exporter"], language["pygments_lexer"]) == (
+        "python",
+        "python",
+        "ipython3",
+    )
+    assert len({cell["id"] for cell in nb["cells"]}) == len(nb["cells"])
+    assert path.read_text(encoding="utf-8") == nbformat.writes(nbformat.read(path, 4)) + "\n"
+
+
 def test_committed_notebooks_say_what_they_said(tmp_path):
-    """nbval, strictly: all committed outputs come again from the frozen results, computing nothing."""
+    """nbval, strictly: all committed outputs come again from the frozen results, computing nothing.
+
+    It compares the SVG of each figure, which is the same on every CPU, and not the PNG.
+    """
     env = {**os.environ, "COMPUTE": "never", "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     env |= {"BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"), "BEYOND_DPO_FIGURES": str(tmp_path / "figures")}
     command = [
@@ -80,6 +140,91 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     assert passed == sum(len(code_cells(p)) for p in NOTEBOOKS), "every code cell was compared"
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.svg")}
     assert drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 29, "the same bytes"
+
+
+COPIED = "12_expo_interpolation"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of what one notebook reads and writes, and the environment of a kernel that works there."""
+    for name in ("figures", "data"):
+        shutil.copytree(paths.ROOT / name, tmp_path / name)
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(paths.NOTEBOOKS / f"{COPIED}.ipynb", tmp_path / "notebooks")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")}
+    lib = str(Path(report.__file__).parents[1])
+    kept |= {"BEYOND_DPO_ROOT": str(tmp_path), "PYTHONPATH": lib, "COMPUTE": "never"}
+    return tmp_path, kept
+
+
+def committed(root) -> dict:
+    """Return the bytes of all that a notebook must leave alone."""
+    files = [path for name in ("figures", "data") for path in (root / name).rglob("*") if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def execute(root, environment, nb) -> str:
+    """Run a notebook's cells in a kernel of its own, as JupyterLab does; return what it printed."""
+    manager = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    client = NotebookClient(nb, km=manager, resources={"metadata": {"path": str(root / "notebooks")}})
+    client.execute(env=environment)
+    return "".join(o.text for c in nb.cells for o in c.get("outputs", []) if o.output_type == "stream")
+
+
+def with_seed(nb, seed: int):
+    """Return the notebook with another seed of its intervals in its parameters cell."""
+    (cell,) = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert "bootstrap_seed = 0" in cell.source
+    cell.source = cell.source.replace("bootstrap_seed = 0", f"bootstrap_seed = {seed}")
+    return nb
+
+
+def check_trial(root, said, changed):
+    """The figure and the claims are under artifacts/, and both say what was changed."""
+    record = json.loads((root / "artifacts/figures/expo_fig2_interpolation.json").read_text())
+    assert record["stamp"].endswith(f" · changed: {changed}")
+    assert (root / "artifacts/figures/expo_fig2_interpolation.svg").is_file()
+    assert f"drawn with {changed}; it is in {root}/artifacts/figures" in said
+    assert f"claimed with {changed}; it is in {root}/artifacts/runs/trials" in said
+    assert [path.name for path in (root / "artifacts/runs/trials").iterdir()] == [f"{COPIED}.cpu.json"]
+    assert not (root / "artifacts/runs/claims").exists()
+
+
+def test_an_edited_parameter_overwrites_nothing(project):
+    """In JupyterLab, which saves the edited notebook by itself: the file then holds what the kernel holds."""
+    root, environment = project
+    before = committed(root)
+    path = root / "notebooks" / f"{COPIED}.ipynb"
+    nb = with_seed(nbformat.read(path, 4), 1)
+    nbformat.write(nb, path)
+    said = execute(root, environment, nb)
+    assert committed(root) == before
+    check_trial(root, said, "bootstrap_seed = 1")
+
+
+def test_papermill_overwrites_nothing(project):
+    """papermill by itself, which injects a cell with the parameters that it was given."""
+    root, environment = project
+    before = committed(root)
+    command = [sys.executable, "-m", "papermill", "-k", "python3", "-p", "bootstrap_seed", "2"]
+    copy = root / "copy.ipynb"
+    notebook = root / "notebooks" / f"{COPIED}.ipynb"
+    subprocess.run([*command, notebook, copy], env=environment, check=True, capture_output=True)
+    assert committed(root) == before
+    streams = [o.text for c in code_cells(copy) for o in c.outputs if o.output_type == "stream"]
+    check_trial(root, "".join(streams), "bootstrap_seed = 2")
+
+
+def test_unchanged_parameters_give_the_committed_files_again(project):
+    root, environment = project
+    before = committed(root)
+    figure = root / "figures/expo_fig2_interpolation.svg"
+    figure.write_text("damaged")
+    said = execute(root, environment, nbformat.read(root / "notebooks" / f"{COPIED}.ipynb", 4))
+    assert said == "" and committed(root) == before
+    assert [path.name for path in (root / "artifacts/runs/claims").iterdir()] == [f"{COPIED}.cpu.json"]
+    assert not (root / "artifacts/figures").exists()
 
 
 def test_readme_examples_run(tmp_path, monkeypatch):

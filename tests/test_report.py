@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -113,8 +114,70 @@ def test_tables_repeat_escape_and_round(project):
     assert "a &lt; b &amp; &lt;script&gt;" in html and "<script>" not in html and "caption &lt;i&gt;" in html
     assert "1.235" in html and "1.2346" not in html and report.SHADES["direction"] in html
     assert "None" not in html + repr(first) and "tolerance" not in html
-    assert "sign_only" in report.show(pd.DataFrame([claim(sign_only=True)]), "c")._repr_html_()
+    assert "sign only" in report.show(pd.DataFrame([claim(sign_only=True)]), "c")._repr_html_()
     assert html != report.show(df, "another caption")._repr_html_()
+
+
+def cells(table) -> list[list[tuple[str, str]]]:
+    """Return (style, text) of every cell of a table's HTML, row by row."""
+    rows = re.findall(r"<tr>(.*?)</tr>", table._repr_html_(), re.S)
+    return [re.findall(r'<t[hd][^>]*style="([^"]*)"[^>]*>(.*?)</t[hd]>', row, re.S) for row in rows]
+
+
+def test_tables_are_to_be_read():
+    """Texts stand left, numbers right, whole numbers without decimals, and no heading is a name of our data."""
+    df = pd.DataFrame(
+        {
+            "model": ["DPO", "DPO + ExPO", None],
+            "alpha": [0.0, 128.0, np.nan],
+            "fraction": [0.05, 0.1, 1.0],
+            "distinct_2": [0.5151, 0.5, -0.0000001],
+            "n": [1, 2, 3],
+            "held_out": [2000, None, "–"],
+            "some_other_name": [True, False, True],
+        }
+    )
+    heading, *rows = cells(report.show(df, "c"))
+    names = [text for _, text in heading]
+    assert names == ["model", "α", "share of the pairs", "distinct bigrams", "n", "held-out texts", "some other name"]
+    assert [text for _, text in rows[0]] == ["DPO", "0", "0.05", "0.515", "1", "2000", "yes"]
+    assert [text for _, text in rows[2]] == ["–", "–", "1.00", "0.000", "3", "–", "yes"]
+    for row in (heading, *rows):
+        assert [style for style, _ in row][:5] == ["text-align: left"] + 4 * ["text-align: right"]
+    text = repr(report.show(df, "c")).splitlines()
+    assert text[1].startswith("DPO        ") and text[2].startswith("DPO + ExPO  128"), "the text form as well"
+
+
+def test_long_texts_are_wrapped():
+    """Text of many words wraps in both forms, and a word that no browser would break may break anywhere."""
+    df = pd.DataFrame({"text": ["very well " * 20, "!" * 200], "n": [1, 2]})
+    table = report.show(df, "c")
+    assert max(map(len, repr(table).splitlines())) <= report.PLAIN_WIDTH + 5
+    assert repr(table).count("very") == 20
+    (_, (first, _), (second, _)) = cells(table)
+    assert "overflow-wrap" not in first[0] and "overflow-wrap: anywhere" in second[0]
+
+
+def test_tables_need_no_trust():
+    """The shades of the verdicts and the alignment stand in the cells: an untrusted notebook loses <style>."""
+    table = report.show(pd.DataFrame([claim(), claim("b", None)]), "c")
+    assert not re.search(r"\{[^}]*\}", re.search(r"<style.*?</style>", table._repr_html_(), re.S)[0])
+    assert [row[-1][0].partition("; ")[2] for row in cells(table)[1:]] == [
+        f"background-color: {report.SHADES[verdict]}; color: black" for verdict in ("direction", "not run")
+    ]
+
+
+def test_two_columns_of_one_heading_are_refused():
+    with pytest.raises(ValueError, match="two columns of one heading: α, α"):
+        report.show(pd.DataFrame({"alpha": [1], "α": [2]}), "c")
+
+
+def test_numbers_of_claims_stand_for_themselves():
+    rows = [claim("a", (2.0, 1.5, 2.5)), report.claim("b", 12, "t", 11), report.claim("c", "+", "t", 0.12345)]
+    _, *shown = cells(report.show(pd.DataFrame(rows), "c"))
+    assert [row[1][1] for row in shown] == ["2.6", "12", "+"], "as the paper prints them"
+    assert [row[3][1] for row in shown] == ["2", "11", "0.123"]
+    assert shown[0][4][1] == "1.500" and shown[0][1][0] == "text-align: right"
 
 
 def test_claim_rows():

@@ -372,11 +372,12 @@ def test_clean_is_nbstripout(project):
     nb.cells[2] |= {"execution_count": 3, "outputs": [nbformat.v4.new_output("stream", text="a")]}
     path = project / "b.ipynb"
     nbformat.write(nb, path)
-    keys = "metadata.papermill cell.metadata.papermill metadata.language_info metadata.widgets"
+    keys = "metadata.papermill cell.metadata.papermill metadata.widgets"
     options = ["--keep-output", "--keep-count", "--extra-keys", keys]
     subprocess.run([sys.executable, "-m", "nbstripout", *options, path], check=True)
     run.clean(nb)
     assert nb == nbformat.read(path, 4) and nb.cells[2].outputs and nb.metadata.keep == 1
+    assert nb.metadata.language_info == {"name": "python"}, "JupyterLab would write it again"
     run.clean(nb)
     assert nb == nbformat.read(path, 4)
 

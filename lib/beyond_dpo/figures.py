@@ -8,7 +8,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -89,12 +88,13 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
 
     rows = json.loads(data.to_json(orient="records", double_precision=6))
     content = {"figure": name, "stamp": stamp}
-    if parameters.current(notebook):
-        content |= {"notebook": notebook, "parameters": parameters.current(notebook)}
+    values = parameters.current(notebook)
+    if values:
+        content |= {"notebook": notebook, "parameters": values}
     content |= {"keys": list(dict.fromkeys(keys)), "data": rows}
 
     folder = paths.FIGURES
-    if changes and "BEYOND_DPO_FIGURES" not in os.environ:  # which says where everything goes
+    if changes and folder == paths.ROOT / "figures":
         folder = paths.ARTIFACTS / "figures"
         print(f"{name}: drawn with {', '.join(changes.values())}; it is in {folder}, figures/ stays as it was")
     paths.write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -102,8 +102,8 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     return folder / f"{name}.svg"
 
 
-def write_stamp(fig, stamp: str) -> None:
-    """Write a small text under the figure in a strip of its own, in place of an earlier one."""
+def write_stamp(fig, stamp: str) -> Figure:
+    """Write a small text under the figure in a strip of its own, in place of an earlier one; return the figure."""
     for text in [text for text in fig.texts if text.get_gid() == "stamp"]:
         text.remove()
     width, height = fig.get_size_inches()
@@ -114,6 +114,7 @@ def write_stamp(fig, stamp: str) -> None:
     if isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
         strip = (0.1 + 0.14 * len(lines)) / height
         fig.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
+    return fig
 
 
 def svg(fig) -> str:

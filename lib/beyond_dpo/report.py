@@ -220,9 +220,8 @@ def record(notebook: str, claims: Iterable[dict], profile: str, *, keys: Iterabl
     content = {"notebook": notebook, "profile": profile, "keys": list(dict.fromkeys(keys)), "claims": rows}
     path = claims_path(notebook, profile)
     paths.write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    changes = parameters.changed(notebook)
-    if path.parent.name == TRIALS and changes:
-        words = ", ".join(changes.values())
+    words = ", ".join(parameters.changed(notebook).values())
+    if words and path.parent.name == TRIALS:
         print(f"{notebook}: claimed with {words}; it is in {path.parent}, and no scoreboard counts it")
     return df
 
@@ -230,7 +229,7 @@ def record(notebook: str, claims: Iterable[dict], profile: str, *, keys: Iterabl
 def claims_path(notebook: str, profile: str) -> Path:
     """Return where a notebook's claims of a local run are stored: `trials` where parameters were changed."""
     changed = set(parameters.changed(notebook)) - {"profile"}  # each profile has claims of its own
-    folder = os.environ.get("BEYOND_DPO_CLAIMS") or (TRIALS if changed else "claims")
+    folder = TRIALS if changed else os.environ.get("BEYOND_DPO_CLAIMS", "claims")
     return paths.ARTIFACTS / "runs" / folder / f"{notebook}.{profile}.json"
 
 
