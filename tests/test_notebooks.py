@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
-from beyond_dpo import paths, report
+from beyond_dpo import config, expo, paths, progress, report, run, stages
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 LIBRARIES = {"beyond_dpo", "numpy", "pandas", "matplotlib", "IPython", "ipywidgets", "io"}
@@ -140,6 +141,38 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     assert passed == sum(len(code_cells(p)) for p in NOTEBOOKS), "every code cell was compared"
     drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.svg")}
     assert drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 29, "the same bytes"
+
+
+def test_sample_texts_train_nothing(tmp_path, monkeypatch):
+    """Notebook 11 shows frozen texts; it samples 15 where the models are there, and says so where nothing is."""
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path)
+    cfg, other = config.load("expo", "cpu"), config.load("expo", "cpu", seeds=[5])
+    alphas = [0.0, 8.0, 64.0]
+    for mode in ("auto", "never"):
+        monkeypatch.setenv("COMPUTE", mode)
+        frozen = expo.samples(cfg, alphas)
+        assert not frozen.missing() and (paths.FROZEN / frozen.key).is_dir()
+        assert expo.samples(other, alphas) is None
+    for model in (stages.sft(other), stages.aligned(other, other.recipe_fraction, 5)):
+        (tmp_path / model.key).mkdir()
+    assert expo.samples(other, alphas) is None, "COMPUTE=never samples nothing"
+    monkeypatch.setenv("COMPUTE", "auto")
+    wanted = expo.samples(other, alphas)
+    assert sorted({artifact.stage for artifact in wanted.missing().values()}) == ["own-prompts", "responses", "said"]
+    assert len(wanted.missing()) == 5, "three α, one response to each of five prompts"
+    texts = pd.DataFrame(frozen.json("texts.json"))
+    first = texts[texts["model"] == texts["model"][0]]
+    assert sorted(set(first["alpha"])) == [0, 1, 4, 16] and first["prompt"].nunique() == 5
+
+
+def test_a_dry_run_draws_nothing(tmp_path, monkeypatch):
+    """It executes the first cells of a notebook in the runner's own process; in one that draws a figure as well."""
+    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
+    path = paths.NOTEBOOKS / "23_mallows_links.ipynb"
+    nb = nbformat.read(path, 4)
+    assert "figures.save" in code_cells(path)[2].source
+    progress.planned(nb, run.parameters(nb, path.stem))
+    assert not (tmp_path / "figures").exists()
 
 
 COPIED = "12_expo_interpolation"

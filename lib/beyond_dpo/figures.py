@@ -8,6 +8,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -54,6 +55,7 @@ def style() -> None:
     mpl.rc("svg", hashsalt="beyond_dpo", fonttype="path")
     mpl.rc("font", family="DejaVu Sans", size=10)  # the font that comes with matplotlib
     mpl.rc("axes", titlesize=11, grid=True, axisbelow=True)
+    mpl.rc("axes.formatter", min_exponent=3)  # 0.01 and 100, not powers of ten
     mpl.rc("axes.spines", top=False, right=False)
     mpl.rc("grid", color="#e4e4e4", linewidth=0.8)
     mpl.rc("lines", linewidth=1.8, markersize=5)
@@ -76,9 +78,12 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     model and n, written small under the figure. Raises ValueError for another kind of name.
     Drawing the same again writes the same bytes, in any process and on any CPU.
     In a notebook whose parameters were changed the files go to artifacts/figures, and the stamp says what was changed.
+    A dry run (COMPUTE=plan), which executes a notebook's first cells, writes nothing.
     """
     if not re.fullmatch(r"(expo|mallows|wrpo)_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+", name):
         raise ValueError(f"figure name {name!r}: use <paper>_<fig|tab><n>_<slug>, as in expo_fig5_reward_vs_alpha")
+    if os.environ.get("COMPUTE") == "plan":
+        return paths.FIGURES / f"{name}.svg"
     notebook = parameters.notebook_of(name)
     changes = parameters.changed(notebook)
     if changes:
