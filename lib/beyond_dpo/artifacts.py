@@ -48,7 +48,7 @@ class Artifact:
     and other Artifacts, which enter as their keys. make(folder): writes its files into `folder`, which still holds
     what an interrupted attempt left there, and may return a dict of facts for the manifest; what it puts under
     `folder`/checkpoints or under names that begin with a dot is deleted on success. does: the work in words and its
-    command, for who plans a run; {job} stands for its job file. work: its size, for `estimate`. Neither is in the key.
+    command, for who plans a run; {job} stands for its job file. It is not in the key.
     Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on the order of dict
     keys nor on whether a number is written 1 or 1.0.
     """
@@ -58,7 +58,6 @@ class Artifact:
     inputs: dict = field(repr=False)
     make: Callable[[Path], dict | None] = field(repr=False)
     does: str = field(default="", repr=False)
-    work: dict = field(default_factory=dict, repr=False)
     recipe: dict = field(init=False, repr=False)
     key: str = field(init=False)
 

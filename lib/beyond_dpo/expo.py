@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, estimate, gather, search, stages
+from beyond_dpo import config, gather, needs, search, stages
 from beyond_dpo.artifacts import Artifact
 
 PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I rented it because", "The acting in")
@@ -62,7 +62,7 @@ def curves(cfg) -> Artifact:
         return gather.scored(walk, desc)
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *recipe["dev"])
+        needs.check(cfg)
         searched, points = judged("dev", dev, "α curves on dev prompts")
         means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
         best = [{"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())} for f, s in runs(cfg)]
@@ -88,7 +88,7 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
             for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas]  # fmt: skip
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *[score for _, score in walk])
+        needs.check(cfg)
         table, points = gather.scored(walk, "lines through two models, dev prompts")
         gather.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
@@ -174,7 +174,7 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
     def make(out: Path) -> None:
         from beyond_dpo.change import movement
 
-        estimate.check(cfg, *[one for zero, ends in pairs.values() for one in (zero, *ends.values())])
+        needs.check(cfg)
         frames, angles = [], []
         for name, (zero, ends) in pairs.items():
             rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
@@ -201,7 +201,7 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
             (out / "own.json").write_text(json.dumps(rows))
 
         recipe = {"prompts": PROMPTS, "tokenizer": reader}
-        return Artifact("own-prompts", 1, recipe, own, work={"own": len(PROMPTS)})
+        return Artifact("own-prompts", 1, recipe, own)
 
     points = {(name, alpha): line.at(cfg, alpha, "own", 1, prompts(readers[name]))
               for name, line in lines.items() for alpha in line.alphas}  # fmt: skip
@@ -209,7 +209,7 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        estimate.check(cfg, *points.values())
+        needs.check(cfg)
         texts = []
         for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
             decode = partial(data.load_tokenizer(str(readers[name].get())).decode, skip_special_tokens=True)
@@ -234,7 +234,7 @@ def searches(cfg) -> Artifact:
         return scores.groupby("id", sort=False)["reward"].mean().to_numpy()
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *grids)
+        needs.check(cfg)
         found, walk = [], []
         for f in gather.watched(cfg.fractions, "golden-section search"):
             grid = {a: mean_rewards(f, a).mean() for a in cfg.alphas[f]}

@@ -180,7 +180,7 @@ def elsewhere(cfg, source: str) -> Artifact:
             raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
         paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
 
-    return Artifact("elsewhere", 1, recipe, make, work={source: cfg.elsewhere_prompts})
+    return Artifact("elsewhere", 1, recipe, make)
 
 
 def link(s, phi: float, epsilon: float) -> np.ndarray:

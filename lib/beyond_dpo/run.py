@@ -13,17 +13,18 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from beyond_dpo import artifacts, cluster, config, estimate, launch, paths, progress
+from beyond_dpo import artifacts, cluster, config, launch, needs, paths, progress
 from beyond_dpo.kernels import Kernel
 
 CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()  # that each run changes
 KEYS = [f"metadata.{k}" for k in ("papermill", "language_info", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
+# Recomputed from published tables, replayed or exact: seconds each, without any model.
+QUICK = ("18", "19", "21", "22", "23")
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in the kernel that made it
 
 
@@ -34,9 +35,10 @@ class Refused(ValueError):
 def find(names: list[str]) -> list[Path]:
     """Return the notebooks meant by number prefix, stem or path; without names all.
 
+    Of all, the quick ones come first and the scoreboard of all last.
     Raises Refused for a name that fits none or several.
     """
-    known = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+    known = sorted(paths.NOTEBOOKS.glob("*.ipynb"), key=_turn)
     found = [] if names else known
     for name in names:
         fits = [path for path in known if name == path.stem or path.name.startswith(f"{name}_")]
@@ -48,6 +50,14 @@ def find(names: list[str]) -> list[Path]:
     if not found:
         raise Refused(f"no notebook in {paths.NOTEBOOKS}")
     return found
+
+
+def _turn(path: Path) -> tuple[int, str]:
+    """Return the place of a notebook among all of them, to sort by."""
+    number = path.name[:2]
+    if number in QUICK:
+        return 0, path.name
+    return (2 if number == "00" else 1), path.name
 
 
 def parameters(nb, name: str) -> dict:
@@ -178,7 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
     parser.add_argument("--in-place", action="store_true", help="run the defaults, write the outputs into the notebook")
     parser.add_argument("--freeze", action="store_true", help="copy the results behind its figures to data/frozen")
-    parser.add_argument("--force", action="store_true", help="run also what the estimate says does not fit")
+    parser.add_argument("--force", action="store_true", help="run also what needs a larger machine")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs")
     options = parser.parse_args(arguments)
     try:
@@ -191,14 +201,14 @@ def main(arguments: list[str] | None = None) -> int:
         for path, nb, values, _ in plan:
             print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
             print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
-        told, why = _estimated(plan)
-        print(f"estimate: {told}", *[f"does not fit: {why}"] * bool(why), sep="\n")
         return 0
     package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    if os.environ.get("COMPUTE") != "never" and any(profile not in (None, "smoke") for *_, profile in plan):
-        if (why := _announced(sys.argv[1:] if arguments is None else arguments)) and not options.force:
-            return print(f"refused: {why}; --force runs it all the same", file=sys.stderr) or 2
+    if not options.force and os.environ.get("COMPUTE") != "never":
+        reason = _lacking(plan)
+        if reason:
+            print(f"refused: {reason} (--force runs it all the same)", file=sys.stderr)
+            return 2
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
@@ -228,23 +238,25 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["status"] != "ok" for row in rows))
 
 
-def _announced(arguments: list[str]) -> str:
-    """Say what the run takes; return why that does not fit. A dry run in its own process knows: it runs the set-ups."""
-    env = {"HF_HUB_OFFLINE": "0"} | os.environ  # here it may ask the hub for a model's config.json
-    command = [sys.executable, "-m", "beyond_dpo.run", *arguments, "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = done.stdout.splitlines()[-2:] if not done.returncode else [f"estimate: none, {done.stderr[-300:]!r}"]
-    print(*[line for line in lines if line.startswith("estimate: ")], sep="\n", file=sys.stderr, flush=True)
-    return "".join(line.removeprefix("does not fit: ") for line in lines if line.startswith("does not fit: "))
+def _lacking(plan: list[tuple]) -> str:
+    """Return why a notebook's configuration is refused here, or "" if none is.
 
-
-def _estimated(plan: list[tuple]) -> tuple[str, str]:
-    """Return what all notebooks together take, and why that does not fit on this machine, if so."""
-    named = []
-    for path, nb, values, _ in plan:
-        with contextlib.suppress(Exception):  # a set-up that fails is shown where it runs
-            named += progress.planned(nb, parameters(nb, path.stem) | values)[1]
-    return estimate.told(estimate.of(named))
+    A notebook that has nothing to compute runs on any machine, so its set-up cells are executed
+    only where the machine lacks something, or where parameters are given.
+    """
+    for path, nb, values, profile in plan:
+        paper = next((name for name in config.SCHEMAS if f"_{name}_" in path.stem), None)
+        if paper is None or profile is None:
+            continue
+        try:
+            lacking = needs.lacking(config.load(paper, profile, values.get("experiment") or ""))
+            if lacking or set(values) - {"profile", "experiment"}:
+                cfg, named = progress.planned(nb, parameters(nb, path.stem) | values)
+                if cfg and any(artifact.missing() for artifact in named):
+                    needs.check(cfg)
+        except config.ConfigError as reason:
+            return f"{path.stem}: {reason}"
+    return ""
 
 
 def _plan(options) -> list[tuple]:

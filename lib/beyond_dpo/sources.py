@@ -98,7 +98,7 @@ def _put(cfg, source: config.Source) -> Artifact:
         (out / "prompts.json").write_text(json.dumps(rows))
 
     recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
-    return Artifact("asked", 1, recipe, make, work=texts.work)
+    return Artifact("asked", 1, recipe, make)
 
 
 def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import artifacts, assets, config, corpus, estimate, launch, paths, shards, spread, workers
+from beyond_dpo import artifacts, assets, config, corpus, launch, needs, paths, shards, spread, workers
 from beyond_dpo.artifacts import Artifact
 
 
@@ -22,8 +22,7 @@ def texts(world: config.World) -> Artifact:
     recipe |= {"tokenizer": assets.resolve(world.target), "source": corpus.source(world.dataset)}
     recipe |= {name: corpus.source(ref) for name in ("dev_dataset", "test_dataset") if (ref := getattr(world, name))}
     recipe |= {"pairs": world.pairs} if world.pairs != "sampled" else {}
-    work = {name: getattr(world, name) for name in corpus.SPLITS}
-    return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out), work=work)
+    return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out))
 
 
 def model(ref: str) -> Artifact:
@@ -33,15 +32,15 @@ def model(ref: str) -> Artifact:
         how = {"ignore": shutil.ignore_patterns("manifest.json"), "copy_function": partial(paths.link, least=10**9)}
         shutil.copytree(assets.model_dir(ref), out, dirs_exist_ok=True, **how)
 
-    return Artifact("target", 1, {"model": assets.resolve(ref)}, make, work={"model": ref})
+    return Artifact("target", 1, {"model": assets.resolve(ref)}, make)
 
 
 def sft(cfg, seed: int = 0) -> Artifact:
     """Fine-tune the target on review openings: the SFT model θ₀ of everything that follows."""
     if not cfg.world.sft_rows:  # it already is one
         return model(cfg.world.target)
-    how = {"desc": f"SFT seed {seed}" if seed else "SFT", "count": cfg.world.sft_rows}
-    return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, **how)
+    desc = f"SFT seed {seed}" if seed else "SFT"
+    return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, desc=desc)
 
 
 def reward(world: config.World, name: str) -> Artifact:
@@ -52,6 +51,8 @@ def reward(world: config.World, name: str) -> Artifact:
     recipe = {"texts": texts(world), "seed": 0}
     if name == "reward":
         recipe["encoder"] = assets.resolve(world.reward_model)
+    if world.precision == "fp32":
+        recipe["precision"] = world.precision
 
     def make(out: Path) -> dict:
         labelled = json.loads((texts(world).get() / "labelled.json").read_text())
@@ -61,8 +62,11 @@ def reward(world: config.World, name: str) -> Artifact:
         job = {"texts": words, "labels": labels, "held_out": held_out, "seed": 0, "out": str(out), "reward": name}
         if name == "reward":
             job["encoder"] = str(assets.model_dir(world.reward_model))
-            job |= {} if words else {"trust_remote_code": world.reward_model in world.trust_remote_code}
-        if words and estimate.cards():  # a living engine holds most of the card
+            if words:
+                job["precision"] = world.precision
+            else:
+                job["trust_remote_code"] = world.reward_model in world.trust_remote_code
+        if words and needs.cards():  # a living engine holds most of the card
             workers.close()
         workers.run("beyond_dpo.rewards", job, out, f"train {name}")
         return json.loads((out / "facts.json").read_text())
@@ -114,8 +118,7 @@ def responses(
 
     does = f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"
     recipe |= {"decoding": cfg.decoding.recipe(), "samples": samples, "seed": seed}
-    work = {"model": model.work["model"], "requests": samples * prompts.work.get(split, 0), "decoding": cfg.decoding}
-    return Artifact("responses", 2, recipe, make, does, work | {"tokens": tokens(cfg, cfg.train)})
+    return Artifact("responses", 2, recipe, make, does)
 
 
 def _shape(model: str) -> list:
@@ -145,14 +148,14 @@ def scores(
         job = {"rewards": rewards, "out": str(out / "scores.jsonl"), "reference_prompts": kl_prompts}
         job["shard"] = cfg.decoding.shard
         files = {"prompts": str(prompts.get() / f"{split}.json"), "responses": str(answers.get() / "responses.jsonl")}
-        settings, served = {"target": str(start.get())}, "beyond_dpo.rewards.Scorer"
+        settings, served = {"target": str(start.get()), "precision": cfg.world.precision}, "beyond_dpo.rewards.Scorer"
         (facts,) = spread.call(cfg, "score", served, settings, [("score", job | files)], out, "scores") or [None]
         return facts or workers.get("score", "beyond_dpo.rewards", settings).call("score", **job, **files)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
-    work = {"model": cfg.world.reward_model} if "reward" in judges else {}
-    work |= {"requests": answers.work.get("requests", 0), "tokens": tokens(cfg, cfg.train)}
-    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve", work)
+    if cfg.world.precision == "fp32":
+        recipe["precision"] = cfg.world.precision
+    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve")
 
 
 def pairs(cfg) -> Artifact:
@@ -202,8 +205,7 @@ def reference(
         job |= {"micro_batch": 4 * train.micro_batch, "out": str(out / "reference.safetensors")}
         workers.run("beyond_dpo.reference", job, out, "reference")
 
-    work = {"model": start.work["model"], "requests": cfg.world.prompts * len(names), "tokens": tokens(cfg, train)}
-    return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}", work)
+    return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}")
 
 
 def of_reference(held: Artifact, what: str):
@@ -245,15 +247,14 @@ def aligned(
     what = [f", {v}" if isinstance(v, str) else f", {k} {v:g}" for k, v in changes.items() if v != settings.loss]
     desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}" + "".join(what) + ", the longest chosen" * longest
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
-    given["count"] = fraction * cfg.world.prompts
     return training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
 
 
 def training(
     cfg, settings: config.Train, rows: Artifact, file: str, names: list, *,
-    base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str, count: float = 0.0,
+    base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str,
 ) -> Artifact:  # fmt: skip
-    """Train from `base` against its reference pass, or (SFT) from the target. count: rows, about."""
+    """Train from `base` against its reference pass, or (SFT) from the target."""
     machine = {"launcher": settings.launcher, "processes": settings.processes}
     batch = f"{settings.global_batch} = {settings.processes} × {settings.micro_batch} × {config.check_batch(settings)}"
     does = f"{desc} ({settings.epochs} × lr {settings.lr:g}, {settings.optimizer}, β {settings.beta:g}, batch {batch}, "
@@ -275,14 +276,7 @@ def training(
         steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
 
-    work = {"model": base.work["model"] if base else cfg.world.target, "train": settings, "rows": count}
-    return Artifact("train", 2, recipe, make, does, work | {"tokens": tokens(cfg, settings), "names": len(names)})
-
-
-def tokens(cfg, settings: config.Train) -> tuple[float, float]:
-    """Return how many tokens a prompt and a response have, at most: for estimates."""
-    prompt = min(sum(cfg.world.prompt_tokens) / 2, settings.max_prompt)
-    return prompt, min(cfg.decoding.max_tokens, settings.max_length - prompt)
+    return Artifact("train", 2, recipe, make, does)
 
 
 def _limits(settings: config.Train, model: Path) -> dict:

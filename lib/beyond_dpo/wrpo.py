@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, estimate, gather, sources, stages, stats
+from beyond_dpo import config, gather, needs, sources, stages, stats
 from beyond_dpo.artifacts import Artifact
 
 OWN, OFF_POLICY = config.FUSED[1:], config.FUSED[::2]  # the target's own pair; the source's response against its worst
@@ -32,8 +32,7 @@ def thirds(cfg) -> Artifact:
         (out / "first.json").write_text(json.dumps(prompts[:cut]))
         (out / "rest.json").write_text(json.dumps(prompts[cut:]))
 
-    sizes = {"first": cfg.sft_share * cfg.world.prompts, "rest": (1 - cfg.sft_share) * cfg.world.prompts}
-    return Artifact("thirds", 1, {"texts": stages.texts(cfg.world), "share": cfg.sft_share}, make, work=sizes)
+    return Artifact("thirds", 1, {"texts": stages.texts(cfg.world), "share": cfg.sft_share}, make)
 
 
 def scored(cfg, answers: Artifact, split: str = "prompts", prompts: Artifact | None = None) -> Artifact:
@@ -82,7 +81,6 @@ def best_and_worst(group: pd.DataFrame | None, seed: str) -> tuple | None:
 def target_sft(cfg, names: tuple) -> Artifact:
     """Fine-tune the target on the sources' best responses to the first third of the prompts: Target-SFT."""
     how = {"base": stages.sft(cfg), "seed": cfg.seeds[0], "desc": f"Target-SFT on {' + '.join(names)}"}
-    how["count"] = cfg.sft_share * cfg.world.prompts
     return stages.training(cfg, cfg.sft, fusion(cfg, names), "sft.jsonl", [config.FUSED[0]], **how)
 
 
@@ -141,7 +139,6 @@ def trained(cfg, loss: str, *, base: Artifact | None = None, names=(), responses
     desc = f"{loss.upper()} from {start}, {responses[0]} chosen, seed {seed}"
     desc += "".join(f", {name} {value:g}" for name, value in changes.items())
     how = {"base": base, "against": held, "seed": seed, "desc": desc}
-    how["count"] = cfg.fraction * (1 - cfg.sft_share) * cfg.world.prompts
     return stages.training(cfg, settings, draw(cfg, rows, seed), "pairs.jsonl", list(responses), **how)
 
 
@@ -222,7 +219,7 @@ def collected(cfg) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        estimate.check(cfg, rows)
+        needs.check(cfg)
         table = pd.concat([_table(*pool).assign(source=name) for name, pool in pools.items()], ignore_index=True)
         kept = {row["id"]: row["responses"] for row in data.read_rows(rows.get() / "pairs.jsonl")}
         table = table[table["id"].isin(kept)]
@@ -259,7 +256,7 @@ def dynamics(cfg) -> Artifact:
     held["Target-SFT"] = stages.reference(cfg, model, rows, config.FUSED)
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *runs.values())
+        needs.check(cfg)
         read = {one: pd.read_json(run.get() / "log.jsonl", lines=True) for one, run in runs.items()}
         logs = [table.assign(model=name, seed=s) for (name, s), table in read.items()]
         pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"]).round(6).to_csv(out / "log.csv", index=False)
