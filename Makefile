@@ -49,10 +49,9 @@ setup: $(READY)  ## create .venv from requirements/cpu.txt (2 to 4 minutes, once
 	@$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch .venv/.ready
 
-reproduce: $(READY)  ## download models and data, compute every result anew, print the scoreboard (NB=11: one notebook)
-	@test "$(PROFILE)" = smoke || $(RUN) -m beyond_dpo.assets
+reproduce: $(READY)  ## compute every result anew, download what it needs, print the claims (NB=11: one notebook)
 	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run $${nb:---all} --profile $(PROFILE)
-	@$(RUN) -m beyond_dpo.report --local
+	@$(RUN) -m beyond_dpo.report --local $(NB)
 
 # Two processes: most of the time goes to children that start up on one core. A file's tests stay together, they share
 # models; the files go in the order of their names, which begins the longest early.

@@ -1,5 +1,6 @@
 """What a user installs and reads: pins that agree, light imports, files that git keeps, a Makefile that works."""
 
+import dataclasses
 import json
 import os
 import re
@@ -170,6 +171,49 @@ def test_citation_names_the_software_and_the_three_papers():
     assert found == {"arXiv:2404.16792", "arXiv:2405.14953", "arXiv:2412.03187"}
     assert all(r["title"] and r["year"] == 2025 and r["authors"] for r in citation["references"])
     assert f"## [{__version__}]" in read("CHANGELOG.md")
+
+
+@pytest.mark.slow
+def test_the_readme_trains_on_your_own_data_as_printed(tmp_path, monkeypatch):
+    """With a tiny model, reward model and file of pairs in place of those it names, and fewer rows."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from beyond_dpo import assets, expo, workers
+
+    tiny, encoder = assets.model_dir("tiny"), assets.model_dir("tiny-encoder")
+    reward = tmp_path / "reward"
+    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1).save_pretrained(reward)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(reward)
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What about film {i}?", "chosen": f"Good, {i}.", "rejected": f"Bad {i}, and long."}
+        for i in range(24)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (block,) = re.findall(r"```python\n([^`]*config\.load\([^`]*)```", read("README.md"))
+    own = {
+        "org/sft-model@commit": str(tiny),
+        "org/reward-model@commit": str(reward),
+        "pairs.jsonl": str(pairs),
+        "5000": "16",
+        "300": "4",
+    }
+    for printed, here in own.items():
+        assert printed in block
+        block = block.replace(printed, here)
+    names = {}
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    exec(block, names)
+    cfg = names["cfg"]
+    assert cfg.needs.memory_gb == 0 and cfg.train.precision == "fp32"
+    decoding = dataclasses.replace(cfg.decoding, backend="transformers", max_tokens=8, max_model_len=256)
+    train = dataclasses.replace(cfg.train, launcher="plain", max_prompt=128, max_length=256)
+    cfg = dataclasses.replace(
+        cfg, decoding=decoding, train=train, fractions=(1.0,), alphas={1.0: (0.0, 1.0)}, seeds=(0,)
+    )
+    best = expo.curves(cfg).json("best.json")
+    workers.close()
+    assert best[0]["fraction"] == 1.0 and best[0]["alpha"] in (0.0, 1.0)
 
 
 # --- commands
