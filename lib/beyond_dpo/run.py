@@ -204,10 +204,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    if not options.force and os.environ.get("COMPUTE") != "never":
-        reason = _lacking(plan)
+    if os.environ.get("COMPUTE") != "never":
+        reason = _refusal(plan, options.force)
         if reason:
-            print(f"refused: {reason} (--force runs it all the same)", file=sys.stderr)
+            print(f"refused: {reason}", file=sys.stderr)
             return 2
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
@@ -238,8 +238,10 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["status"] != "ok" for row in rows))
 
 
-def _lacking(plan: list[tuple]) -> str:
+def _refusal(plan: list[tuple], force: bool) -> str:
     """Return why a notebook's configuration is refused here, or "" if none is.
+
+    force: whether it may need more than this machine has.
 
     A notebook that has nothing to compute runs on any machine, so its set-up cells are executed
     only where the machine lacks something, or where parameters are given.
@@ -250,12 +252,17 @@ def _lacking(plan: list[tuple]) -> str:
             continue
         try:
             lacking = needs.lacking(config.load(paper, profile, values.get("experiment") or ""))
-            if lacking or set(values) - {"profile", "experiment"}:
-                cfg, named = progress.planned(nb, parameters(nb, path.stem) | values)
-                if cfg and any(artifact.missing() for artifact in named):
-                    needs.check(cfg)
+            if not lacking and not set(values) - {"profile", "experiment"}:
+                continue
+            cfg, named = progress.planned(nb, parameters(nb, path.stem) | values)
         except config.ConfigError as reason:
             return f"{path.stem}: {reason}"
+        if force or cfg is None or not any(artifact.missing() for artifact in named):
+            continue
+        try:
+            needs.check(cfg)
+        except config.ConfigError as reason:
+            return f"{path.stem}: {reason} (--force runs it all the same)"
     return ""
 
 
