@@ -31,7 +31,7 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
     an unknown name or key, a wrong type or value, an impossible batch split or a missing α grid.
     """
     file = Path(__file__).parent / "profiles" / f"{paper}.yaml"
-    layers = yaml.safe_load(file.read_text()) if paper in SCHEMAS else {}
+    layers = yaml.safe_load(file.read_text(encoding="utf-8")) if paper in SCHEMAS else {}
     experiments = ["", *(name.partition("/")[2] for name in layers)]
     known = {"paper": (paper, SCHEMAS), "profile": (profile, PROFILES), "experiment": (experiment, experiments)}
     for what, (name, valid) in known.items():
