@@ -285,3 +285,6 @@ if __name__ == "__main__":
         print(*fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in]), sep="\n")
     except AssetError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: what has arrived stays, the same command fetches the rest", file=sys.stderr)
+        sys.exit(130)

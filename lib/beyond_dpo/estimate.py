@@ -5,6 +5,7 @@ From the configuration, the models' own config.json and this machine's speed, wh
 tests/test_estimate.py holds them; for a GPU they are what the same formulas say, not yet measured there.
 """
 
+import argparse
 import functools
 import json
 import os
@@ -287,13 +288,16 @@ def speed() -> dict:
 
 def main() -> None:
     """Print the Shape of each architecture on standard input, {name: config.json}, null for one of no known kind."""
+    parser = argparse.ArgumentParser(prog="python -m beyond_dpo.estimate", description=main.__doc__)
+    parser.add_argument("--speed", action="store_true", help="measure this machine as well")
+    options = parser.parse_args()
     shapes, given = {}, json.load(sys.stdin)
     for name, architecture in given.items():
         try:
             shapes[name] = asdict(shape(architecture))
         except (ValueError, KeyError, AttributeError, TypeError):  # code of its own, an encoder
             shapes[name] = None
-    print(json.dumps({"shapes": shapes} | ({"speed": speed()} if "--speed" in sys.argv else {})))
+    print(json.dumps({"shapes": shapes} | ({"speed": speed()} if options.speed else {})))
 
 
 if __name__ == "__main__":
