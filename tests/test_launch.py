@@ -430,7 +430,7 @@ def test_a_damaged_progress_file_is_left_out(tmp_path, monkeypatch):
 
 
 def test_progress_left_by_another_job_is_not_shown(tmp_path, monkeypatch):
-    """Also where the file cannot be emptied, here as a link to a device that is always full."""
+    """And a device that is always full takes no report, but ends nothing."""
     reports, file = tmp_path / "reports", tmp_path / "progress"
     monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
     file.write_text("2 4\n")
@@ -539,3 +539,12 @@ def test_help_says_what_a_module_is_for_and_starts_nothing(helped, module):
     status, said, children = helped[module]
     assert status == 0, (status, said)
     assert "usage: " in said and len(said.split()) > 10 and not children
+
+
+def test_an_interrupted_report_is_one_line():
+    code = "import os, runpy, signal\nfrom beyond_dpo import launch\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "launch.printable = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "runpy.run_module('beyond_dpo.report', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.startswith("interrupted: ") and done.stderr.count("\n") == 1
