@@ -8,8 +8,9 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 
-# no warning at each start that the loopback is not encrypted; no trace in the user's history
-QUIET = ["--IPKernelApp.log_level=ERROR", "--HistoryManager.hist_file=:memory:"]
+# no warning at each start that the loopback is not encrypted, no traceback of a kernel that is ended in the middle of
+# a cell; no trace in the user's history
+QUIET = ["--IPKernelApp.log_level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
 
 
 class Kernel(AsyncKernelManager):
