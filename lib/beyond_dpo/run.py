@@ -233,6 +233,7 @@ def _main(arguments: list[str] | None) -> int:
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
     cluster.head()
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of an interrupt it tells tasks that nobody asks for
     rows, kernel = [], Kernel()
     try:
         for i, notebook in enumerate(plan, 1):
@@ -345,7 +346,6 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
         if options.freeze and not note:
             note = f"frozen: {', '.join(freeze(began - 1)) or 'nothing, no figure or claim names a key'}"
     except KeyboardInterrupt:
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # the cell fails as its kernel ends; nobody asks
         status, note = "interrupted", f"{watch.cell or 'before the first cell'}, executed copy: {copy}; {RESUME}"
     except (ValueError, RuntimeError) as error:  # too big to freeze, damaged, nowhere
         status, note = "failed", f"the notebook ran, but its results are not stored: {error}"
