@@ -603,7 +603,8 @@ def test_an_early_interrupt_is_one_line(project):
     assert first == "[1/1] 11_expo_a · starting\n"
     runner.send_signal(signal.SIGINT)
     err = runner.communicate(timeout=30)[1]
-    assert runner.returncode == 130 and err.count("\n") == 1 and run.RESUME in err
+    assert runner.returncode == 130
+    assert err.count("\n") == 1 and run.RESUME in err, err
 
 
 def test_an_interrupt_before_the_first_cell_is_told_as_well(project, monkeypatch, capsys):

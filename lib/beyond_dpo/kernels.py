@@ -19,6 +19,7 @@ class Kernel(AsyncKernelManager):
     def __init__(self):
         super().__init__(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
         self.clients = []
+        self.answers = False  # one that still starts tells an interrupt in many lines
 
     def client(self, **options):
         self.clients.append(super().client(**options))  # papermill leaves its own open
@@ -42,6 +43,7 @@ class Kernel(AsyncKernelManager):
         client.start_channels()
         try:
             await client.wait_for_ready(timeout=120)
+            self.answers = True
             return (await client.execute(code, silent=True, reply=True, timeout=60))["content"]
         finally:
             self._hang_up()
@@ -56,7 +58,7 @@ class Kernel(AsyncKernelManager):
 
         self._hang_up()
         if self.has_kernel:
-            run_sync(self.shutdown_kernel)()
+            run_sync(self.shutdown_kernel)(now=not self.answers)
         for how in ("terminate", "kill"):
             left = psutil.Process().children(recursive=True)
             for process in left:
