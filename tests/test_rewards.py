@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from beyond_dpo import assets, data, launch, paths, reference, rewards
+from beyond_dpo import artifacts, assets, config, data, launch, paths, reference, rewards, stages, wrpo
 from beyond_dpo.rewards import Classifier, Scorer, Vader
 
 ROWS = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
@@ -550,3 +552,142 @@ def test_training_job_in_a_child(encoder, bag, tmp_path):
         assert np.isfinite(Classifier(tmp_path).score(TEXTS[:2])).all()
     else:
         assert facts == bag[1]
+
+
+# --- a reward that prefers nothing
+
+
+def made(stage, **files):
+    """Return a result with these files: rows as JSON lines under a name in "_jsonl", JSON under one in "_json"."""
+
+    def make(out):
+        for name, content in files.items():
+            text = json.dumps(content)
+            if name.endswith("_jsonl"):
+                text = "".join(json.dumps(row) + "\n" for row in content)
+            (out / name.replace("_", ".")).write_text(text)
+
+    return artifacts.Artifact(stage, 1, {"files": json.dumps(files)}, make)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
+
+
+@pytest.fixture
+def judged(store, monkeypatch):
+    """Return the pairs of three prompts whose two responses each have these scores and tokens."""
+
+    def pairs(scores, said, **changes):
+        cfg = config.load("expo", "smoke", world__prompts=3, world__samples=2, **changes)
+        name = stages.oracle(cfg.world)
+        rows = [{"id": f"B{i // 2}", "sample": i % 2} for i in range(6)]
+        pool = [row | {"response_ids": ids} for row, ids in zip(rows, said, strict=True)]
+        given = [row | {name: score} for row, score in zip(rows, scores, strict=True)]
+        prompts = [{"id": f"B{i}", "prompt_ids": [i]} for i in range(3)]
+        monkeypatch.setattr(stages, "texts", lambda world: made("texts", prompts_json=prompts))
+        monkeypatch.setattr(stages, "responses", lambda *a, **k: made("responses", responses_jsonl=pool))
+        monkeypatch.setattr(stages, "scores", lambda *a, **k: made("scores", scores_jsonl=given))
+        return stages.pairs(cfg)
+
+    return pairs
+
+
+def test_pairs_leave_out_prompts_whose_samples_tie_or_are_the_same(judged):
+    """Of the second prompt both score 1; of the third both are the same response, whatever a batch made of it."""
+    pairs = judged([0, 1, 1, 1, 0.5, 0.50001], [[5], [6], [7], [8], [9], [9]])
+    (row,) = data.read_rows(pairs.get() / "pairs.jsonl")
+    assert row == {"id": "B0", "prompt_ids": [0], "responses": {"chosen": [6], "rejected": [5]}}
+    assert pairs.manifest["facts"] == {"pairs": 1, "ties_dropped": 2, "mean_gold_gap": 1.0}
+
+
+def test_a_reward_that_prefers_nothing_is_said_in_words(judged):
+    """Before any training: which reward, of how many prompts, and what to do."""
+    said = [[5], [6], [7], [8], [9], [10]]
+    with pytest.raises(
+        config.ConfigError, match=r"the gold reward scores all 2 responses to each of 3 prompts alike.*use"
+    ):
+        judged([1.0] * 6, said).get()
+    with pytest.raises(config.ConfigError, match="the reward model minilm scores .*: use another reward model, more"):
+        judged([1.0] * 6, said, world__gold_rows=0, world__reward_model="minilm").get()
+
+
+def test_a_single_sample_is_refused_before_it_is_drawn():
+    builds = {stages.pairs: "expo", stages.reference: "expo", wrpo.main_result: "wrpo"}
+    for build, paper in builds.items():
+        cfg = config.load(paper, "smoke")
+        cfg = dataclasses.replace(cfg, world=dataclasses.replace(cfg.world, samples=1))
+        with pytest.raises(config.ConfigError, match="world.samples=1: a preference needs two responses"):
+            build(cfg)
+
+
+def test_no_pair_to_draw_from_is_said_in_words(store, monkeypatch):
+    monkeypatch.setattr(stages, "pairs", lambda cfg: made("texts", pairs_jsonl=[]))
+    with pytest.raises(config.ConfigError, match="texts-[0-9a-f]+ holds no pair to draw from: use more prompts"):
+        stages.subset(config.load("expo", "smoke"), 0.5, 0).get()
+
+
+@pytest.fixture
+def fusing(store, monkeypatch):
+    """Give WRPO's stages prompts, a source's responses and the target's own ones, by (prompt, tokens, reward)."""
+    cfg = config.load("wrpo", "smoke")
+
+    def answers(name, rows):
+        lines = [{"id": i, "sample": n, "response_ids": ids} for n, (i, ids, _) in enumerate(rows)]
+        scores = [{"id": i, "sample": n, "reward": r, "length": len(ids)} for n, (i, ids, r) in enumerate(rows)]
+        return made(f"{name}-said", responses_jsonl=lines), made(f"{name}-judged", scores_jsonl=scores)
+
+    def build(source, own, first=("a",), rest=("b", "c")):
+        parts = {"first": first, "rest": rest, "prompts": (*first, *rest)}
+        prompts = {f"{name}_json": [{"id": i, "prompt_ids": [1]} for i in ids] for name, ids in parts.items()}
+        said, judged = answers("source", source)
+        monkeypatch.setattr(stages, "texts", lambda world: made("texts", **prompts))
+        monkeypatch.setattr(wrpo, "thirds", lambda cfg: made("thirds", **prompts))
+        monkeypatch.setattr(wrpo.sources, "answers", lambda cfg, name: said)
+        monkeypatch.setattr(wrpo, "scored", lambda *a, **k: judged)
+        monkeypatch.setattr(wrpo, "own", lambda cfg, model: answers("own", own))
+        return cfg
+
+    return build
+
+
+GOOD = [("a", [5], 1.0), ("b", [6], 1.0), ("c", [7], 1.0)]
+OWN = [("b", [8], 0.0), ("b", [9], 1.0), ("c", [8], 0.0), ("c", [9], 1.0)]
+
+
+def test_a_quadruple_needs_two_different_responses_of_the_targets_own(fusing):
+    """Of c there is one that is not empty: best and worst at once, which would be a preference for itself."""
+    cfg = fusing(GOOD, [*OWN[:2], ("c", [9], 1.0), ("c", [], 0.0)])
+    (row,) = data.read_rows(wrpo.quadruples(cfg, ("one",), None).get() / "pairs.jsonl")
+    assert row["id"] == "b" and row["responses"] == dict(zip(config.FUSED, ([6], [9], [8]), strict=True))
+    assert wrpo.quadruples(cfg, ("one",), None).manifest["facts"] == {"quadruples": 1, "dropped": 1}
+
+
+def test_rewards_that_prefer_nothing_of_the_sources_or_the_target_are_said_in_words(fusing):
+    tied = [(i, [n], 1.0) for i in "abc" for n in (5, 6)]
+    with pytest.raises(config.ConfigError, match="finds no best response of one to any of 3 prompts .all score alike"):
+        wrpo.fusion(fusing(tied, OWN), ("one",)).get()
+    with pytest.raises(config.ConfigError, match="finds no best response of one to any of 1 prompts for Target-SFT"):
+        wrpo.fusion(fusing([*tied[:2], *GOOD[1:]], OWN), ("one",)).get()
+    alike = [(i, ids, 0.5) for i, ids, _ in OWN]
+    with pytest.raises(config.ConfigError, match="finds for none of 2 prompts a best .* sampling.temperature$"):
+        wrpo.quadruples(fusing(GOOD, alike), ("one",), None).get()
+
+
+def test_a_draw_without_a_quadruple_is_said_in_words(fusing):
+    """Of eight prompts only one has a quadruple, and a draw of one prompt misses it for some seed."""
+    rest = tuple("bcdefghi")
+    cfg = fusing([(i, [7], 1.0) for i in ("a", *rest)], OWN[:2], rest=rest)
+    cfg = dataclasses.replace(cfg, fraction=0.1)
+    rows, drawn = wrpo.quadruples(cfg, ("one",), None), []
+    for seed in range(4):
+        try:
+            drawn += data.read_rows(wrpo.draw(cfg, rows, seed).get() / "pairs.jsonl")
+        except config.ConfigError as error:
+            assert re.search("fraction=0.1 draws 1 of 8 prompts, and none of the 1 quadruples is of these", str(error))
+            break
+    else:
+        pytest.fail("no draw was empty")
+    assert all(row["id"] == "b" for row in drawn)
