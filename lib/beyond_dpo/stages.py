@@ -159,10 +159,21 @@ def scores(
     return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve")
 
 
+def require_samples(world: config.World) -> None:
+    """Raise ConfigError for a single response to a prompt, where no preference can be had."""
+    if world.samples < 2:
+        advice = "a preference needs two responses to a prompt, set it to 2 or more"
+        raise config.ConfigError(f"world.samples={world.samples}: {advice}")
+
+
 def pairs(cfg) -> Artifact:
-    """Pair the best with the worst of each prompt's samples from the SFT model, by the oracle; or take those given."""
+    """Pair the best with the worst of each prompt's samples from the SFT model, by the oracle; or take those given.
+
+    Raises ConfigError for a single sample; its get() does where every prompt's samples score alike.
+    """
     if cfg.world.pairs == "given":
         return texts(cfg.world)
+    require_samples(cfg.world)
     pool = responses(cfg, sft(cfg), "prompts", samples=cfg.world.samples, seed=1)
     judged = scores(cfg, pool, "prompts", judges=(oracle(cfg.world),))
 
@@ -175,10 +186,19 @@ def pairs(cfg) -> Artifact:
         rows, gaps, by = [], [], oracle(cfg.world)
         for name, group in gold.groupby("id", sort=False):
             best, worst = group.loc[group[by].idxmax()], group.loc[group[by].idxmin()]
-            if best[by] > worst[by]:  # a prompt whose samples all score alike has no preference
-                responses = {"chosen": said[name, best["sample"]], "rejected": said[name, worst["sample"]]}
+            chosen, rejected = said[name, best["sample"]], said[name, worst["sample"]]
+            # a prompt whose samples all score alike, or are alike, has no preference
+            if best[by] > worst[by] and chosen != rejected:
+                responses = {"chosen": chosen, "rejected": rejected}
                 rows.append({"id": name, "prompt_ids": asked[name], "responses": responses})
                 gaps.append(float(best[by] - worst[by]))
+        if not rows:
+            judge = "gold reward" if by == "gold" else f"reward model {cfg.world.reward_model}"
+            raise config.ConfigError(
+                f"the {judge} scores all {cfg.world.samples} responses to each of {len(asked)} "
+                "prompts alike, which leaves no pair to train on: use another reward model, more "
+                "world.samples, or a higher decoding.temperature"
+            )
         data.write_rows(out / "pairs.jsonl", rows)
         gap = round(sum(gaps) / len(gaps), 3)
         return {"pairs": len(rows), "ties_dropped": len(asked) - len(rows), "mean_gold_gap": gap}
@@ -224,6 +244,9 @@ def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
         from beyond_dpo import data
 
         everything = data.read_rows(rows.get() / "pairs.jsonl")
+        if not everything:
+            advice = "use more prompts, or another data set"
+            raise config.ConfigError(f"{rows.key} holds no pair to draw from: {advice}")
         order = data.order(len(everything), seed, epoch=1_000)
         longer = [len(r["responses"]["chosen"]) - len(r["responses"]["rejected"]) for r in everything]
         if longest:

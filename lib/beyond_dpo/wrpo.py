@@ -60,8 +60,16 @@ def fusion(cfg, names: tuple) -> Artifact:
                 said_by = {"responses": {config.FUSED[0]: best["response_ids"]}, "source": best["source"]}
                 rows.append(prompt | said_by)
         first = {prompt["id"] for prompt in thirds(cfg).json("first.json")}
+        learnt = [row for row in rows if row["id"] in first]
+        if not rows or (first and not learnt):
+            part = f"{len(first)} prompts for Target-SFT" if rows else f"{len(asked)} prompts"
+            raise config.ConfigError(
+                f"the reward model {cfg.world.reward_model} finds no best response of "
+                f"{', '.join(said)} to any of {part} (all score alike, or are empty): use another "
+                "reward model, other sources, or more prompts"
+            )
         data.write_rows(out / "best.jsonl", rows)
-        data.write_rows(out / "sft.jsonl", [row for row in rows if row["id"] in first])
+        data.write_rows(out / "sft.jsonl", learnt)
         return {"wins": Counter(row["source"] for row in rows), "dropped": len(asked) - len(rows)}
 
     return Artifact("fusion", 1, {"scores": judged, "thirds": thirds(cfg)}, make)
@@ -93,7 +101,11 @@ def own(cfg, model: Artifact) -> tuple[Artifact, Artifact]:
 
 
 def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
-    """Set y_ws beside the best and the worst of `model`'s own responses to the rest of the prompts: pairs.jsonl."""
+    """Set y_ws beside the best and the worst of `model`'s own responses to the rest of the prompts: pairs.jsonl.
+
+    Raises ConfigError for a single sample; its get() does where no prompt has both.
+    """
+    stages.require_samples(cfg.world)
     (said, judged), best = own(cfg, model), fusion(cfg, names)
 
     def make(out: Path) -> dict:
@@ -105,7 +117,15 @@ def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
         for name in [prompt["id"] for prompt in asked if prompt["id"] in fused]:
             if picked := best_and_worst(groups.get(name), name):
                 both = dict(zip(OWN, table.loc[list(picked), "response_ids"], strict=True))
-                rows.append(fused[name] | {"responses": fused[name]["responses"] | both})
+                if both[OWN[0]] != both[OWN[1]]:  # else there is one response only
+                    rows.append(fused[name] | {"responses": fused[name]["responses"] | both})
+        if not rows:
+            raise config.ConfigError(
+                f"the reward model {cfg.world.reward_model} finds for none of {len(asked)} prompts "
+                f"a best response of the sources, and a best and a worst of the model's own "
+                f"{cfg.world.samples} (they score alike, or are empty): use another reward model, "
+                "more prompts, or a higher sampling.temperature"
+            )
         data.write_rows(out / "pairs.jsonl", rows)
         return {"quadruples": len(rows), "dropped": len(asked) - len(rows)}
 
@@ -121,7 +141,13 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
         ids = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
         order = data.order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
         whole, kept = data.read_rows(rows.get() / "pairs.jsonl"), {ids[i] for i in order}
-        data.write_rows(out / "pairs.jsonl", [row for row in whole if row["id"] in kept])
+        drawn = [row for row in whole if row["id"] in kept]
+        if not drawn:
+            raise config.ConfigError(
+                f"fraction={cfg.fraction} draws {len(kept)} of {len(ids)} prompts, and none of the "
+                f"{len(whole)} quadruples is of these: use a larger fraction, or more prompts"
+            )
+        data.write_rows(out / "pairs.jsonl", drawn)
 
     inputs = {"quadruples": rows, "thirds": thirds(cfg), "fraction": cfg.fraction, "seed": seed}
     return Artifact("draw", 1, inputs, make)
