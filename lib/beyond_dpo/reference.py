@@ -7,30 +7,16 @@ seed in its key; training then holds one model. `python -m beyond_dpo.reference 
 import argparse
 import json
 import math
-import re
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from beyond_dpo import data, launch, paths
+from beyond_dpo.cluster import CPUINFO, computes_bf16
 
 CHUNK = 2048  # response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB)
-CPUINFO = "/proc/cpuinfo"  # where Linux lists what the processor can do
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86-64, the same with tiles, ARM
-
-
-@lru_cache
-def computes_bf16(cpuinfo: str) -> bool:
-    """Return whether the processor that a `cpuinfo` file describes multiplies bfloat16 itself.
-
-    True also where the file is missing or lists no flags: then nothing is known against it.
-    """
-    file = Path(cpuinfo)
-    text = file.read_text() if file.exists() else ""
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return flags is None or not BF16_FLAGS.isdisjoint(flags[1].split())
 
 
 def require_precision(precision: str) -> None:
