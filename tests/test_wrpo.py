@@ -82,13 +82,13 @@ def test_in_a_chat_the_prompt_is_asked_as_it_is(store, tmp_path):
     rows = stages.texts(cfg.world).json("prompts.json")
     asked = sources._put(cfg, cfg.known_sources["one"]).json("prompts.json")
     decode = data.load_tokenizer(assets.model_dir("tiny")).decode
-    assert [decode(row["prompt_ids"]) for row in asked] == [f"<s><|user|> {r['text']}</s><|assistant|> " for r in rows]
+    assert [decode(row["prompt_ids"]) for row in asked] == [f"<s><|user|> {r['text']}</s><|assistant|>" for r in rows]
     file = tmp_path / "answers.jsonl"
     file.write_text(json.dumps({"prompt": rows[3]["text"], "response": "Yes."}))
     chat["known_sources"] = {"one": {"kind": "recorded", "ref": str(file)}}
     cfg = config.load("wrpo", "smoke", **chat)
     said = lines(sources.answers(cfg, "one"))
-    assert [line["id"] for line in said] == [rows[3]["id"]] and decode(said[0]["response_ids"]) == "Yes.</s>"
+    assert [line["id"] for line in said] == [rows[3]["id"]] and decode(said[0]["response_ids"]) == " Yes.</s>"
 
 
 def test_recorded_answers_that_are_none_say_so(store, tmp_path):

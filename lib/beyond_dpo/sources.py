@@ -4,7 +4,10 @@ A source is one entry of a profile (config.Source): a model by asset, folder or 
 file of recorded answers; or the reviewers themselves.
 """
 
+import gzip
 import json
+import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,10 +31,12 @@ def sampling(cfg):
 def answers(cfg, name: str) -> Artifact:
     """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
 
-    They are cut after cfg.sampling.max_tokens; those without a word are left out. Raises ConfigError for a source
-    without any answer, and what the engine or the endpoint raises.
+    They are cut after cfg.sampling.max_tokens; those without a word are left out, and counted those that the target's
+    chat template does not take (data.encode_response). Raises ConfigError for a source without any answer or with an
+    `ask` that asks the same of all prompts, and what the engine or the endpoint raises.
     """
     source, texts = cfg.known_sources[name], stages.texts(cfg.world)
+    check(name, source)
     asked = {"model": source.ref, "ask": source.ask, "samples": cfg.world.samples, "sampling": cfg.sampling.recipe()}
     made_of = {"human": {}, "endpoint": asked}.get(source.kind)
     if source.kind == "recorded":
@@ -56,18 +61,51 @@ def answers(cfg, name: str) -> Artifact:
             plain = cfg.world.template == "plain"
             found = {i: [(_after(text, answer) if plain else answer, ended) for answer, ended in given.get(text, ())]
                      for i, text in wording.items()}  # fmt: skip
-        found, lines = {i: [one for one in responses if one[0].strip()] for i, responses in found.items()}, []
-        for i, responses in found.items():
-            for sample, (text, ended) in enumerate(responses):
-                ids = data.encode_response(tokenizer, text, end=ended)[: cfg.sampling.max_tokens]
-                lines.append(json.dumps({"id": i, "sample": sample, "response_ids": ids, "logp": None}) + "\n")
+        lines, refused = _encoded(cfg, tokenizer, rows, found)
         if not lines:
             raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
-        (out / "responses.jsonl").write_text("".join(lines))
-        return {"responses": len(lines), "unanswered": sum(not found.get(row["id"]) for row in rows)}
+        (out / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        answered = {line["id"] for line in lines}
+        facts = {"responses": len(lines), "unanswered": sum(row["id"] not in answered for row in rows)}
+        return facts | ({"refused": refused} if refused else {})
 
     recipe = {"kind": source.kind, "texts": texts, "max_tokens": cfg.sampling.max_tokens, **made_of}
+    if cfg.world.target not in assets.BUILDERS:
+        recipe["tokens"] = 2  # those that responses have after other text; for the models above they always were
     return Artifact("answers", 1, recipe, make, f"source {name}: {source.kind} {source.ref}")
+
+
+def check(name: str, source: config.Source) -> None:
+    """Raise ConfigError for a source that would be asked the same, whatever the prompt."""
+    if source.ask and "{prompt}" not in source.ask:
+        raise config.ConfigError(f"known_sources.{name}.ask has no {{prompt}} in it, got {source.ask!r}")
+
+
+def asking(source: config.Source, text: str) -> str:
+    """Return what a source is asked about a prompt: `ask` with the prompt in it; other braces are text."""
+    return source.ask.replace("{prompt}", text) if source.ask else text
+
+
+def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict], int]:
+    """Return responses that say something, in the target's tokens, and how many its chat template does not take.
+
+    A plain prompt may end within a word, so its response is what goes on after any text.
+    """
+    from beyond_dpo import data
+
+    lines, refused = [], 0
+    for row in rows:
+        prompt = row["text"] if cfg.world.template == "chat" else None
+        answers = [answer for answer in found.get(row["id"], ()) if answer[0].strip()]
+        for sample, (text, ended) in enumerate(answers):
+            try:
+                ids = data.encode_response(tokenizer, text, end=ended, prompt=prompt, template=cfg.world.template)
+            except data.RowError:
+                refused += 1
+                continue
+            ids = ids[: cfg.sampling.max_tokens]
+            lines.append({"id": row["id"], "sample": sample, "response_ids": ids, "logp": None})
+    return lines, refused
 
 
 def _wording(row: dict, tokenizer) -> str:
@@ -91,13 +129,17 @@ def _put(cfg, source: config.Source) -> Artifact:
         for row in rows:
             text = _wording(row, reader)
             if source.ask:
-                row["prompt_ids"] = data.render(own, source.ask.format(prompt=text), "chat")
-                row["prompt_ids"] += data.encode_response(own, text, end=False) if plain else []
+                begun = text if plain else ""
+                row["prompt_ids"] = data.render(own, asking(source, text), "chat", begun=begun)
             else:
                 row["prompt_ids"] = data.render(own, text, "plain")
         (out / "prompts.json").write_text(json.dumps(rows))
 
     recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
+    if source.ask:
+        recipe |= corpus.rendering(source.ref, "chat")
+        if source.ref not in assets.BUILDERS:
+            recipe["tokens"] = 2  # the text's own where the answer begins
     return Artifact("asked", 1, recipe, make)
 
 
@@ -106,12 +148,13 @@ def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
     from beyond_dpo import data
 
     tokenizer, found = data.load_tokenizer(model), {row["id"]: [] for row in prompts}
+    ends = data.end_tokens(tokenizer)
     asked = {row["id"]: row["prompt_ids"] for row in prompts}
     for line in (said.get() / "responses.jsonl").read_text().splitlines():
         row = json.loads(line)
-        before, whole = (tokenizer.decode(asked[row["id"]] + ids, skip_special_tokens=True)
-                         for ids in ([], row["response_ids"]))  # fmt: skip
-        ended = set(row["response_ids"][-1:]) <= set(tokenizer.all_special_ids)
+        before = tokenizer.decode(asked[row["id"]], skip_special_tokens=True)
+        whole = tokenizer.decode(asked[row["id"]] + row["response_ids"], skip_special_tokens=True)
+        ended = bool(row["response_ids"]) and row["response_ids"][-1] in ends
         found[row["id"]].append((whole[len(before) :], ended))  # a response alone may lose its first blank
     return found
 
@@ -123,12 +166,21 @@ def _written(cfg, prompts: list[dict]) -> dict:
     tokenizer, found = data.load_tokenizer(assets.model_dir(cfg.world.target)), {}
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     for row in prompts:
-        text, cut = reviews[int(row["id"][1:])][0], len(row["prompt_ids"])
-        room = replace(cfg.world, sft_tokens=cut + cfg.sampling.max_tokens)
-        ids = corpus.opening(tokenizer, text, room)
-        whole = len(ids) >= cut + corpus.SHORTEST
-        ids = ids if whole else data.render(tokenizer, text, room.template)[: room.sft_tokens]
-        found[row["id"]] = [(tokenizer.decode(ids[cut:]), whole)]
+        review = reviews[int(row["id"][1:])][0]
+        if cfg.world.template == "chat":
+            begun = data.render(tokenizer, row["text"], "plain")
+        else:
+            begun = row["prompt_ids"]
+        most = len(begun) + cfg.sampling.max_tokens
+        ids = corpus.opening(tokenizer, review, most)
+        whole = len(ids) >= len(begun) + corpus.SHORTEST
+        if not whole:
+            ids = data.render(tokenizer, review, "plain")[:most]
+        before = tokenizer.decode(begun, skip_special_tokens=True)
+        text = tokenizer.decode(ids, skip_special_tokens=True)[len(before) :]
+        if cfg.world.template == "chat":
+            text = text.strip()
+        found[row["id"]] = [(text, whole)]
     return found
 
 
@@ -138,9 +190,9 @@ def _recorded(source: config.Source) -> dict:
     A row holds "prompt" and "response" (several rows for several responses), or as WRPO's authors publish theirs
     (AALF/ultrafeedback_wrpo) a list "chosen", whose first is the best source's. Each is a text, or turns of a chat.
     """
-    path, found = Path(source.ref).expanduser(), {}
+    path, found, read = Path(source.ref).expanduser(), {}, 0
     if path.is_file():
-        rows = map(json.loads, path.read_bytes().splitlines())  # of bytes: U+2028 ends no line
+        rows = _json_rows(path)
     else:
         import datasets
 
@@ -149,13 +201,33 @@ def _recorded(source: config.Source) -> dict:
     try:
         for row in rows:
             response = row["response"] if "response" in row else _first(row["chosen"])
-            found.setdefault(_text(row["prompt"]), []).append((_text(response), True))
-    except (ValueError, LookupError, TypeError) as error:
+            found.setdefault(_asked(row["prompt"]), []).append((_text(response), True))
+            read += 1
+    except (ValueError, LookupError, TypeError, EOFError, OSError, zlib.error) as error:
         wanted = '{"prompt": text, "response": text} a line'
-        raise config.ConfigError(
-            f"{source.ref}: row {sum(map(len, found.values()))} is not {wanted}: {error!r}"
-        ) from None
+        raise config.ConfigError(f"{source.ref}: row {read} is not {wanted}: {error!r}") from None
     return found
+
+
+def _json_rows(path: Path) -> Iterator[dict]:
+    """Yield the rows of a file: JSON, one object a line or an array of them, in UTF-8, as it is or gzipped."""
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    text = content.decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        yield from json.loads(text)
+        return
+    for line in text.split("\n"):  # U+2028 ends no line
+        if line.strip():
+            yield json.loads(line)
+
+
+def _asked(prompt: str | dict | list) -> str:
+    """Return a recorded prompt as _wording() words it: one user's text, or a whole dialogue."""
+    if isinstance(prompt, list) and len(prompt) > 1:
+        return preferences.dialogue(prompt)
+    return _text(prompt)
 
 
 def _first(chosen: list) -> str | dict | list:
@@ -167,7 +239,11 @@ def _first(chosen: list) -> str | dict | list:
 
 def _text(turns: str | dict | list) -> str:
     """Return the last turn's text of a chat."""
-    return turns if isinstance(turns, str) else turns["content"] if isinstance(turns, dict) else _text(turns[-1])
+    if isinstance(turns, str):
+        return turns
+    if isinstance(turns, dict):
+        return _text(turns["content"])
+    return _text(turns[-1])
 
 
 def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
@@ -178,7 +254,7 @@ def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
     """
     how = cfg.sampling
     options = {"n": cfg.world.samples, "temperature": how.temperature, "top_p": how.top_p, "max_tokens": how.max_tokens}
-    said = {text: source.ask.format(prompt=text) or text for text in wording.values()}
+    said = {text: asking(source, text) for text in wording.values()}
     requests = {text: {"messages": [{"role": "user", "content": said[text]}], **options} for text in said}
 
     def read(reply) -> list:
