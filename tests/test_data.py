@@ -2,14 +2,17 @@
 
 import datetime
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
 from beyond_dpo import data, paths
+from beyond_dpo.generate import Engine
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -258,6 +261,28 @@ def test_end_tokens_are_all_that_tokenizer_template_and_configs_name(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).unlink()
     assert data.model_end_tokens(tmp_path) == [9, line, 7, 8], "what a model without a tokenizer has"
+
+
+def test_sampling_stops_where_training_closes_a_response(tmp_path, tiny):
+    """A model that has learnt to end at once, with the token that its tokenizer names and its config does not."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    tokenizer = data.load_tokenizer(tiny)
+    end = tokenizer.pad_token_id
+    other = AutoTokenizer.from_pretrained(folder)
+    other.eos_token, other.chat_template = other.pad_token, None
+    other.save_pretrained(folder)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["model.norm.weight"] += 1
+    weights["model.embed_tokens.weight"][:, 0] = 5
+    weights["model.embed_tokens.weight"][end, 0] = 50
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "prompts.json").write_text('[{"id": "a", "prompt_ids": [10, 11, 12]}]')
+    how = {"backend": "transformers", "max_tokens": 8, "max_model_len": 64, "dtype": "float32"}
+    Engine(str(folder), how).generate(str(tmp_path / "prompts.json"), str(tmp_path / "said.jsonl"), 1, 0)
+    said = json.loads((tmp_path / "said.jsonl").read_text())["response_ids"]
+    assert said == [end] == data.encode_response(data.load_tokenizer(folder), "a film")[-1:]
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id != end
 
 
 def test_without_any_end_token_a_response_cannot_be_closed():
