@@ -360,7 +360,12 @@ def test_smollm2():
     assert text.endswith("<|im_start|>user\nIs it good?<|im_end|>\n<|im_start|>assistant\n")
     plain = data.render(tokenizer, "This film", "plain")
     assert tokenizer.decode(plain) == "This film"
-    ids = data.encode_response(tokenizer, " is good.")
+    assert data.end_tokens(tokenizer) == [tokenizer.eos_token_id], "all that name an end token agree"
+    turns = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "It is."}]
+    whole = chat + data.encode_response(tokenizer, "It is.", prompt=turns[:1], template="chat")
+    assert whole == tokenizer.apply_chat_template(turns, return_dict=False)[:-1], "but for a line break"
+    ids = data.encode_response(tokenizer, " is good.", template="plain")
+    assert ids == [*tokenizer(" is good.")["input_ids"], tokenizer.eos_token_id]
     batch = data.pack([row(prompt=chat, chosen=ids)], ["chosen"], tokenizer.pad_token_id)
     assert batch["labels"].tolist() == ids and batch["input_ids"].tolist() == [chat + ids]
 

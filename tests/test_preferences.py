@@ -586,6 +586,15 @@ def test_reviews_go_on_as_an_answer_in_a_chat(store, tmp_path, tiny):
             assert [review for review in reviews if review["text"].startswith((f"{asked} {said}", f"{asked}{said}"))]
 
 
+def test_texts_from_elsewhere_are_asked_whole_in_a_chat(store):
+    cfg = config.load("mallows", "smoke", world__template="chat")
+    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    rows = mallows.elsewhere(cfg, "fixtures").json("fixtures.json")
+    assert len(rows) == cfg.elsewhere_prompts
+    for row in rows:
+        assert decode(row["prompt_ids"]) == f"<s><|user|> {row['text']}</s><|assistant|>"
+
+
 # --- the pipeline
 
 
@@ -634,6 +643,28 @@ def test_paper_profiles_have_the_data_of_the_papers(monkeypatch):
     assert not [w for w in worlds if w.trust_remote_code], "no repository's code runs"
     assert len({stages.texts(w).key for w in worlds}) == 5
     assert {preferences.place(w.dataset)[0].removeprefix("datasets:") for w in worlds} <= set(preferences.HUB)
+
+
+def test_prompts_in_a_chat_have_a_key_of_their_own():
+    keys = set()
+    for template in ("plain", "chat"):
+        cfg = config.load("expo", "smoke", world__template=template, world__sft_rows=0)
+        line = expo.Line(stages.sft(cfg), stages.sft(cfg), (0.0,))
+        said = expo.said(cfg, {"one": line})
+        keys |= {key for key in said.upstream if key.startswith("own-prompts")}
+    assert len(keys) == 2
+
+
+def test_an_engine_of_other_end_tokens_is_of_another_shape(tmp_path, tiny):
+    """Then a swap of weights is not enough: the tokenizer's settings say where sampling stops."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    assert stages._shape(str(other)) == stages._shape(str(tiny))
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    another = tmp_path / "another"
+    shutil.copytree(other, another)
+    (another / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<pad>"}))
+    assert stages._shape(str(another)) != stages._shape(str(tiny))
 
 
 def test_a_users_file_trains_and_is_scored_in_turns(store, tmp_path):

@@ -30,16 +30,17 @@ def source(dataset: str) -> list:
 
 
 def rendering(ref: str, template: str) -> dict:
-    """Return what the tokens of a model's chats depend on besides its files, for keys: a date, if it writes one.
+    """Return what the tokens of a model's chats depend on besides its files, for keys.
 
-    Of a model on the hub that is not known before it is fetched, so its chats have the date in their keys.
+    That is a date, where its chat template writes one. Of a model on the hub that is not known
+    before it is fetched, so its chats have the date in their keys.
     """
     if template != "chat" or ref in assets.BUILDERS:
         return {}
     folder = Path(ref).expanduser()
     if folder.is_dir():
-        files = [folder / "tokenizer_config.json", *folder.rglob("*.jinja")]
-        if not any("strftime_now" in file.read_text(encoding="utf-8") for file in files if file.is_file()):
+        files = [*folder.glob("tokenizer_config.json"), *folder.rglob("*.jinja")]
+        if not any("strftime_now" in file.read_text(encoding="utf-8") for file in files):
             return {}
     from beyond_dpo import data
 
@@ -66,7 +67,8 @@ def split(world: config.World, out: Path) -> dict:
         ids = opening(tokenizer, text, world.sft_tokens)
         made = begun(tokenizer, ids[: rng.randint(*world.prompt_tokens)], world.template)
         if responses := continued(tokenizer, ids, made, world.template):
-            sft_rows.append({"id": f"A{i}", "prompt_ids": made["prompt_ids"], "responses": responses})
+            row = {"id": f"A{i}", "prompt_ids": made["prompt_ids"], "responses": responses}
+            sft_rows.append(row)
     data.write_rows(out / "sft.jsonl", sft_rows)
 
     first_a, first_b = ([" ".join(text.split()[: world.reward_words]) for text, _ in half] for half in (half_a, half_b))
@@ -91,7 +93,7 @@ def split(world: config.World, out: Path) -> dict:
 
 
 def beginning(tokenizer, text: str, world: config.World, rng: random.Random) -> dict:
-    """Return the prompt of a review's first tokens, as many as world.prompt_tokens say (see begun)."""
+    """Return the prompt of a review's first tokens, as many as world.prompt_tokens say."""
     from beyond_dpo import data
 
     ids = data.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
@@ -112,7 +114,7 @@ def begun(tokenizer, ids: list[int], template: str) -> dict:
 
 
 def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str, list[int]]:
-    """Return {"chosen"}, how a review of these tokens goes on after its beginning, with an end token.
+    """Return {"chosen"}, how a review of these tokens goes on after its beginning, with an end.
 
     made: the beginning, as of begun(). Returns {} where less than `SHORTEST` tokens are left.
     """
@@ -122,7 +124,8 @@ def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str,
         cut = len(made["prompt_ids"])
         if len(ids) < cut + SHORTEST:
             return {}
-        return {"chosen": [*ids[cut:], *data.end_tokens(tokenizer)[:1]]}
+        end = data.encode_response(tokenizer, "", template="plain")
+        return {"chosen": [*ids[cut:], *end]}
     asked = made["text"]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     left = len(ids) - len(data.render(tokenizer, asked, "plain"))
@@ -133,7 +136,10 @@ def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str,
 
 
 def opening(tokenizer, text: str, most: int) -> list[int]:
-    """Return the tokens of a review's first whole sentences, fewer than `most`: a text with a natural end."""
+    """Return the tokens of a review's first whole sentences, fewer than `most`.
+
+    So it is a text with a natural end.
+    """
     from beyond_dpo import data
 
     kept = []

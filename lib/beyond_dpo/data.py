@@ -14,15 +14,18 @@ import torch
 
 from beyond_dpo import paths
 
-DATE = date(2024, 7, 26)  # what a chat template that writes today's date gets to write, on any day
-# Texts to put before a response whose prompt is not known: the first that shares no token with it is taken.
+DATE = date(2024, 7, 26)  # what a chat template that writes today's date writes, on any day
+# Texts before a response whose prompt is not known: the first that shares no token is taken.
 BEFORE = ("a", "\n", ".", "1")
 ASKED = [{"role": "user", "content": "a"}]  # a chat's prompt, where any will do
 JOINED = "the prompt's tokens do not begin those of prompt and response"
 
 
 class RowError(ValueError):
-    """One row cannot become tokens. `reason` is the same for all rows of its kind, to drop and count them."""
+    """One row cannot become tokens.
+
+    `reason` is the same for all rows of its kind, to drop and count them.
+    """
 
     def __init__(self, reason: str, row=""):
         super().__init__(f"{reason}: {row!r:.80}" if row else reason)
@@ -44,7 +47,10 @@ def load_tokenizer(path):
 
 
 def without_none(value):
-    """Return JSON without the fields that are None: Arrow gives every turn the fields of all other turns."""
+    """Return JSON without the fields that are None.
+
+    Arrow gives every turn the fields of all other turns, and templates ask whether one is there.
+    """
     if isinstance(value, dict):
         return {name: without_none(inner) for name, inner in value.items() if inner is not None}
     if isinstance(value, list):
@@ -55,8 +61,9 @@ def without_none(value):
 def chat_ids(tokenizer, turns: list[dict], **options) -> list[int]:
     """Return the token ids of chat turns, as the tokenizer's template writes them.
 
-    Fields that are None do not reach the template, and a template that writes today's date writes `DATE`, so the same
-    turns are the same tokens on any day. options: of tokenizer.apply_chat_template().
+    Fields that are None do not reach the template, and a template that writes today's date writes
+    `DATE`, so the same turns are the same tokens on any day.
+    options: of tokenizer.apply_chat_template().
     Raises ValueError without a template, and RowError for turns that the template refuses.
     """
     return list(_chat(tokenizer, turns, tokenize=True, **options))
@@ -84,10 +91,11 @@ def _special_tokens(tokenizer) -> list[str]:
 
 
 def end_tokens(tokenizer) -> list[int]:
-    """Return the ids that end a response, first the one that closes a plain text: for training and sampling alike.
+    """Return the ids that end a response, for training and sampling alike.
 
-    They are the tokenizer's end token, those that generation_config.json and config.json of its folder name, and the
-    one with which its chat template closes an assistant's turn. Empty if nothing names any.
+    They are the tokenizer's end token, which closes a plain text, those that generation_config.json
+    and config.json of its folder name, and the one with which its chat template closes an
+    assistant's turn. Empty if nothing names any.
     """
     return list(_end_tokens(tokenizer, tokenizer.eos_token_id, str(tokenizer.chat_template)))
 
@@ -99,9 +107,8 @@ def _end_tokens(tokenizer, eos: int | None, template: str) -> tuple[int, ...]:
 
 
 def model_end_tokens(folder: str | Path) -> list[int]:
-    """Return end_tokens() of the tokenizer in a model folder; without one, what the folder's configs name."""
-    files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    if any(Path(folder, name).is_file() for name in files):
+    """Return end_tokens() of a model folder's tokenizer; without one, what its configs name."""
+    if [*Path(folder).glob("tokenizer*"), *Path(folder).glob("vocab.*")]:
         return end_tokens(load_tokenizer(str(folder)))
     return _named_end_tokens(folder)
 
@@ -124,7 +131,7 @@ def _named_end_tokens(folder: str | Path) -> list[int]:
 
 @lru_cache(maxsize=16)
 def _closing_token(tokenizer, template: str) -> int | None:
-    """Return the first added token that a chat template writes after an assistant's text, if there is any."""
+    """Return the first added token that a chat template writes after an answer's text, if any."""
     if not tokenizer.chat_template:
         return None
     turns = [*ASKED, {"role": "assistant", "content": "a"}]
@@ -187,29 +194,34 @@ def _turns(prompt: str | list[dict]) -> list[dict]:
     """Return a prompt as the turns of a chat."""
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(turns, list) or not turns or not all(isinstance(t, dict) for t in turns):
-        raise TypeError(f'template "chat" takes a string or a non-empty list of turns, got {prompt!r:.80}')
+        wanted = "a string or a non-empty list of turns"
+        raise TypeError(f'template "chat" takes {wanted}, got {prompt!r:.80}')
     if turns[-1].get("role") == "assistant":
-        raise RowError("the prompt ends with an assistant turn, so there is nothing to answer: drop that turn")
+        why = "the prompt ends with an assistant turn, so there is nothing to answer"
+        raise RowError(f"{why}: drop that turn")
     return turns
 
 
 def encode_response(
-    tokenizer, text: str, *, end: bool = True, prompt: str | list[dict] | None = None, template: str | None = None
-) -> list[int]:
+    tokenizer, text: str, *, end: bool = True, prompt: str | list[dict] | None = None,
+    template: str | None = None,
+) -> list[int]:  # fmt: skip
     """Turn a response into token ids: what it adds to the rendering of its prompt.
 
-    The ids are the difference of two whole renderings, of the prompt alone and of prompt and response together, so
-    that render() and this one after the other are the tokens of the whole text: with the blanks that a chat template
-    puts around an answer, and without the mark that some tokenizers put at the beginning of a text.
+    The ids are the difference of two whole renderings, of the prompt alone and of prompt and
+    response together, so that render() and this one after the other are the tokens of the whole
+    text: with the blanks that a chat template puts around an answer, and without the mark that some
+    tokenizers put at the beginning of a text.
 
     Args:
-        end: close it, in a chat with the token that ends the template's turn, else with the first of end_tokens().
-            False for a response that was cut.
-        prompt: what it answers, as render() takes it; None: any, for a prompt of which only the ids are known.
+        end: close it, in a chat with the token that ends the template's turn, else with the
+            tokenizer's end token. False for a response that was cut.
+        prompt: what it answers, as render() takes it; None: any, for one whose ids alone are known.
         template: "plain" or "chat"; None: "chat" where the tokenizer has a chat template.
     Raises:
-        RowError: the prompt's ids do not begin the ids of the whole, as the tokenizer joins the prompt's end with the
-            response's beginning, or the template writes the prompt in another way; or the template refuses the turns.
+        RowError: the prompt's ids do not begin the ids of the whole, as the tokenizer joins the
+            prompt's end with the response's beginning, or the template writes the prompt in another
+            way where a response follows; or the template refuses the turns.
         ValueError: there is no end token, or as render() does.
 
     Markup in a response stays text, also in a chat.
@@ -226,7 +238,7 @@ def encode_response(
 
 
 def _continuation(tokenizer, before: list[str] | tuple[str, ...], text: str) -> list[int]:
-    """Return the ids of a text that goes on after the first of the texts `before` with which it shares no token."""
+    """Return a text's ids after the first of the texts `before` that shares no token with it."""
     for front in before:
         prompt_ids = _literal(tokenizer, front)
         whole = _literal(tokenizer, front + text)
@@ -236,7 +248,7 @@ def _continuation(tokenizer, before: list[str] | tuple[str, ...], text: str) -> 
 
 
 def _answer(tokenizer, turns: list[dict], text: str, end: bool) -> list[int]:
-    """Return the ids of an assistant's answer to the turns, up to the token that ends its turn if `end`."""
+    """Return the ids of an assistant's answer to the turns, closed by what ends it if `end`."""
     prompt_ids = render(tokenizer, turns, "chat")
     begun = _begun(tokenizer, turns, text)
     if begun[: len(prompt_ids)] != prompt_ids:
@@ -252,7 +264,8 @@ def _answer(tokenizer, turns: list[dict], text: str, end: bool) -> list[int]:
             # an end token that a text may hold, such as that of a line break, is not the template's
             if closed[last] in ends and closed[last] in tokenizer.added_tokens_decoder:
                 return closed[len(prompt_ids) : last + 1]
-    return [*begun[len(prompt_ids) :], _closing_token(tokenizer, str(tokenizer.chat_template)) or ends[0]]
+    closing = _closing_token(tokenizer, str(tokenizer.chat_template))
+    return [*begun[len(prompt_ids) :], ends[0] if closing is None else closing]
 
 
 def _holds_markup(tokenizer, text: str) -> bool:
@@ -260,7 +273,7 @@ def _holds_markup(tokenizer, text: str) -> bool:
 
 
 def _marked(tokenizer, turns: list[dict], chat: list[dict]) -> list[int]:
-    """Return the ids of an answer whose text holds special tokens, as text: </s> in it does not end it."""
+    """Return the ids of an answer whose text holds markup: a </s> in it does not end it."""
     prompt = _chat(tokenizer, turns, tokenize=False, add_generation_prompt=True)
     begun = _chat(tokenizer, chat, tokenize=False, continue_final_message=True)
     if not begun.startswith(prompt):
@@ -272,13 +285,15 @@ def _marked(tokenizer, turns: list[dict], chat: list[dict]) -> list[int]:
 
 def truncate(
     prompt_ids: list[int], response_ids: list[int], *,
-    max_prompt: int, max_length: int, bos_id: int | None = None, eos_id: int | list[int] | None = None,
-) -> tuple[list[int], list[int]]:
-    """Cut a prompt from the left to `max_prompt` tokens, and its response from the right to `max_length` together.
+    max_prompt: int, max_length: int, bos_id: int | None = None,
+    eos_id: int | list[int] | None = None,
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Cut a prompt from the left to `max_prompt` tokens, its response to `max_length` together.
 
-    A leading `bos_id` stays in front of a cut prompt, and a closing `eos_id` (or one of several, see end_tokens) at the
-    end of a cut response; pass None to keep neither. The prompt's cut does not depend on the response, so all responses
-    of a row see the same prompt.
+    The response is cut from the right. A leading `bos_id` stays in front of a cut prompt, and a
+    closing `eos_id`, or one of several (see end_tokens), at the end of a cut response; pass None to
+    keep neither. The prompt's cut does not depend on the response, so all responses of a row see
+    the same prompt.
     Raises ValueError unless 0 < max_prompt < max_length. Cutting twice changes nothing more.
     """
     if not 0 < max_prompt < max_length:

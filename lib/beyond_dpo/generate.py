@@ -267,7 +267,8 @@ def _end_tokens(model: str) -> list[int]:
     """
     ends = data.model_end_tokens(model)
     if not ends:
-        raise ValueError(f"{model} names no eos_token_id in its tokenizer, generation_config.json or config.json")
+        files = "its tokenizer, generation_config.json or config.json"
+        raise ValueError(f"{model} names no eos_token_id in {files}")
     return ends
 
 

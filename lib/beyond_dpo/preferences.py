@@ -23,27 +23,30 @@ TURN, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistan
 SEED = 20240416  # of the one order that all seeds of an experiment share
 QUESTIONS = ("prompt", "instruction", "question", "query", "input")  # columns that ask
 SYSTEMS = ("system", "system_prompt")
-CONTEXTS = ("context", "documents", "history", "tools", "image", "images")  # what is asked may need them
+# columns without which a question may not be the same
+CONTEXTS = ("context", "documents", "history", "tools", "image", "images")
 ABOUT = set(  # last words in the names of columns that say something about a row
-    "id ids uuid idx index source dataset subset split category type topic domain tag tags label language lang name "
-    "model models generator annotator author score scores rating ratings rank date time url license version".split()
+    "id ids uuid idx index source dataset subset split category type topic domain tag tags label "
+    "language lang name model models generator annotator author score scores rating ratings rank "
+    "date time url license version".split()
 )
 
 
 def question(row: dict) -> str | list[dict] | None:
     """Return what a row asks, text or turns, from the column that holds it; None: none does.
 
-    A column of the system's words stands in front, as a turn. Raises ValueError for columns that ask different things,
-    and for those whose words would be left out.
+    A column of the system's words stands in front, as a turn. Raises ValueError for columns that
+    ask different things, and for those whose words would be left out.
     """
     given = {name: row[name] for name in QUESTIONS if row.get(name) is not None}
     asking = {name: value for name, value in given.items() if value}
     if len({json.dumps(value) for value in asking.values()}) > 1:
         names = " and ".join(asking)
-        raise ValueError(f"the columns {names} ask different things: join them in one column `prompt`")
+        raise ValueError(f"the columns {names} ask different things: join them in one, `prompt`")
     unread = [name for name in CONTEXTS if row.get(name)]
     if unread:
-        raise ValueError(f"the column {unread[0]} would be left out: put it into the prompt, or take it out")
+        todo = "put it into the prompt, or take it out"
+        raise ValueError(f"the column {unread[0]} would be left out: {todo}")
     asked = next(iter((asking or given).values()), None)
     if isinstance(asked, dict | list):
         asked = _turns(asked)
@@ -70,23 +73,25 @@ def _turns(prompt: str | dict | list | None) -> list[dict]:
     for turn in prompt or []:
         if not isinstance(turn, dict) or "role" not in turn:
             raise ValueError(f'a turn is {{"role": …, "content": …}}, got {turn!r:.80}')
-        # Arrow gives every turn the fields of all other turns; content is one that every turn should have
+        # Arrow gives every turn the fields of all other turns; content is one that all should have
         kept = {name: value for name, value in turn.items() if value is not None}
         turns.append(kept | {"role": turn["role"], "content": turn.get("content")})
     return turns
 
 
 def _refuse_unnamed(row: dict) -> None:
-    """Raise ValueError if a row without a prompt has another column of words, which may hold its question."""
+    """Raise ValueError if a row without a prompt has another column that may hold its question."""
     unread = []
     for name, value in row.items():
         words = re.split(r"[\W_]+", name.lower())
-        of_answers = "chosen" in words or "rejected" in words
-        if value and isinstance(value, str | list | dict) and not of_answers and words[-1] not in ABOUT:
+        if "chosen" in words or "rejected" in words or words[-1] in ABOUT:
+            continue
+        if value and isinstance(value, str | list | dict):
             unread.append(name)
     if unread:
         names = ", ".join(unread)
-        raise ValueError(f"no column `prompt`, and nothing reads {names}: rename what asks to `prompt`, drop the rest")
+        todo = "rename what asks to `prompt`, drop the rest"
+        raise ValueError(f"no column `prompt`, and nothing reads {names}: {todo}")
 
 
 def trl(row: dict) -> dict | str:
@@ -131,14 +136,17 @@ def _texts(row: dict, prompt: str | list | None, chosen: str, rejected: str) -> 
         return hh(row)
     _refuse_unnamed(row)
     same = os.path.commonprefix([chosen, rejected])
-    cut = max((blank.start() for blank in re.finditer(r"\s+", same)), default=0)  # not within a word
-    return {"prompt": chosen[:cut], "responses": {"chosen": chosen[cut:], "rejected": rejected[cut:]}}
+    blanks = [blank.start() for blank in re.finditer(r"\s+", same)]
+    cut = max(blanks, default=0)  # not within a word
+    said = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
+    return {"prompt": chosen[:cut], "responses": said}
 
 
 def _chat(asked: list[dict], turns: list[dict], whole: bool) -> list[dict] | None:
-    """Return the whole chat of a prompt and an answer's turns, which may repeat turns of the prompt.
+    """Return the whole chat of a prompt and an answer's turns, which may repeat the prompt's.
 
-    whole: the prompt was a text, that of one of the user's turns if there are any; None if it is not.
+    whole: the prompt was a text; where the answer has a user's turns, one of them holds it, else
+    None is returned.
     """
     if not turns or turns[0]["role"] == "assistant":
         return asked + turns
@@ -242,7 +250,8 @@ def read(ref: str, streaming: bool = False) -> Iterator[tuple[int, dict | str]]:
     adapter = next((adapter for names, adapter in known if set(names) <= set(columns)), None)
     if adapter is None:
         wanted = " or ".join(dict.fromkeys(f"({', '.join(names)})" for names, _ in known))
-        raise config.ConfigError(f"{ref}: has the columns ({', '.join(columns)}), expected are {wanted}")
+        names = ", ".join(columns)
+        raise config.ConfigError(f"{ref}: has the columns ({names}), expected are {wanted}")
     rows = _in_order(table, streaming)
     while (numbered := _readable(ref, lambda: next(rows, None))) is not None:
         n, given = numbered
@@ -251,7 +260,8 @@ def read(ref: str, streaming: bool = False) -> Iterator[tuple[int, dict | str]]:
             reason(row, "pairs")  # reads every part of it
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             words = str(error) if isinstance(error, ValueError) else repr(error)
-            raise config.ConfigError(f"{ref}: row {n} is not as {adapter.__name__}() expects it: {words}") from error
+            problem = f"row {n} is not as {adapter.__name__}() expects it: {words}"
+            raise config.ConfigError(f"{ref}: {problem}") from error
         yield n, row
 
 
@@ -297,8 +307,10 @@ def _readable(ref: str, read):
     try:
         return read()
     except (*broken, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        hint = "" if not isinstance(error, UnicodeDecodeError) else "; save it as UTF-8"
-        raise config.ConfigError(f"{ref}: cannot be read: {error.__cause__ or error!r}{hint}") from error
+        words = repr(error.__cause__ or error)
+        if isinstance(error, UnicodeDecodeError):
+            words += "; save it as UTF-8"
+        raise config.ConfigError(f"{ref}: cannot be read: {words}") from error
 
 
 def reason(row: dict | str, use: str = "") -> str:
@@ -345,9 +357,9 @@ def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) ->
 
 
 def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
-    """Return up to `most` different prompts of another data set, made as those of `world`, out of 20 rows for each.
+    """Return up to `most` different prompts of another data set, made as those of `world`.
 
-    Those that the chat template refuses are passed over.
+    They come out of 20 rows for each; those that the chat template refuses are passed over.
     """
     from beyond_dpo import data
 
@@ -369,22 +381,27 @@ def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
 def split(world: config.World, out: Path) -> dict:
     """Write what corpus.split writes, and as pairs.jsonl the data set's own pairs where world.pairs is "given".
 
-    Test prompts are drawn first, then dev, then training rows, none with a prompt that was drawn before. Sizes asked
-    for count rows of the data set, some of which drop: empty or equal responses, no preference, a repeated prompt, one
-    above world.prompt_tokens (not of given pairs: the training cuts those), turns that the chat template refuses, and
-    responses that have no tokens of their own after the prompt (data.encode_response). Prompts are whole, but for
-    reviews, which are cut to beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is
-    too small.
+    Test prompts are drawn first, then dev, then training rows, none with a prompt that was drawn
+    before. Sizes asked for count rows of the data set, some of which drop: empty or equal
+    responses, no preference, a repeated prompt, one above world.prompt_tokens (not of given pairs:
+    the training cuts those), turns that the chat template refuses, and responses that share a token
+    with their prompt (data.encode_response). Prompts are whole, but for reviews, which are cut to
+    beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too
+    small.
     """
     from beyond_dpo import corpus, data
 
     if world.gold_rows or world.reward_rows:
         raise config.ConfigError(f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows")
     draw = _Draw(world, data.load_tokenizer(assets.model_dir(world.target)))
-    drawn = {"test": draw.rows("test", world.test_prompts), "dev": draw.rows("dev", world.dev_prompts)}
+    drawn = {"test": draw.rows("test", world.test_prompts)}
+    drawn["dev"] = draw.rows("dev", world.dev_prompts)
     train = draw.rows("train", max(world.prompts, world.sft_rows))
 
-    rows = [{"id": made["id"], "prompt_ids": made["prompt_ids"], "responses": said} for made, _, said in train]
+    rows = []
+    for made, _, responses in train:
+        row = {"id": made["id"], "prompt_ids": made["prompt_ids"], "responses": responses}
+        rows.append(row)
     first = []
     for row in rows[: world.sft_rows]:
         for response in [*row["responses"].values()][:1]:
@@ -411,7 +428,7 @@ def split(world: config.World, out: Path) -> dict:
 
 
 class _Draw:
-    """Draw the rows of one part of a split after the other, none with a prompt of an earlier part."""
+    """Draw the parts of a split one after the other, none with a prompt of an earlier part."""
 
     def __init__(self, world: config.World, tokenizer):
         self.world = world
@@ -420,7 +437,7 @@ class _Draw:
         self.pools: dict[str, Iterator] = {}  # one a data set, from which all parts draw
         self.seen: set[str] = set()  # prompts
         self.dropped: Counter = Counter()  # why a row was of no use
-        self.spare: Counter = Counter()  # of each data set: rows that were dropped in place of those asked for
+        self.spare: Counter = Counter()  # dropped rows of a data set, in place of those asked for
 
     def pool(self, ref: str) -> Iterator[tuple[int, dict | str]]:
         """Return the rows of a data set that are not drawn yet."""
@@ -429,7 +446,7 @@ class _Draw:
         return self.pools[ref]
 
     def rows(self, part: str, most: int) -> list[tuple[dict, dict, dict]]:
-        """Return up to `most` rows, each as (its prompt, as it was read, its responses that are trained on).
+        """Return up to `most` rows: each its prompt, the row as read, the responses to train on.
 
         Raises ConfigError if the data set has too few.
         """
@@ -445,13 +462,14 @@ class _Draw:
         while len(rows) < most and (found := next(self.pool(ref), None)):
             n, row = found
             why = reason(row, use)
-            if not why:
-                try:
+            try:
+                if not why:
                     made = prompt_row(self.tokenizer, row, self.world, self.rng)
                     why = self._unfit(made, row, taken, paired)
+                if not why:
                     said = self._responses(made, row, use)
-                except data.RowError as error:
-                    why = error.reason
+            except data.RowError as error:
+                why = error.reason
             if why:
                 self.dropped[why] += 1
                 self.spare[ref] += 1
@@ -460,19 +478,21 @@ class _Draw:
             rows.append(({"id": f"{part}{n}"} | made, row, said))
         self.spare[ref] -= most - len(rows)  # one that drops counts as one of those asked for
         if self.spare[ref] < 0 or most and not rows:
-            raise config.ConfigError(f"{ref}: {len(rows)} of {most} {part} rows; dropped: {dict(self.dropped)}")
+            found = f"{len(rows)} of {most} {part} rows; dropped: {dict(self.dropped)}"
+            raise config.ConfigError(f"{ref}: {found}")
         return rows
 
     def _unfit(self, made: dict, row: dict, taken: set[str], paired: bool) -> str:
         """Return why a prompt is not drawn, or ""."""
         if _key(row) in taken:
             return "repeated prompt"
-        if "text" not in row and not paired and len(made["prompt_ids"]) > self.world.prompt_tokens[1]:
+        whole = "text" not in row and not paired
+        if whole and len(made["prompt_ids"]) > self.world.prompt_tokens[1]:
             return "prompt above world.prompt_tokens"
         return ""
 
     def _responses(self, made: dict, row: dict, use: str) -> dict[str, list[int]]:
-        """Return the responses that are trained on: all of a pair, the first for SFT, none of a prompt."""
+        """Return the responses to train on: all of a pair, the first for SFT, none of a prompt."""
         if not use:
             return {}
         if use == "sft" and "responses" in row:

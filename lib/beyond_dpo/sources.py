@@ -31,9 +31,10 @@ def sampling(cfg):
 def answers(cfg, name: str) -> Artifact:
     """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
 
-    They are cut after cfg.sampling.max_tokens; those without a word are left out, and counted those that the target's
-    chat template does not take (data.encode_response). Raises ConfigError for a source without any answer or with an
-    `ask` that asks the same of all prompts, and what the engine or the endpoint raises.
+    They are cut after cfg.sampling.max_tokens; those without a word are left out, and those that
+    the target's chat template does not take (data.encode_response), which are counted.
+    Raises ConfigError for a source without any answer or with an `ask` that asks the same of all
+    prompts, and what the engine or the endpoint raises.
     """
     source, texts = cfg.known_sources[name], stages.texts(cfg.world)
     check(name, source)
@@ -66,45 +67,53 @@ def answers(cfg, name: str) -> Artifact:
             raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
         (out / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         answered = {line["id"] for line in lines}
-        facts = {"responses": len(lines), "unanswered": sum(row["id"] not in answered for row in rows)}
-        return facts | ({"refused": refused} if refused else {})
+        unanswered = sum(row["id"] not in answered for row in rows)
+        facts = {"responses": len(lines), "unanswered": unanswered}
+        if refused:
+            facts["refused"] = refused
+        return facts
 
     recipe = {"kind": source.kind, "texts": texts, "max_tokens": cfg.sampling.max_tokens, **made_of}
-    if cfg.world.target not in assets.BUILDERS:
-        recipe["tokens"] = 2  # those that responses have after other text; for the models above they always were
+    if cfg.world.target not in assets.BUILDERS:  # to those a text alone is the same tokens
+        recipe["tokens"] = 2  # of responses: those that they have after other text
     return Artifact("answers", 1, recipe, make, f"source {name}: {source.kind} {source.ref}")
 
 
 def check(name: str, source: config.Source) -> None:
     """Raise ConfigError for a source that would be asked the same, whatever the prompt."""
     if source.ask and "{prompt}" not in source.ask:
-        raise config.ConfigError(f"known_sources.{name}.ask has no {{prompt}} in it, got {source.ask!r}")
+        key = f"known_sources.{name}.ask"
+        raise config.ConfigError(f"{key} has no {{prompt}} in it, got {source.ask!r}")
 
 
 def asking(source: config.Source, text: str) -> str:
-    """Return what a source is asked about a prompt: `ask` with the prompt in it; other braces are text."""
+    """Return what a source is asked: `ask` with the prompt in it; other braces are text."""
     return source.ask.replace("{prompt}", text) if source.ask else text
 
 
 def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict], int]:
-    """Return responses that say something, in the target's tokens, and how many its chat template does not take.
+    """Return responses that say something, in the target's tokens, and how many were refused.
 
-    A plain prompt may end within a word, so its response is what goes on after any text.
+    Refused are those that its chat template does not take. A plain prompt may end within a word,
+    so its response is what goes on after any text.
     """
     from beyond_dpo import data
 
-    lines, refused = [], 0
+    lines = []
+    refused = 0
     for row in rows:
         prompt = row["text"] if cfg.world.template == "chat" else None
+        how = {"prompt": prompt, "template": cfg.world.template}
         answers = [answer for answer in found.get(row["id"], ()) if answer[0].strip()]
         for sample, (text, ended) in enumerate(answers):
             try:
-                ids = data.encode_response(tokenizer, text, end=ended, prompt=prompt, template=cfg.world.template)
+                ids = data.encode_response(tokenizer, text, end=ended, **how)
             except data.RowError:
                 refused += 1
                 continue
             ids = ids[: cfg.sampling.max_tokens]
-            lines.append({"id": row["id"], "sample": sample, "response_ids": ids, "logp": None})
+            line = {"id": row["id"], "sample": sample, "response_ids": ids, "logp": None}
+            lines.append(line)
     return lines, refused
 
 
@@ -210,7 +219,7 @@ def _recorded(source: config.Source) -> dict:
 
 
 def _json_rows(path: Path) -> Iterator[dict]:
-    """Yield the rows of a file: JSON, one object a line or an array of them, in UTF-8, as it is or gzipped."""
+    """Yield the rows of a JSON file: an object a line or an array of them, UTF-8, maybe gzipped."""
     content = path.read_bytes()
     if content.startswith(b"\x1f\x8b"):
         content = gzip.decompress(content)
