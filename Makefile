@@ -10,6 +10,8 @@ FAULTS_TO ?= artifacts/faults.json
 # Address of PyTorch's CPU wheel index (see PyTorch's install page). Without it torch is the build that your package
 # index holds, on Linux usually the CUDA one: larger, and it works as well.
 TORCH_INDEX ?=
+# Options for JupyterLab, for `make lab`.
+LAB     ?=
 
 PY    = .venv/bin/python
 READY = .venv/.ready
@@ -66,9 +68,15 @@ smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, n
 	@$(RUN) -m beyond_dpo.run --all --profile smoke
 
 # Without trust JupyterLab shows neither the figures nor the colours of the committed notebooks until they are run.
-lab: $(READY)  ## open the notebooks in JupyterLab
+# JUPYTER_PATH comes first where kernels are looked for: its `python3` is then this environment's, which has the
+# package, whatever kernels the user has installed. As root JupyterLab wants to be told that this is meant.
+lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 8889 --no-browser": its options)
 	@$(RUN) -m jupyter trust notebooks/*.ipynb > /dev/null
-	@$(RUN) -m jupyterlab notebooks/00_start_here.ipynb
+	@prefix="$$($(PY) -c 'import sys; print(sys.prefix)')"; \
+	  echo "kernel: Python 3 (ipykernel) of $$prefix; another Jupyter needs a kernel of that interpreter"; \
+	  root=; test "$$(id -u)" != 0 || root=--allow-root; \
+	  JUPYTER_PATH="$$prefix/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" \
+	  $(RUN) -m jupyterlab $$root $(LAB) notebooks/00_start_here.ipynb
 
 render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
 	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --in-place

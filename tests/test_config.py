@@ -214,7 +214,7 @@ def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monke
     assert load("expo", "cpu").train.precision == "bf16"
     assert load("expo", "cpu", seeds=None).decoding.dtype == "bfloat16"
     assert load("expo", "cpu", seeds=[0]).train.precision == "fp32"
-    for mode, precision in {"never": "bf16", "cold": "fp32", "plan": "fp32"}.items():
+    for mode, precision in {"never": "bf16", "cold": "fp32", "plan": "bf16", "plan cold": "fp32"}.items():
         monkeypatch.setenv("COMPUTE", mode)
         assert load("expo", "cpu").train.precision == precision
 

@@ -232,7 +232,7 @@ def test_an_endpoint_needs_a_key_and_says_which(store, endpoint, monkeypatch):
         sources.answers(cfg, "one").get()
 
 
-def test_what_an_endpoint_refuses_is_unanswered_and_not_asked_again(store, endpoint, monkeypatch, wording):
+def test_what_an_endpoint_refuses_is_unanswered(store, endpoint, monkeypatch, wording):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask="too long for 256 tokens " * 100 + "{prompt}")
     artifact = sources.answers(cfg, "one")

@@ -107,7 +107,7 @@ def resolve(ref: str) -> dict:
         return {ref: TINY, "text": artifacts.sha256(paths.FIXTURES / "reviews.jsonl")}
     if local := _local(ref):
         return {"local": artifacts.digest(_tree(local)) if local.is_dir() else artifacts.sha256(local)}
-    return {"plan": ref} if os.environ.get("COMPUTE") == "plan" else dict(_hub(ref))
+    return {"plan": ref} if os.environ.get("COMPUTE", "").startswith("plan") else dict(_hub(ref))
 
 
 def model_dir(ref: str) -> Path:
@@ -285,3 +285,6 @@ if __name__ == "__main__":
         print(*fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in]), sep="\n")
     except AssetError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: what has arrived stays, the same command fetches the rest", file=sys.stderr)
+        sys.exit(130)

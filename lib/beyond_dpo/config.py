@@ -124,8 +124,8 @@ def _of_machine(values: dict) -> dict:
 
 
 def _reads_frozen() -> bool:
-    """Return whether COMPUTE lets a run read the results in data/frozen."""
-    return (os.environ.get("COMPUTE") or "auto") in ("auto", "never")
+    """Return whether COMPUTE lets a run read the results in data/frozen, or plans one that may."""
+    return (os.environ.get("COMPUTE") or "auto") in ("auto", "never", "plan")
 
 
 def _told(error: ValidationError, schema) -> str:

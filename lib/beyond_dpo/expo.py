@@ -70,10 +70,11 @@ def curves(cfg) -> Artifact:
         wanted += [(b["fraction"], b["seed"], alpha) for b in best for alpha in dict.fromkeys([0.0, b["alpha"]])]
         tested, more = judged("test", wanted, "chosen α on test prompts")
         gather.write(out, pd.concat([searched, tested]), points + more)
-        (out / "best.json").write_text(json.dumps(best, indent=1))
+        (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
         names = ("gold",) * bool(cfg.world.gold_rows) + ("reward", "vader")
         facts = {name: stages.reward(cfg.world, name).manifest["facts"] for name in names}
-        (out / "facts.json").write_text(json.dumps(facts | {"pairs": stages.pairs(cfg).manifest["facts"]}, indent=1))
+        facts["pairs"] = stages.pairs(cfg).manifest["facts"]
+        (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     return Artifact("curves", 2, recipe, make)
 
@@ -92,7 +93,8 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
         table, points = gather.scored(walk, "lines through two models, dev prompts")
         gather.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
-        (out / "best.json").write_text(json.dumps({name: float(means.loc[name].idxmax()) for name in lines}, indent=1))
+        best = {name: float(means.loc[name].idxmax()) for name in lines}
+        (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
 
     return Artifact("sweep", 2, {"points": [score for _, score in walk], "names": list(lines)}, make)
 
@@ -180,7 +182,7 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
             rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
             frames.append(pd.DataFrame(rows).assign(pair=name))
             angles += [[*pair, value] for pair, value in cosines.items()] if len(ends) > 1 else []
-        (out / "cosines.json").write_text(json.dumps(angles))
+        (out / "cosines.json").write_text(json.dumps(angles), encoding="utf-8")
         table = pd.concat(frames, ignore_index=True)
         table.to_csv(out / "movement.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
 
@@ -198,7 +200,7 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
 
             tokenizer = data.load_tokenizer(str(reader.get()))
             rows = [{"id": p, "prompt_ids": data.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
-            (out / "own.json").write_text(json.dumps(rows))
+            (out / "own.json").write_text(json.dumps(rows), encoding="utf-8")
 
         recipe = {"prompts": PROMPTS, "tokenizer": reader}
         if cfg.world.template == "chat":
@@ -215,10 +217,10 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
         texts = []
         for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
             decode = partial(data.load_tokenizer(str(readers[name].get())).decode, skip_special_tokens=True)
-            for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
+            for line in (artifact.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
                 r = json.loads(line)
                 texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": decode(r["response_ids"])})
-        (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
+        (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
 
     return Artifact("said", 1, {"points": list(points.values()), "names": list(lines)}, make)
 
@@ -246,7 +248,7 @@ def searches(cfg) -> Artifact:
             places = [{"fraction": f, "alpha": a} for a in dict.fromkeys([*grid, *result.rewards])]
             walk += [(place, point(cfg, f, seed, place["alpha"], "dev_prompts")) for place in places]
         gather.write(out, *gather.scored(walk, "searched α and grids"))
-        (out / "searches.json").write_text(json.dumps(found, indent=1))
+        (out / "searches.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     grids = [point(cfg, f, seed, a, "dev_prompts") for f in cfg.fractions for a in cfg.alphas[f]]
     return Artifact("searches", 2, {"points": grids, "evaluations": most, "seed": seed}, make)

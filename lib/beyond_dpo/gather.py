@@ -54,4 +54,4 @@ def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
 def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
     """Write what scored() returns: responses.csv.gz and points.json."""
     table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
-    (out / "points.json").write_text(json.dumps(points))
+    (out / "points.json").write_text(json.dumps(points), encoding="utf-8")

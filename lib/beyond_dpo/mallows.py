@@ -95,7 +95,7 @@ def raters(cfg) -> Artifact:
                 rows.append({"id": str(i), "prompt_ids": ids[:cut], "responses": {"said": ids[cut:]}})
                 said.append(ratings)
         data.write_rows(out / "pairs.jsonl", rows)
-        (out / "ratings.json").write_text(json.dumps(said))
+        (out / "ratings.json").write_text(json.dumps(said), encoding="utf-8")
 
     rows = Artifact("rated", 1, recipe, split)
     held = stages.reference(cfg, rows=rows, names=("said",))
@@ -103,7 +103,7 @@ def raters(cfg) -> Artifact:
     def make(out: Path) -> None:
         entropies, tokens = (stages.of_reference(held, what)[0] for what in ("entropies", "tokens"))
         table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
-        ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text())]
+        ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text(encoding="utf-8"))]
         table["people"] = [len(said) for said in ratings]
         table["sd"] = [said.std() for said in ratings]
         table["split"] = [min((said > 0).mean(), (said < 0).mean()) for said in ratings]

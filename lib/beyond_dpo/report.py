@@ -7,13 +7,14 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from beyond_dpo import paths
+from beyond_dpo import launch, paths
 
 PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once, from the first of these that was run
 COLUMNS = ("claim", "paper", "paper_source", "ours", "low", "high", "tolerance", "sign_only", "verdict")
@@ -161,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--local", action="store_true", help="count the runs of this machine as well")
     parser.add_argument("--readme", action="store_true", help="update the table in README.md")
     options = parser.parse_args(arguments)
+    launch.printable()
     df = _readable(scoreboard(options.local))
     print(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
     if options.readme:
@@ -184,4 +186,8 @@ def _markdown(board: pd.DataFrame) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing is half written; run it again", file=sys.stderr)
+        sys.exit(130)

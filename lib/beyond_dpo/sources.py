@@ -6,6 +6,7 @@ file of recorded answers; or the reviewers themselves.
 
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -15,6 +16,8 @@ import pandas as pd
 
 from beyond_dpo import assets, config, corpus, endpoint, preferences, stages
 from beyond_dpo.artifacts import Artifact
+
+log = logging.getLogger("beyond_dpo")
 
 
 def shown(cfg) -> pd.DataFrame:
@@ -259,19 +262,60 @@ def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
     """Ask an endpoint for every prompt; each reply is kept as it comes, so that nothing is asked for twice.
 
     Temperature, top-p and the number of tokens and samples are sent, no seed: an endpoint repeats nothing exactly. What
-    it refuses to answer (HTTP 400) counts as unanswered.
+    it refuses to answer (HTTP 400) counts as unanswered. A server that ignores the number of samples, and returns
+    fewer, is asked again for those that lack; a warning counts what it does not answer then. Raises EndpointError where
+    no reply holds a word; then none is kept.
     """
-    how = cfg.sampling
-    options = {"n": cfg.world.samples, "temperature": how.temperature, "top_p": how.top_p, "max_tokens": how.max_tokens}
-    said = {text: asking(source, text) for text in wording.values()}
-    requests = {text: {"messages": [{"role": "user", "content": said[text]}], **options} for text in said}
-
-    def read(reply) -> list:
-        choices = reply.choices if reply else []
-        return [(choice.message.content or "", choice.finish_reason == "stop") for choice in choices]
-
+    samples = cfg.world.samples
     asked = endpoint.Endpoint(source.ref, source.url)
-    return endpoint.ask(asked, requests, out / "checkpoints" / "replies.jsonl", read)[0]
+    folder = out / "checkpoints"
+    found = {text: [] for text in wording.values()}
+    lacking = dict.fromkeys(found, samples)
+    for turn in range(samples):  # each brings a response or more to every prompt that lacks any
+        requests = {text: _request(cfg, source, text, count) for text, count in lacking.items()}
+        kept = folder / (f"replies-{turn}.jsonl" if turn else "replies.jsonl")
+        replies, _ = endpoint.ask(asked, requests, kept, _choices)
+        for text, responses in replies.items():
+            found[text] += responses[: lacking[text]]
+        lacking = {
+            text: samples - len(found[text])
+            for text, responses in replies.items()
+            if responses and len(found[text]) < samples
+        }
+        if not lacking:
+            break
+    if any(found.values()) and not _words(found):
+        for kept in folder.glob("replies*.jsonl"):
+            kept.unlink()
+        raise endpoint.EndpointError(f"{source.ref}: no reply to {len(found)} prompts holds a word")
+    short = sum(samples - len(responses) for responses in found.values() if responses)
+    if short:
+        log.warning("%s: %d responses fewer than asked for, also when asked again", source.ref, short)
+    return found
+
+
+def _request(cfg, source: config.Source, text: str, samples: int) -> dict:
+    """Return what an endpoint is sent for a prompt."""
+    said = asking(source, text)
+    how = cfg.sampling
+    return {
+        "messages": [{"role": "user", "content": said}],
+        "n": samples,
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+        "max_tokens": how.max_tokens,
+    }
+
+
+def _choices(reply) -> list[tuple[str, bool]]:
+    """Return [(text, did it end by itself), …] of an endpoint's reply, none of a refusal."""
+    choices = reply.choices if reply else []
+    return [(choice.message.content or "", choice.finish_reason == "stop") for choice in choices]
+
+
+def _words(replies: dict) -> bool:
+    """Return whether any response of an endpoint holds a word."""
+    return any(text.strip() for responses in replies.values() for text, _ in responses)
 
 
 def _after(prompt: str, answer: str) -> str:

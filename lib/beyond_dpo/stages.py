@@ -58,7 +58,7 @@ def reward(world: config.World, name: str) -> Artifact:
         recipe["precision"] = world.precision
 
     def make(out: Path) -> dict:
-        labelled = json.loads((texts(world).get() / "labelled.json").read_text())
+        labelled = json.loads((texts(world).get() / "labelled.json").read_text(encoding="utf-8"))
         (words, labels), held_out = labelled.get(name, ([], [])), labelled["held_out"]
         if name == "gold" and not words:
             raise config.ConfigError("world.gold_rows is 0: there is nothing to train the gold reward on")
@@ -72,7 +72,7 @@ def reward(world: config.World, name: str) -> Artifact:
         if words and needs.cards():  # a living engine holds most of the card
             workers.close()
         workers.run("beyond_dpo.rewards", job, out, f"train {name}")
-        return json.loads((out / "facts.json").read_text())
+        return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
     return Artifact(f"reward-{name}", 1, recipe, make, f"reward {name}: python -m beyond_dpo.rewards {{job}}")
 
@@ -100,9 +100,10 @@ def responses(
         every = spread.side_by_side(cfg, model, aligned, split, alphas, prompts, samples=samples, seed=seed)
 
         def pick(out: Path) -> dict:
-            rows = [json.loads(line) for line in (every.get() / "responses.jsonl").read_text().splitlines()]
+            lines = (every.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
             mine = [row for row in rows if row.pop("adapter") == f"{alpha:g}"]
-            (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
+            (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine), encoding="utf-8")
             return shards.counted(mine)
 
         return Artifact("responses", 2, {"of": every, "alpha": alpha}, pick)
@@ -129,7 +130,7 @@ def _shape(model: str) -> list:
     from beyond_dpo import data
 
     files, words = [Path(model, f"{name}config.json") for name in ("", "generation_")], Path(model, "tokenizer.json")
-    lines = [line for path in files if path.exists() for line in path.read_text().splitlines()]
+    lines = [line for path in files if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
     known = [line for line in lines if '"dtype"' not in line and '"transformers_version"' not in line]
     return [*known, words.exists() and artifacts.sha256(words), data.model_end_tokens(model)]
 
@@ -173,7 +174,7 @@ def pairs(cfg) -> Artifact:
     def make(out: Path) -> dict:
         from beyond_dpo import data
 
-        asked = {r["id"]: r["prompt_ids"] for r in json.loads((texts(cfg.world).get() / "prompts.json").read_text())}
+        asked = {r["id"]: r["prompt_ids"] for r in texts(cfg.world).json("prompts.json")}
         gold = pd.read_json(judged.get() / "scores.jsonl", lines=True)
         said = pd.read_json(pool.get() / "responses.jsonl", lines=True).set_index(["id", "sample"])["response_ids"]
         rows, gaps, by = [], [], oracle(cfg.world)
@@ -278,8 +279,8 @@ def training(
         workers.run("beyond_dpo.train", job, out, desc, **machine)
         if not finished.exists():  # the deepspeed launcher ends with 0 when a signal ended its processes
             raise launch.JobFailed(f"{desc}: ended without a model; see the logs in {out / 'checkpoints'}")
-        steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
+        steps = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        return json.loads((out / "facts.json").read_text(encoding="utf-8")) | {"first": steps[0], "last": steps[-1]}
 
     return Artifact("train", 2, recipe, make, does)
 

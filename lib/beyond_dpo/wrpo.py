@@ -29,8 +29,8 @@ def thirds(cfg) -> Artifact:
         prompts = stages.texts(cfg.world).json("prompts.json")
         random.Random(0).shuffle(prompts)
         cut = round(cfg.sft_share * len(prompts))
-        (out / "first.json").write_text(json.dumps(prompts[:cut]))
-        (out / "rest.json").write_text(json.dumps(prompts[cut:]))
+        (out / "first.json").write_text(json.dumps(prompts[:cut]), encoding="utf-8")
+        (out / "rest.json").write_text(json.dumps(prompts[cut:]), encoding="utf-8")
 
     return Artifact("thirds", 1, {"texts": stages.texts(cfg.world), "share": cfg.sft_share}, make)
 
@@ -234,7 +234,7 @@ def collected(cfg) -> Artifact:
         table = table.assign(overlap=overlap, chosen=chosen).drop(columns=["id", "sample", "response_ids", "grams"])
         table.round(5).to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
         facts = {"sources": best.manifest["facts"], "quadruples": rows.manifest["facts"]}
-        (out / "facts.json").write_text(json.dumps(facts, indent=1))
+        (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     inputs = {"pools": {name: scores for name, (_, scores) in pools.items()}, "quadruples": rows}
     return Artifact("collected", 1, inputs, make)
