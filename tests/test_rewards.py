@@ -182,6 +182,16 @@ def test_a_chat_has_one_bos_whatever_its_template_does(head, bos):
     assert reward._ids(turns) == wanted
 
 
+def test_empty_fields_and_the_day_do_not_change_a_chats_reward(head):
+    """Through Arrow every turn has the fields of all turns, as None; some templates write today's date."""
+    reward = Classifier(head("llama"))
+    named = "{% if messages[0].name is defined %}{{ messages[0].name }}{% endif %}{{ strftime_now('%d %b %Y') }}"
+    reward.tokenizer.chat_template = named + reward.tokenizer.chat_template
+    turns = rewards.chat("A good film?", "A dull one.")
+    ids = reward._ids([turn | {"name": None} for turn in turns])
+    assert ids == reward._ids(turns) and "26 Jul 2024" in reward.tokenizer.decode(ids)
+
+
 def test_a_long_chat_loses_its_end(head):
     """Also where the tokenizer was saved with another side, as by some trainings of reward models."""
     folder = head("llama")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, gather, needs, search, stages
+from beyond_dpo import config, corpus, gather, needs, search, stages
 from beyond_dpo.artifacts import Artifact
 
 PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I rented it because", "The acting in")
@@ -203,6 +203,8 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
             (out / "own.json").write_text(json.dumps(rows), encoding="utf-8")
 
         recipe = {"prompts": PROMPTS, "tokenizer": reader}
+        if cfg.world.template == "chat":
+            recipe |= {"template": "chat"} | corpus.rendering(cfg.world.target, "chat")
         return Artifact("own-prompts", 1, recipe, own)
 
     points = {(name, alpha): line.at(cfg, alpha, "own", 1, prompts(readers[name]))

@@ -163,6 +163,7 @@ def elsewhere(cfg, source: str) -> Artifact:
     world = cfg.world
     recipe = {"source": corpus.source(source), "kind": source, "tokenizer": assets.resolve(world.target)}
     recipe |= {"rows": cfg.elsewhere_prompts, "prompt_tokens": world.prompt_tokens, "template": world.template}
+    recipe |= corpus.rendering(world.target, world.template)
 
     def make(out: Path) -> None:
         from beyond_dpo import data
@@ -172,10 +173,10 @@ def elsewhere(cfg, source: str) -> Artifact:
         generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
         generator.shuffle(texts)
         for i, text in enumerate(texts):
-            ids = data.render(tokenizer, text, world.template)
+            ids = data.render(tokenizer, text, "plain")
             cut = generator.randint(*world.prompt_tokens)
             if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
-                rows.append({"id": f"E{i}", "prompt_ids": ids[:cut]})
+                rows.append({"id": f"E{i}"} | corpus.begun(tokenizer, ids[:cut], world.template))
         if len(rows) < cfg.elsewhere_prompts:
             raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
         paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file

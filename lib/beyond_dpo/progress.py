@@ -125,7 +125,11 @@ def said(nb, values: dict) -> list[str]:
     jobs = [one.upstream for one in named]
     file = str(paths.ARTIFACTS / "{}.partial/checkpoints/config.json")
     hub = "KEY" * any('"plan": ' in json.dumps(one.recipe) for job in jobs for one in job.values())  # not by commit
-    lines = [one.does.format(job=file.format(hub or key)) for job in jobs for key, one in job.items() if one.does]
+    lines = []
+    for job in jobs:
+        for key, one in job.items():
+            if one.does:  # names of models and files may hold braces
+                lines.append(one.does.replace("{job}", file.replace("{}", hub or key)))
     if not lines:
         return ["computes nothing: shows what others found or printed"]
     n, world = cfg.needs, cfg.world

@@ -187,7 +187,9 @@ class Classifier:
         cut = {"truncation": True, "max_length": self.max_tokens}
         if isinstance(text, str):
             return self.tokenizer(text, **cut)["input_ids"]
-        ids, bos = self.tokenizer.apply_chat_template(text, return_dict=False), self.tokenizer.bos_token_id
+        from beyond_dpo import data
+
+        ids, bos = data.chat_ids(self.tokenizer, text), self.tokenizer.bos_token_id
         front = [bos] * (bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1]))  # one, whoever puts it there
         while front and ids[:1] == front:
             ids = ids[1:]

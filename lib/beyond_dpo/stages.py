@@ -22,6 +22,9 @@ def texts(world: config.World) -> Artifact:
     recipe |= {"tokenizer": assets.resolve(world.target), "source": corpus.source(world.dataset)}
     recipe |= {name: corpus.source(ref) for name in ("dev_dataset", "test_dataset") if (ref := getattr(world, name))}
     recipe |= {"pairs": world.pairs} if world.pairs != "sampled" else {}
+    recipe |= corpus.rendering(world.target, world.template)
+    if world.template == "chat" or world.dataset not in corpus.EMBEDDED:
+        recipe["tokens"] = 2  # of responses: those that they have after their prompt
     return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out))
 
 
@@ -124,10 +127,12 @@ def responses(
 
 def _shape(model: str) -> list:
     """Return what an engine keeps of the model that it starts with: structure, end tokens, vocabulary."""
+    from beyond_dpo import data
+
     files, words = [Path(model, f"{name}config.json") for name in ("", "generation_")], Path(model, "tokenizer.json")
     lines = [line for path in files if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
     known = [line for line in lines if '"dtype"' not in line and '"transformers_version"' not in line]
-    return [*known, words.exists() and artifacts.sha256(words)]
+    return [*known, words.exists() and artifacts.sha256(words), data.model_end_tokens(model)]
 
 
 def scores(
@@ -309,4 +314,4 @@ def _limits(settings: config.Train, model: Path) -> dict:
 
     tokenizer = data.load_tokenizer(str(model))
     limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
-    return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
+    return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": data.end_tokens(tokenizer)}
