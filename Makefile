@@ -10,6 +10,8 @@ FAULTS_TO ?= artifacts/faults.json
 # Address of PyTorch's CPU wheel index (see PyTorch's install page). Without it torch is the build that your package
 # index holds, on Linux usually the CUDA one: larger, and it works as well.
 TORCH_INDEX ?=
+# Options for JupyterLab, for `make lab`.
+LAB     ?=
 
 PY    = .venv/bin/python
 READY = .venv/.ready
@@ -20,32 +22,38 @@ help:  ## print this list
 	@echo "usage: make <target> [PROFILE=smoke|cpu|gpu|paper] [NB=11] [PYTHON=python3.12] [TORCH_INDEX=<address>]"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
 
-setup: $(READY)  ## create .venv from requirements/cpu.txt (3 to 5 minutes, once)
+setup: $(READY)  ## create .venv from requirements/cpu.txt (2 to 4 minutes, once)
 
-# DeepSpeed would compile the op at its first start, where one killed run leaves a lock that hangs all later ones; and
-# pip's cache does not know with which ops a wheel was built.
+# Torch comes by pip, which finds a build that the machine holds; the rest by uv, several times faster than pip, and by
+# pip where uv cannot reach the package index that pip is set up with. DeepSpeed is compiled meanwhile: it would compile
+# its collectives at its first start, where one killed run leaves a lock that hangs all later ones. Pip's cache does not
+# know with which ops a wheel was built, so it is not asked.
 # The stamp goes first and comes back last: an interrupted set-up is taken up again, never mistaken for a finished one.
 .venv/.ready: requirements/cpu.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "Python 3.11 or newer is needed, and $(PYTHON) is older. Try: make setup PYTHON=python3.12" >&2; exit 1; }
-	@rm -f .venv/.ready
-	@echo "set-up 1/3: virtual environment, torch, build tools"
+	@rm -rf .venv/.ready .venv/wheels
+	@echo "set-up 1/3: virtual environment, torch, build tools (about a minute)"
 	@$(PYTHON) -m venv .venv
 	@index="$(TORCH_INDEX)"; $(PY) -m pip install -qq $${index:+--extra-index-url "$$index"} \
-	  $$(grep -E '^(torch|setuptools|wheel|scikit_build_core|ninja|py-cpuinfo)==' requirements/cpu.txt)
-	@echo "set-up 2/3: everything else, as locked in requirements/cpu.txt (about 2 minutes, no output)"
-	@grep -v '^deepspeed==' requirements/cpu.txt | \
-	  $(PY) -m pip install -qq --no-deps --no-build-isolation -r /dev/stdin
-	@echo "set-up 3/3: DeepSpeed with its compiled CPU collectives (1 to 2 minutes), beyond_dpo itself"
-	@DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 $(RUN) -m pip install -qq --no-cache-dir --no-deps --no-build-isolation \
-	  $$(grep '^deepspeed==' requirements/cpu.txt)
+	  $$(grep -E '^(torch|setuptools|wheel|scikit_build_core|ninja|py-cpuinfo|uv)==' requirements/cpu.txt)
+	@echo "set-up 2/3: everything else, as locked in requirements/cpu.txt; DeepSpeed is compiled meanwhile (1 to 2 minutes)"
+	@DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 $(RUN) -m pip wheel -qq --no-cache-dir --no-deps --no-build-isolation \
+	    -w .venv/wheels $$(grep '^deepspeed==' requirements/cpu.txt) & build=$$!; \
+	  trap 'kill $$build 2>/dev/null' EXIT; \
+	  grep -v '^deepspeed==' requirements/cpu.txt > .venv/others.txt; \
+	  $(PY) -m uv pip install -q --python $(PY) --no-deps --no-build-isolation -r .venv/others.txt || { \
+	    echo "uv could not install them; pip does (about 2 minutes more, no output)"; \
+	    $(PY) -m pip install -qq --no-deps --no-build-isolation -r .venv/others.txt || exit 1; }; \
+	  trap - EXIT; wait $$build
+	@echo "set-up 3/3: DeepSpeed, beyond_dpo itself"
+	@$(PY) -m pip install -qq --no-deps .venv/wheels/deepspeed-*.whl
 	@$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch .venv/.ready
 
-reproduce: $(READY)  ## download models and data, compute every result anew, print the scoreboard (NB=11: one notebook)
-	@test "$(PROFILE)" = smoke || $(RUN) -m beyond_dpo.assets
+reproduce: $(READY)  ## compute every result anew, download what it needs, print the claims (NB=11: one notebook)
 	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run $${nb:---all} --profile $(PROFILE)
-	@$(RUN) -m beyond_dpo.report --local
+	@$(RUN) -m beyond_dpo.report --local $(NB)
 
 # Two processes: most of the time goes to children that start up on one core. A file's tests stay together, they share
 # models; the files go in the order of their names, which begins the longest early.
@@ -60,9 +68,15 @@ smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, n
 	@$(RUN) -m beyond_dpo.run --all --profile smoke
 
 # Without trust JupyterLab shows neither the figures nor the colours of the committed notebooks until they are run.
-lab: $(READY)  ## open the notebooks in JupyterLab
+# JUPYTER_PATH comes first where kernels are looked for: its `python3` is then this environment's, which has the
+# package, whatever kernels the user has installed. As root JupyterLab wants to be told that this is meant.
+lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 8889 --no-browser": its options)
 	@$(RUN) -m jupyter trust notebooks/*.ipynb > /dev/null
-	@$(RUN) -m jupyterlab notebooks/00_start_here.ipynb
+	@prefix="$$($(PY) -c 'import sys; print(sys.prefix)')"; \
+	  echo "kernel: Python 3 (ipykernel) of $$prefix; another Jupyter needs a kernel of that interpreter"; \
+	  root=; test "$$(id -u)" != 0 || root=--allow-root; \
+	  JUPYTER_PATH="$$prefix/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" \
+	  $(RUN) -m jupyterlab $$root $(LAB) notebooks/00_start_here.ipynb
 
 render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
 	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --in-place

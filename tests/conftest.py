@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
@@ -80,6 +81,22 @@ def openai_server(model, name: str, key: str, *options: str):
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+@pytest.fixture
+def interrupts():
+    """Let a test interrupt what it starts, also where the suite runs in the background of a script.
+
+    There the shell has SIGINT ignored, all children inherit that, and no Python raises KeyboardInterrupt.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        pytest.skip("SIGINT is ignored here, and only the main thread could change that")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")

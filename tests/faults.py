@@ -35,10 +35,6 @@ class Store:
         self.reports, self.errors, self.read = folder / "reports", folder / "errors", 0
         self.artifacts.mkdir(parents=True)
         self.reports.touch()
-        measured = paths.CACHE / "estimate.json"  # this machine's speed, which takes 6 s to find out
-        if measured.is_file():
-            (folder / "cache").mkdir()
-            shutil.copy(measured, folder / "cache")
         self.environment = {n: v for n, v in os.environ.items() if not n.startswith("BEYOND_DPO_")} | environment
         self.environment |= {"BEYOND_DPO_ARTIFACTS": str(self.artifacts), "BEYOND_DPO_CACHE": str(folder / "cache")}
         self.environment |= {"BEYOND_DPO_FIGURES": str(folder / "figures"), "BEYOND_DPO_PROGRESS": str(self.reports)}

@@ -8,15 +8,19 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from huggingface_hub import constants as hub
+from safetensors.numpy import save
 
-from beyond_dpo import artifacts, assets, corpus, paths
+from beyond_dpo import artifacts, assets, corpus, paths, stages
 from beyond_dpo.assets import ASSETS, AssetError
 
 LIB = Path(assets.__file__).parents[1]
@@ -196,8 +200,129 @@ def test_pickled_weights_are_refused(tmp_path):
     with pytest.raises(AssetError, match="no pickle is ever loaded; convert to safetensors"):
         assets.model_dir(str(tmp_path))
     assert not [pattern for pattern in assets.HUB_FILES if re.search(r"bin|pt|pkl|\*$", pattern)]
-    (tmp_path / "model.safetensors").touch()
+    weights(tmp_path / "model.safetensors")
     assert assets.model_dir(str(tmp_path)) == tmp_path
+
+
+def weights(file, name="weight"):
+    """Write a small safetensors file."""
+    file.write_bytes(save({name: np.zeros(8, dtype=np.float32)}))
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """Write a model's folder of two shards."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    shards = {f"tensor{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    for name, file in shards.items():
+        weights(folder / file, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    return folder
+
+
+def linked(folder, snapshot):
+    """Make a snapshot as the hub's cache holds it: links to blobs beside it; return the folder of blobs."""
+    blobs = snapshot.parents[1] / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(folder.iterdir())):
+        shutil.copyfile(file, blobs / f"{i:040d}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{i:040d}")
+    return blobs
+
+
+def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(whole, tmp_path, monkeypatch):
+    """By its path or its id; what is made of it holds files, no links that break elsewhere."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
+    linked(whole, snapshot)
+    assert assets.resolve(str(snapshot)) == assets.resolve(str(whole)), "the content counts, not the links"
+    assert assets.model_dir(str(snapshot)) == snapshot
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert assets.model_dir(f"org/name@{commit}") == snapshot
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    copy = stages.model(str(snapshot)).get()
+    assert {p.name for p in whole.iterdir()} < {p.name for p in copy.iterdir()}
+    assert not [p for p in copy.iterdir() if p.is_symlink()]
+    (snapshot / "config.json").resolve().unlink()  # an aborted download
+    with pytest.raises(AssetError, match=f"org/name@{commit}: .* is no whole model: config.json is a link to a file"):
+        assets.model_dir(f"org/name@{commit}")
+    with pytest.raises(AssetError, match="/config.json is a link to a file that is not there; download or copy"):
+        assets.resolve(str(snapshot))
+
+
+def missing(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def written(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+SHARD, INDEX = "model-00002-of-00002.safetensors", "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (missing(SHARD), f"{SHARD} is not there, which {INDEX} names"),
+        (missing("config.json"), "there is no config.json"),
+        (written("config.json", b"{"), "config.json or .* cannot be read"),
+        (written("config.json", b"[]"), "config.json is no JSON object"),
+        (written("config.json", b"\xff\xfe{}"), "config.json or .* cannot be read"),
+        (written(INDEX, b'{"weight_map": 1}'), f"config.json or {INDEX} cannot be read"),
+        (lambda folder: os.truncate(folder / SHARD, 100), f"{SHARD} is cut short or damaged"),
+        (lambda folder: os.truncate(folder / SHARD, 10), f"{SHARD} is cut short or damaged"),
+        (written(SHARD, b""), f"{SHARD} is cut short or damaged"),
+        (written(SHARD, bytes(136)), f"{SHARD} is cut short or damaged"),
+        (written(SHARD, b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), f"{SHARD} is cut short"),
+        (lambda folder: (folder / "generation_config.json").unlink() or
+         (folder / "generation_config.json").symlink_to("gone"), "generation_config.json is a link to a file"),
+    ],
+)  # fmt: skip
+def test_a_model_that_lacks_a_file_or_half_of_one_is_named(whole, damage, why):
+    """Not with a trace from inside of a library, nor by random weights or another end token."""
+    assert assets.model_dir(str(whole)) == whole
+    damage(whole)
+    with pytest.raises(AssetError, match=f"/model is no whole model: {why}.*; download or copy it again"):
+        assets.model_dir(str(whole))
+
+
+def test_a_stale_index_beside_one_whole_file_does_not_matter(whole):
+    """transformers reads model.safetensors first."""
+    for file in whole.glob("model-*"):
+        file.unlink()
+    weights(whole / "model.safetensors")
+    assert assets.model_dir(str(whole)) == whole
+
+
+def test_what_is_no_models_folder_is_said_in_words(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").symlink_to("nowhere")
+    for ref, message in {
+        str(tmp_path / "nowhere"): "nowhere: no such folder or file",
+        "nowhere/model": "the hub cannot be asked .*; give nowhere/model@<40-digit commit>, or a local folder .none",
+        "gone": "gone is a link to nowhere, which is not there",
+        str(whole / "config.json"): "config.json is a file, not the folder of a model",
+    }.items():
+        with pytest.raises(AssetError, match=message):
+            assets.model_dir(ref)
+    with pytest.raises(AssetError, match="gone is a link to nowhere, which is not there"):
+        assets.resolve("gone")
+
+
+def test_prepared_models_have_the_mode_that_the_umask_says(cache):
+    """safetensors writes for the owner alone: the others of a shared cache could not read the weights."""
+    mask = os.umask(0o027)
+    try:
+        folder = assets.model_dir("tiny")
+    finally:
+        os.umask(mask)
+    modes = {p.name: oct(p.stat().st_mode & 0o777) for p in folder.iterdir()}
+    assert set(modes.values()) == {"0o640"} and "model.safetensors" in modes, modes
 
 
 def test_fixture_reviews_are_distinct_and_balanced():
@@ -238,7 +363,7 @@ def test_tiny_models_load_and_speak(cache):
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
     )
-    assert tokenizer.decode(chat) == "<s><|user|> hi</s><|assistant|> " and chat.count(0) == 1
+    assert tokenizer.decode(chat) == "<s><|user|> hi</s><|assistant|>" and chat.count(0) == 1
     assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
     folder = assets.model_dir("tiny-encoder")
     inputs = AutoTokenizer.from_pretrained(folder)("fine film", return_tensors="pt")

@@ -89,6 +89,38 @@ def test_a_bad_hostfile_is_refused(hosts, text):
         cluster.hostfile()
 
 
+def test_a_hostfile_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEYOND_DPO_HOSTFILE", str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="BEYOND_DPO_HOSTFILE=.*none cannot be read: No such file"):
+        config.load("expo", "smoke")
+
+
+@pytest.mark.parametrize("text", ["two", "0", "-1", "1.5"])
+def test_a_number_of_nodes_that_is_none_is_refused_by_name(monkeypatch, text):
+    monkeypatch.setenv("BEYOND_DPO_NODES", text)
+    with pytest.raises(ValueError, match=f"BEYOND_DPO_NODES={text} is not a whole number above 0"):
+        cluster.nodes("torchrun")
+    assert cluster.nodes("plain") == 1
+    monkeypatch.setenv("BEYOND_DPO_NODES", "")
+    assert cluster.nodes("torchrun") == 1
+
+
+def test_a_value_that_is_no_yaml_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("BEYOND_DPO_PROCESSES", "[")
+    with pytest.raises(ValueError, match=r"BEYOND_DPO_PROCESSES=\[ is neither a number nor a word"):
+        config.load("expo", "smoke")
+
+
+def test_a_lease_that_cannot_be_touched_once_ends_no_job(tmp_path):
+    """A full disk, or a file server that is away for a moment: the processes have patience of their own."""
+    work = tmp_path / "jobs" / "work"
+    work.mkdir(parents=True)
+    with cluster.job([], work, "srun") as (_, failed, alive_):
+        assert alive_()
+        shutil.rmtree(tmp_path / "jobs")
+        assert alive_() and not failed.exists()
+
+
 def test_the_hostfile_of_the_recipes_is_one(monkeypatch):
     monkeypatch.setenv("BEYOND_DPO_HOSTFILE", str(RECIPES / "hostfile"))
     assert cluster.hostfile() == {"node-1": 8, "node-2": 8}
@@ -365,6 +397,8 @@ def test_a_follower_does_not_wait_for_ever(tmp_path):
     assert subprocess.run([*command, "1"], env=environment, timeout=20).returncode == 0
     wrong = subprocess.run([*command, "1", "2"], env=environment, capture_output=True, text=True)
     assert wrong.returncode == 1 and "usage" in wrong.stderr
+    wrong = subprocess.run([*command, "soon"], env=environment, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "usage" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 @pytest.mark.slow

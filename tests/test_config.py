@@ -6,13 +6,16 @@ import ast
 import csv
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from beyond_dpo import config, estimate, paths
+from beyond_dpo import assets, config, needs, paths
 from beyond_dpo.config import ConfigError, Train, load
 
 SMOKE = load("expo", "smoke")
@@ -152,9 +155,9 @@ def test_recipe_holds_what_the_result_depends_on():
 
 
 def test_differences_and_card():
-    cfg = load("expo", "paper", train__beta=0.5, alphas={**PAPER.alphas, 0.4: [9]}, world__dataset="<b>&")
+    cfg = load("expo", "paper", train__beta=0.5, alphas={**PAPER.alphas, 0.4: [9]}, world__dev_dataset="<b>&")
     rows = {key: (here, there) for key, here, there in config.differences(cfg, PAPER)}
-    assert rows.keys() == {"train.beta", "alphas", "world.dataset"}
+    assert rows.keys() == {"train.beta", "alphas", "world.dev_dataset"}
     assert rows["train.beta"] == (0.5, 0.01) and rows["alphas"][0][0.4] == (9.0,)
     card = config.card(cfg)
     assert [tuple(row) for row in card.data.values] == [tuple(map(str, row)) for row in config.differences(cfg, PAPER)]
@@ -174,25 +177,123 @@ def test_card_says_how_far_each_profile_is_from_the_paper():
 
 
 def test_this_machine():
-    estimate.check(SMOKE)
+    needs.check(SMOKE)
     cfg = load("expo", "smoke", needs__gpus=10_000, needs__gpu_gb=80, needs__memory_gb=10**7)
     with pytest.raises(ConfigError, match=r"smoke needs 10000 GPUs of 80 GB \(found \d+\) and 10000000 GB of memory"):
-        estimate.check(cfg)
+        needs.check(cfg)
 
 
 def test_what_is_finished_counts_as_room(tmp_path, monkeypatch):
     """A profile of 20 GB may go on with 5 GB free when 16 GB of it are there."""
-    monkeypatch.setattr(estimate.paths, "ARTIFACTS", tmp_path)
-    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
+    monkeypatch.setattr(needs.paths, "ARTIFACTS", tmp_path)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=5e9))
     cfg = load("expo", "smoke", needs__disk_gb=20)
     with pytest.raises(ConfigError, match=r"20 GB of disk for .* held by results: 5\).*--profile"):
-        estimate.check(cfg)
+        needs.check(cfg)
     (tmp_path / "train-1").mkdir()
     (tmp_path / "train-1" / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": 16_000_000_000}}}))
-    estimate.check(cfg)
+    needs.check(cfg)
     (tmp_path / "train-2").mkdir()
     (tmp_path / "train-2" / "manifest.json").write_text("{")  # damaged: noticed by whoever reads it
-    estimate.check(cfg)
+    needs.check(cfg)
+
+
+@pytest.mark.parametrize("paper", config.SCHEMAS)
+@pytest.mark.parametrize("profile", ["smoke", "cpu"])
+def test_cpu_profiles_compute_in_float32(monkeypatch, paper, profile):
+    """bfloat16 is emulated on a CPU without AVX512-BF16 or AMX: a run of an hour took days."""
+    monkeypatch.setenv("COMPUTE", "cold")
+    cfg = load(paper, profile)
+    assert {cfg.sft.precision, cfg.train.precision, cfg.world.precision} == {"fp32"}
+    samplings = [cfg.decoding, getattr(cfg, "sampling", cfg.decoding)]
+    assert {decoding.dtype for decoding in samplings} == {"float32"}
+
+
+def test_bfloat16_is_refused_before_the_work_on_a_cpu_that_would_emulate_it(monkeypatch, tmp_path):
+    """The faked processor has AVX2 and no more; the profiles of a CPU ask it for nothing else."""
+    avx2 = tmp_path / "cpuinfo"
+    avx2.write_text("model name\t: old\nflags\t\t: fpu sse4_2 avx avx2 fma\n")
+    monkeypatch.setattr(needs.cluster, "CPUINFO", str(avx2))
+    monkeypatch.setattr(needs, "cards", lambda: 0)
+    monkeypatch.setattr(needs, "free_disk_gb", lambda: 1000.0)
+    monkeypatch.setenv("COMPUTE", "cold")
+    for paper in config.SCHEMAS:
+        for profile in ("smoke", "cpu"):
+            assert needs.lacking(load(paper, profile)) == []
+    with pytest.raises(ConfigError, match="a CPU with AVX512_BF16 or AMX, for bfloat16"):
+        needs.check(load("expo", "cpu", train__precision="bf16"))
+    with pytest.raises(ConfigError, match="for bfloat16"):
+        needs.check(load("wrpo", "cpu", sampling__dtype="bfloat16"))
+
+
+def test_every_hub_id_of_a_profile_has_its_line_among_the_pins():
+    """A commit, or null where none is known, which the log then tells."""
+    named = set()
+    for paper in config.SCHEMAS:
+        layers = (paths.ROOT / "lib/beyond_dpo/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
+        without_comments = re.sub(r"#.*", "", layers)
+        named |= set(re.findall(r"(?<![\w/.])[\w.-]+/[\w.-]*\w(?=[\s:,\]\"}])", without_comments))
+    named = {name.removeprefix("datasets:") for name in named if name.split("/")[0] not in config.PROFILES}
+    assert len(named) > 45 and named == assets.REVISIONS.keys()
+    armorm = "RLHFlow/ArmoRM-Llama3-8B-v0.1"
+    assert assets.resolve(armorm)["commit"] == assets.REVISIONS[armorm]
+    own = "a" * 40
+    assert assets.resolve(f"EleutherAI/pythia-2.8b@{own}")["commit"] == own
+
+
+def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monkeypatch):
+    """Only where nothing is changed and results are read; what is computed anew is float32."""
+    monkeypatch.delenv("COMPUTE", raising=False)
+    assert load("expo", "cpu").train.precision == "bf16"
+    assert load("expo", "cpu", seeds=None).decoding.dtype == "bfloat16"
+    assert load("expo", "cpu", seeds=[0]).train.precision == "fp32"
+    for mode, precision in {"never": "bf16", "cold": "fp32", "plan": "bf16", "plan cold": "fp32"}.items():
+        monkeypatch.setenv("COMPUTE", mode)
+        assert load("expo", "cpu").train.precision == precision
+
+
+@pytest.mark.parametrize(
+    "paper, changes, message",
+    [
+        ("expo", {"train.max_prompt": 64}, "train.max_prompt=64 leaves no room .*max_length=64"),
+        ("expo", {"decoding.max_tokens": 128}, "max_tokens=128 leaves no room .*max_model_len=128"),
+        ("expo", {"world.prompt_tokens": [9, 4]}, "prompt_tokens: 9 .* is above 4"),
+        ("expo", {"fractions": [0.5, 1.5]}, r"fractions\.1: .* less than or equal to 1"),
+        ("expo", {"seeds": []}, "seeds: .* at least 1 item"),
+        ("expo", {"seeds": [-1]}, r"seeds\.0: .* greater than or equal to 0"),
+        ("expo", {"search_evaluations": 3}, "search_evaluations: .* greater than or equal to 4"),
+        ("expo", {"train.zero": 4}, "train.zero: .* less than or equal to 3"),
+        ("mallows", {"plug_ins": {"dpoo": {}}}, "plug_ins.dpoo: loss: .*'dpo'"),
+        ("mallows", {"plug_ins": {"dpo": {"bta": 1.0}}}, "plug_ins.dpo: unknown key 'bta'.*'beta'"),
+        ("mallows", {"betas": [0.0]}, r"betas\.0: .* greater than 0"),
+        ("wrpo", {"objectives": {"ipo": {"beta": -1.0}}}, "objectives.ipo: beta: .* than 0"),
+        ("wrpo", {"alphas": [1.1]}, r"alphas\.0: .* less than or equal to 1"),
+        ("wrpo", {"sampling.max_tokens": 256}, "sampling.max_tokens=256 leaves no room"),
+        ("wrpo", {"sft_share": 1.0}, "sft_share: .* less than 1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_when_loaded(paper, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load(paper, "smoke", **changes)
+
+
+def test_values_of_other_kinds_are_taken_or_refused_in_words():
+    cfg = load("expo", "smoke", seeds=np.arange(2), train__lr=np.float32(0.1), train__epochs=np.int64(3))
+    assert (cfg.seeds, cfg.train.lr, cfg.train.epochs) == ((0, 1), 0.1, 3)
+    assert load("expo", "smoke", world={"target": Path("/models/x")}).world.target == "/models/x"
+    with pytest.raises(ConfigError, match="^train.lr: a complex cannot be a setting"):
+        load("expo", "smoke", train__lr=1j)
+    with pytest.raises(ConfigError, match=r"^world\.x: a set cannot be a setting"):
+        load("expo", "smoke", world={"x": {1}})
+
+
+def test_a_target_of_ones_own_does_not_need_what_the_papers_model_needs():
+    """A 135M model was refused at profile paper for want of eight GPUs."""
+    own = load("expo", "paper", world={"target": "tiny", "dataset": "pairs.jsonl"})
+    assert own.needs.gpus == own.needs.memory_gb == 0
+    needs.check(own)
+    assert load("expo", "paper", world={"dev_prompts": 10}).needs == PAPER.needs
+    assert load("expo", "paper", world={"target": "tiny"}, needs__gpus=1).needs.gpus == 1
 
 
 def test_import_is_light():

@@ -1,13 +1,18 @@
 """Rows, tokens and masks: at most one BOS, masks that cover exactly the response, files that are whole or refused."""
 
+import datetime
 import json
+import shutil
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 from beyond_dpo import data, paths
+from beyond_dpo.generate import Engine
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -84,14 +89,14 @@ def test_chat_text_is_the_template_with_the_generation_prompt():
 
 def test_markup_in_a_text_stays_text():
     """"</s>" in a review must not become the end token, and "<s>" in front must not become a second BOS."""
-    tokenizer = build(adds_bos=True)
+    tokenizer = build(adds_bos=True, template=None)
     ids = data.encode_response(tokenizer, "good</s>film")
     assert ids.count(EOS) == 1 and ids[-1] == EOS and tokenizer.decode(ids[:-1]) == "good</s>film"
     assert data.render(tokenizer, "<s>a film", "plain").count(BOS) == 1
 
 
 def test_response_ends_with_the_end_token_once():
-    tokenizer = build(adds_bos=True)
+    tokenizer = build(adds_bos=True, template=None)
     with_end, without = (data.encode_response(tokenizer, " good", end=end) for end in (True, False))
     assert with_end == without + [EOS] and BOS not in with_end
     assert data.encode_response(tokenizer, "") == [EOS] and data.encode_response(tokenizer, "", end=False) == []
@@ -111,6 +116,224 @@ def test_response_ends_with_the_end_token_once():
 def test_prompt_faults(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+# --- a response is what it adds to its prompt
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+LLAMA2 = (  # an answer stands between blanks
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content | trim }} [/INST]"
+    "{% else %} {{ m.content | trim }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+THINKING = CHATML.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<t></t>\n{% endif %}{{ m.content }}")
+TEMPLATES = {"text": TEMPLATE, "chatml": CHATML, "zephyr": ZEPHYR, "llama-2": LLAMA2, "thinking": THINKING}
+
+
+def turned(template=CHATML):
+    """Return a tokenizer whose chats end turns with a token of their own, which is not its end token."""
+    tokenizer = build(template=template)
+    tokenizer.add_tokens([AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
+    return tokenizer
+
+
+def sentencepiece(front: str = "", template: str | None = ZEPHYR):
+    """Train a BPE on characters with ▁ for a blank, as Llama-2's and Mistral's, whose texts begin with one.
+
+    front: "first" for one at the beginning only, else at the beginning of every text between special tokens.
+    """
+    core = Tokenizer(models.BPE(unk_token="<unk>"))
+    blanks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    if front:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=front)
+    else:
+        core.normalizer = normalizers.Sequence(blanks)
+    letters = [*map(chr, range(33, 127)), "▁", "\n"]
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    core.train_from_iterator(TEXTS, trainers.BpeTrainer(
+        special_tokens=special, initial_alphabet=letters, max_token_length=6, show_progress=False))  # fmt: skip
+    if not front:
+        core.pre_tokenizer = None
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, **options)
+
+
+@pytest.mark.parametrize("kind", [build, turned, sentencepiece, lambda template: sentencepiece("first", template)])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("answer", ["the plot is thin", "I liked it. ", ""])
+def test_prompt_and_response_are_the_tokens_of_the_whole_chat(kind, template, answer):
+    """The turn's own end token, blanks around an answer, and no mark of a text's beginning within one."""
+    tokenizer = kind(template=TEMPLATES[template])
+    prompt = data.render(tokenizer, USER, "chat")
+    chat = [*USER, {"role": "assistant", "content": answer}]
+    whole = tokenizer.apply_chat_template(chat, return_dict=False)
+    for given in ({}, {"prompt": USER, "template": "chat"}):
+        ids = data.encode_response(tokenizer, answer, **given)
+        ours = prompt + ids
+        if ours != whole[: len(ours)]:  # this template ends no turn: then the tokenizer's end token does
+            begun = tokenizer.apply_chat_template(chat, return_dict=False, continue_final_message=True)
+            assert ours == [*begun, EOS] and EOS not in whole[len(prompt) :]
+        assert ids[-1] in data.end_tokens(tokenizer) and not set(ids[:-1]) & set(data.end_tokens(tokenizer))
+        cut = data.encode_response(tokenizer, answer, end=False, **given)
+        assert cut == ids[: len(cut)] and answer.strip() in tokenizer.decode(cut)
+
+
+def test_a_turn_ends_as_its_template_ends_it():
+    tokenizer = turned()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert data.encode_response(tokenizer, "a film")[-1] == end != EOS
+    assert data.encode_response(tokenizer, "a film", template="plain")[-1] == EOS
+    assert data.end_tokens(tokenizer) == [EOS, end], "sampling stops at both"
+
+
+@pytest.mark.parametrize("front", ["", "first"])
+def test_a_plain_response_begins_as_it_does_within_the_text(front):
+    """Alone it would get the mark that such a tokenizer puts at the beginning of a text: a second blank."""
+    tokenizer = sentencepiece(front, None)
+    whole = "the plot is thin, the actors are good"
+    wanted = tokenizer(whole)["input_ids"]
+    for cut in (8, 11, 16, 17):
+        prompt, response = whole[:cut], whole[cut:]
+        ids = data.encode_response(tokenizer, response, end=False, prompt=prompt, template="plain")
+        assert data.render(tokenizer, prompt, "plain") + ids == wanted
+        assert data.encode_response(tokenizer, response, end=False) == ids, "after any text"
+
+
+def test_a_response_that_shares_a_token_with_its_prompt_is_refused():
+    tokenizer = build(template=TEMPLATE.replace("assistant:{%", "assistant: {%"))
+    for prompt, response in [("a go", "od film"), ("a good ", "film")]:
+        with pytest.raises(data.RowError, match="the prompt's tokens do not begin those of prompt and response"):
+            data.encode_response(tokenizer, response, prompt=prompt, template="plain")
+    with pytest.raises(data.RowError, match="the prompt's tokens do not begin"):  # "assistant: " and "good"
+        data.encode_response(tokenizer, "good", prompt=USER, template="chat")
+    other = build(template=TEMPLATE.replace("assistant:{%", "model:{%"))
+    with pytest.raises(data.RowError, match="the prompt's tokens do not begin"):
+        data.encode_response(other, "good")
+
+
+CONTINUATIONS = ["good film", " good", "od film", "\n\nI saw", "  twice", "'s", "1990", ".", "a", "\n", ""]
+
+
+@pytest.mark.parametrize("text", CONTINUATIONS)
+def test_byte_level_tokens_are_those_of_the_text_alone(text):
+    """As of SmolLM2 and the tiny model: what was computed from them stays."""
+    tokenizer = build(adds_bos=True)
+    alone = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert data.encode_response(tokenizer, text, template="plain") == [*alone, EOS]
+
+
+def test_markup_in_an_answer_of_a_chat_stays_text():
+    for tokenizer in (turned(), turned(LLAMA2), sentencepiece()):
+        prompt = data.render(tokenizer, USER, "chat")
+        plain, marked = (data.encode_response(tokenizer, text) for text in ("a good film", "a</s> good film"))
+        assert marked[-1] == plain[-1] and marked.count(EOS) == plain.count(EOS) <= 1
+        assert tokenizer.decode(prompt + marked[:-1]).rstrip().endswith("a</s> good film")
+        assert data.render(tokenizer, USER, "chat", begun="a</s> good")[len(prompt) :].count(EOS) == 0
+
+
+def test_an_answer_that_has_begun_goes_on_right_there():
+    tokenizer = turned()
+    ids = data.render(tokenizer, USER, "chat", begun="the plot is")
+    assert tokenizer.decode(ids).endswith("<|im_start|>assistant\nthe plot is")
+    assert ids == data.render(tokenizer, USER, "chat") + data.encode_response(tokenizer, "the plot is", end=False)
+    assert data.render(tokenizer, "the plot", "plain", begun=" is") == data.render(tokenizer, "the plot is", "plain")
+
+
+def test_end_tokens_are_all_that_tokenizer_template_and_configs_name(tmp_path):
+    """A line break that a config names as an end is none where a text holds it."""
+    tokenizer = turned()
+    line, end = tokenizer("\n")["input_ids"][0], tokenizer.convert_tokens_to_ids("<|im_end|>")
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 7, "text_config": {"eos_token_id": 8}}')
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, line]}))
+    loaded = data.load_tokenizer(tmp_path)
+    assert data.end_tokens(loaded) == data.model_end_tokens(tmp_path) == [EOS, 9, line, 7, 8, end]
+    ids = data.encode_response(loaded, "a film\nI saw")
+    assert loaded.decode(ids) == "a film\nI saw<|im_end|>"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    assert data.model_end_tokens(tmp_path) == [9, line, 7, 8], "what a model without a tokenizer has"
+
+
+def test_sampling_stops_where_training_closes_a_response(tmp_path, tiny):
+    """A model that has learnt to end at once, with the token that its tokenizer names and its config does not."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    tokenizer = data.load_tokenizer(tiny)
+    end = tokenizer.pad_token_id
+    other = AutoTokenizer.from_pretrained(folder)
+    other.eos_token, other.chat_template = other.pad_token, None
+    other.save_pretrained(folder)
+    weights = {name: torch.zeros_like(tensor) for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights["model.norm.weight"] += 1
+    weights["model.embed_tokens.weight"][:, 0] = 5
+    weights["model.embed_tokens.weight"][end, 0] = 50
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "prompts.json").write_text('[{"id": "a", "prompt_ids": [10, 11, 12]}]')
+    how = {"backend": "transformers", "max_tokens": 8, "max_model_len": 64, "dtype": "float32"}
+    Engine(str(folder), how).generate(str(tmp_path / "prompts.json"), str(tmp_path / "said.jsonl"), 1, 0)
+    said = json.loads((tmp_path / "said.jsonl").read_text())["response_ids"]
+    assert said == [end] == data.encode_response(data.load_tokenizer(folder), "a film")[-1:]
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id != end
+
+
+def test_without_any_end_token_a_response_cannot_be_closed():
+    tokenizer = build(template=None)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no end token: pass end=False"):
+        data.encode_response(tokenizer, "a film")
+    assert data.encode_response(tokenizer, "a film", end=False)
+
+
+# --- what reaches a chat template
+
+
+def test_fields_that_are_none_do_not_reach_a_template():
+    """Through Arrow every turn has the fields of all turns."""
+    named = "{% for m in messages %}{{ m.role }}{% if m.name is defined %} ({{ m.name }}){% endif %}: "
+    named += "{{ m.content }}\n{% endfor %}"
+    called = "{% for m in messages %}{% for c in m.calls %}{{ c | tojson }}{% endfor %}{{ m.content }}{% endfor %}"
+    turns = [{"role": "user", "content": "a", "name": None, "calls": [{"f": "x", "y": None}]}]
+    turns += [{"role": "user", "content": "b", "name": "bob", "calls": None}]
+    tokenizer = build(template=named)
+    assert tokenizer.decode(data.render(tokenizer, turns, "chat")) == "user: a\nuser (bob): b\n"
+    tokenizer = build(template=called)
+    assert tokenizer.decode(data.render(tokenizer, turns, "chat")) == '{"f": "x"}ab'
+    assert turns[0]["name"] is None, "the caller's turns are untouched"
+
+
+def test_a_template_writes_the_same_date_on_any_day(monkeypatch):
+    today = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}{{ messages[0].content }}"
+    tokenizer, said = build(template=today), []
+    for day in (1, 2):
+
+        class Day(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None, day=day):
+                return cls(2031, 1, day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Day)
+        said.append(tokenizer.decode(data.render(tokenizer, "a film", "chat")))
+    assert said == ["26 Jul 2024 a film"] * 2
+
+
+def test_turns_that_a_template_refuses_are_named():
+    refuse = "{{ raise_exception('System role not supported') }}"
+    strict = "{% if messages[0].role == 'system' %}" + refuse + "{% endif %}" + TEMPLATE
+    turns = [{"role": "system", "content": "be kind"}, *USER]
+    with pytest.raises(data.RowError, match=r"refuses it \(System role not supported\): .*'be kind'") as refused:
+        data.render(build(template=strict), turns, "chat")
+    assert refused.value.reason == "the chat template refuses it (System role not supported)"
+    with pytest.raises(data.RowError, match="can only concatenate"):
+        data.render(build(template="{{ 'a' + messages[0].content }}"), [{"role": "user", "content": 3}], "chat")
 
 
 def test_loaded_tokenizer_pads_with_the_end_token_if_it_has_no_pad(tmp_path):
@@ -137,7 +360,12 @@ def test_smollm2():
     assert text.endswith("<|im_start|>user\nIs it good?<|im_end|>\n<|im_start|>assistant\n")
     plain = data.render(tokenizer, "This film", "plain")
     assert tokenizer.decode(plain) == "This film"
-    ids = data.encode_response(tokenizer, " is good.")
+    assert data.end_tokens(tokenizer) == [tokenizer.eos_token_id], "all that name an end token agree"
+    turns = [{"role": "user", "content": "Is it good?"}, {"role": "assistant", "content": "It is."}]
+    whole = chat + data.encode_response(tokenizer, "It is.", prompt=turns[:1], template="chat")
+    assert whole == tokenizer.apply_chat_template(turns, return_dict=False)[:-1], "but for a line break"
+    ids = data.encode_response(tokenizer, " is good.", template="plain")
+    assert ids == [*tokenizer(" is good.")["input_ids"], tokenizer.eos_token_id]
     batch = data.pack([row(prompt=chat, chosen=ids)], ["chosen"], tokenizer.pad_token_id)
     assert batch["labels"].tolist() == ids and batch["input_ids"].tolist() == [chat + ids]
 
@@ -168,6 +396,9 @@ def test_truncate_edges():
     assert data.truncate([0, 5, 6], [7, 8, 1], max_prompt=1, max_length=2, bos_id=0, eos_id=1) == ([0], [1])
     assert data.truncate([4, 5, 6], [7, 8, 9], max_prompt=1, max_length=2, bos_id=0, eos_id=1) == ([6], [7])
     assert data.truncate([0, 5, 6], [7, 8, 1], max_prompt=2, max_length=4) == ([5, 6], [7, 8])  # no ids given
+    ends = {"max_prompt": 1, "max_length": 3, "eos_id": [1, 9]}
+    assert data.truncate([5], [7, 8, 9], **ends) == ([5], [7, 9]), "one of several end tokens"
+    assert data.truncate([5], [7, 8, 6], **ends) == ([5], [7, 8])
     with pytest.raises(ValueError, match="max_prompt < max_length"):
         data.truncate([0], [1], max_prompt=4, max_length=4)
 

@@ -396,6 +396,7 @@ def test_kill_9_blocks_nothing(big, tmp_path):
     shutil.rmtree(tmp_path / "out")
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_interrupt_leaves_nothing(big, tmp_path):
     """Ctrl-C in the middle of the work stops the threads and deletes the working folder."""
     threads = torch.get_num_threads()

@@ -385,7 +385,7 @@ def test_a_killed_runner_leaves_no_process_and_its_rerun_ends_well(project, faul
     runner = project.start(*run)
     with fault("runner killed"):
         wait_for(lambda: list(project.artifacts.glob("waits-*.partial")), 60)
-        assert len(project.processes()) == 3  # runner, kernel, worker
+        wait_for(lambda: len(project.processes()) == 3, 60)  # runner, kernel, worker; first also git
         stop(runner)
         assert project.alone(), project.processes()
     (project.artifacts / "go").touch()

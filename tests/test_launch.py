@@ -1,16 +1,19 @@
 """Child processes: real ones, with every launcher; none survives its parent, an interrupt, or a failure of its own."""
 
+import ast
 import json
 import os
 import signal
 import subprocess
 import sys
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
 
-from beyond_dpo import launch
+from beyond_dpo import launch, paths, spread
 from conftest import alive, wait_for
+from faults import disk, filled
 
 JOB = """
 import json, os, subprocess, sys, time
@@ -20,8 +23,7 @@ launch.follow_parent()
 config = json.load(open(sys.argv[1]))
 rank = os.environ.get("RANK", "0")
 if "note" in config:
-    names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "TQDM_DISABLE", "CUDA_VISIBLE_DEVICES")
-    open(config["note"] + rank, "w").write(json.dumps({name: os.environ.get(name) for name in names}))
+    open(config["note"] + rank, "w").write(json.dumps(dict(os.environ)))
 for step in range(config.get("steps", 0)):
     time.sleep(0.7)
     launch.progress(step + 1, config["steps"])
@@ -66,6 +68,8 @@ class Counter:
         for i in range(4):
             time.sleep(0.7)
             launch.progress(i + 1, 4)
+    def say(self, text):
+        print(text, flush=True)
 
 launch.serve(Counter)
 """
@@ -156,7 +160,7 @@ def test_run_tells_the_runner_how_far_it_is(tmp_path, monkeypatch):
     assert 2 <= len(fractions) <= 4 and fractions[-1] == 1 and fractions == sorted(set(fractions))
     assert events[0]["eta"] > 0 == events[-1]["eta"] and events[-1]["seconds"] > 2.8
     environment = json.loads((tmp_path / "note0").read_text())
-    assert environment["TQDM_DISABLE"] == "1" and environment["RANK"] is None
+    assert environment["TQDM_DISABLE"] == "1" and "RANK" not in environment
     assert int(environment["OMP_NUM_THREADS"]) == len(os.sched_getaffinity(0))
 
 
@@ -204,6 +208,7 @@ def test_without_a_traceback_the_last_lines_are_shown(tmp_path):
     assert shown[0].startswith("Traceback") and shown[-1] == "line 99" and "before" not in shown and len(shown) == 61
 
 
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("launcher, processes", [("plain", 1), ("torchrun", 2)])
 def test_ctrl_c_leaves_no_process(tmp_path, launcher, processes):
     parent, pids = parent_of_hanging_job(tmp_path, launcher, processes)
@@ -300,6 +305,7 @@ def test_worker_reports_progress_of_each_call(tmp_path, monkeypatch):
     assert {e["stage"] for e in events} == {"counter: slow"} and events[-1]["fraction"] == 1
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_an_interrupted_call_ends_the_worker(tmp_path):
     counter = worker(tmp_path)
     timer = subprocess.Popen(["sh", "-c", f"sleep 1; kill -INT {os.getpid()}"])
@@ -312,3 +318,233 @@ def test_an_interrupted_call_ends_the_worker(tmp_path):
 def children():
     with open(f"/proc/self/task/{os.getpid()}/children") as f:
         return {pid for pid in f.read().split() if alive(pid)}
+
+
+def test_a_second_worker_of_one_name_keeps_the_first_ones_log(tmp_path):
+    """Its own end quotes what it said itself, and not what the first one did."""
+    with worker(tmp_path) as first:
+        first.call("say", text="words of the first")
+    second = worker(tmp_path)
+    assert second.log == first.log
+    with pytest.raises(launch.JobFailed, match="about to die") as failure:
+        second.call("die")
+    assert "words of the first" not in str(failure.value)
+    assert first.log.read_text().split("\n")[:2] == ["words of the first", "about to die"]
+
+
+# ---- what children get to know of this process
+
+
+SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "ANTHROPIC_API_KEY", "AWS_SECRET_ACCESS_KEY",
+           "AZURE_OPENAI_KEY", "VLLM_API_KEY", "GITHUB_TOKEN", "CLIENT_SECRET", "DB_PASSWORD")  # fmt: skip
+NEEDED = ("HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "SSH_AUTH_SOCK", "VLLM_TARGET_DEVICE")
+
+
+def test_no_child_gets_a_key_or_a_token(tmp_path, monkeypatch):
+    """Endpoints are asked and the hub is read by this process; the tokenizers' switch and the like are no secrets."""
+    for name in SECRETS:
+        monkeypatch.setenv(name, "sk-secret")
+    for name in NEEDED:
+        monkeypatch.setenv(name, "1")
+    launch.run("a_job", {"note": str(tmp_path / "note")}, tmp_path / "work", desc="job")
+    environment = json.loads((tmp_path / "note0").read_text())
+    assert not set(SECRETS) & set(environment) and "sk-secret" not in environment.values()
+    assert set(NEEDED) <= set(environment) and os.environ["HF_TOKEN"] == "sk-secret"
+
+
+def test_idle_threads_of_children_sleep_unless_the_user_says_otherwise(tmp_path, monkeypatch):
+    for name in launch.WAITING:
+        monkeypatch.delenv(name, raising=False)
+    assert launch._environment(tmp_path / "p", 1, {})["OMP_WAIT_POLICY"] == "PASSIVE"
+    for name, value in {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "3"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            environment = launch._environment(tmp_path / "p", 1, {})
+            assert {n: environment[n] for n in launch.WAITING if n in environment} == {name: value}
+
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    "given, want",
+    [("4,2", 4), ("4", 4), (" 3 , 1", 3), ("12,6,2", 12), (None, CORES), ("", CORES), ("0", CORES), ("four", CORES)],
+)
+def test_nested_numbers_of_threads_are_understood(tmp_path, monkeypatch, given, want):
+    """OMP_NUM_THREADS=4,2 is legal: a number for each level. Children get one, as vLLM reads it with int()."""
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert launch.threads() == want
+    assert launch._environment(tmp_path / "p", 2, {})["OMP_NUM_THREADS"] == str(max(1, want // 2))
+    engines = SimpleNamespace(decoding=SimpleNamespace(engines=2, tensor_parallel=1))
+    assert spread._place(engines, 1)["OMP_NUM_THREADS"] == str(max(1, want // 2))
+
+
+def test_a_job_runs_with_nested_numbers_of_threads(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    launch.run("a_job", {"note": str(tmp_path / "note")}, tmp_path / "work", desc="job")
+    assert json.loads((tmp_path / "note0").read_text())["OMP_NUM_THREADS"] == "4"
+
+
+# ---- what tells how far the work is never ends it
+
+
+def test_work_goes_on_where_nobody_can_be_told_how_far_it_is(tmp_path, monkeypatch):
+    """Folders stand where the reports and the progress should go: neither parent nor child can write them."""
+    for folder in ("reports", "work/.progress"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(tmp_path / "reports"))
+    launch.run("a_job", {"steps": 2, "say": "done"}, tmp_path / "work", desc="job")
+    assert (tmp_path / "work" / "job.log").read_text() == "done\n"
+
+
+def test_work_goes_on_where_a_full_disk_takes_no_report(tmp_path, monkeypatch):
+    with disk(tmp_path / "disk", 1):
+        reports = tmp_path / "disk" / "reports"
+        reports.touch()
+        monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
+        with filled(tmp_path / "disk"):
+            counter = launch.Worker("a_worker", {"start": 2}, tmp_path / "disk" / "logs", desc="counter")
+            with counter:
+                counter.call("slow")
+                assert counter.call("add", n=3) == {"value": 8}
+        assert reports.read_text() == "" == counter.progress_file.read_text()
+
+
+WRONG = [b"", b"\n", b"1 2", b"x y\n", b"0 0\n", b"-1 4\n", b"1 2 3\n", b"1.5 2\n", b"\xff\xfe\n", "² ³\n".encode()]
+
+
+def test_a_damaged_progress_file_is_left_out(tmp_path, monkeypatch):
+    reports, file = tmp_path / "reports", tmp_path / "progress"
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
+    with launch._bar("job", file) as show:
+        for wrong in WRONG:
+            file.write_bytes(wrong)
+            show()
+        file.unlink()
+        show()
+        assert not reports.exists()
+        file.write_bytes(b"3 4\n")
+        show()
+    assert [json.loads(line)["fraction"] for line in reports.read_text().splitlines()] == [0.75]
+
+
+def test_progress_left_by_another_job_is_not_shown(tmp_path, monkeypatch):
+    """And a device that is always full takes no report, but ends nothing."""
+    reports, file = tmp_path / "reports", tmp_path / "progress"
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
+    file.write_text("2 4\n")
+    with launch._bar("job", file) as show:
+        show()
+    assert not reports.exists()
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", "/dev/full")
+    launch.tell(event="hit")
+    monkeypatch.setenv("BEYOND_DPO_CHILD_PROGRESS", "/dev/full")
+    launch.progress(1, 2)
+
+
+# ---- locales
+
+
+OTHER_LOCALE = """
+import sys
+from pathlib import Path
+from beyond_dpo import config, launch, report
+
+assert sys.flags.utf8_mode == 0 and sys.stdout.encoding.lower() in ("ascii", "ansi_x3.4-1968"), sys.stdout.encoding
+assert "\u03b2 \u00d7 10" in config.load("expo", "cpu").recipes
+work = Path(sys.argv[1])
+try:
+    launch.run("a_job", {"say": "\u03b1 \u597d", "fail": "\u03b2 lamp"}, work, desc="job")
+except launch.JobFailed as failure:
+    assert "ValueError: \u03b2 lamp" in str(failure)
+assert "\u03b1 \u597d" in (work / "job.log").read_text(encoding="utf-8")
+with launch.Worker("a_worker", {"start": 2}, work, desc="w") as worker:
+    assert worker.call("size", text="\u03b1") == [1, "\u03b1"]
+report.main([])
+"""
+
+
+def test_files_are_utf8_whatever_the_locale(tmp_path):
+    """Keys hold names of profiles such as "β × 10": with another encoding they were others, or an error."""
+    other = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    (tmp_path / "other.py").write_text(OTHER_LOCALE, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "other.py"), str(tmp_path / "work")]
+    done = subprocess.run(command, env=os.environ | other, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"verdict" in done.stdout
+
+
+SWEPT = "artifacts cluster config expo gather kernels launch mallows paths progress report run shards spread stages"
+
+
+def test_no_text_is_read_or_written_in_the_locales_encoding():
+    """Every open(), read_text() and write_text() names its encoding, or is of bytes."""
+    files = [paths.ROOT / "lib" / "beyond_dpo" / f"{name}.py" for name in [*SWEPT.split(), "workers", "wrpo"]]
+    wrong, seen = [], 0
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+            if name not in ("open", "read_text", "write_text") or ast.unparse(node.func) == "os.open":
+                continue
+            seen += 1
+            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            bytes_ = name == "open" and any("b" in text for text in texts[-1:])
+            named = {keyword.arg for keyword in node.keywords}  # None: given as **options
+            if not bytes_ and not named & {"encoding", None}:
+                wrong.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
+    assert seen > 40 and not wrong, wrong
+
+
+# ---- the modules' own help
+
+
+HELP = """
+import contextlib, io, json, runpy, sys, threading
+import psutil
+
+told = {}
+for name in sys.argv[1:]:
+    sys.argv[:] = [name, "--help"]
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_module(f"beyond_dpo.{name}", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException as error:
+            status = repr(error)
+    children = [" ".join(child.cmdline()) for child in psutil.Process().children()]
+    told[name] = [status, out.getvalue(), children]
+print(json.dumps(told))
+"""
+MODULES = sorted(path.stem for path in (paths.ROOT / "lib/beyond_dpo").glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.fixture(scope="module")
+def helped():
+    """Return {module: [exit status, what it printed, children that it left]} of --help, from one process for all."""
+    command = [sys.executable, "-c", HELP, *MODULES]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_modules_with_a_command_line_are_known():
+    assert len(MODULES) == 12, MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_says_what_a_module_is_for_and_starts_nothing(helped, module):
+    status, said, children = helped[module]
+    assert status == 0, (status, said)
+    assert "usage: " in said and len(said.split()) > 10 and not children
+
+
+def test_an_interrupted_report_is_one_line():
+    code = "import os, runpy, signal\nfrom beyond_dpo import launch\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "launch.printable = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "runpy.run_module('beyond_dpo.report', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.startswith("interrupted: ") and done.stderr.count("\n") == 1

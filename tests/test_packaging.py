@@ -1,6 +1,6 @@
 """What a user installs and reads: pins that agree, light imports, files that git keeps, a Makefile that works."""
 
-import ast
+import dataclasses
 import json
 import os
 import re
@@ -156,34 +156,6 @@ def test_the_readme_tells_the_frozen_faults():
     assert told in read("README.md") and found["lost"] == 0 and found["tried"] > 100
 
 
-def test_lib_stays_small():
-    """Size is a feature: no file over 300 lines; lines of code (no docstrings, comments, blanks) are counted.
-
-    MallowsPO, WRPO, and what came for many nodes, hub ids and judges, have bounds of their own.
-    """
-    sizes, own, wrpo = {}, ("bandit.py", "dispersion.py", "mallows.py"), ("sources.py", "wrpo.py")
-    machines = [f"{name}.py" for name in ("cluster", "estimate", "lora", "shards", "spread")]
-    elsewhere = [f"{name}.py" for name in ("armorm", "ask", "endpoint", "judge", "preferences", "published")]
-    files = sorted((ROOT / "lib").rglob("*.py"))
-    assert len(files) > 15
-    for path in files:
-        text = path.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 300, path
-        said = set()
-        for node in ast.walk(ast.parse(text)):
-            constant = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            if constant and isinstance(node.value.value, str):
-                said |= set(range(node.lineno, node.end_lineno + 1))
-        code = [line for n, line in enumerate(text.splitlines(), 1) if n not in said and line.split("#")[0].strip()]
-        sizes[path.name] = len(code)
-    assert sum(sizes[name] for name in own) <= 240, sizes
-    assert sum(sizes[name] for name in wrpo) <= 330, sizes
-    assert sum(sizes[name] for name in machines) <= 559, sizes
-    assert sum(sizes[name] for name in elsewhere) <= 621, sizes
-    rest = [size for name, size in sizes.items() if name not in {*own, *wrpo, *machines, *elsewhere}]
-    assert sum(rest) <= 3496, sizes
-
-
 def test_license_is_apache_2():
     text = read("LICENSE")
     assert text.lstrip().startswith("Apache License\n                           Version 2.0, January 2004")
@@ -199,6 +171,49 @@ def test_citation_names_the_software_and_the_three_papers():
     assert found == {"arXiv:2404.16792", "arXiv:2405.14953", "arXiv:2412.03187"}
     assert all(r["title"] and r["year"] == 2025 and r["authors"] for r in citation["references"])
     assert f"## [{__version__}]" in read("CHANGELOG.md")
+
+
+@pytest.mark.slow
+def test_the_readme_trains_on_your_own_data_as_printed(tmp_path, monkeypatch):
+    """With a tiny model, reward model and file of pairs in place of those it names, and fewer rows."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from beyond_dpo import assets, expo, workers
+
+    tiny, encoder = assets.model_dir("tiny"), assets.model_dir("tiny-encoder")
+    reward = tmp_path / "reward"
+    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1).save_pretrained(reward)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(reward)
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [
+        {"prompt": f"What about film {i}?", "chosen": f"Good, {i}.", "rejected": f"Bad {i}, and long."}
+        for i in range(24)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (block,) = re.findall(r"```python\n([^`]*config\.load\([^`]*)```", read("README.md"))
+    own = {
+        "org/sft-model@commit": str(tiny),
+        "org/reward-model@commit": str(reward),
+        "pairs.jsonl": str(pairs),
+        "5000": "16",
+        "300": "4",
+    }
+    for printed, here in own.items():
+        assert printed in block
+        block = block.replace(printed, here)
+    names = {}
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    exec(block, names)
+    cfg = names["cfg"]
+    assert cfg.needs.memory_gb == 0 and cfg.train.precision == "fp32"
+    decoding = dataclasses.replace(cfg.decoding, backend="transformers", max_tokens=8, max_model_len=256)
+    train = dataclasses.replace(cfg.train, launcher="plain", max_prompt=128, max_length=256)
+    cfg = dataclasses.replace(
+        cfg, decoding=decoding, train=train, fractions=(1.0,), alphas={1.0: (0.0, 1.0)}, seeds=(0,)
+    )
+    best = expo.curves(cfg).json("best.json")
+    workers.close()
+    assert best[0]["fraction"] == 1.0 and best[0]["alpha"] in (0.0, 1.0)
 
 
 # --- commands

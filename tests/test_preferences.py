@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import random
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +26,10 @@ def cache(tmp_path, monkeypatch):
 
 def user(text):
     return {"role": "user", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
 
 
 def assistant(text):
@@ -158,6 +166,95 @@ def test_rows_that_teach_nothing(row, use, why):
     assert [preferences.reason(one, use) for one in found(jsonl([row]))] == [why]
 
 
+# --- columns
+
+
+ANSWERS = {"chosen": "The capital is Rome.", "rejected": "The capital is Bonn."}
+
+
+@pytest.mark.parametrize("column", ["prompt", "instruction", "question", "query", "input"])
+def test_the_question_is_read_from_the_column_that_asks(column):
+    """It is not replaced by what both answers begin with."""
+    row = {column: "Which capital?", **ANSWERS}
+    assert found(jsonl([row])) == [{"prompt": "Which capital?", "responses": ANSWERS}]
+    same = row | {"prompt": "Which capital?", "input": None if column != "input" else "Which capital?", "source": "x"}
+    assert found(jsonl([same])) == [{"prompt": "Which capital?", "responses": ANSWERS}]
+
+
+def test_the_systems_words_are_a_turn():
+    whole = [system("Be kind."), user("hi")]
+    for name, prompt in [("system", "hi"), ("system_prompt", [user("hi")]), ("system", whole)]:
+        row = {name: "Be kind.", "prompt": prompt, "chosen": "a", "rejected": "b"}
+        wanted = {"prompt": whole, "responses": {"chosen": "a", "rejected": "b"}}
+        assert found(jsonl([row])) == [wanted]
+        chat = row | {"chosen": [user("hi"), assistant("a")], "rejected": [user("hi"), assistant("b")]}
+        assert found(jsonl([chat])) == [wanted], "the chats repeat the prompt"
+        assert found(jsonl([{name: "Be kind.", "prompt": prompt}]))[0]["prompt"] == wanted["prompt"], "prompts alone"
+    assert found(jsonl([{"system": "", "prompt": "hi", **ANSWERS}]))[0]["prompt"] == "hi"
+
+
+@pytest.mark.parametrize(
+    "columns, says",
+    [
+        ({"instruction": "Translate.", "input": "Ciao"}, "the columns instruction and input ask different things"),
+        ({"prompt": "Which?", "context": "A map."}, "the column context would be left out"),
+        ({"prompt": "Which?", "tools": [{"name": "f"}]}, "the column tools would be left out"),
+        ({"task": "Which?", "source": "x", "n": 3}, "no column `prompt`, and nothing reads task: rename"),
+        ({"source_text": "Which?"}, "nothing reads source_text: rename"),
+        ({"system": "Be kind."}, "a system's words without a prompt"),
+        ({"system": "Be kind.", "prompt": [system("Be rude.")]}, "its turn in the prompt differ"),
+        ({"prompt": "Which?", "rejected": 3}, "`rejected` is neither a text nor turns, but 3"),
+        ({"prompt": "Which?", "chosen": {"from": "gpt", "value": "a"}, "rejected": []}, "a turn is .*got .'from'"),
+    ],
+)  # fmt: skip
+def test_words_that_nothing_reads_are_refused(columns, says):
+    with pytest.raises(ConfigError, match=rf"rows.jsonl: row 0 is not as trl\(\) expects it: .*{says}"):
+        found(jsonl([ANSWERS | columns]))
+    alone = {"prompt": "Which?"} | {name: value for name, value in columns.items() if name not in ANSWERS}
+    if "context" in columns or "tools" in columns:
+        with pytest.raises(ConfigError, match=r"row 0 is not as asked\(\) expects it"):
+            found(jsonl([alone]))
+
+
+def test_columns_about_a_row_are_none_that_ask():
+    about = {"id": "7", "source": "web", "chosen-model": "a", "score_rejected": "3", "question_type": "b", "n": 4}
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is black."} | about
+    assert found(jsonl([row]))[0]["prompt"] == "The sky is"
+
+
+@pytest.mark.parametrize(
+    "prompt, turns, wanted",
+    [
+        (TURNS[:2], [user("How?")], TURNS),
+        ([system("Be kind.")], [user("How?")], [system("Be kind."), user("How?")]),
+        (TURNS, TURNS, TURNS),
+        (TURNS, [user("How? ")], TURNS),
+        ([user("Why?")], TURNS, TURNS),
+        ("Why?", TURNS, TURNS),
+        ("How?", [system("Be kind."), user("How?")], [system("Be kind."), user("How?")]),
+        (user("How?"), [], [user("How?")]),
+    ],
+)  # fmt: skip
+def test_turns_before_the_chosen_are_kept_once(prompt, turns, wanted):
+    """An explicit prompt is what stands before the answers, also where these begin with a user's turn."""
+    row = {"prompt": prompt, "chosen": [*turns, assistant("a")], "rejected": [*turns, assistant("b")]}
+    assert found(jsonl([row])) == [{"prompt": wanted, "responses": {"chosen": "a", "rejected": "b"}}]
+
+
+def test_a_prompt_that_its_chat_does_not_hold_drops():
+    row = {"prompt": "Why?", "chosen": [user("How?"), assistant("a")], "rejected": [user("How?"), assistant("b")]}
+    assert found(jsonl([row])) == ["the chat does not hold the prompt"]
+    spoken = "Be kind.\n\nHuman: Why?\n\nAssistant: a"
+    assert preferences.hh({"chosen": spoken, "rejected": spoken[:-1] + "b"}) == "words before the first turn"
+
+
+def test_fields_of_other_turns_do_not_stay(tmp_path):
+    """Through Arrow every turn has the fields of all turns, as None."""
+    rows = [{"prompt": [user("Why?") | {"name": "bob"}, user("How?")], "chosen": [assistant("a")],
+             "rejected": [assistant("b")]}]  # fmt: skip
+    assert found(parquet(rows))[0]["prompt"] == [user("Why?") | {"name": "bob"}, user("How?")]
+
+
 def test_wrong_columns_name_both_schemas(tmp_path):
     with pytest.raises(
         ConfigError, match=r"rows.jsonl: has the columns \(question, answer\), expected are .*\(chosen, "
@@ -195,6 +292,35 @@ def test_files_that_cannot_be_read(tmp_path):
         found(jsonl([{"prompt": "a"}]) + ":test")
     with pytest.raises(assets.AssetError, match="no such folder or file"):
         corpus.source("./gone.jsonl")
+
+
+@pytest.mark.parametrize("name, content", {
+    "array.json": lambda text: ("[" + text.strip().replace("}\n{", "},{") + "]").encode(),
+    "bom.jsonl": lambda text: b"\xef\xbb\xbf" + text.encode(),
+    "crlf.jsonl": lambda text: text.replace("\n", "\r\n\r\n").encode(),
+    "zip.jsonl.gz": lambda text: gzip.compress(text.encode()),
+    "RAW.JSONL": lambda text: text.encode(),
+}.items())  # fmt: skip
+def test_files_as_people_have_them_are_read(name, content):
+    rows = [{"prompt": f"a\u2028b {i} é", "chosen": "b", "rejected": "c"} for i in range(2)]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(name).write_bytes(content(text))
+    assert [row["prompt"] for row in found(name)] == [row["prompt"] for row in rows]
+    Path("RAW.PARQUET").write_bytes(Path(parquet(rows)).read_bytes())
+    assert len(found("RAW.PARQUET")) == 2
+
+
+@pytest.mark.parametrize("name, content", {
+    "latin.jsonl": '{"prompt": "é", "chosen": "a", "rejected": "b"}\n'.encode("latin-1"),
+    "utf16.jsonl": '{"prompt": "a", "chosen": "a", "rejected": "b"}\n'.encode("utf-16"),
+    "early.jsonl.gz": gzip.compress(b'{"prompt": "a", "chosen": "a", "rejected": "b"}\n' * 99)[:-20],
+    "no.zip": b"PK\x03\x04 and no more",
+    "table.csv": b"prompt,chosen,rejected\na,b,c\n",
+}.items())  # fmt: skip
+def test_files_that_break_at_a_row_are_refused_by_name(name, content):
+    Path(name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
+        found(name)
 
 
 def test_a_copy_of_the_hub_has_its_splits(tmp_path):
@@ -250,7 +376,7 @@ def test_a_dialogue_is_the_text_that_hh_publishes(tiny):
     said = preferences._said(tokenizer, made, read, plain)
     assert tokenizer.decode(made["prompt_ids"] + said["chosen"]) == f"<s>{row['chosen']}</s>" and made["text"] == TURNS
     chat = preferences.prompt_row(tokenizer, read, dataclasses.replace(plain, template="chat"), random.Random(0))
-    asked = "<|user|> Why?</s><|assistant|> Because.</s><|user|> How?</s><|assistant|> "
+    asked = "<|user|> Why?</s><|assistant|> Because.</s><|user|> How?</s><|assistant|>"
     assert tokenizer.decode(chat["prompt_ids"]) == f"<s>{asked}" and chat["text"] == TURNS
     assert sources._wording(chat, tokenizer) == preferences.dialogue(TURNS), "what another model is asked is a text"
 
@@ -258,6 +384,7 @@ def test_a_dialogue_is_the_text_that_hh_publishes(tiny):
 # --- the split
 
 SMOKE = config.load("expo", "smoke")
+WRPO = config.load("wrpo", "smoke")
 
 
 def world(dataset, **changes):
@@ -302,6 +429,65 @@ def test_a_split_shares_no_prompt_and_counts_what_drops(tmp_path, tiny):
     *_, lines, _ = split(world("rows.jsonl", prompts=31, dev_prompts=0, test_prompts=0), tmp_path)
     lengths = sorted(len(row["prompt_ids"]) for row in lines["pairs"])
     assert len(lengths) == 30 and lengths[-1] > 64, "the training cuts the prompts of given pairs"
+
+
+def with_template(tiny, folder, template):
+    """Copy the tiny model, with another chat template."""
+    import transformers
+
+    shutil.copytree(tiny, folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_rows_that_a_template_refuses_drop_and_are_counted(tmp_path, tiny):
+    """As Gemma's, which has no system's turn."""
+    refuse = "{{ raise_exception('System role not supported') }}"
+    strict = "{% if messages[0].role == 'system' %}" + refuse + "{% endif %}" + assets.CHAT_TEMPLATE
+    target = with_template(tiny, tmp_path / "strict", strict)
+    rows = []
+    for i, row in enumerate(pairs(30)):
+        turns = [user(row["prompt"])] if i % 3 else [system("Be kind."), user(row["prompt"])]
+        rows.append(row | {"prompt": turns})
+    facts, prompts, lines, _ = split(world(jsonl(rows), target=target, prompts=22), tmp_path)
+    assert facts["dropped"] == {"the chat template refuses it (System role not supported)": 10}
+    assert len(lines["pairs"]) == 12 and len(prompts["dev_"]) == len(prompts["test_"]) == 4
+    drawn = preferences.prompts("rows.jsonl", world("rows.jsonl"), data.load_tokenizer(target), 99)
+    assert len(drawn) == 20, "prompts from elsewhere are passed over"
+    all_refused = jsonl([row | {"prompt": [system("Be kind."), user("a")]} for row in pairs(9)], "refused.jsonl")
+    with pytest.raises(ConfigError, match="refused.jsonl: 0 of 4 test rows; dropped: .*System role not supported.*: 9"):
+        split(world(all_refused, target=target), tmp_path)
+
+
+def test_responses_that_share_a_token_with_their_prompt_drop_and_are_counted(tmp_path, tiny):
+    """A prompt that ends in a blank, which the tokenizer joins with the next word; a template that ends in one."""
+    rows = pairs(10, chosen="the end.")
+    rows += [row | {"prompt": row["prompt"] + " "} for row in rows]
+    facts, _, lines, _ = split(
+        world(jsonl(rows), template="plain", prompts=20, dev_prompts=0, test_prompts=0), tmp_path
+    )
+    assert facts["dropped"] == {data.JOINED: 10} and len(lines["pairs"]) == facts["pairs"] == 10
+    tokenizer = data.load_tokenizer(tiny)
+    for row in lines["pairs"]:
+        ids = row["prompt_ids"] + row["responses"]["chosen"][:-1]
+        assert ids == tokenizer(tokenizer.decode(ids[1:]))["input_ids"], "the tokens of the whole text"
+    blank = with_template(tiny, tmp_path / "blank", assets.CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '"))
+    with pytest.raises(ConfigError, match=f"0 of 12 train rows; dropped: .*{data.JOINED}"):
+        split(world("rows.jsonl", target=blank), tmp_path)
+
+
+def test_given_responses_are_as_the_template_has_them(tmp_path, tiny):
+    facts, _, lines, _ = split(world(jsonl(pairs(20))), tmp_path)
+    tokenizer = data.load_tokenizer(tiny)
+    for row in lines["pairs"]:
+        for ids in row["responses"].values():
+            text = tokenizer.decode(row["prompt_ids"] + ids)
+            asked, said = re.fullmatch(r"<s><\|user\|> (.*)</s><\|assistant\|> (.*)</s>", text).groups()
+            chat = [user(asked), assistant(said)]
+            assert row["prompt_ids"] + ids == tokenizer.apply_chat_template(chat, return_dict=False)
+    assert len(lines["pairs"]) == 12 and facts["dropped"] == {}
 
 
 def test_prompts_to_sample_for_are_whole_and_different(tmp_path, tiny):
@@ -369,7 +555,7 @@ def test_reviews_in_a_chat_are_asked_whole(store):
     cfg = dataclasses.replace(SMOKE.world, template="chat")
     tokenizer = data.load_tokenizer(assets.model_dir("tiny"))
     for row in stages.texts(cfg).json("test_prompts.json"):
-        assert tokenizer.decode(row["prompt_ids"]) == f"<s><|user|> {row['text']}</s><|assistant|> "
+        assert tokenizer.decode(row["prompt_ids"]) == f"<s><|user|> {row['text']}</s><|assistant|>"
         assert 3 <= len(tokenizer(row["text"])["input_ids"]) <= 12
 
 
@@ -384,6 +570,31 @@ def test_prompts_from_elsewhere(store):
         mallows.elsewhere(dataclasses.replace(cfg, elsewhere_prompts=11), "rows.jsonl").get()
 
 
+def test_reviews_go_on_as_an_answer_in_a_chat(store, tmp_path, tiny):
+    """What SFT learns there is how a review goes on, not the rest of the user's turn."""
+    tokenizer = data.load_tokenizer(tiny)
+    reviews = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
+    embedded = stages.texts(dataclasses.replace(SMOKE.world, template="chat")).get() / "sft.jsonl"
+    sizes = {"sft_rows": 20, "sft_tokens": 64, "test_prompts": 2, "dev_prompts": 2}
+    split(world(jsonl(reviews), pairs="sampled", prompt_tokens=(2, 8), **sizes), tmp_path)
+    for file in (embedded, tmp_path / "out" / "sft.jsonl"):
+        rows = data.read_rows(file)
+        assert len(rows) > 10
+        for row in rows:
+            text = tokenizer.decode(row["prompt_ids"] + row["responses"]["chosen"])
+            asked, said = re.fullmatch(r"<s><\|user\|> (.*)</s><\|assistant\|> (.*)</s>", text).groups()
+            assert [review for review in reviews if review["text"].startswith((f"{asked} {said}", f"{asked}{said}"))]
+
+
+def test_texts_from_elsewhere_are_asked_whole_in_a_chat(store):
+    cfg = config.load("mallows", "smoke", world__template="chat")
+    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    rows = mallows.elsewhere(cfg, "fixtures").json("fixtures.json")
+    assert len(rows) == cfg.elsewhere_prompts
+    for row in rows:
+        assert decode(row["prompt_ids"]) == f"<s><|user|> {row['text']}</s><|assistant|>"
+
+
 # --- the pipeline
 
 
@@ -395,6 +606,21 @@ def test_new_settings_are_in_a_key_only_where_they_are_set():
     assert len(keys) == 3
     jsonl(pairs(21))
     assert stages.texts(world(name)).key not in keys, "a file's content is in its key"
+
+
+def test_a_date_is_in_the_key_only_where_a_template_writes_it(tmp_path, tiny):
+    today = "{{ strftime_now('%d %b %Y') }}" + assets.CHAT_TEMPLATE
+    dated = with_template(tiny, tmp_path / "dated", today)
+    other = with_template(tiny, tmp_path / "other", assets.CHAT_TEMPLATE)
+    name = jsonl(pairs(20))
+    assert stages.texts(world(name, target=dated)).inputs["date"] == "2024-07-26"
+    for changes in ({"target": dated, "template": "plain"}, {"target": other}, {}):
+        assert "date" not in stages.texts(world(name, **changes)).inputs
+    asks = [stages.texts(SMOKE.world).inputs, sources._put(WRPO, WRPO.known_sources["chat"]).inputs]
+    assert not [inputs for inputs in asks if {"date", "tokens"} & inputs.keys()], "present keys stay"
+    source = config.Source(kind="model", ref=dated, ask="{prompt}")
+    assert sources._put(WRPO, source).inputs["date"] == "2024-07-26"
+    assert "date" not in sources._put(WRPO, config.Source(kind="model", ref=dated)).inputs
 
 
 def test_paper_profiles_have_the_data_of_the_papers(monkeypatch):
@@ -417,6 +643,28 @@ def test_paper_profiles_have_the_data_of_the_papers(monkeypatch):
     assert not [w for w in worlds if w.trust_remote_code], "no repository's code runs"
     assert len({stages.texts(w).key for w in worlds}) == 5
     assert {preferences.place(w.dataset)[0].removeprefix("datasets:") for w in worlds} <= set(preferences.HUB)
+
+
+def test_prompts_in_a_chat_have_a_key_of_their_own():
+    keys = set()
+    for template in ("plain", "chat"):
+        cfg = config.load("expo", "smoke", world__template=template, world__sft_rows=0)
+        line = expo.Line(stages.sft(cfg), stages.sft(cfg), (0.0,))
+        said = expo.said(cfg, {"one": line})
+        keys |= {key for key in said.upstream if key.startswith("own-prompts")}
+    assert len(keys) == 2
+
+
+def test_an_engine_of_other_end_tokens_is_of_another_shape(tmp_path, tiny):
+    """Then a swap of weights is not enough: the tokenizer's settings say where sampling stops."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    assert stages._shape(str(other)) == stages._shape(str(tiny))
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    another = tmp_path / "another"
+    shutil.copytree(other, another)
+    (another / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<pad>"}))
+    assert stages._shape(str(another)) != stages._shape(str(tiny))
 
 
 def test_a_users_file_trains_and_is_scored_in_turns(store, tmp_path):

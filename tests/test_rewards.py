@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +15,13 @@ import pytest
 import torch
 import transformers
 
-from beyond_dpo import assets, data, launch, paths, rewards
+from beyond_dpo import artifacts, assets, config, data, launch, paths, reference, rewards, stages, wrpo
 from beyond_dpo.rewards import Classifier, Scorer, Vader
 
 ROWS = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
 TEXTS, LABELS = [r["text"] for r in ROWS], [r["label"] for r in ROWS]
 HELD_OUT = (TEXTS[64:], LABELS[64:])
+BF16 = reference.computes_bf16(reference.CPUINFO) or torch.cuda.is_available()
 
 
 def real(name):
@@ -124,8 +128,9 @@ def test_held_out_facts_by_hand():
         {"kind": "llama"},
         {"kind": "llama", "pad_token_id": None},  # transformers itself refuses a batch without one
         {"kind": "llama", "pad_token_id": 1},  # the end token
+        {"kind": "llama", "pad_token_id": -1},  # as configurations of the first Llama say it
     ],
-    ids=["encoder", "decoder", "decoder without pad", "decoder with pad = end"],
+    ids=["encoder", "decoder", "decoder without pad", "decoder with pad = end", "decoder with pad = -1"],
 )
 def test_scores_are_those_of_each_text_alone(shape, budget, head):
     folder = head(**shape)
@@ -177,6 +182,16 @@ def test_a_chat_has_one_bos_whatever_its_template_does(head, bos):
     assert reward._ids(turns) == wanted
 
 
+def test_empty_fields_and_the_day_do_not_change_a_chats_reward(head):
+    """Through Arrow every turn has the fields of all turns, as None; some templates write today's date."""
+    reward = Classifier(head("llama"))
+    named = "{% if messages[0].name is defined %}{{ messages[0].name }}{% endif %}{{ strftime_now('%d %b %Y') }}"
+    reward.tokenizer.chat_template = named + reward.tokenizer.chat_template
+    turns = rewards.chat("A good film?", "A dull one.")
+    ids = reward._ids([turn | {"name": None} for turn in turns])
+    assert ids == reward._ids(turns) and "26 Jul 2024" in reward.tokenizer.decode(ids)
+
+
 def test_a_long_chat_loses_its_end(head):
     """Also where the tokenizer was saved with another side, as by some trainings of reward models."""
     folder = head("llama")
@@ -195,6 +210,48 @@ def test_long_texts_are_cut_to_what_the_model_reads(head):
     long = " ".join(TEXTS)
     assert reward.score([long])[0] == reward.score([long + " awful"])[0]
     assert len(reward._ids(long)) == 512
+
+
+def small(kind, tmp_path, **shape):
+    """Write a random sequence-classification model of another architecture; return its folder and configuration."""
+    shape = {"vocab_size": 512, "pad_token_id": 2, "num_labels": 1} | shape
+    config, folder = transformers.AutoConfig.for_model(kind, **shape), tmp_path / kind
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        for parameter in model.parameters():
+            parameter.data.mul_(8 if parameter.ndim == 2 else 1)
+        model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(folder)
+    return folder
+
+
+ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "kind, reads",
+    [("bert", 34), ("roberta", 31), ("xlm-roberta", 31), ("mpnet", 32), ("ibert", 31), ("longformer", 31)],
+)
+def test_relatives_of_roberta_read_less_than_their_positions(tmp_path, kind, reads):
+    """Their positions begin behind the padding id (2 here, MPNet's own is 1): the rest would be an index error."""
+    more = {"attention_window": [8]} if kind == "longformer" else {}
+    folder = small(kind, tmp_path, max_position_embeddings=34, **ENCODER, **more)
+    reward, texts = Classifier(folder), [" ".join(TEXTS[:9]), TEXTS[0]]
+    assert reward.max_tokens == reads == len(reward._ids(texts[0]))
+    expected = [alone(folder, reward._ids(text))[0] for text in texts]
+    assert reward.score(texts) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_that_reads_the_last_position_gets_no_padding(tmp_path):
+    """XLNet pads on the left; it has no limit of positions either, which its configuration writes as -1."""
+    folder = small("xlnet", tmp_path, d_model=32, n_layer=2, n_head=2, d_inner=64)
+    reward, texts = Classifier(folder), [TEXTS[0], "A good film.", "Bad"]
+    assert reward.max_tokens == 4096
+    expected = [alone(folder, reward._ids(text))[0] for text in texts]
+    assert reward.score(texts) == pytest.approx(expected, abs=1e-4)
+    reward.token_budget = 8192
+    assert np.abs(reward.score(texts) - expected).max() > 0.05, "what padding would make of them"
 
 
 def test_scores_that_are_not_finite_are_refused(head):
@@ -218,7 +275,7 @@ def test_pickled_weights_are_refused(head, tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         Classifier(folder)
     with pytest.raises(OSError, match="safetensors"):
-        rewards.train_classifier(str(folder), TEXTS, LABELS, tmp_path, held_out=HELD_OUT, seed=0)
+        rewards.train_classifier(str(folder), TEXTS, LABELS, tmp_path, held_out=HELD_OUT, seed=0, precision="fp32")
 
 
 def easy(n, seed):
@@ -235,7 +292,7 @@ def easy(n, seed):
 def test_classifier_learns_a_word(tmp_path):
     """AUC far above chance after one epoch, and the saved folder is what was judged; the same seed, the same model."""
     encoder, (texts, labels), held_out = str(assets.model_dir("tiny-encoder")), easy(1536, 0), easy(200, 1)
-    options = {"held_out": held_out, "seed": 0, "lr": 1e-2, "batch": 32, "frozen": 0}
+    options = {"held_out": held_out, "seed": 0, "lr": 1e-2, "batch": 32, "frozen": 0, "precision": "fp32"}
     facts = rewards.train_classifier(encoder, texts, labels, tmp_path / "a", **options)
     assert facts["auc"] > 0.9 and facts["accuracy"] > 0.75 and facts["trained_on"] == 1536
     judged = rewards.held_out_facts(Classifier(tmp_path / "a"), *held_out)
@@ -247,7 +304,7 @@ def test_frozen_layers_stay_and_a_seed_fixes_the_rest(tmp_path):
     encoder, (texts, labels) = assets.model_dir("tiny-encoder"), easy(32, 0)
     weights = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        options = {"held_out": easy(8, 1), "seed": seed, "batch": 8, "frozen": 1}
+        options = {"held_out": easy(8, 1), "seed": seed, "batch": 8, "frozen": 1, "precision": "fp32"}
         rewards.train_classifier(str(encoder), texts, labels, tmp_path / name, **options)
         weights[name] = Classifier(tmp_path / name).model.state_dict()
     before = transformers.AutoModel.from_pretrained(encoder).state_dict()
@@ -263,11 +320,69 @@ def test_frozen_layers_stay_and_a_seed_fixes_the_rest(tmp_path):
 
 def test_too_few_texts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="3 texts are fewer than one batch of 32"):
-        rewards.train_classifier("unread", TEXTS[:3], LABELS[:3], tmp_path, held_out=HELD_OUT, seed=0)
+        rewards.train_classifier("unread", TEXTS[:3], LABELS[:3], tmp_path, held_out=HELD_OUT, seed=0, precision="fp32")
+
+
+def trained(folder, precision, encoder=None):
+    """Train an encoder for one step at learning rate 1e-3; return its weights."""
+    texts, labels = easy(8, 0)
+    encoder = encoder or assets.model_dir("tiny-encoder")
+    options = {"held_out": easy(8, 1), "seed": 0, "batch": 8, "lr": 1e-3, "frozen": 0, "precision": precision}
+    rewards.train_classifier(str(encoder), texts, labels, folder, **options)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def test_precision_fp32_is_float32_throughout(tmp_path):
+    """Its one step is AdamW's by hand, on float32 gradients."""
+    encoder, (texts, labels) = assets.model_dir("tiny-encoder"), easy(8, 0)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, dtype=torch.float32)
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(encoder), model.train()
+    model.base_model.embeddings.requires_grad_(False)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
+    inputs = tokenizer([texts[i] for i in order], padding=True, return_tensors="pt", truncation=True, max_length=64)
+    logits = model(**inputs).logits[:, 0]
+    target = torch.tensor([float(labels[i]) for i in order])
+    torch.nn.functional.binary_cross_entropy_with_logits(logits, target).backward()
+    found = trained(tmp_path / "fp32", "fp32")
+    for name, weight in model.named_parameters():
+        wanted = weight.detach()
+        if weight.grad is not None:
+            wanted = wanted * (1 - 1e-3 * 0.01) - 1e-3 * weight.grad / (weight.grad.abs() + 1e-8)
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.skipif(not BF16, reason="bfloat16 is refused on this CPU, which would emulate it")
+def test_precision_bf16_is_another_and_the_one_by_default(tmp_path):
+    exact, rough = trained(tmp_path / "fp32", "fp32"), trained(tmp_path / "bf16", "bf16")
+    assert rough.keys() == exact.keys() and any(not torch.equal(rough[name], exact[name]) for name in exact)
+    texts, labels = easy(8, 0)
+    options = {"held_out": easy(8, 1), "seed": 0, "batch": 8, "lr": 1e-3, "frozen": 0}
+    rewards.train_classifier(str(assets.model_dir("tiny-encoder")), texts, labels, tmp_path / "default", **options)
+    default = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "default").state_dict()
+    assert all(torch.equal(rough[name], default[name]) for name in rough)
+
+
+def test_an_encoder_with_few_positions_is_trained_on_what_it_reads(tmp_path):
+    """A RoBERTa of 12 positions reads 9 tokens, where texts would be cut to 64: no index error."""
+    encoder = small("roberta", tmp_path, max_position_embeddings=12, **ENCODER)
+    assert Classifier(encoder).max_tokens == 9
+    assert trained(tmp_path / "out", "fp32", encoder)["roberta.embeddings.position_embeddings.weight"].shape == (12, 16)
+
+
+def test_a_trained_classifier_has_the_mode_that_the_umask_says(tmp_path):
+    """safetensors writes for the owner alone: a colleague of the group could not read the reward."""
+    mask = os.umask(0o027)
+    try:
+        trained(tmp_path / "out", "fp32")
+    finally:
+        os.umask(mask)
+    modes = {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {"0o640"} and "model.safetensors" in modes, modes
 
 
 def test_minilm_tells_the_reviews_apart(tmp_path):
-    options = {"held_out": HELD_OUT, "seed": 0, "batch": 8, "lr": 2e-4}
+    options = {"held_out": HELD_OUT, "seed": 0, "batch": 8, "lr": 2e-4, "precision": "fp32"}
     facts = rewards.train_classifier(str(real("minilm")), TEXTS[:64], LABELS[:64], tmp_path, **options)
     assert facts["auc"] > 0.8
 
@@ -397,7 +512,7 @@ def test_a_finished_reward_reads_turns(answers, head, bag, tmp_path):
     kinds |= {"bare": {"kind": "finished", "folder": str(encoder)}}
     kinds |= {"words": {"kind": "bag_of_words", "folder": str(bag[0])}}
     files = [str(tmp_path / "prompts.json"), str(folder / "responses.jsonl"), str(tmp_path / "scores.jsonl")]
-    Scorer(str(assets.model_dir("tiny"))).score(kinds, *files)
+    Scorer(str(assets.model_dir("tiny")), "fp32").score(kinds, *files)
     table = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     tokenizer, ids = data.load_tokenizer(assets.model_dir("tiny")), {p["id"]: p["prompt_ids"] for p in prompts}
     said = [tokenizer.decode(r["response_ids"], skip_special_tokens=True) for r in lines]
@@ -419,7 +534,7 @@ def test_a_reward_of_a_world_without_labels_is_not_measured(tmp_path):
 
 
 def test_a_reward_is_loaded_once(answers, bag, tmp_path):
-    folder, scorer = answers[0], Scorer(str(assets.model_dir("tiny")))
+    folder, scorer = answers[0], Scorer(str(assets.model_dir("tiny")), "fp32")
     files = [str(folder / "prompts.json"), str(folder / "responses.jsonl"), str(tmp_path / "out")]
     words, vader = {"kind": "bag_of_words", "folder": str(bag[0])}, {"kind": "vader"}
     rewards.load.cache_clear()
@@ -431,14 +546,14 @@ def test_a_reward_is_loaded_once(answers, bag, tmp_path):
 def test_unknown_kind_of_reward_is_named(answers, tmp_path):
     files = [str(answers[0] / name) for name in ("prompts.json", "responses.jsonl")]
     with pytest.raises(KeyError, match="vaders"):
-        Scorer(str(assets.model_dir("tiny"))).score({"x": {"kind": "vaders"}}, *files, str(tmp_path / "out"))
+        Scorer(str(assets.model_dir("tiny")), "fp32").score({"x": {"kind": "vaders"}}, *files, str(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])
 def test_training_job_in_a_child(encoder, bag, tmp_path):
     """`python -m beyond_dpo.rewards JOB.json` leaves the reward and facts.json; the same numbers as in this process."""
     job = {"texts": TEXTS[:64], "labels": LABELS[:64], "held_out": HELD_OUT, "seed": 0, "out": str(tmp_path)}
-    job["reward"] = "reward" if encoder else "gold"
+    job |= {"reward": "reward" if encoder else "gold", "precision": "fp32"}
     job |= {"encoder": str(assets.model_dir("tiny-encoder"))} if encoder else {}
     launch.run("beyond_dpo.rewards", job, tmp_path / "checkpoints", desc="train")
     facts = json.loads(Path(tmp_path, "facts.json").read_text())
@@ -447,3 +562,142 @@ def test_training_job_in_a_child(encoder, bag, tmp_path):
         assert np.isfinite(Classifier(tmp_path).score(TEXTS[:2])).all()
     else:
         assert facts == bag[1]
+
+
+# --- a reward that prefers nothing
+
+
+def made(stage, **files):
+    """Return a result with these files: rows as JSON lines under a name in "_jsonl", JSON under one in "_json"."""
+
+    def make(out):
+        for name, content in files.items():
+            text = json.dumps(content)
+            if name.endswith("_jsonl"):
+                text = "".join(json.dumps(row) + "\n" for row in content)
+            (out / name.replace("_", ".")).write_text(text)
+
+    return artifacts.Artifact(stage, 1, {"files": json.dumps(files)}, make)
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
+
+
+@pytest.fixture
+def judged(store, monkeypatch):
+    """Return the pairs of three prompts whose two responses each have these scores and tokens."""
+
+    def pairs(scores, said, **changes):
+        cfg = config.load("expo", "smoke", world__prompts=3, world__samples=2, **changes)
+        name = stages.oracle(cfg.world)
+        rows = [{"id": f"B{i // 2}", "sample": i % 2} for i in range(6)]
+        pool = [row | {"response_ids": ids} for row, ids in zip(rows, said, strict=True)]
+        given = [row | {name: score} for row, score in zip(rows, scores, strict=True)]
+        prompts = [{"id": f"B{i}", "prompt_ids": [i]} for i in range(3)]
+        monkeypatch.setattr(stages, "texts", lambda world: made("texts", prompts_json=prompts))
+        monkeypatch.setattr(stages, "responses", lambda *a, **k: made("responses", responses_jsonl=pool))
+        monkeypatch.setattr(stages, "scores", lambda *a, **k: made("scores", scores_jsonl=given))
+        return stages.pairs(cfg)
+
+    return pairs
+
+
+def test_pairs_leave_out_prompts_whose_samples_tie_or_are_the_same(judged):
+    """Of the second prompt both score 1; of the third both are the same response, whatever a batch made of it."""
+    pairs = judged([0, 1, 1, 1, 0.5, 0.50001], [[5], [6], [7], [8], [9], [9]])
+    (row,) = data.read_rows(pairs.get() / "pairs.jsonl")
+    assert row == {"id": "B0", "prompt_ids": [0], "responses": {"chosen": [6], "rejected": [5]}}
+    assert pairs.manifest["facts"] == {"pairs": 1, "ties_dropped": 2, "mean_gold_gap": 1.0}
+
+
+def test_a_reward_that_prefers_nothing_is_said_in_words(judged):
+    """Before any training: which reward, of how many prompts, and what to do."""
+    said = [[5], [6], [7], [8], [9], [10]]
+    with pytest.raises(
+        config.ConfigError, match=r"the gold reward scores all 2 responses to each of 3 prompts alike.*use"
+    ):
+        judged([1.0] * 6, said).get()
+    with pytest.raises(config.ConfigError, match="the reward model minilm scores .*: use another reward model, more"):
+        judged([1.0] * 6, said, world__gold_rows=0, world__reward_model="minilm").get()
+
+
+def test_a_single_sample_is_refused_before_it_is_drawn():
+    builds = {stages.pairs: "expo", stages.reference: "expo", wrpo.main_result: "wrpo"}
+    for build, paper in builds.items():
+        cfg = config.load(paper, "smoke")
+        cfg = dataclasses.replace(cfg, world=dataclasses.replace(cfg.world, samples=1))
+        with pytest.raises(config.ConfigError, match="world.samples=1: a preference needs two responses"):
+            build(cfg)
+
+
+def test_no_pair_to_draw_from_is_said_in_words(store, monkeypatch):
+    monkeypatch.setattr(stages, "pairs", lambda cfg: made("texts", pairs_jsonl=[]))
+    with pytest.raises(config.ConfigError, match="texts-[0-9a-f]+ holds no pair to draw from: use more prompts"):
+        stages.subset(config.load("expo", "smoke"), 0.5, 0).get()
+
+
+@pytest.fixture
+def fusing(store, monkeypatch):
+    """Give WRPO's stages prompts, a source's responses and the target's own ones, by (prompt, tokens, reward)."""
+    cfg = config.load("wrpo", "smoke")
+
+    def answers(name, rows):
+        lines = [{"id": i, "sample": n, "response_ids": ids} for n, (i, ids, _) in enumerate(rows)]
+        scores = [{"id": i, "sample": n, "reward": r, "length": len(ids)} for n, (i, ids, r) in enumerate(rows)]
+        return made(f"{name}-said", responses_jsonl=lines), made(f"{name}-judged", scores_jsonl=scores)
+
+    def build(source, own, first=("a",), rest=("b", "c")):
+        parts = {"first": first, "rest": rest, "prompts": (*first, *rest)}
+        prompts = {f"{name}_json": [{"id": i, "prompt_ids": [1]} for i in ids] for name, ids in parts.items()}
+        said, judged = answers("source", source)
+        monkeypatch.setattr(stages, "texts", lambda world: made("texts", **prompts))
+        monkeypatch.setattr(wrpo, "thirds", lambda cfg: made("thirds", **prompts))
+        monkeypatch.setattr(wrpo.sources, "answers", lambda cfg, name: said)
+        monkeypatch.setattr(wrpo, "scored", lambda *a, **k: judged)
+        monkeypatch.setattr(wrpo, "own", lambda cfg, model: answers("own", own))
+        return cfg
+
+    return build
+
+
+GOOD = [("a", [5], 1.0), ("b", [6], 1.0), ("c", [7], 1.0)]
+OWN = [("b", [8], 0.0), ("b", [9], 1.0), ("c", [8], 0.0), ("c", [9], 1.0)]
+
+
+def test_a_quadruple_needs_two_different_responses_of_the_targets_own(fusing):
+    """Of c there is one that is not empty: best and worst at once, which would be a preference for itself."""
+    cfg = fusing(GOOD, [*OWN[:2], ("c", [9], 1.0), ("c", [], 0.0)])
+    (row,) = data.read_rows(wrpo.quadruples(cfg, ("one",), None).get() / "pairs.jsonl")
+    assert row["id"] == "b" and row["responses"] == dict(zip(config.FUSED, ([6], [9], [8]), strict=True))
+    assert wrpo.quadruples(cfg, ("one",), None).manifest["facts"] == {"quadruples": 1, "dropped": 1}
+
+
+def test_rewards_that_prefer_nothing_of_the_sources_or_the_target_are_said_in_words(fusing):
+    tied = [(i, [n], 1.0) for i in "abc" for n in (5, 6)]
+    with pytest.raises(config.ConfigError, match="finds no best response of one to any of 3 prompts .all score alike"):
+        wrpo.fusion(fusing(tied, OWN), ("one",)).get()
+    with pytest.raises(config.ConfigError, match="finds no best response of one to any of 1 prompts for Target-SFT"):
+        wrpo.fusion(fusing([*tied[:2], *GOOD[1:]], OWN), ("one",)).get()
+    alike = [(i, ids, 0.5) for i, ids, _ in OWN]
+    with pytest.raises(config.ConfigError, match="finds for none of 2 prompts a best .* sampling.temperature$"):
+        wrpo.quadruples(fusing(GOOD, alike), ("one",), None).get()
+
+
+def test_a_draw_without_a_quadruple_is_said_in_words(fusing):
+    """Of eight prompts only one has a quadruple, and a draw of one prompt misses it for some seed."""
+    rest = tuple("bcdefghi")
+    cfg = fusing([(i, [7], 1.0) for i in ("a", *rest)], OWN[:2], rest=rest)
+    cfg = dataclasses.replace(cfg, fraction=0.1)
+    rows, drawn = wrpo.quadruples(cfg, ("one",), None), []
+    for seed in range(4):
+        try:
+            drawn += data.read_rows(wrpo.draw(cfg, rows, seed).get() / "pairs.jsonl")
+        except config.ConfigError as error:
+            assert re.search("fraction=0.1 draws 1 of 8 prompts, and none of the 1 quadruples is of these", str(error))
+            break
+    else:
+        pytest.fail("no draw was empty")
+    assert all(row["id"] == "b" for row in drawn)

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +16,8 @@ import nbformat
 import psutil
 import pytest
 
-from beyond_dpo import artifacts, paths, progress, run
+from beyond_dpo import artifacts, config, launch, needs, paths, progress, run
+from faults import disk, filled
 
 PARAMETERS = (
     'profile = "smoke"  # how much\nseed = 0\nlr = 1e-5\nalphas = [0, 0.5]\ntag = "x"\nlimit = None\nquick = True'
@@ -42,9 +45,9 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(project, *arguments):
-    """Start the runner, in another folder and with the relative PYTHONPATH of a checkout."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")}
+def start(project, *arguments, **more):
+    """Start the runner, in another folder and with the relative PYTHONPATH of a checkout; more: environment."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")} | more
     environment |= {"BEYOND_DPO_ROOT": str(project), "PYTHONPATH": "lib", "JUPYTER_PATH": str(project / "jupyter")}
     environment["TMPDIR"] = str(project / "tmp")
     (project / "tmp").mkdir(exist_ok=True)
@@ -71,7 +74,9 @@ def test_find(project, tmp_path):
     other = notebook(tmp_path / "elsewhere" / "mine.ipynb")
     assert [p.stem for p in run.find(["11", "12_expo_search"])] == ["11_expo_headline", "12_expo_search"]
     assert run.find([str(other)]) == [other]
-    assert [p.stem[:2] for p in run.find([])] == ["00", "11", "12", "90"]
+    assert [p.stem[:2] for p in run.find([])] == ["11", "12", "90", "00"], "the scoreboard comes last"
+    notebook(project / "notebooks" / "21_mallows_bandit.ipynb")
+    assert [p.stem[:2] for p in run.find([])][0] == "21", "what takes seconds comes first"
     for wrong in ("1", "11_expo", "13", "11_expo_headlin"):
         if wrong == "11_expo":
             assert run.find([wrong])[0].stem == "11_expo_headline"
@@ -180,6 +185,96 @@ def test_command_line_refuses_before_anything_runs(project, capsys):
     assert not (project / "artifacts").exists()
 
 
+SETUP = """
+import nothing_that_is_installed
+from beyond_dpo import config
+nothing_that_is_installed.style()
+seeds = seed if seed is None else [seed]
+changes = {"train__lr": lr}
+cfg = config.load("expo", profile, seeds=seeds, **changes)
+later = nothing_that_is_installed.more(cfg)
+"""
+FREE = 'profile = "smoke"\nseed = None\nlr = None'
+
+
+def test_what_the_set_up_would_refuse_is_refused_in_one_line_before_anything_runs(project, capsys, monkeypatch):
+    """Types that a default of None does not tell, COMPUTE, freezing numbers without meaning, a damaged notebook."""
+    notebook(project / "notebooks" / "11_expo_a.ipynb", SETUP, parameters=FREE)
+    (project / "notebooks" / "12_expo_b.ipynb").write_text("half a noteb")
+    (project / "notebooks" / "13_expo_c.ipynb").write_text("[]")
+    for arguments, environment, message in [
+        (["11", "-p", "seed=abc"], {}, "11_expo_a: seeds.0: Input should be a valid integer, got 'abc'"),
+        (["11", "-p", "seed=1.5"], {}, "11_expo_a: seeds.0: "),
+        (["11", "-p", "lr=[1]"], {}, "11_expo_a: train.lr: "),
+        (["11", "-p", "lr=fast"], {}, "11_expo_a: train.lr: "),
+        (["11", "--profile", "cpux"], {}, "profile 'cpux' is none of smoke, cpu"),
+        (["11"], {"COMPUTE": "nevr"}, "COMPUTE=nevr is none of auto"),
+        (["11", "--dry-run"], {"COMPUTE": "AUTO"}, "COMPUTE=AUTO is none of auto"),
+        (["11"], {"COMPUTE": "plan"}, "use --dry-run"),
+        (["11", "--freeze", "--profile", "smoke"], {}, "those of profile smoke mean nothing; use cpu"),
+        (["11", "--freeze"], {}, "those of profile smoke mean nothing"),
+        (["11"], {"BEYOND_DPO_HOSTFILE": str(project / "none")}, "BEYOND_DPO_HOSTFILE="),
+        (["11"], {"BEYOND_DPO_PROCESSES": "["}, "BEYOND_DPO_PROCESSES=["),
+        (["11"], {"BEYOND_DPO_PROCESSES": "two"}, "sft.processes: "),
+        (["12"], {}, "12_expo_b.ipynb cannot be read as a notebook"),
+        (["13"], {}, "13_expo_c.ipynb cannot be read as a notebook"),
+    ]:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            assert run.main(arguments) == 2, arguments
+        said = capsys.readouterr()
+        assert message in said.err and said.err.startswith("refused: ") and said.err.count("\n") == 1, said.err
+        assert not said.out
+    assert not (project / "artifacts").exists() and not (project / "data").exists()
+
+
+def test_a_profile_that_is_too_large_for_this_machine_is_refused_where_it_would_compute(project, capsys, monkeypatch):
+    """Before any kernel; what was computed elsewhere is shown on any machine."""
+    made = "from beyond_dpo.artifacts import Artifact\nmade = Artifact('score', 1, {}, lambda out: None)"
+    setup = f"from beyond_dpo import config\ncfg = config.load('expo', profile)\n{made}"
+    path = notebook(project / "notebooks" / "11_expo_a.ipynb", setup, "made.get()")
+    monkeypatch.setattr(needs, "cards", lambda: 0)
+    assert run.main(["11", "--profile", "paper"]) == 2
+    said = capsys.readouterr().err
+    assert "refused: 11_expo_a: profile paper needs 8 GPUs of 80 GB (found 0)" in said and said.count("\n") == 1
+    assert not (project / "artifacts").exists()
+    monkeypatch.undo()
+    for name, folder in {"ARTIFACTS": "artifacts", "FROZEN": "data/frozen"}.items():
+        monkeypatch.setattr(paths, name, project / folder)
+    monkeypatch.setattr(needs, "cards", lambda: 0)
+    artifacts.Artifact("score", 1, {}, lambda out: None).get()
+    nb, options = nbformat.read(path, 4), SimpleNamespace(force=False)
+    run._check_setup("n", nb, DECLARED | {"profile": "paper"}, options)
+    monkeypatch.setenv("COMPUTE", "cold")
+    shutil.rmtree(paths.ARTIFACTS)
+    with pytest.raises(run.Refused, match="n: profile paper needs 8 GPUs"):
+        run._check_setup("n", nb, DECLARED | {"profile": "paper"}, options)
+    run._check_setup("n", nb, DECLARED | {"profile": "paper"}, SimpleNamespace(force=True))
+    monkeypatch.setenv("COMPUTE", "never")
+    run._check_setup("n", nb, DECLARED | {"profile": "paper"}, options)
+
+
+def test_the_configuration_of_every_notebook_is_known_without_running_it():
+    """As the notebook itself makes it, and without what the set-up imports."""
+    files, found = sorted(paths.NOTEBOOKS.glob("*.ipynb")), {}
+    assert len(files) > 20
+    for path in files:
+        nb = nbformat.read(path, 4)
+        found[path.stem] = progress.configuration(nb, run.parameters(nb, path.stem) | {"profile": "smoke"})
+        loads = any("config.load(" in cell.source for cell in nb.cells)
+        assert (found[path.stem] is not None) == loads, path.stem
+    assert found["11_expo_headline"] == config.load("expo", "smoke")
+
+
+def test_a_refusal_loads_nothing_heavy():
+    code = "import sys\nfrom beyond_dpo import run\nstatus = run.main(['11', '-p', 'seed=abc'])\n"
+    heavy = ["torch", "transformers", "pandas", "deepspeed", "vllm", "matplotlib"]
+    code += f"print(status, [name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2 []\n" and done.stderr.count("\n") == 1, done.stderr
+
+
 WRONG = "lines = expo.wrong_pairs(cfg)"
 
 
@@ -192,8 +287,8 @@ def test_dry_run_describes_and_executes_nothing(project, capsys):
     assert run.main(["--all", "--profile", "gpu", "--dry-run"]) == 0
     said = capsys.readouterr().out.splitlines()
     nothing = "  computes nothing: shows what others found or printed"
-    assert said[:3] == ["00_start_here", nothing, "11_expo_a profile='gpu'"]
-    assert said[3] == "  needs: 1 GPUs of 40 GB, 32 GB memory, 60 GB disk, about 3 h" and "smollm2" in said[4]
+    assert said[0] == "11_expo_a profile='gpu'" and said[-2:] == ["00_start_here", nothing]
+    assert said[1] == "  needs: 1 GPUs of 40 GB, 32 GB memory, 60 GB disk, about 3 h" and "smollm2" in said[2]
     assert [line.split(" (")[0] for line in said if "beyond_dpo.train" in line] == ["  SFT", "  DPO 10% seed 0"]
     assert sum("beyond_dpo.reference" in line for line in said) == 1
     assert run.main(["11", "15", "--profile", "paper", "-p", "seed=3", "--dry-run"]) == 0
@@ -395,19 +490,21 @@ time.sleep(600)
 """
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_interrupt_leaves_no_process(project):
     """Ctrl-C (or a batch system's SIGTERM) ends the kernel, its child in another session, and an orphan of that."""
     notebook(project / "notebooks" / "11_expo_busy.ipynb", BUSY)
     runs = {number: start(project, "11", "-p", f"tag={number.name}") for number in (signal.SIGINT, signal.SIGTERM)}
     for number, runner in runs.items():
         pids = project / "notebooks" / f"{number.name}.pids"
-        assert wait_for(pids.exists)
+        assert wait_for(pids.exists, 60)
         started = list(map(int, pids.read_text().split()))
         assert len(started) == 3 and all(map(psutil.pid_exists, started))
         runner.send_signal(number)
         err = runner.communicate(timeout=30)[1]
         assert runner.returncode == 130 and "11_expo_busy · interrupted" in err
-        assert "cell 3 of 3, executed copy: " in err
+        assert "cell 3 of 3, executed copy: " in err and f"; {run.RESUME}\n" in err
+        assert "Traceback" not in err and err.count("interrupted") == 1
         assert wait_for(lambda pids=started: not any(map(psutil.pid_exists, pids)), 5)
     assert not list((project / "tmp").glob("*.json")), "a kernel's connection file with its key"
 
@@ -442,6 +539,160 @@ def test_watch_reads_reports(tmp_path):
     assert told(line("progress", fraction=1, eta=0)) == ""
 
 
+def test_reports_that_cannot_be_read_are_left_out(tmp_path):
+    """Half a line before the next one (a full disk), no JSON, other types: what comes after is read."""
+    reports = tmp_path / "reports"
+    watch = progress.Watch("title", reports)
+    watch._read()  # there is none yet
+    wrong = [
+        b'{"event": "st{"event": "hit", "key": "a-1"}', b"\xff\x00", b"[]", b"1", b"null", b"{}", b'{"event": 5}',
+        b'{"event": "progress"', b'{"event": "start", "key": ["a"]}', b'{"event": "start", "key": {}}',
+        b'{"event": "progress", "stage": 1, "fraction": 0.5}', b'{"event": "progress", "stage": "x", "fraction": "y"}',
+        b'{"event": "progress", "stage": "x", "eta": NaN}', b'{"event": "progress", "stage": "x", "eta": Infinity}',
+        b'{"event": "progress", "stage": "x", "fraction": [1], "eta": 1}',
+    ]  # fmt: skip
+    reports.write_bytes(b"\n".join([*wrong, b'{"event": "hit", "key": "score-1"}', b'{"event": "progress"}', b""]))
+    watch._read()
+    assert watch.found == {"score-1"} and not watch.computed
+    assert watch.line() == "title · working · for 0 s"
+    reports.unlink()
+    watch._read()
+    with progress.Watch("without a file"):
+        pass
+
+
+def test_a_run_goes_on_where_nothing_can_be_told(project):
+    """Its own words go to a full disk, its results to one with room: it ends as ever."""
+    notebook(project / "notebooks" / "11_expo_a.ipynb", "print('α')")
+    with disk(project / "small", 1):
+        errors = project / "small" / "errors"
+        with open(errors, "wb") as err, filled(project / "small"):
+            environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
+            command = [sys.executable, "-m", "beyond_dpo.run", "11"]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=err, timeout=60)
+        assert done.returncode == 0, done.stdout
+        assert errors.read_bytes() == b"" and b"11_expo_a" in done.stdout
+    assert nbformat.read(project / "artifacts/runs/11_expo_a.smoke.ipynb", 4).cells[-1].outputs[0].text == "α\n"
+
+
+def test_a_run_whose_reports_have_no_place_is_not_watched(tmp_path, monkeypatch):
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", "")
+    (tmp_path / "file").touch()
+    with run._reports(tmp_path / "file") as reports:  # no folder
+        assert reports is None
+        launch.tell(event="hit")
+    with run._reports(tmp_path) as reports:
+        launch.tell(event="hit")
+        assert json.loads(reports.read_text()) == {"event": "hit"}
+
+
+def test_a_run_in_another_locale(project):
+    notebook(project / "notebooks" / "11_expo_a.ipynb", "print('α')", "raise ValueError('β')")
+    done = start(project, "11", LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    err = done.communicate(timeout=60)[1]
+    assert done.returncode == 1 and "ValueError: \\u03b2" in err and "Error" not in err.replace("ValueError", "")
+    cells = nbformat.read(project / "artifacts/runs/11_expo_a.smoke.ipynb", 4).cells
+    assert ["α\n"] == [out.text for cell in cells if cell.source == "print('α')" for out in cell.outputs]
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_an_early_interrupt_is_one_line(project):
+    """While the kernel still starts: no traceback, and how to go on."""
+    notebook(project / "notebooks" / "11_expo_a.ipynb", "1")
+    runner = start(project, "11", "--profile", "cpu")
+    first = runner.stderr.readline()
+    assert first == "[1/1] 11_expo_a · starting\n"
+    runner.send_signal(signal.SIGINT)
+    err = runner.communicate(timeout=30)[1]
+    assert runner.returncode == 130
+    assert err.count("\n") == 1 and run.RESUME in err, err
+
+
+def test_an_interrupt_before_the_first_cell_is_told_as_well(project, monkeypatch, capsys):
+    """It came before there was anything to watch, and the note asked what was watched."""
+    path = notebook(project / "notebooks" / "11_expo_a.ipynb", "1")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run.tempfile, "NamedTemporaryFile", interrupted)
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", "")
+    options = SimpleNamespace(in_place=False, freeze=False)
+    row = run._run("[1/1] 11_expo_a", path, nbformat.read(path, 4), {}, "smoke", options, None)
+    assert row["status"] == "interrupted" and row["peak GiB"] == 0
+    assert "interrupted · 0 s · before the first cell, executed copy: " in capsys.readouterr().err
+
+
+SEEN = """
+from beyond_dpo import launch
+from beyond_dpo.artifacts import Artifact
+does = "DPO 20% seed 0 (1 × lr 1e-05): python"
+made = Artifact("train", 1, {"settings": {"lr": 1}}, lambda out: None, does)
+last = Artifact("curves", 1, {"of": made}, lambda out: made.get() and None)
+"""
+BAR = """
+import pathlib, time
+file = pathlib.Path("progress")
+with launch._bar("job", file) as show:
+    for i in range(3):
+        file.write_text(f"{i + 1} 3\\n")
+        show()
+"""
+
+
+def executed(folder, monkeypatch, *cells, **environment):
+    """Execute cells as JupyterLab does, in a kernel that no runner started; return the notebook."""
+    from nbclient import NotebookClient
+
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    with monkeypatch.context() as patch:
+        patch.delenv("TQDM_DISABLE")
+        patch.delenv("BEYOND_DPO_PROGRESS", raising=False)
+        for name, value in ({"BEYOND_DPO_ARTIFACTS": str(folder / "artifacts")} | environment).items():
+            patch.setenv(name, value)
+        NotebookClient(nb, km=run.Kernel(), resources={"metadata": {"path": str(folder)}}).execute()
+    return nb
+
+
+def test_in_jupyterlab_one_line_tells_what_is_computed_and_a_bar_how_far(tmp_path, monkeypatch):
+    """And nothing is told of what is found; the bar is a widget, which is dropped when a notebook is cleaned."""
+    nb = executed(tmp_path, monkeypatch, SEEN, "last.get();", "last.get();", BAR)
+    _, computed, found, bar = nb.cells
+    (line,) = computed.outputs
+    assert line.name == "stderr" and line.text.count("\n") == 1
+    assert re.match(r"computing curves-\w{16} and 1 results that it is made from, trainings: DPO 20% seed 0 "
+                    r"\(logs: .*/artifacts/logs and ", line.text)  # fmt: skip
+    assert not found.outputs
+    assert [list(out.data)[-1] for out in bar.outputs] == [run.WIDGET]
+    run.clean(nb)
+    assert not bar.outputs
+    shutil.rmtree(tmp_path / "artifacts")
+    nb = executed(tmp_path, monkeypatch, SEEN, "last.get();", BAR, TQDM_DISABLE="1")
+    assert not any(cell.outputs for cell in nb.cells)
+    shutil.rmtree(tmp_path / "artifacts")
+    nb = executed(tmp_path, monkeypatch, SEEN, "last.get();", BEYOND_DPO_PROGRESS=str(tmp_path / "reports"))
+    assert not any(cell.outputs for cell in nb.cells)
+
+
+def test_an_expectation_counts_what_is_missing_and_what_the_like_took(project, capsys):
+    def made(seed, lr=1):
+        recipe = {"settings": {"lr": lr}, "seed": seed}
+        return artifacts.Artifact("train", 1, recipe, lambda out: None, f"DPO seed {seed} (x): y")
+
+    first = made(0)
+    first.get()
+    manifest = paths.ARTIFACTS / first.key / "manifest.json"
+    manifest.write_text(json.dumps(first.manifest | {"seconds": 200}))
+    (paths.ARTIFACTS / "train-damaged").mkdir()
+    (paths.ARTIFACTS / "train-damaged" / "manifest.json").write_text("{")
+    progress.expect(artifacts.Artifact("sweep", 1, {"of": [made(0), made(1), made(2), made(3, lr=2)]}, None))
+    said = capsys.readouterr().err
+    assert re.match(r"computing sweep-\w+ and 3 results that it is made from, trainings: DPO seed 1, DPO seed 2, "
+                    r"DPO seed 3; 2 like these took 6 min 40 s \(logs: ", said)  # fmt: skip
+    progress.expect(made(1))
+    assert re.match(r"computing train-\w+, trainings: DPO seed 1; 1 like these took 3", capsys.readouterr().err)
+
+
 def test_duration():
     assert [progress.duration(s) for s in (45.9, 130, 3600, 11520)] == ["45 s", "2 min 10 s", "1 h 0 min", "3 h 12 min"]
 
@@ -450,3 +701,50 @@ def test_light_imports():
     heavy = "{'torch', 'transformers', 'vllm', 'deepspeed', 'pandas', 'papermill', 'psutil'}"
     code = f"import sys, beyond_dpo.run; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+
+
+STUB = """#!/bin/sh
+test "$1" = -c && exec {python} "$@"
+echo "$@" "JUPYTER_PATH=$JUPYTER_PATH"
+"""
+
+
+@pytest.mark.parametrize("user", ["0", "1000"])
+def test_make_lab_takes_options_and_works_as_root(tmp_path, user):
+    """As root JupyterLab does not start unless it is told that this is meant."""
+    for name, text in {"python": STUB.format(python=sys.executable), "id": f"#!/bin/sh\necho {user}\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "JUPYTER_PATH": "/elsewhere"}
+    command = ["make", "-s", "lab", "READY=", f"PY={tmp_path / 'python'}", "LAB=--port 8889 --no-browser"]
+    done = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True, check=True)
+    root = " --allow-root" if user == "0" else ""
+    *_, last = done.stdout.splitlines()
+    assert last == (f"-m jupyterlab{root} --port 8889 --no-browser notebooks/00_start_here.ipynb "
+                    f"JUPYTER_PATH={sys.prefix}/share/jupyter:/elsewhere")  # fmt: skip
+    assert f"kernel: Python 3 (ipykernel) of {sys.prefix}" in done.stdout
+
+
+@pytest.mark.slow
+def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
+    """A real JupyterLab, on a machine where the user has a `python3` kernel of another environment."""
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    environment = os.environ | {"JUPYTER_DATA_DIR": str(tmp_path / "jupyter"), "JUPYTER_PREFER_ENV_PATH": "0"}
+    environment |= {"JUPYTER_RUNTIME_DIR": str(tmp_path / "runtime"), "JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
+    environment |= {"JUPYTER_PATH": str(tmp_path / "jupyter")}
+    command = ["make", "lab", "READY=", f"PY={sys.executable}", "LAB=--no-browser --ip 127.0.0.1 --port 0"]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    lab = subprocess.Popen(command, cwd=paths.ROOT, env=environment, **options)
+    try:
+        assert wait_for(lambda: list((tmp_path / "runtime").glob("jpserver-*.json")), 60)
+        (server,) = (tmp_path / "runtime").glob("jpserver-*.json")
+        about = json.loads(server.read_text())
+        with urllib.request.urlopen(f"{about['url']}api/kernelspecs?token={about['token']}") as answer:
+            kernels = json.load(answer)
+        assert kernels["default"] == "python3"
+        assert kernels["kernelspecs"]["python3"]["spec"]["argv"][0] != "/bin/false"
+    finally:
+        os.killpg(lab.pid, signal.SIGKILL)
+        lab.wait()

@@ -1,13 +1,16 @@
 """WRPO: sources, what is chosen of their responses, the quadruples, and what is trained on them, at profile smoke."""
 
+import gzip
 import json
 import re
+import shutil
 
 import pandas as pd
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
-from beyond_dpo import artifacts, assets, config, corpus, data, gather, paths, sources, stages, wrpo
+from beyond_dpo import artifacts, assets, config, corpus, data, gather, paths, preferences, sources, stages, wrpo
 from conftest import openai_server
 
 SMOKE = config.load("wrpo", "smoke", seeds=[0])
@@ -82,13 +85,102 @@ def test_in_a_chat_the_prompt_is_asked_as_it_is(store, tmp_path):
     rows = stages.texts(cfg.world).json("prompts.json")
     asked = sources._put(cfg, cfg.known_sources["one"]).json("prompts.json")
     decode = data.load_tokenizer(assets.model_dir("tiny")).decode
-    assert [decode(row["prompt_ids"]) for row in asked] == [f"<s><|user|> {r['text']}</s><|assistant|> " for r in rows]
+    assert [decode(row["prompt_ids"]) for row in asked] == [f"<s><|user|> {r['text']}</s><|assistant|>" for r in rows]
     file = tmp_path / "answers.jsonl"
     file.write_text(json.dumps({"prompt": rows[3]["text"], "response": "Yes."}))
     chat["known_sources"] = {"one": {"kind": "recorded", "ref": str(file)}}
     cfg = config.load("wrpo", "smoke", **chat)
     said = lines(sources.answers(cfg, "one"))
-    assert [line["id"] for line in said] == [rows[3]["id"]] and decode(said[0]["response_ids"]) == "Yes.</s>"
+    assert [line["id"] for line in said] == [rows[3]["id"]] and decode(said[0]["response_ids"]) == " Yes.</s>"
+
+
+@pytest.mark.parametrize("kind", ["model", "endpoint"])
+@pytest.mark.parametrize("ask", ["Go on with this review.", "Go on: {Prompt}", "Go on: {}", "Go on: {prompt!r}"])
+def test_a_source_is_not_asked_the_same_of_every_prompt(store, kind, ask):
+    cfg = with_source(kind=kind, ref="tiny", url="http://127.0.0.1:9", ask=ask)
+    with pytest.raises(config.ConfigError, match=r"known_sources.one.ask has no \{prompt\} in it, got 'Go on"):
+        sources.answers(cfg, "one")
+
+
+def test_braces_around_a_prompt_are_text(store, wording):
+    source = config.Source(kind="model", ref="tiny", ask='Reply as JSON {"text": ...} {0} {{x}}: {prompt}')
+    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    for row, text in zip(sources._put(SMOKE, source).json("prompts.json"), wording, strict=True):
+        asked = 'Reply as JSON {"text": ...} {0} {{x}}: ' + text
+        assert sources.asking(source, text) == asked
+        assert decode(row["prompt_ids"]) == f"<s><|user|> {asked}</s><|assistant|> {text}"
+    assert sources.asking(config.Source(kind="endpoint"), "a {b}") == "a {b}"
+
+
+def test_a_source_ended_where_an_end_token_stands(store, tiny):
+    """Not where its last token is any special one, nor where it has none."""
+    def make(out):
+        rows = [{"id": str(i), "response_ids": ids} for i, ids in enumerate([[9, 1], [9, 2], [9, 0], [9], []])]
+        (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    said = artifacts.Artifact("responses", 2, {"invented": "ends"}, make)
+    found = sources._decoded(tiny, [{"id": str(i), "prompt_ids": [0, 8]} for i in range(5)], said)
+    assert [found[str(i)][0][1] for i in range(5)] == [True, False, False, False, False]
+
+
+def test_recorded_answers_as_people_have_them(store, tmp_path, wording):
+    """An array, with a byte-order mark, blank lines, gzipped; a text of bytes that are no UTF-8 is refused by name."""
+    rows = [{"prompt": text, "response": f"It is\u2028{i}."} for i, text in enumerate(dict.fromkeys(wording))]
+    text = "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    files = {"array.json": json.dumps(rows, indent=1).encode(), "bom.jsonl": b"\xef\xbb\xbf" + text.encode()}
+    files["zip.jsonl.gz"] = gzip.compress(files["bom.jsonl"])
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert len(sources._recorded(config.Source(kind="recorded", ref=str(tmp_path / name)))) == len(rows)
+    files = {"latin.jsonl": text.replace("\u2028", "é").encode("latin-1"), "utf16.jsonl": text.encode("utf-16")}
+    for name, content in (files | {"early.gz": gzip.compress(text.encode())[:-9]}).items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(config.ConfigError, match=f"{name}: row 0 is not"):
+            sources._recorded(config.Source(kind="recorded", ref=str(tmp_path / name)))
+
+
+def test_a_recorded_dialogue_is_not_its_last_turn(tmp_path):
+    """Two dialogues that end alike have answers of their own."""
+    turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."},
+              {"role": "user", "content": "Go on"}] for text in "ab"]  # fmt: skip
+    rows = [{"prompt": prompt, "response": prompt[0]["content"]} for prompt in [*turns, turns[0][:1]]]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = sources._recorded(config.Source(kind="recorded", ref=str(tmp_path / "rows.json")))
+    told = [*map(preferences.dialogue, turns), "a"]
+    assert found == {text: [(answer, True)] for text, answer in zip(told, "aba", strict=True)}
+
+
+def test_answers_that_the_targets_template_does_not_take_are_counted(store, tmp_path, tiny):
+    """In a chat an answer has the tokens that it has there; reviewers go on where the user's words end."""
+    chat = {"world__template": "chat", "known_sources": {"human": {"kind": "human"}}, "sources": ["human"]}
+    tokenizer = data.load_tokenizer(tiny)
+    written = {" ".join(text.split()) for text, _ in corpus.halves("fixtures")[0]}
+
+    def answers(target):
+        cfg = config.load("wrpo", "smoke", **chat, source_sets=[["human"]], world__target=target, world__sft_rows=0)
+        return stages.texts(cfg.world).json("prompts.json"), sources.answers(cfg, "human")
+
+    rows, artifact = answers("tiny")
+    asked = {row["id"]: row for row in rows}
+    assert artifact.manifest["facts"] == {"responses": 16, "unanswered": 0}
+    for line in lines(artifact):
+        text = tokenizer.decode(line["response_ids"]).removesuffix("</s>").removeprefix(" ")
+        whole = f"<s><|user|> {asked[line['id']]['text']}</s><|assistant|> {text}"
+        assert tokenizer.decode(asked[line["id"]]["prompt_ids"] + line["response_ids"]).removesuffix("</s>") == whole
+        assert any(review.startswith((asked[line["id"]]["text"] + text, f"{asked[line['id']]['text']} {text}"))
+                   for review in written)  # fmt: skip
+
+    most = sorted(len(row["text"]) for row in rows)[8]
+    refuse = "{% if messages[-1].role == 'assistant' and messages[0].content | length > MOST %}"
+    refuse = refuse.replace("MOST", str(most)) + "{{ raise_exception('too long') }}{% endif %}"
+    shutil.copytree(tiny, tmp_path / "strict")
+    other = AutoTokenizer.from_pretrained(tmp_path / "strict")
+    other.chat_template = refuse + assets.CHAT_TEMPLATE
+    other.save_pretrained(tmp_path / "strict")
+    rows, artifact = answers(str(tmp_path / "strict"))
+    long = sum(len(row["text"]) > most for row in rows)
+    assert 0 < long < 16
+    assert artifact.manifest["facts"] == {"responses": 16 - long, "unanswered": long, "refused": long}
 
 
 def test_recorded_answers_that_are_none_say_so(store, tmp_path):
@@ -140,7 +232,7 @@ def test_an_endpoint_needs_a_key_and_says_which(store, endpoint, monkeypatch):
         sources.answers(cfg, "one").get()
 
 
-def test_what_an_endpoint_refuses_is_unanswered_and_not_asked_again(store, endpoint, monkeypatch, wording):
+def test_what_an_endpoint_refuses_is_unanswered(store, endpoint, monkeypatch, wording):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask="too long for 256 tokens " * 100 + "{prompt}")
     artifact = sources.answers(cfg, "one")

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaModel
 def is_gated(folder) -> bool:
     """Return whether a model folder holds ArmoRM, or one built as it is."""
     path = Path(folder, "config.json")
-    return path.is_file() and "ForRewardModelWithGating" in str(json.loads(path.read_text()).get("architectures"))
+    return path.is_file() and "ForRewardModelWithGating" in str(json.loads(path.read_bytes()).get("architectures"))
 
 
 class ArmoRM(torch.nn.Module):

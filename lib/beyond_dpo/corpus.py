@@ -29,6 +29,24 @@ def source(dataset: str) -> list:
     return [assets.resolve(name) for name in known.get(dataset, [where])] + [part] * bool(part)
 
 
+def rendering(ref: str, template: str) -> dict:
+    """Return what the tokens of a model's chats depend on besides its files, for keys.
+
+    That is a date, where its chat template writes one. Of a model on the hub that is not known
+    before it is fetched, so its chats have the date in their keys.
+    """
+    if template != "chat" or ref in assets.BUILDERS:
+        return {}
+    folder = Path(ref).expanduser()
+    if folder.is_dir():
+        files = [*folder.glob("tokenizer_config.json"), *folder.rglob("*.jinja")]
+        if not any("strftime_now" in file.read_text(encoding="utf-8") for file in files):
+            return {}
+    from beyond_dpo import data
+
+    return {"date": data.DATE.isoformat()}
+
+
 def split(world: config.World, out: Path) -> dict:
     """Write sft.jsonl, prompts.json, dev_prompts.json, test_prompts.json and labelled.json; return their sizes.
 
@@ -46,10 +64,11 @@ def split(world: config.World, out: Path) -> dict:
     for i, (text, _) in enumerate(half_a):
         if len(sft_rows) == world.sft_rows:
             break
-        ids, cut = opening(tokenizer, text, world), rng.randint(*world.prompt_tokens)
-        if len(ids) >= cut + SHORTEST:
-            chosen = [*ids[cut:], tokenizer.eos_token_id]
-            sft_rows.append({"id": f"A{i}", "prompt_ids": ids[:cut], "responses": {"chosen": chosen}})
+        ids = opening(tokenizer, text, world.sft_tokens)
+        made = begun(tokenizer, ids[: rng.randint(*world.prompt_tokens)], world.template)
+        if responses := continued(tokenizer, ids, made, world.template):
+            row = {"id": f"A{i}", "prompt_ids": made["prompt_ids"], "responses": responses}
+            sft_rows.append(row)
     data.write_rows(out / "sft.jsonl", sft_rows)
 
     first_a, first_b = ([" ".join(text.split()[: world.reward_words]) for text, _ in half] for half in (half_a, half_b))
@@ -74,28 +93,61 @@ def split(world: config.World, out: Path) -> dict:
 
 
 def beginning(tokenizer, text: str, world: config.World, rng: random.Random) -> dict:
-    """Return {"prompt_ids"} of a review's first tokens, as many as world.prompt_tokens say; in a chat, asked.
+    """Return the prompt of a review's first tokens, as many as world.prompt_tokens say."""
+    from beyond_dpo import data
+
+    ids = data.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
+    return begun(tokenizer, ids, world.template)
+
+
+def begun(tokenizer, ids: list[int], template: str) -> dict:
+    """Return {"prompt_ids"} of the first tokens of a review; in a chat, asked.
 
     There "text" is what is asked, and the template stands around it whole.
     """
     from beyond_dpo import data
 
-    ids = data.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
-    if world.template == "plain":
+    if template == "plain":
         return {"prompt_ids": ids}
     asked = tokenizer.decode(ids, skip_special_tokens=True)
     return {"prompt_ids": data.render(tokenizer, asked, "chat"), "text": asked}
 
 
-def opening(tokenizer, text: str, world: config.World) -> list[int]:
-    """Return the tokens of a review's first whole sentences, fewer than `sft_tokens`: a text with a natural end."""
+def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str, list[int]]:
+    """Return {"chosen"}, how a review of these tokens goes on after its beginning, with an end.
+
+    made: the beginning, as of begun(). Returns {} where less than `SHORTEST` tokens are left.
+    """
     from beyond_dpo import data
 
-    kept, ids = [], []
+    if template == "plain":
+        cut = len(made["prompt_ids"])
+        if len(ids) < cut + SHORTEST:
+            return {}
+        end = data.encode_response(tokenizer, "", template="plain")
+        return {"chosen": [*ids[cut:], *end]}
+    asked = made["text"]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    left = len(ids) - len(data.render(tokenizer, asked, "plain"))
+    if left < SHORTEST or not text.startswith(asked):
+        return {}
+    rest = text[len(asked) :].strip()
+    return {"chosen": data.encode_response(tokenizer, rest, prompt=asked, template="chat")}
+
+
+def opening(tokenizer, text: str, most: int) -> list[int]:
+    """Return the tokens of a review's first whole sentences, fewer than `most`.
+
+    So it is a text with a natural end.
+    """
+    from beyond_dpo import data
+
+    kept = []
+    ids = []
     for sentence in SENTENCE.split(text):
         kept.append(sentence)
-        longer = data.render(tokenizer, " ".join(kept), world.template)
-        if len(longer) >= world.sft_tokens:
+        longer = data.render(tokenizer, " ".join(kept), "plain")
+        if len(longer) >= most:
             break
         ids = longer
     return ids

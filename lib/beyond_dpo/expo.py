@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, estimate, gather, search, stages
+from beyond_dpo import config, corpus, gather, needs, search, stages
 from beyond_dpo.artifacts import Artifact
 
 PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I rented it because", "The acting in")
@@ -63,7 +63,7 @@ def curves(cfg) -> Artifact:
         return gather.scored(walk, desc)
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *recipe["dev"])
+        needs.check(cfg)
         searched, points = judged("dev", dev, "α curves on dev prompts")
         means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
         best = [{"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())} for f, s in runs(cfg)]
@@ -71,10 +71,11 @@ def curves(cfg) -> Artifact:
         wanted += [(b["fraction"], b["seed"], alpha) for b in best for alpha in dict.fromkeys([0.0, b["alpha"]])]
         tested, more = judged("test", wanted, "chosen α on test prompts")
         gather.write(out, pd.concat([searched, tested]), points + more)
-        (out / "best.json").write_text(json.dumps(best, indent=1))
+        (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
         names = ("gold",) * bool(cfg.world.gold_rows) + ("reward", "vader")
         facts = {name: stages.reward(cfg.world, name).manifest["facts"] for name in names}
-        (out / "facts.json").write_text(json.dumps(facts | {"pairs": stages.pairs(cfg).manifest["facts"]}, indent=1))
+        facts["pairs"] = stages.pairs(cfg).manifest["facts"]
+        (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     return Artifact("curves", 2, recipe, make)
 
@@ -89,11 +90,12 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
             for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas]  # fmt: skip
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *[score for _, score in walk])
+        needs.check(cfg)
         table, points = gather.scored(walk, "lines through two models, dev prompts")
         gather.write(out, table, points)
         means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
-        (out / "best.json").write_text(json.dumps({name: float(means.loc[name].idxmax()) for name in lines}, indent=1))
+        best = {name: float(means.loc[name].idxmax()) for name in lines}
+        (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
 
     return Artifact("sweep", 2, {"points": [score for _, score in walk], "names": list(lines)}, make)
 
@@ -175,13 +177,13 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
     def make(out: Path) -> None:
         from beyond_dpo.change import movement
 
-        estimate.check(cfg, *[one for zero, ends in pairs.values() for one in (zero, *ends.values())])
+        needs.check(cfg)
         frames, angles = [], []
         for name, (zero, ends) in pairs.items():
             rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
             frames.append(pd.DataFrame(rows).assign(pair=name))
             angles += [[*pair, value] for pair, value in cosines.items()] if len(ends) > 1 else []
-        (out / "cosines.json").write_text(json.dumps(angles))
+        (out / "cosines.json").write_text(json.dumps(angles), encoding="utf-8")
         table = pd.concat(frames, ignore_index=True)
         table.to_csv(out / "movement.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
 
@@ -199,10 +201,12 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
 
             tokenizer = data.load_tokenizer(str(reader.get()))
             rows = [{"id": p, "prompt_ids": data.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
-            (out / "own.json").write_text(json.dumps(rows))
+            (out / "own.json").write_text(json.dumps(rows), encoding="utf-8")
 
         recipe = {"prompts": PROMPTS, "tokenizer": reader}
-        return Artifact("own-prompts", 1, recipe, own, work={"own": len(PROMPTS)})
+        if cfg.world.template == "chat":
+            recipe |= {"template": "chat"} | corpus.rendering(cfg.world.target, "chat")
+        return Artifact("own-prompts", 1, recipe, own)
 
     points = {(name, alpha): line.at(cfg, alpha, "own", 1, prompts(readers[name]))
               for name, line in lines.items() for alpha in line.alphas}  # fmt: skip
@@ -210,14 +214,14 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        estimate.check(cfg, *points.values())
+        needs.check(cfg)
         texts = []
         for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
             decode = partial(data.load_tokenizer(str(readers[name].get())).decode, skip_special_tokens=True)
-            for line in (artifact.get() / "responses.jsonl").read_text().splitlines():
+            for line in (artifact.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
                 r = json.loads(line)
                 texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": decode(r["response_ids"])})
-        (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False))
+        (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
 
     return Artifact("said", 1, {"points": list(points.values()), "names": list(lines)}, make)
 
@@ -255,7 +259,7 @@ def searches(cfg) -> Artifact:
         return scores.groupby("id", sort=False)["reward"].mean().to_numpy()
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *grids)
+        needs.check(cfg)
         found, walk = [], []
         for f in gather.watched(cfg.fractions, "golden-section search"):
             grid = {a: mean_rewards(f, a).mean() for a in cfg.alphas[f]}
@@ -265,7 +269,7 @@ def searches(cfg) -> Artifact:
             places = [{"fraction": f, "alpha": a} for a in dict.fromkeys([*grid, *result.rewards])]
             walk += [(place, point(cfg, f, seed, place["alpha"], "dev_prompts")) for place in places]
         gather.write(out, *gather.scored(walk, "searched α and grids"))
-        (out / "searches.json").write_text(json.dumps(found, indent=1))
+        (out / "searches.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     grids = [point(cfg, f, seed, a, "dev_prompts") for f in cfg.fractions for a in cfg.alphas[f]]
     return Artifact("searches", 2, {"points": grids, "evaluations": most, "seed": seed}, make)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from beyond_dpo import estimate, launch
+from beyond_dpo import launch, needs
 from beyond_dpo.artifacts import Artifact
 
 
@@ -45,7 +45,7 @@ def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
     """
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *[scores for _, scores in points])
+        needs.check(cfg)
         write(out, *scored(points, "trained models"))
 
     return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
@@ -54,4 +54,4 @@ def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
 def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
     """Write what scored() returns: responses.csv.gz and points.json."""
     table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
-    (out / "points.json").write_text(json.dumps(points))
+    (out / "points.json").write_text(json.dumps(points), encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from beyond_dpo import extrapolate, launch, lora, paths, reference, shards
+from beyond_dpo import data, extrapolate, launch, lora, paths, reference, shards
 from beyond_dpo.config import Decoding
 
 BLOCK = 256  # requests in the engine at one time
@@ -261,11 +261,15 @@ class TransformersBackend:
 
 
 def _end_tokens(model: str) -> list[int]:
-    """Return the end token ids that the model's generation config (or else its config) names."""
-    for name in ("generation_config.json", "config.json"):
-        if (end := extrapolate.load_json(Path(model, name)).get("eos_token_id")) is not None:
-            return end if isinstance(end, list) else [end]
-    raise ValueError(f"{model} names no eos_token_id in generation_config.json or config.json")
+    """Return the token ids at which sampling stops: all with which training may close a response.
+
+    Raises ValueError if the model's files name none.
+    """
+    ends = data.model_end_tokens(model)
+    if not ends:
+        files = "its tokenizer, generation_config.json or config.json"
+        raise ValueError(f"{model} names no eos_token_id in {files}")
+    return ends
 
 
 if __name__ == "__main__":

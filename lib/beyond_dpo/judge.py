@@ -11,6 +11,19 @@ import pandas as pd
 from beyond_dpo import stats
 
 STRONG = 3  # Arena-Hard counts a strong verdict as three
+VERDICTS = {  # Arena-Hard's labels: score of A, weight
+    "A>>B": (1.0, STRONG),
+    "B<<A": (1.0, STRONG),
+    "A>B": (1.0, 1),
+    "B<A": (1.0, 1),
+    "A=B": (0.5, 1),
+    "B=A": (0.5, 1),
+    "A<B": (0.0, 1),
+    "B>A": (0.0, 1),
+    "A<<B": (0.0, STRONG),
+    "B>>A": (0.0, STRONG),
+}
+COMPARED = ["preference", "output_1", "output_2"]  # what the length-controlled rate is made of
 # log-odds per unit of the length term, and its spread over models: median, and quartiles' distance / 1.349, over 84
 # models of φ·logit(LC)/θ, of the weights and scores that alpaca-eval publishes: φ as it is without the difficulty term
 SLOPE, SPREAD = -1.18, 0.23
@@ -29,12 +42,16 @@ class WinRate(NamedTuple):
 
 
 class LengthControlled(NamedTuple):
-    """Hold a length-controlled win rate in percent with its 95 % interval; estimate: without alpaca-eval's own data."""
+    """Hold a length-controlled win rate in percent with its 95 % interval; estimate: without alpaca-eval's own data.
+
+    dropped: rows without a preference, or without one of the outputs.
+    """
 
     percent: float
     low: float
     high: float
     estimate: bool
+    dropped: int = 0
 
 
 class MtBench(NamedTuple):
@@ -72,18 +89,26 @@ def length_controlled(annotations, difficulty=None, *, slope=SLOPE, seed=0, n_bo
     Its interval draws prompts, and the slope by SPREAD; slope=None fits the slope as well. On the two released
     models of the controlled study (published 8.7 and 10.4) it is 0.7 and 1.1 points too high with SLOPE, 6.1 and 7.1
     with a fitted slope; the plain win rate is 4.0 and 4.5 too low. Without differences in length it is the win rate.
+    A row without a preference or an output is dropped and counted. Raises ValueError for fewer than two other rows,
+    for preferences out of 1…2 (0 is a tie), and with `difficulty` for an output that is missing.
     """
     from scipy.optimize import brentq
     from scipy.special import expit
     from sklearn.linear_model import LogisticRegression
 
-    table = pd.DataFrame(annotations)
+    table = _compared(annotations)
     if difficulty is not None:
         return _by_alpaca_eval(table, difficulty)
-    longer = table["output_1"].str.len() - table["output_2"].str.len()
-    y = table["preference"].astype(float).replace(0, 1.5).to_numpy() - 1
-    x = np.tanh(longer / (longer.std() or 1)).to_numpy()[~np.isnan(y)]
-    y, generator = y[~np.isnan(y)], np.random.default_rng(seed)
+    whole = table.dropna(subset=COMPARED)
+    if len(whole) < 2:
+        raise ValueError(
+            "the length-controlled rate needs two or more rows with output_1, output_2 and a preference:"
+            f" {len(whole)} of {len(table)} have them"
+        )
+    longer = whole["output_1"].str.len() - whole["output_2"].str.len()
+    x = np.tanh(longer / (longer.std() or 1)).to_numpy()
+    y = whole["preference"].replace(0, 1.5).to_numpy() - 1
+    generator = np.random.default_rng(seed)
 
     def controlled(i, slope) -> float:
         if slope is None:
@@ -92,15 +117,40 @@ def length_controlled(annotations, difficulty=None, *, slope=SLOPE, seed=0, n_bo
             fit.fit(np.r_[features, features], np.repeat([1, 0], len(i)), sample_weight=np.r_[y[i], 1 - y[i]])
             return 100 * expit(fit.coef_[0, 1])
         rate = np.clip(y[i].mean(), 1e-9, 1 - 1e-9)
-        return 100 * expit(brentq(lambda theta: expit(theta + slope * x[i]).mean() - rate, -50, 50))
+        widest = 50 + abs(slope)  # |x| < 1
+        return 100 * expit(brentq(lambda theta: expit(theta + slope * x[i]).mean() - rate, -widest, widest))
 
     slopes = [slope if slope is None else generator.normal(slope, SPREAD) for _ in range(n_boot)]
     draws = [controlled(generator.integers(len(y), size=len(y)), slope) for slope in slopes]
     low, high = np.quantile(draws, [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
-    return LengthControlled(float(controlled(np.arange(len(y)), slope)), float(low), float(high), True)
+    percent = float(controlled(np.arange(len(y)), slope))
+    return LengthControlled(percent, float(low), float(high), True, len(table) - len(whole))
+
+
+def _compared(annotations) -> pd.DataFrame:
+    """Return a row per comparison: preference, NaN where there is none, and both outputs, None where one is missing."""
+    rows = [dict(row) for row in annotations] if not isinstance(annotations, pd.DataFrame) else annotations
+    table = pd.DataFrame(rows)
+    missing = [name for name in COMPARED if name not in table]
+    if missing:
+        raise ValueError(f"the length-controlled rate needs rows with {', '.join(missing)}: {len(table)} rows")
+    table["preference"] = pd.to_numeric(table["preference"], errors="coerce").astype(float)
+    wrong = table["preference"][(table["preference"] != 0) & ~table["preference"].between(1, 2)].dropna()
+    if len(wrong):
+        raise ValueError(f"preferences are in 1…2 (0 is a tie): row {wrong.index[0]} has {wrong.iloc[0]:g}")
+    for name in ("output_1", "output_2"):
+        text = table[name].map(lambda value: isinstance(value, str))
+        table[name] = table[name].astype(object).where(text, None)
+    return table
 
 
 def _by_alpaca_eval(table: pd.DataFrame, difficulty) -> LengthControlled:
+    """Let alpaca-eval fit; its data belong to rows by their place: none can be left out."""
+    missing = table.index[table[["output_1", "output_2"]].isna().any(axis=1)]
+    if len(missing):
+        raise ValueError(f"alpaca-eval's own fit needs both outputs of each row: row {missing[0]} lacks one")
+    if table["preference"].notna().sum() < 2:
+        raise ValueError("alpaca-eval's own fit needs two or more rows with a preference")
     from unittest.mock import patch  # its function takes the file from the hub only
 
     import sklearn
@@ -110,7 +160,8 @@ def _by_alpaca_eval(table: pd.DataFrame, difficulty) -> LengthControlled:
     with fetched, sklearn.config_context():  # it changes sklearn's settings for good
         found = glm_winrate.get_length_controlled_winrate(table, save_weights_dir=None)
     percent, error = float(found["length_controlled_winrate"]), 1.96 * float(found["lc_standard_error"])
-    return LengthControlled(percent, percent - error, percent + error, False)
+    dropped = int(table["preference"].isna().sum())
+    return LengthControlled(percent, percent - error, percent + error, False, dropped)
 
 
 def preference(top: dict[str, float], swapped: bool) -> float | None:
@@ -119,13 +170,21 @@ def preference(top: dict[str, float], swapped: bool) -> float | None:
     top: log-probabilities of the likeliest tokens; m names the answer shown first. swapped: the baseline's answer was
     not the first, and the result x is turned into 3 − x.
     """
-    m, other = (math.exp(top.get(token, -math.inf)) for token in "mM")
-    found = 2 - m / (m + other) if m + other else None
-    return 3 - found if swapped and found is not None else found
+    logps = [top.get(token, -math.inf) for token in "mM"]
+    likelier = max(logps)
+    if likelier == -math.inf:
+        return None
+    m, other = (math.exp(logp - likelier) for logp in logps)  # servers write -9999 for a probability of 0
+    found = 2 - m / (m + other)
+    return 3 - found if swapped else found
 
 
 def rating(judgment: str) -> float | None:
-    """Return MT-Bench's rating, the first [[7]] or else [7]; None without one in 1 to 10."""
+    """Return MT-Bench's rating, as FastChat reads it: the first [[7]] or else the first [7].
+
+    None without one, and for one outside of the 1 to 10 that the judge is asked for, where FastChat
+    would count any number, such as a year in brackets.
+    """
     found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
     return float(found[1]) if found and 1 <= float(found[1]) <= 10 else None
 
@@ -142,12 +201,15 @@ def mt_bench(rows) -> MtBench:
 
 
 def verdict(judgment: str) -> tuple[float, int] | None:
-    """Return (score of A: 1, 0.5 or 0, weight) of Arena-Hard's last [[A>>B]], [[A>B]], [[A=B]], …; None without one."""
-    found = [(a, sign) for a, sign, b in re.findall(r"\[\[([AB])(>>?|<<?|=)([AB])\]\]", judgment) if a != b]
-    if not found:
-        return None
-    first, sign = found[-1]
-    return (0.5 if sign == "=" else float((first == "A") == (">" in sign)), STRONG if len(sign) == 2 else 1)
+    """Return (score of A: 1, 0.5 or 0, weight) of a judgment, as Arena-Hard v2.0 reads it; None without a verdict.
+
+    It is the last [[A>B]], or else the last [A>B], in either case of letters; see VERDICTS for the others.
+    """
+    for pattern in (r"\[\[([AB<>=]+)\]\]", r"\[([AB<>=]+)\]"):
+        labels = re.findall(pattern, judgment.upper())
+        if labels:
+            return VERDICTS.get(labels[-1])
+    return None
 
 
 def arena_hard(rows, baseline: str, *, seed: int = 0, n_boot: int = 500) -> pd.DataFrame:

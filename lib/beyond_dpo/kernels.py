@@ -8,8 +8,9 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from jupyter_core.utils import run_sync
 
-# no warning at each start that the loopback is not encrypted; no trace in the user's history
-QUIET = ["--IPKernelApp.log_level=ERROR", "--HistoryManager.hist_file=:memory:"]
+# no warning at each start that the loopback is not encrypted, no traceback of a kernel that is ended in the middle of
+# a cell; no trace in the user's history
+QUIET = ["--IPKernelApp.log_level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
 
 
 class Kernel(AsyncKernelManager):
@@ -18,6 +19,7 @@ class Kernel(AsyncKernelManager):
     def __init__(self):
         super().__init__(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
         self.clients = []
+        self.answers = False  # one that still starts tells an interrupt in many lines
 
     def client(self, **options):
         self.clients.append(super().client(**options))  # papermill leaves its own open
@@ -41,6 +43,7 @@ class Kernel(AsyncKernelManager):
         client.start_channels()
         try:
             await client.wait_for_ready(timeout=120)
+            self.answers = True
             return (await client.execute(code, silent=True, reply=True, timeout=60))["content"]
         finally:
             self._hang_up()
@@ -55,7 +58,7 @@ class Kernel(AsyncKernelManager):
 
         self._hang_up()
         if self.has_kernel:
-            run_sync(self.shutdown_kernel)()
+            run_sync(self.shutdown_kernel)(now=not self.answers)
         for how in ("terminate", "kill"):
             left = psutil.Process().children(recursive=True)
             for process in left:

@@ -15,17 +15,22 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-
-from tqdm import tqdm
 
 from beyond_dpo import cluster
 from beyond_dpo.cluster import follow_parent
 
 # what would move the cursor, or name the window, of a terminal that shows a log
 UNPRINTABLE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)?|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
+
+# Names of variables that hold what may not leave this process: OPENAI_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...
+# Endpoints are asked and the hub is read by the process that starts the children; they need neither.
+SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
+# each says to OpenMP (GNU's, which torch brings along, or LLVM's and Intel's) how long idle threads spin
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
 class JobFailed(RuntimeError):
@@ -74,7 +79,7 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path, log, progress_file = workdir / "config.json", workdir / "job.log", workdir / ".progress"
-    path.write_text(json.dumps(config, indent=1))
+    path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     arguments = command(module, path, launcher=launcher, processes=processes, now=True)
     everywhere = cluster.job(arguments, workdir, launcher)
     with open(log, "ab") as out, _bar(desc, progress_file) as show, everywhere as (environment, failed, alive):
@@ -87,7 +92,7 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
                 show()
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(0.5)
-        said = failed.read_text() if failed and failed.exists() else ""
+        said = failed.read_text(encoding="utf-8", errors="replace") if failed and failed.exists() else ""
     if child.returncode or said:
         why = UNPRINTABLE.sub("", said) or _tail(log, begin)
         raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {why}")
@@ -106,7 +111,8 @@ class Worker(AbstractContextManager):
         name = f"{desc}-{os.getpid()}"  # two notebooks may share a folder
         self.desc, self.log, self.progress_file = desc, workdir / f"{name}.log", workdir / f".{name}.progress"
         self._pipe, other_end = Pipe()
-        with open(self.log, "wb") as out, other_end:
+        with open(self.log, "ab") as out, other_end:
+            self._begin = out.tell()  # another worker of this name may have written what stands in front
             arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
             self.child = _start(arguments, out, self.progress_file, 1, environment, pass_fds=[other_end.fileno()])
         try:
@@ -131,8 +137,8 @@ class Worker(AbstractContextManager):
                 answer = json.loads(self._pipe.recv_bytes())
         except (EOFError, OSError) as end:
             self.close()
-            status = self.child.returncode
-            raise JobFailed(f"{self.desc}: the worker died with status {status}; {_tail(self.log)}") from end
+            status, told = self.child.returncode, _tail(self.log, self._begin)
+            raise JobFailed(f"{self.desc}: the worker died with status {status}; {told}") from end
         except BaseException:  # an interrupt leaves a half-read answer behind: this worker is of no more use
             self.close()
             raise
@@ -151,8 +157,9 @@ class Worker(AbstractContextManager):
 
 def serve(factory) -> None:
     """Answer a `Worker`'s calls until it closes the pipe (in the child: `serve(Engine)` builds Engine(**config))."""
+    number = _pipe_number()
     follow_parent()
-    pipe, target = Connection(int(sys.argv[2])), None
+    pipe, target = Connection(number), None
     with suppress(EOFError, ConnectionError):
         while True:
             message = json.loads(pipe.recv_bytes())
@@ -167,6 +174,22 @@ def serve(factory) -> None:
             pipe.send_bytes(answer.encode())
 
 
+def _pipe_number() -> int:
+    """Return the file number that the command line names; end here for --help and for anything else."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    name = module.name if module else sys.argv[0]
+    usage = f"usage: python -m {name} --serve FILE_NUMBER\n\nanswers the calls of the process that starts it"
+    usage += " (beyond_dpo.launch.Worker) over a pipe; there is no use in starting it by hand"
+    given = sys.argv[1:]
+    if len(given) == 2 and given[0] == "--serve" and given[1].isdecimal():
+        return int(given[1])
+    if "--help" in given or "-h" in given:
+        print(usage)
+        sys.exit(0)
+    print(usage, file=sys.stderr)
+    sys.exit(2)
+
+
 class Jobs:
     """Run one job after the other in one process (`Worker("beyond_dpo.launch", {}, …)`), which starts up only once."""
 
@@ -177,10 +200,14 @@ class Jobs:
 
 
 def progress(done: int, total: int) -> None:
-    """Tell the parent how far this child is (any process may call it; without a parent it does nothing)."""
+    """Tell the parent how far this child is (any process may call it; without a parent it does nothing).
+
+    A file that cannot be written is no reason to end the work.
+    """
     path = os.environ.get("BEYOND_DPO_CHILD_PROGRESS")
     if path and os.environ.get("RANK", "0") == "0":
-        Path(path).write_text(f"{done} {total}\n")
+        with suppress(OSError):
+            Path(path).write_text(f"{done} {total}\n", encoding="utf-8")
 
 
 def announce(stage: str, done: int, total: int, seconds: float) -> None:
@@ -190,32 +217,65 @@ def announce(stage: str, done: int, total: int, seconds: float) -> None:
 
 
 def tell(**report) -> None:
-    """Send the batch runner a report, if one listens (see `progress`)."""
+    """Send the batch runner a report, if one listens (see `progress`); if it cannot be written, it is lost."""
     if runner := os.environ.get("BEYOND_DPO_PROGRESS"):
-        with open(runner, "a") as f:
+        with suppress(OSError), open(runner, "a", encoding="utf-8") as f:
             f.write(json.dumps(report) + "\n")
+
+
+def interactive() -> bool:
+    """Say whether somebody sits in front of this kernel; not where the batch runner or a checker started it."""
+    quiet = os.environ.get("TQDM_DISABLE") or "BEYOND_DPO_PROGRESS" in os.environ
+    return "ipykernel.zmqshell" in sys.modules and not quiet
+
+
+def printable() -> None:
+    """Let this process print what its terminal's encoding lacks (α in a C locale) as \\u03b1, and not fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def threads() -> int:
+    """Return how many threads one process may use: what OMP_NUM_THREADS says, or else one for each core.
+
+    OpenMP takes a list, `4,2`, a number for each level of nesting: the outermost one counts.
+    """
+    outermost = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if outermost.isdecimal() and int(outermost) > 0:
+        return int(outermost)
+    return len(os.sched_getaffinity(0))
+
+
+def _environment(progress_file: Path, processes: int, more: dict) -> dict[str, str]:
+    """Return the environment of a child that runs `processes` processes; `more` is laid over it."""
+    environment = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # which some clusters give a node's first process
+        environment.pop(name, None)
+    if not any(name in environment for name in WAITING):
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads without work leave the core to those that have some
+    lib = str(Path(__file__).parents[1])  # also without an installed package
+    environment |= {
+        "OMP_NUM_THREADS": str(max(1, threads() // processes)),  # those of this job, not of each process
+        "PYTHONPATH": os.pathsep.join(filter(None, [lib, os.environ.get("PYTHONPATH")])),
+        "PYTHONUTF8": "1",  # whatever the locale: what it writes is read as UTF-8
+        "BEYOND_DPO_CHILD_PROGRESS": str(progress_file.absolute()),
+        "BEYOND_DPO_PARENT": str(os.getpid()),
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return environment | more
 
 
 def _start(
     arguments: list[str], out, progress_file: Path, processes: int = 1, more: dict | None = None, **options
 ) -> subprocess.Popen:
     """Start a child in its own session: Ctrl-C reaches the notebook only, and the child's group can be ended whole."""
-    threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0))))  # of this job, not of each process
-    lib = str(Path(__file__).parents[1])  # also without an installed package
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(max(1, threads // processes)),
-        "PYTHONPATH": os.pathsep.join(filter(None, [lib, os.environ.get("PYTHONPATH")])),
-        "BEYOND_DPO_CHILD_PROGRESS": str(progress_file.absolute()),
-        "BEYOND_DPO_PARENT": str(os.getpid()),
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        **(more or {}),
-    }
-    if "DS_ENV_FILE" in (more or {}):
-        Path(more["DS_ENV_FILE"]).write_text(cluster.exported(environment))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # which some clusters give a node's first process
-        environment.pop(name, None)
+    more = more or {}
+    environment = _environment(progress_file, processes, more)
+    if "DS_ENV_FILE" in more:
+        text = cluster.exported(environment)
+        Path(more["DS_ENV_FILE"]).write_text(text, encoding="utf-8", errors="surrogateescape")
     return subprocess.Popen(
         arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
         start_new_session=True, **options,
@@ -245,25 +305,59 @@ def _signal(child, number) -> None:
 
 @contextmanager
 def _bar(desc: str, progress_file: Path):
-    """Yield show(), which passes on what a child's progress file says: to a tqdm bar here, and to the batch runner."""
-    progress_file.write_text("")
-    bar, said, start = None, [], time.monotonic()
+    """Yield show(), which passes on what a child's progress file says: to a tqdm bar here, and to the batch runner.
+
+    What cannot be read or shown is left out: no work ends because nobody can see how far it is.
+    """
+    with suppress(OSError):
+        progress_file.write_text("", encoding="utf-8")
+    start, bar, last = time.monotonic(), None, _counted(progress_file)
 
     def show():
-        nonlocal bar, said
-        words = progress_file.read_text().split() if progress_file.exists() else []
-        if len(words) == 2 and words != said:  # none: the child writes it this very moment
-            said, (done, total) = words, map(int, words)
-            bar = bar or tqdm(total=total, desc=desc, leave=False)
+        nonlocal bar, last
+        counted = _counted(progress_file)
+        if counted is None or counted == last:
+            return
+        last = counted
+        done, total = counted
+        with suppress(Exception):  # a full disk behind stderr, a notebook that is closed: each has errors of its own
+            if bar is None:
+                bar = _tqdm()(total=total, desc=desc, leave=False)
             bar.update(done - bar.n)
-            announce(desc, done, total, time.monotonic() - start)
+        announce(desc, done, total, time.monotonic() - start)
 
     try:
         yield show
         show()
     finally:
-        if bar:
-            bar.close()
+        if bar is not None:
+            with suppress(Exception):
+                bar.close()
+
+
+def _counted(progress_file: Path) -> tuple[int, int] | None:
+    """Return (done, total) as the child has written them; None while it writes, and for anything else."""
+    try:
+        text = progress_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    words = text.split()
+    if len(words) != 2 or not text.endswith("\n") or not all(map(str.isdecimal, words)):
+        return None
+    done, total = map(int, words)
+    return (done, total) if total else None
+
+
+def _tqdm():
+    """Return the kind of bar that fits: a widget in a notebook, else text."""
+    if os.environ.get("TQDM_DISABLE"):  # which the widget does not look at
+        from tqdm import tqdm
+
+        return tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets has the text
+        from tqdm.auto import tqdm
+    return tqdm
 
 
 def _tail(log: Path, begin: int = 0) -> str:

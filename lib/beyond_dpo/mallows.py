@@ -95,7 +95,7 @@ def raters(cfg) -> Artifact:
                 rows.append({"id": str(i), "prompt_ids": ids[:cut], "responses": {"said": ids[cut:]}})
                 said.append(ratings)
         data.write_rows(out / "pairs.jsonl", rows)
-        (out / "ratings.json").write_text(json.dumps(said))
+        (out / "ratings.json").write_text(json.dumps(said), encoding="utf-8")
 
     rows = Artifact("rated", 1, recipe, split)
     held = stages.reference(cfg, rows=rows, names=("said",))
@@ -103,7 +103,7 @@ def raters(cfg) -> Artifact:
     def make(out: Path) -> None:
         entropies, tokens = (stages.of_reference(held, what)[0] for what in ("entropies", "tokens"))
         table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
-        ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text())]
+        ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text(encoding="utf-8"))]
         table["people"] = [len(said) for said in ratings]
         table["sd"] = [said.std() for said in ratings]
         table["split"] = [min((said > 0).mean(), (said < 0).mean()) for said in ratings]
@@ -163,6 +163,7 @@ def elsewhere(cfg, source: str) -> Artifact:
     world = cfg.world
     recipe = {"source": corpus.source(source), "kind": source, "tokenizer": assets.resolve(world.target)}
     recipe |= {"rows": cfg.elsewhere_prompts, "prompt_tokens": world.prompt_tokens, "template": world.template}
+    recipe |= corpus.rendering(world.target, world.template)
 
     def make(out: Path) -> None:
         from beyond_dpo import data
@@ -172,15 +173,15 @@ def elsewhere(cfg, source: str) -> Artifact:
         generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
         generator.shuffle(texts)
         for i, text in enumerate(texts):
-            ids = data.render(tokenizer, text, world.template)
+            ids = data.render(tokenizer, text, "plain")
             cut = generator.randint(*world.prompt_tokens)
             if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
-                rows.append({"id": f"E{i}", "prompt_ids": ids[:cut]})
+                rows.append({"id": f"E{i}"} | corpus.begun(tokenizer, ids[:cut], world.template))
         if len(rows) < cfg.elsewhere_prompts:
             raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
         paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
 
-    return Artifact("elsewhere", 1, recipe, make, work={source: cfg.elsewhere_prompts})
+    return Artifact("elsewhere", 1, recipe, make)
 
 
 def link(s, phi: float, epsilon: float) -> np.ndarray:

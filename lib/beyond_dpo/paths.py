@@ -1,5 +1,6 @@
 """Absolute paths of the project, so that the working directory never matters."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -42,3 +43,28 @@ def write(path: Path, content: str | bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: str | Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for folders
+            raise
+    finally:
+        os.close(opened)
+
+
+def share_weights(folder: Path) -> None:
+    """Give a folder's *.safetensors the mode of any new file there, as the umask says.
+
+    The library itself writes them for their owner alone (0600), whatever the umask.
+    """
+    probe = folder / f".mode.{os.getpid()}"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)

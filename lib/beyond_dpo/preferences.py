@@ -6,9 +6,12 @@ takes one row of its data set and returns such a row, or as a string why it teac
 
 import html
 import json
+import lzma
 import os
 import random
 import re
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -18,6 +21,77 @@ from beyond_dpo import assets, config
 
 TURN, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "assistant"}
 SEED = 20240416  # of the one order that all seeds of an experiment share
+QUESTIONS = ("prompt", "instruction", "question", "query", "input")  # columns that ask
+SYSTEMS = ("system", "system_prompt")
+# columns without which a question may not be the same
+CONTEXTS = ("context", "documents", "history", "tools", "image", "images")
+ABOUT = set(  # last words in the names of columns that say something about a row
+    "id ids uuid idx index source dataset subset split category type topic domain tag tags label "
+    "language lang name model models generator annotator author score scores rating ratings rank "
+    "date time url license version".split()
+)
+
+
+def question(row: dict) -> str | list[dict] | None:
+    """Return what a row asks, text or turns, from the column that holds it; None: none does.
+
+    A column of the system's words stands in front, as a turn. Raises ValueError for columns that
+    ask different things, and for those whose words would be left out.
+    """
+    given = {name: row[name] for name in QUESTIONS if row.get(name) is not None}
+    asking = {name: value for name, value in given.items() if value}
+    if len({json.dumps(value) for value in asking.values()}) > 1:
+        names = " and ".join(asking)
+        raise ValueError(f"the columns {names} ask different things: join them in one, `prompt`")
+    unread = [name for name in CONTEXTS if row.get(name)]
+    if unread:
+        todo = "put it into the prompt, or take it out"
+        raise ValueError(f"the column {unread[0]} would be left out: {todo}")
+    asked = next(iter((asking or given).values()), None)
+    if isinstance(asked, dict | list):
+        asked = _turns(asked)
+    system = next((row[name] for name in SYSTEMS if row.get(name)), "")
+    if not system:
+        return asked
+    if not asked:
+        raise ValueError("a system's words without a prompt: give a column `prompt` too")
+    turns = _turns(asked)
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if turns[0]["content"] != system:
+        raise ValueError("the system's column and its turn in the prompt differ: keep one of them")
+    return turns
+
+
+def _turns(prompt: str | dict | list | None) -> list[dict]:
+    """Return a prompt as turns, without the fields that are None."""
+    if isinstance(prompt, str):
+        prompt = {"role": "user", "content": prompt}
+    if isinstance(prompt, dict):
+        prompt = [prompt]
+    turns = []
+    for turn in prompt or []:
+        if not isinstance(turn, dict) or "role" not in turn:
+            raise ValueError(f'a turn is {{"role": …, "content": …}}, got {turn!r:.80}')
+        # Arrow gives every turn the fields of all other turns; content is one that all should have
+        kept = {name: value for name, value in turn.items() if value is not None}
+        turns.append(kept | {"role": turn["role"], "content": turn.get("content")})
+    return turns
+
+
+def _refuse_unnamed(row: dict) -> None:
+    """Raise ValueError if a row without a prompt has another column that may hold its question."""
+    unread = []
+    for name, value in row.items():
+        words = re.split(r"[\W_]+", name.lower())
+        if "chosen" in words or "rejected" in words or words[-1] in ABOUT:
+            continue
+        if value and isinstance(value, str | list | dict):
+            unread.append(name)
+    if unread:
+        names = ", ".join(unread)
+        todo = "rename what asks to `prompt`, drop the rest"
+        raise ValueError(f"no column `prompt`, and nothing reads {names}: {todo}")
 
 
 def trl(row: dict) -> dict | str:
@@ -26,22 +100,68 @@ def trl(row: dict) -> dict | str:
     So are HuggingFaceH4/ultrafeedback_binarized and princeton-nlp/llama3-ultrafeedback-armorm: `prompt` a text,
     `chosen` and `rejected` whole chats. A prompt without answers is one to generate for.
     """
-    prompt, chosen, rejected = (row.get(name) for name in ("prompt", "chosen", "rejected"))
+    prompt = question(row)
+    chosen, rejected = _given(row, "chosen"), _given(row, "rejected")
     if isinstance(chosen, str) or isinstance(rejected, str):
-        chosen, rejected = chosen or "", rejected or ""
-        if prompt is None and TURN.match(chosen):
-            return hh(row)
-        same = os.path.commonprefix([chosen, rejected]) if prompt is None else ""
-        cut = max((blank.start() for blank in re.finditer(r"\s+", same)), default=0)  # not within a word
-        said = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
-        return {"prompt": chosen[:cut] if prompt is None else prompt, "responses": said}
+        return _texts(row, prompt, chosen or "", rejected or "")
     chosen, rejected = chosen or [], rejected or []
     if (len(chosen), len(rejected)) == (2, 1) and not (isinstance(chosen[0], dict) and chosen[0]["role"] == "user"):
-        return wrpo(row)
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-    pair = _shared(*(turns if turns and turns[0]["role"] != "assistant" else asked + turns
-                     for turns in (chosen, rejected)))  # fmt: skip
+        return wrpo(row | {"prompt": prompt})
+    asked = _turns(prompt) if prompt else []
+    answers = _turns(chosen), _turns(rejected)
+    if not asked and answers[0] and answers[0][0]["role"] == "assistant":
+        _refuse_unnamed(row)
+    chats = [_chat(asked, turns, whole=isinstance(prompt, str)) for turns in answers]
+    if None in chats and all(answers):
+        return "the chat does not hold the prompt"
+    pair = "no answer" if None in chats else _shared(*chats)
     return {"prompt": asked, "responses": {}} if asked and isinstance(pair, str) else pair
+
+
+def _given(row: dict, name: str) -> str | list | None:
+    """Return a row's answer, as text or turns."""
+    answer = row.get(name)
+    if isinstance(answer, dict):
+        return [answer]
+    if not isinstance(answer, str | list | None):
+        raise ValueError(f"`{name}` is neither a text nor turns, but {answer!r:.80}")
+    return answer
+
+
+def _texts(row: dict, prompt: str | list | None, chosen: str, rejected: str) -> dict | str:
+    """Read a pair of texts; without a prompt, that is what both begin with, up to a blank."""
+    if prompt is not None:
+        return {"prompt": prompt, "responses": {"chosen": chosen, "rejected": rejected}}
+    if TURN.match(chosen):
+        return hh(row)
+    _refuse_unnamed(row)
+    same = os.path.commonprefix([chosen, rejected])
+    blanks = [blank.start() for blank in re.finditer(r"\s+", same)]
+    cut = max(blanks, default=0)  # not within a word
+    said = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
+    return {"prompt": chosen[:cut], "responses": said}
+
+
+def _chat(asked: list[dict], turns: list[dict], whole: bool) -> list[dict] | None:
+    """Return the whole chat of a prompt and an answer's turns, which may repeat the prompt's.
+
+    whole: the prompt was a text; where the answer has a user's turns, one of them holds it, else
+    None is returned.
+    """
+    if not turns or turns[0]["role"] == "assistant":
+        return asked + turns
+    if whole and len(asked) == 1:
+        told = [_words_of(turn) for turn in turns[:-1]]
+        return turns if _words_of(asked[0]) in told else None
+    for size in range(min(len(asked), len(turns)), 0, -1):
+        if [*map(_words_of, asked[-size:])] == [*map(_words_of, turns[:size])]:
+            return asked + turns[size:]
+    return asked + turns
+
+
+def _words_of(turn: dict) -> tuple[str, str]:
+    """Return who says what in a turn, whatever the blanks."""
+    return turn["role"], " ".join((turn["content"] or "").split())
 
 
 def wrpo(row: dict) -> dict:
@@ -52,9 +172,14 @@ def wrpo(row: dict) -> dict:
 
 def hh(row: dict) -> dict | str:
     """Read Anthropic/hh-rlhf: two dialogues, a text each, alike but for the last thing the assistant says."""
-    said = [TURN.split(text or "")[1:] for text in (row["chosen"], row["rejected"])]  # who, what, who, what, …
-    return _shared(*([{"role": ROLES[who], "content": what.strip()}
-                      for who, what in zip(one[::2], one[1::2], strict=True)] for one in said))  # fmt: skip
+    dialogues = []
+    for text in (row["chosen"], row["rejected"]):
+        before, *parts = TURN.split(text or "")  # who, what, who, what, …
+        if before.strip():
+            return "words before the first turn"
+        turns = zip(parts[::2], parts[1::2], strict=True)
+        dialogues.append([{"role": ROLES[who], "content": what.strip()} for who, what in turns])
+    return _shared(*dialogues)
 
 
 def shp(row: dict) -> dict | str:
@@ -84,7 +209,7 @@ def imdb(row: dict) -> dict | str:
 
 def asked(row: dict) -> dict:
     """Read prompts alone: a column `prompt`, or AlpacaEval's `instruction`."""
-    return {"prompt": row["instruction"] if "instruction" in row else row["prompt"], "responses": {}}
+    return {"prompt": question(row), "responses": {}}
 
 
 SCHEMAS = [  # columns and their adapter; in a file the first that fits
@@ -119,21 +244,34 @@ def read(ref: str, streaming: bool = False) -> Iterator[tuple[int, dict | str]]:
     repo = where.removeprefix("datasets:").partition("@")[0]
     part = part or ("train_prefs" if repo.endswith("/ultrafeedback_binarized") else "train")
     table = _load(ref, where, part, streaming)
-    found, one = table.column_names or [*next(iter(table), ())], HUB.get(repo)
-    known = [(columns, adapter) for columns, adapter in SCHEMAS if one in (None, adapter)]
-    adapter = next((adapter for columns, adapter in known if set(columns) <= set(found)), None)
+    columns = _readable(ref, lambda: table.column_names or [*next(iter(table), ())])
+    one = HUB.get(repo)
+    known = [(names, adapter) for names, adapter in SCHEMAS if one in (None, adapter)]
+    adapter = next((adapter for names, adapter in known if set(names) <= set(columns)), None)
     if adapter is None:
-        wanted = " or ".join(dict.fromkeys(f"({', '.join(columns)})" for columns, _ in known))
-        raise config.ConfigError(f"{ref}: has the columns ({', '.join(found)}), expected are {wanted}")
-    order = random.Random(SEED).sample(range(len(table)), len(table)) if not streaming else ()
-    rows = enumerate(table.shuffle(seed=SEED, buffer_size=10_000)) if streaming else ((n, table[n]) for n in order)
-    for n, given in rows:
+        wanted = " or ".join(dict.fromkeys(f"({', '.join(names)})" for names, _ in known))
+        names = ", ".join(columns)
+        raise config.ConfigError(f"{ref}: has the columns ({names}), expected are {wanted}")
+    rows = _in_order(table, streaming)
+    while (numbered := _readable(ref, lambda: next(rows, None))) is not None:
+        n, given = numbered
         try:
             row = adapter(given)
             reason(row, "pairs")  # reads every part of it
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise config.ConfigError(f"{ref}: row {n} is not as {adapter.__name__}() expects it: {error!r}") from error
+            words = str(error) if isinstance(error, ValueError) else repr(error)
+            problem = f"row {n} is not as {adapter.__name__}() expects it: {words}"
+            raise config.ConfigError(f"{ref}: {problem}") from error
         yield n, row
+
+
+def _in_order(table, streaming: bool) -> Iterator[tuple[int, dict]]:
+    """Yield (number, row) in the one random order."""
+    if streaming:
+        yield from enumerate(table.shuffle(seed=SEED, buffer_size=10_000))
+        return
+    for n in random.Random(SEED).sample(range(len(table)), len(table)):
+        yield n, table[n]
 
 
 def _load(ref: str, where: str, part: str, streaming: bool):
@@ -143,7 +281,8 @@ def _load(ref: str, where: str, part: str, streaming: bool):
 
     datasets.disable_progress_bars()
     path = Path(where).expanduser()
-    try:
+
+    def load():
         if ref == "alpaca_eval":
             return datasets.Dataset.from_list(json.loads(assets.member("llm_eval", ask.ALPACA_BASELINE)))
         if where.startswith("datasets:"):
@@ -151,20 +290,40 @@ def _load(ref: str, where: str, part: str, streaming: bool):
             return datasets.load_dataset(repo, revision=commit, split=part, streaming=streaming)
         if path.is_dir():
             return datasets.load_dataset(str(path), split=part, streaming=streaming)
-        kind = "parquet" if path.suffix == ".parquet" else "json"
+        kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
         return datasets.load_dataset(kind, data_files=str(path), split=part, streaming=streaming)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration) as error:
-        raise config.ConfigError(f"{ref}: cannot be read: {error.__cause__ or error!r}") from error
+
+    return _readable(ref, load)
+
+
+def _readable(ref: str, read):
+    """Return read(); raise ConfigError with the data set's name for a file that cannot be read.
+
+    Some of these are only met at a row: text that is no UTF-8, or an archive that ends too early.
+    """
+    import datasets
+
+    broken = (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration, EOFError)
+    try:
+        return read()
+    except (*broken, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
+        words = repr(error.__cause__ or error)
+        if isinstance(error, UnicodeDecodeError):
+            words += "; save it as UTF-8"
+        raise config.ConfigError(f"{ref}: cannot be read: {words}") from error
 
 
 def reason(row: dict | str, use: str = "") -> str:
     """Return why a row is of no use, or ""; use: "" for its prompt, "sft" for its first response, "pairs" for all."""
-    if isinstance(row, str) or "text" in row:
-        return row if isinstance(row, str) else "" if row["text"] else "empty prompt"
+    if isinstance(row, str):
+        return row
+    if "text" in row:
+        return "" if row["text"] else "empty prompt"
     prompt, said = row["prompt"] or "", [(text or "").strip() for text in row["responses"].values()]
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    roles = [turn["role"] for turn in turns]
     asked = [turn["content"] and turn["content"].strip() for turn in turns]
-    if None in asked or not any(asked[-1:]) or turns[-1]["role"] == "assistant":
+    if None in asked or not any(asked[-1:]) or roles[-1] == "assistant":
         return "no question"
     if use and not said:
         return "no preference"
@@ -198,73 +357,147 @@ def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) ->
 
 
 def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
-    """Return up to `most` different prompts of another data set, made as those of `world`, out of 20 rows for each."""
+    """Return up to `most` different prompts of another data set, made as those of `world`.
+
+    They come out of 20 rows for each; those that the chat template refuses are passed over.
+    """
+    from beyond_dpo import data
+
     rows, rng = {}, random.Random(SEED)
     for n, row in islice(read(ref, streaming=place(ref)[0].startswith("datasets:")), 20 * most):
         if len(rows) == most:
             break
-        if not reason(row):
+        if reason(row):
+            continue
+        try:
             made = prompt_row(tokenizer, row, world, rng)
-            if "text" in row or len(made["prompt_ids"]) <= world.prompt_tokens[1]:
-                rows.setdefault(_key(row), {"id": f"E{n}"} | made)
+        except data.RowError:
+            continue
+        if "text" in row or len(made["prompt_ids"]) <= world.prompt_tokens[1]:
+            rows.setdefault(_key(row), {"id": f"E{n}"} | made)
     return list(rows.values())
 
 
 def split(world: config.World, out: Path) -> dict:
     """Write what corpus.split writes, and as pairs.jsonl the data set's own pairs where world.pairs is "given".
 
-    Test prompts are drawn first, then dev, then training rows, none with a prompt that was drawn before. Sizes asked
-    for count rows of the data set, some of which drop: empty or equal responses, no preference, a repeated prompt, one
-    above world.prompt_tokens (not of given pairs: the training cuts those). Prompts are whole, but for reviews, which
-    are cut to beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too small.
+    Test prompts are drawn first, then dev, then training rows, none with a prompt that was drawn
+    before. Sizes asked for count rows of the data set, some of which drop: empty or equal
+    responses, no preference, a repeated prompt, one above world.prompt_tokens (not of given pairs:
+    the training cuts those), turns that the chat template refuses, and responses that share a token
+    with their prompt (data.encode_response). Prompts are whole, but for reviews, which are cut to
+    beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too
+    small.
     """
     from beyond_dpo import corpus, data
 
     if world.gold_rows or world.reward_rows:
         raise config.ConfigError(f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows")
-    tokenizer, rng = data.load_tokenizer(assets.model_dir(world.target)), random.Random(SEED)
-    given, dropped, spare, seen, pools, drawn = world.pairs == "given", Counter(), Counter(), set(), {}, {}
-    sizes = {"test": world.test_prompts, "dev": world.dev_prompts, "train": max(world.prompts, world.sft_rows)}
-    for name, most in sizes.items():
-        ref = getattr(world, f"{name}_dataset", "") or world.dataset
-        pool, rows, before = pools.setdefault(ref, read(ref)), [], set(seen)
-        paired = given and name == "train"
-        use = "pairs" if paired else "sft" if name == "train" and world.sft_rows else ""
-        while len(rows) < most and (found := next(pool, None)):
-            n, row = found
-            if not (why := reason(row, use)):
-                made = prompt_row(tokenizer, row, world, rng)
-                if _key(row) in (before if paired else seen):  # a prompt may have several pairs
-                    why = "repeated prompt"
-                elif "text" not in row and len(made["prompt_ids"]) > world.prompt_tokens[1] and not paired:
-                    why = "prompt above world.prompt_tokens"
-            if why:
-                dropped[why] += 1
-                spare[ref] += 1
-                continue
-            seen.add(_key(row))
-            rows.append(({"id": f"{name}{n}"} | made, row))
-        spare[ref] -= most - len(rows)  # one that drops counts as one of those asked for
-        if spare[ref] < 0 or most and not rows:
-            raise config.ConfigError(f"{ref}: {len(rows)} of {most} {name} rows; dropped: {dict(dropped)}")
-        drawn[name] = rows
-    train = [{"id": made["id"], "prompt_ids": made["prompt_ids"], "responses": _said(tokenizer, made, row, world)}
-             for made, row in rows]  # fmt: skip
-    first = [row | {"responses": {"chosen": next(iter(row["responses"].values()))}}
-             for row in train[: world.sft_rows] if row["responses"]]  # fmt: skip
+    draw = _Draw(world, data.load_tokenizer(assets.model_dir(world.target)))
+    drawn = {"test": draw.rows("test", world.test_prompts)}
+    drawn["dev"] = draw.rows("dev", world.dev_prompts)
+    train = draw.rows("train", max(world.prompts, world.sft_rows))
+
+    rows = []
+    for made, _, responses in train:
+        row = {"id": made["id"], "prompt_ids": made["prompt_ids"], "responses": responses}
+        rows.append(row)
+    first = []
+    for row in rows[: world.sft_rows]:
+        for response in [*row["responses"].values()][:1]:
+            first.append(row | {"responses": {"chosen": response}})
     data.write_rows(out / "sft.jsonl", first)
-    facts = {"sft_rows": len(first)} | ({"pairs": len(train[: world.prompts])} if given else {})
-    if given:
-        data.write_rows(out / "pairs.jsonl", train[: world.prompts])
-    drawn["train"] = [] if given else rows[: world.prompts]
+    facts = {"sft_rows": len(first)}
+    if world.pairs == "given":
+        data.write_rows(out / "pairs.jsonl", rows[: world.prompts])
+        facts["pairs"] = len(rows[: world.prompts])
+        drawn["train"] = []
+    else:
+        drawn["train"] = train[: world.prompts]
     for name, file in {"train": "prompts", "dev": "dev_prompts", "test": "test_prompts"}.items():
-        (out / f"{file}.json").write_text(json.dumps([made for made, _ in drawn[name]]))
-    more = islice(pools[world.test_dataset or world.dataset], corpus.HELD_OUT) if rows and "label" in rows[0][1] else ()
-    held = [row for _, row in more if not reason(row) and _key(row) not in seen]  # a reward is measured on them
+        (out / f"{file}.json").write_text(json.dumps([made for made, _, _ in drawn[name]]))
+
+    held = []  # labelled reviews that a reward is measured on
+    if train and "label" in train[0][1]:
+        more = islice(draw.pool(world.test_dataset or world.dataset), corpus.HELD_OUT)
+        held = [row for _, row in more if not reason(row) and _key(row) not in draw.seen]
     texts = [" ".join(row["text"].split()[: world.reward_words]) for row in held]
     labelled = {"gold": [[], []], "reward": [[], []], "held_out": [texts, [row["label"] for row in held]]}
     (out / "labelled.json").write_text(json.dumps(labelled))
-    return facts | {"held_out": len(held), "dropped": dict(dropped)}
+    return facts | {"held_out": len(held), "dropped": dict(draw.dropped)}
+
+
+class _Draw:
+    """Draw the parts of a split one after the other, none with a prompt of an earlier part."""
+
+    def __init__(self, world: config.World, tokenizer):
+        self.world = world
+        self.tokenizer = tokenizer
+        self.rng = random.Random(SEED)
+        self.pools: dict[str, Iterator] = {}  # one a data set, from which all parts draw
+        self.seen: set[str] = set()  # prompts
+        self.dropped: Counter = Counter()  # why a row was of no use
+        self.spare: Counter = Counter()  # dropped rows of a data set, in place of those asked for
+
+    def pool(self, ref: str) -> Iterator[tuple[int, dict | str]]:
+        """Return the rows of a data set that are not drawn yet."""
+        if ref not in self.pools:
+            self.pools[ref] = read(ref)
+        return self.pools[ref]
+
+    def rows(self, part: str, most: int) -> list[tuple[dict, dict, dict]]:
+        """Return up to `most` rows: each its prompt, the row as read, the responses to train on.
+
+        Raises ConfigError if the data set has too few.
+        """
+        from beyond_dpo import data
+
+        ref = getattr(self.world, f"{part}_dataset", "") or self.world.dataset
+        paired = part == "train" and self.world.pairs == "given"
+        use = "pairs" if paired else ""
+        if part == "train" and not paired and self.world.sft_rows:
+            use = "sft"
+        taken = set(self.seen) if paired else self.seen  # a prompt may have several pairs
+        rows: list = []
+        while len(rows) < most and (found := next(self.pool(ref), None)):
+            n, row = found
+            why = reason(row, use)
+            try:
+                if not why:
+                    made = prompt_row(self.tokenizer, row, self.world, self.rng)
+                    why = self._unfit(made, row, taken, paired)
+                if not why:
+                    said = self._responses(made, row, use)
+            except data.RowError as error:
+                why = error.reason
+            if why:
+                self.dropped[why] += 1
+                self.spare[ref] += 1
+                continue
+            self.seen.add(_key(row))
+            rows.append(({"id": f"{part}{n}"} | made, row, said))
+        self.spare[ref] -= most - len(rows)  # one that drops counts as one of those asked for
+        if self.spare[ref] < 0 or most and not rows:
+            found = f"{len(rows)} of {most} {part} rows; dropped: {dict(self.dropped)}"
+            raise config.ConfigError(f"{ref}: {found}")
+        return rows
+
+    def _unfit(self, made: dict, row: dict, taken: set[str], paired: bool) -> str:
+        """Return why a prompt is not drawn, or ""."""
+        if _key(row) in taken:
+            return "repeated prompt"
+        whole = "text" not in row and not paired
+        if whole and len(made["prompt_ids"]) > self.world.prompt_tokens[1]:
+            return "prompt above world.prompt_tokens"
+        return ""
+
+    def _responses(self, made: dict, row: dict, use: str) -> dict[str, list[int]]:
+        """Return the responses to train on: all of a pair, the first for SFT, none of a prompt."""
+        if not use:
+            return {}
+        if use == "sft" and "responses" in row:
+            row = row | {"responses": dict([*row["responses"].items()][:1])}
+        return _said(self.tokenizer, made, row, self.world)
 
 
 def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, list[int]]:
@@ -272,11 +505,15 @@ def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, li
     from beyond_dpo import corpus, data
 
     if "text" in row:
-        ids, cut = corpus.opening(tokenizer, row["text"], world), len(made["prompt_ids"])
-        return {"chosen": [*ids[cut:], tokenizer.eos_token_id]} if len(ids) >= cut + corpus.SHORTEST else {}
-    spoken = world.template == "plain" and isinstance(row["prompt"], list)  # after "Assistant:"
-    texts = {name: f" {text.strip()}" if spoken else text for name, text in row["responses"].items() if text}
-    return {name: data.encode_response(tokenizer, text) for name, text in texts.items()}
+        ids = corpus.opening(tokenizer, row["text"], world.sft_tokens)
+        return corpus.continued(tokenizer, ids, made, world.template)
+    prompt = row["prompt"]
+    texts = {name: text for name, text in row["responses"].items() if text}
+    if world.template == "plain" and isinstance(prompt, list):
+        prompt = dialogue(prompt)
+        texts = {name: f" {text.strip()}" for name, text in texts.items()}  # after "Assistant:"
+    options = {"prompt": prompt, "template": world.template}
+    return {name: data.encode_response(tokenizer, text, **options) for name, text in texts.items()}
 
 
 def _key(row: dict) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import ask, assets, estimate, expo, gather, judge, stages
+from beyond_dpo import ask, assets, expo, gather, judge, needs, stages
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.endpoint import Endpoint
 
@@ -26,7 +26,7 @@ def off_the_shelf(cfg) -> Artifact:
     dev = [place(name, alpha, "dev") for name in lines for alpha in cfg.published_alphas]
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *recipe["dev"])
+        needs.check(cfg)
         searched, points = gather.scored(dev, "α of published models, dev prompts")
         means, wins = searched.groupby(["model", "alpha"])["reward"].mean().unstack(), []
         best = {name: float(means.loc[name].idxmax()) for name in lines}

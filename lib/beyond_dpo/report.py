@@ -9,6 +9,7 @@ import math
 import numbers
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from beyond_dpo import parameters, paths
+from beyond_dpo import launch, parameters, paths
 
 PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once, from the first of these that was run
 COLUMNS = ("claim", "paper", "paper_source", "ours", "low", "high", "tolerance", "sign_only", "verdict")
@@ -284,6 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--local", action="store_true", help="count the runs of this machine as well")
     parser.add_argument("--readme", action="store_true", help="update the table in README.md")
     options = parser.parse_args(arguments)
+    launch.printable()
     df = _readable(scoreboard(options.local))
     print(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
     if options.readme:
@@ -307,4 +309,8 @@ def _markdown(board: pd.DataFrame) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing is half written; run it again", file=sys.stderr)
+        sys.exit(130)

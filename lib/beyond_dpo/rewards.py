@@ -5,8 +5,8 @@ fine-tuned encoder, or any sequence-classification model), `vader` (a lexicon an
 `Scorer` lives in a child process (`launch.Worker("beyond_dpo.rewards", ...)`).
 """
 
+import argparse
 import json
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -60,16 +60,23 @@ class BagOfWords:
 def train_classifier(
     encoder: str, texts: list[str], labels: list[int], out: Path, *,
     held_out: tuple, seed: int, lr: float = 5e-5, batch: int = 32, max_tokens: int = 64, frozen: int = 2,
+    precision: str = "bf16",
 ) -> dict:  # fmt: skip
     """Fine-tune an encoder with a one-logit head on human labels (0 or 1), and write a transformers folder to `out`.
 
-    One epoch in bf16 autocast, AdamW, linear decay. The embeddings and the first `frozen` layers stay as they are: a
-    third of the time for less than a point of accuracy. Returns the accuracy and AUC on `held_out` (texts, labels).
-    Raises ValueError for fewer texts than a batch, OSError for an encoder without safetensors.
+    One epoch, AdamW, linear decay. precision: "bf16" is autocast over float32 weights, "fp32" is
+    float32 throughout. The embeddings and the first `frozen` layers stay as they are: a third of
+    the time for less than a point of accuracy. Texts are cut to max_tokens, or to what the encoder
+    reads. Returns the accuracy and AUC on `held_out` (texts, labels).
+    Raises ValueError for fewer texts than a batch, and for "bf16" on a CPU that would emulate it;
+    OSError for an encoder without safetensors.
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+    from beyond_dpo import reference
+
+    reference.require_precision(precision)
     if len(texts) < batch:
         raise ValueError(f"{len(texts)} texts are fewer than one batch of {batch}: nothing would be trained")
     torch.manual_seed(seed)
@@ -77,6 +84,7 @@ def train_classifier(
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     options = {"num_labels": 1, "dtype": torch.float32, "use_safetensors": True}
     model = AutoModelForSequenceClassification.from_pretrained(encoder, **options).to(device).train()
+    max_tokens = min(max_tokens, readable_tokens(model) or max_tokens)
     for part in (model.base_model.embeddings, *model.base_model.encoder.layer[:frozen]):
         part.requires_grad_(False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
@@ -86,7 +94,7 @@ def train_classifier(
         picked = order[step * batch : (step + 1) * batch]
         part = [texts[i] for i in picked]
         inputs = tokenizer(part, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt")
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
             logits = model(**inputs.to(device)).logits[:, 0].float()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets[picked].to(device))
         optimizer.zero_grad()
@@ -96,7 +104,24 @@ def train_classifier(
         launch.progress(step + 1, steps)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    paths.share_weights(Path(out))
     return held_out_facts(Classifier(out, max_tokens=max_tokens), *held_out) | {"trained_on": steps * batch}
+
+
+def readable_tokens(model) -> int | None:
+    """Return how many tokens a transformers model reads at most, None where nothing limits them.
+
+    RoBERTa and its relatives number positions from their padding_idx + 1 on, so that
+    max_position_embeddings = 514 are 512 tokens.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit < 1:  # XLNet's configuration says -1
+        return None
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings":
+            padding = getattr(module, "padding_idx", None)
+            return limit if padding is None else limit - padding - 1
+    return limit
 
 
 class Classifier:
@@ -126,13 +151,19 @@ class Classifier:
         if loaded["missing_keys"]:  # transformers would only warn, and score with random numbers
             raise ValueError(f"{folder} is no finished reward model, it lacks {sorted(loaded['missing_keys'])[:3]}")
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.label, labels, text = label, self.model.config.num_labels, self.model.config.get_text_config()
+        self.label, labels = label, self.model.config.num_labels
         if labels > 2 if label is None else not 0 <= label < labels:
             raise ValueError(f"{folder} has {labels} labels, numbered from 0; say which one is the reward, not {label}")
-        reads = getattr(text, "max_position_embeddings", None) or max_tokens
+        reads = readable_tokens(self.model) or max_tokens
         self.max_tokens = min(max_tokens, reads, self.tokenizer.model_max_length)
-        # A decoder is read where the padding begins. If it knows no padding token, texts go one by one.
-        self.pad, self.token_budget = text.pad_token_id, 0 if text.pad_token_id is None else token_budget
+        text_config = self.model.config.get_text_config()
+        if text_config.pad_token_id is not None and text_config.pad_token_id < 0:
+            text_config.pad_token_id = None  # the first Llama's -1 says that there is none
+        self.pad, self.token_budget = text_config.pad_token_id, token_budget
+        # A decoder is read where the padding begins. Where it knows no padding token, or reads the
+        # last position whatever stands there (XLNet), texts go one by one.
+        if self.pad is None or getattr(text_config, "summary_type", "") == "last":
+            self.token_budget = 0
 
     def score(self, texts: list) -> np.ndarray:
         """Return one reward per text (or per list of chat turns), in input order; batches hold similar lengths."""
@@ -156,7 +187,9 @@ class Classifier:
         cut = {"truncation": True, "max_length": self.max_tokens}
         if isinstance(text, str):
             return self.tokenizer(text, **cut)["input_ids"]
-        ids, bos = self.tokenizer.apply_chat_template(text, return_dict=False), self.tokenizer.bos_token_id
+        from beyond_dpo import data
+
+        ids, bos = data.chat_ids(self.tokenizer, text), self.tokenizer.bos_token_id
         front = [bos] * (bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1]))  # one, whoever puts it there
         while front and ids[:1] == front:
             ids = ids[1:]
@@ -214,6 +247,13 @@ class Scorer:
     """Score response files with named rewards, and the log-probability of each response by `target`, the SFT model."""
 
     def __init__(self, target: str, precision: str = "bf16"):
+        """Take the SFT model's folder, and the precision of its pass.
+
+        Raises ValueError for "bf16" on a CPU that would emulate it.
+        """
+        from beyond_dpo import reference
+
+        reference.require_precision(precision)
         self.target, self.precision, self._reference = target, precision, None
 
     def score(
@@ -272,22 +312,36 @@ class Scorer:
 
 
 def main(path: str) -> None:
-    """Train the reward of a job file: texts, labels, held_out, seed, out, reward (gold, reward or vader), encoder."""
+    """Train the reward of a job file: texts, labels, held_out, seed, out, reward, encoder.
+
+    reward: gold, reward or vader. An encoder is trained in the job's "precision", else in bf16.
+    """
     job = json.loads(Path(path).read_text())
     name, out = job.pop("reward"), Path(job["out"])
+    precision = job.pop("precision", "bf16")
     if not job["held_out"][0]:  # preferences have no labels to measure it on
         facts = {}
     elif name == "vader" or not job["texts"]:  # finished as it is
         judge = Vader() if name == "vader" else Classifier(job["encoder"], trust_remote_code=job["trust_remote_code"])
         facts = held_out_facts(judge, *job["held_out"])
+    elif name == "gold":
+        facts = train_bag_of_words(**job | {"out": out})
     else:
-        facts = {"gold": train_bag_of_words, "reward": train_classifier}[name](**job | {"out": out})
+        facts = train_classifier(**job | {"out": out, "precision": precision})
     Path(job["out"], "facts.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--serve":
+    name = "python -m beyond_dpo.rewards"
+    parser = argparse.ArgumentParser(prog=name, description=main.__doc__)
+    parser.add_argument("job", nargs="?", help="the job file (JSON)")
+    serves = "score responses for a launch.Worker at this end of a pipe"
+    parser.add_argument("--serve", type=int, metavar="FD", help=serves)
+    arguments = parser.parse_args()
+    if arguments.serve is not None:
         launch.serve(Scorer)
-    else:
+    elif arguments.job:
         launch.follow_parent()
-        main(sys.argv[1])
+        main(arguments.job)
+    else:
+        parser.error("give a job file")

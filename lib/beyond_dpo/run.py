@@ -13,19 +13,22 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from beyond_dpo import artifacts, cluster, config, estimate, launch, paths, progress
+from beyond_dpo import artifacts, cluster, config, launch, needs, paths, progress
 from beyond_dpo.kernels import Kernel
 from beyond_dpo.parameters import RENEW
 
 CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()  # that each run changes
 # language_info stays: JupyterLab writes it whenever a notebook is saved, and nbconvert needs its file extension.
 KEYS = [f"metadata.{k}" for k in ("papermill", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
+# Recomputed from published tables, replayed or exact: seconds each, without any model.
+QUICK = ("18", "19", "21", "22", "23")
+RESUME = "the same command goes on from there"
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in the kernel that made it
 
 
@@ -36,9 +39,10 @@ class Refused(ValueError):
 def find(names: list[str]) -> list[Path]:
     """Return the notebooks meant by number prefix, stem or path; without names all.
 
+    Of all, the quick ones come first and the scoreboard of all last.
     Raises Refused for a name that fits none or several.
     """
-    known = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+    known = sorted(paths.NOTEBOOKS.glob("*.ipynb"), key=_turn)
     found = [] if names else known
     for name in names:
         fits = [path for path in known if name == path.stem or path.name.startswith(f"{name}_")]
@@ -50,6 +54,14 @@ def find(names: list[str]) -> list[Path]:
     if not found:
         raise Refused(f"no notebook in {paths.NOTEBOOKS}")
     return found
+
+
+def _turn(path: Path) -> tuple[int, str]:
+    """Return the place of a notebook among all of them, to sort by."""
+    number = path.name[:2]
+    if number in QUICK:
+        return 0, path.name
+    return (2 if number == "00" else 1), path.name
 
 
 def parameters(nb, name: str) -> dict:
@@ -125,6 +137,7 @@ def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, ker
     import papermill
 
     at = 0  # the cell that runs, in the notebook's own count
+    watch.cell = "starting"  # of the kernel, which takes seconds
 
     def start(cell, cell_index):
         nonlocal at
@@ -172,7 +185,22 @@ def freeze(since: float) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line names; return 0, 1 if a notebook failed, 2 if one was refused, 130 if interrupted."""
+    """Run what the command line names; return 0, 1 if a notebook failed, 2 if one was refused, 130 if interrupted.
+
+    A Ctrl-C that is ignored since before the start (nohup, a background job of a script) stays so; SIGTERM does not.
+    """
+    launch.printable()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:
+        progress.say(f"interrupted; {RESUME}")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main(arguments: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m beyond_dpo.run", description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", help="number prefix, stem or path")
     parser.add_argument("--all", action="store_true", help="every notebook")
@@ -180,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
     parser.add_argument("--in-place", action="store_true", help="run the defaults, write the outputs into the notebook")
     parser.add_argument("--freeze", action="store_true", help="copy the results behind its figures to data/frozen")
-    parser.add_argument("--force", action="store_true", help="run also what the estimate says does not fit")
+    parser.add_argument("--force", action="store_true", help="run also what needs a larger machine")
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs")
     options = parser.parse_args(arguments)
     try:
@@ -193,15 +221,11 @@ def main(arguments: list[str] | None = None) -> int:
         for path, nb, values, _ in plan:
             print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
             print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
-        told, why = _estimated(plan)
-        print(f"estimate: {told}", *[f"does not fit: {why}"] * bool(why), sep="\n")
         return 0
     package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    if os.environ.get("COMPUTE") != "never" and any(profile not in (None, "smoke") for *_, profile in plan):
-        if (why := _announced(sys.argv[1:] if arguments is None else arguments)) and not options.force:
-            return print(f"refused: {why}; --force runs it all the same", file=sys.stderr) or 2
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ["PYTHONUTF8"] = "1"  # of the kernel, whatever the locale
     os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
     with contextlib.suppress(OSError, AttributeError):
@@ -213,8 +237,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.in_place or options.freeze:  # what is drawn and claimed now is what will be committed
         os.environ[RENEW] = "1"
     cluster.head()
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of an interrupt it tells tasks that nobody asks for
     rows, kernel = [], Kernel()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
     try:
         for i, notebook in enumerate(plan, 1):
             rows.append(_run(f"[{i}/{len(plan)}] {notebook[0].stem}", *notebook, options, kernel))
@@ -223,7 +247,6 @@ def main(arguments: list[str] | None = None) -> int:
             kernel = kernel if kernel.has_kernel else Kernel()
     finally:
         kernel.end()
-        signal.signal(signal.SIGTERM, before)
     import pandas as pd
 
     total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
@@ -232,29 +255,8 @@ def main(arguments: list[str] | None = None) -> int:
     return int(any(row["status"] != "ok" for row in rows))
 
 
-def _announced(arguments: list[str]) -> str:
-    """Say what the run takes; return why that does not fit. A dry run in its own process knows: it runs the set-ups."""
-    env = {"HF_HUB_OFFLINE": "0"} | os.environ  # here it may ask the hub for a model's config.json
-    command = [sys.executable, "-m", "beyond_dpo.run", *arguments, "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    lines = done.stdout.splitlines()[-2:] if not done.returncode else [f"estimate: none, {done.stderr[-300:]!r}"]
-    print(*[line for line in lines if line.startswith("estimate: ")], sep="\n", file=sys.stderr, flush=True)
-    return "".join(line.removeprefix("does not fit: ") for line in lines if line.startswith("does not fit: "))
-
-
-def _estimated(plan: list[tuple]) -> tuple[str, str]:
-    """Return what all notebooks together take, and why that does not fit on this machine, if so."""
-    named = []
-    for path, nb, values, _ in plan:
-        with contextlib.suppress(Exception):  # a set-up that fails is shown where it runs
-            named += progress.planned(nb, parameters(nb, path.stem) | values)[1]
-    return estimate.told(estimate.of(named))
-
-
 def _plan(options) -> list[tuple]:
     """Check all notebooks before the first one runs."""
-    import nbformat
-
     if bool(options.notebooks) == options.all:
         raise Refused("name notebooks, or give --all")
     given = dict(pair.partition("=")[::2] for pair in options.given)
@@ -263,27 +265,84 @@ def _plan(options) -> list[tuple]:
         raise Refused("--in-place runs the values written in the parameters cell; edit them there")
     if options.freeze and options.given:
         raise Refused("--freeze keeps what a profile gives by itself: leave -p away")
+    _check_mode()
     plan = []
     for path in find(options.notebooks):
-        nb = nbformat.read(path, as_version=4)
+        nb = _opened(path)
         declared = parameters(nb, path.stem)
         drop = {"profile"} if options.all and "profile" not in declared else set()  # it only shows what others found
         values = check(path.stem, declared, {key: text for key, text in given.items() if key not in drop})
         if (profile := (declared | values).get("profile")) not in (None, *config.PROFILES):  # it names files
             raise Refused(f"{path.stem}: profile {profile!r} is none of {', '.join(config.PROFILES)}")
+        if options.freeze and profile == "smoke":
+            raise Refused(f"{path.stem}: --freeze keeps results, and those of profile smoke mean nothing; use cpu")
+        if not options.dry_run:  # which says so for each notebook
+            _check_setup(path.stem, nb, declared | values, options)
         plan.append((path, nb, values, profile))
     return plan
 
 
+def _opened(path: Path):
+    import nbformat
+
+    try:
+        return nbformat.read(path, as_version=4)
+    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no notebook
+        why = " ".join(str(error).split())[:200]
+        raise Refused(f"{path} cannot be read as a notebook ({type(error).__name__}: {why})") from None
+
+
+def _check_mode() -> None:
+    """Refuse a COMPUTE with which no notebook could run."""
+    try:
+        mode = artifacts.compute_mode()
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    if mode == "plan":
+        raise Refused("COMPUTE=plan finds and computes nothing; to see what would run, use --dry-run")
+
+
+def _check_setup(name: str, nb, values: dict, options) -> None:
+    """Refuse what a notebook's own set-up would refuse, and a profile that this machine is too small for.
+
+    On any machine a notebook shows results that are there.
+    """
+    try:
+        cfg = progress.configuration(nb, values)
+    except ValueError as error:
+        raise Refused(f"{name}: {error}") from None
+    if cfg is None or options.force or os.environ.get("COMPUTE") == "never":
+        return
+    try:
+        needs.check(cfg)
+    except config.ConfigError as lack:
+        if progress.lacks_results(nb, values):
+            raise Refused(f"{name}: {lack} (--force runs it all the same)") from None
+
+
+@contextlib.contextmanager
+def _reports(folder: Path) -> Iterator[Path | None]:
+    """Yield a file that the processes of a notebook find by BEYOND_DPO_PROGRESS; None where there can be none."""
+    try:
+        file = tempfile.NamedTemporaryFile(suffix=".jsonl", dir=folder)
+    except OSError:  # a full disk, say: the notebook runs, it only cannot be watched
+        os.environ["BEYOND_DPO_PROGRESS"] = ""
+        yield None
+        return
+    with file:
+        os.environ["BEYOND_DPO_PROGRESS"] = file.name
+        yield Path(file.name)
+
+
 def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, kernel: Kernel) -> dict:
     folder = paths.ARTIFACTS / "runs"
-    folder.mkdir(parents=True, exist_ok=True)
     copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
-    began = time.time()
+    watch, began = progress.Watch(title), time.time()
     try:
-        with tempfile.NamedTemporaryFile(suffix=".jsonl", dir=folder) as reports:
-            os.environ["BEYOND_DPO_PROGRESS"] = reports.name
-            with progress.Watch(title, Path(reports.name)) as watch:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _reports(folder) as reports:
+            watch.reports = reports
+            with watch:
                 note = execute(path, nb, values, watch, copy, kernel)
         status = "failed" if note else "ok"
         if options.in_place and not note:
@@ -291,11 +350,13 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
         if options.freeze and not note:
             note = f"frozen: {', '.join(freeze(began - 1)) or 'nothing, no figure or claim names a key'}"
     except KeyboardInterrupt:
-        status, note = "interrupted", f"{watch.cell}, executed copy: {copy}"
+        status, note = "interrupted", f"{watch.cell or 'before the first cell'}, executed copy: {copy}; {RESUME}"
     except (ValueError, RuntimeError) as error:  # too big to freeze, damaged, nowhere
         status, note = "failed", f"the notebook ran, but its results are not stored: {error}"
+    except OSError as error:  # nowhere to write
+        status, note = "failed", f"{type(error).__name__}: {error}"
     seconds = time.time() - began
-    print(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note), file=sys.stderr, flush=True)
+    progress.say(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note))
     row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}
     return row | {"computed": len(watch.computed), "found": len(watch.found - watch.computed), "status": status}
 

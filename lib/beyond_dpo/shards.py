@@ -27,7 +27,7 @@ def merge(out: str | Path, files: list[Path]) -> list[dict]:
     paths.write(Path(out), b"".join(file.read_bytes() for file in files))
     for file in files:
         file.unlink()
-    return [json.loads(line) for line in Path(out).read_text().splitlines()]
+    return [json.loads(line) for line in Path(out).read_text(encoding="utf-8").splitlines()]
 
 
 def counted(rows: list[dict]) -> dict:

@@ -4,7 +4,11 @@ A source is one entry of a profile (config.Source): a model by asset, folder or 
 file of recorded answers; or the reviewers themselves.
 """
 
+import gzip
 import json
+import logging
+import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,6 +16,8 @@ import pandas as pd
 
 from beyond_dpo import assets, config, corpus, endpoint, preferences, stages
 from beyond_dpo.artifacts import Artifact
+
+log = logging.getLogger("beyond_dpo")
 
 
 def shown(cfg) -> pd.DataFrame:
@@ -28,10 +34,13 @@ def sampling(cfg):
 def answers(cfg, name: str) -> Artifact:
     """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
 
-    They are cut after cfg.sampling.max_tokens; those without a word are left out. Raises ConfigError for a source
-    without any answer, and what the engine or the endpoint raises.
+    They are cut after cfg.sampling.max_tokens; those without a word are left out, and those that
+    the target's chat template does not take (data.encode_response), which are counted.
+    Raises ConfigError for a source without any answer or with an `ask` that asks the same of all
+    prompts, and what the engine or the endpoint raises.
     """
     source, texts = cfg.known_sources[name], stages.texts(cfg.world)
+    check(name, source)
     asked = {"model": source.ref, "ask": source.ask, "samples": cfg.world.samples, "sampling": cfg.sampling.recipe()}
     made_of = {"human": {}, "endpoint": asked}.get(source.kind)
     if source.kind == "recorded":
@@ -56,18 +65,59 @@ def answers(cfg, name: str) -> Artifact:
             plain = cfg.world.template == "plain"
             found = {i: [(_after(text, answer) if plain else answer, ended) for answer, ended in given.get(text, ())]
                      for i, text in wording.items()}  # fmt: skip
-        found, lines = {i: [one for one in responses if one[0].strip()] for i, responses in found.items()}, []
-        for i, responses in found.items():
-            for sample, (text, ended) in enumerate(responses):
-                ids = data.encode_response(tokenizer, text, end=ended)[: cfg.sampling.max_tokens]
-                lines.append(json.dumps({"id": i, "sample": sample, "response_ids": ids, "logp": None}) + "\n")
+        lines, refused = _encoded(cfg, tokenizer, rows, found)
         if not lines:
             raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
-        (out / "responses.jsonl").write_text("".join(lines))
-        return {"responses": len(lines), "unanswered": sum(not found.get(row["id"]) for row in rows)}
+        (out / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        answered = {line["id"] for line in lines}
+        unanswered = sum(row["id"] not in answered for row in rows)
+        facts = {"responses": len(lines), "unanswered": unanswered}
+        if refused:
+            facts["refused"] = refused
+        return facts
 
     recipe = {"kind": source.kind, "texts": texts, "max_tokens": cfg.sampling.max_tokens, **made_of}
+    if cfg.world.target not in assets.BUILDERS:  # to those a text alone is the same tokens
+        recipe["tokens"] = 2  # of responses: those that they have after other text
     return Artifact("answers", 1, recipe, make, f"source {name}: {source.kind} {source.ref}")
+
+
+def check(name: str, source: config.Source) -> None:
+    """Raise ConfigError for a source that would be asked the same, whatever the prompt."""
+    if source.ask and "{prompt}" not in source.ask:
+        key = f"known_sources.{name}.ask"
+        raise config.ConfigError(f"{key} has no {{prompt}} in it, got {source.ask!r}")
+
+
+def asking(source: config.Source, text: str) -> str:
+    """Return what a source is asked: `ask` with the prompt in it; other braces are text."""
+    return source.ask.replace("{prompt}", text) if source.ask else text
+
+
+def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict], int]:
+    """Return responses that say something, in the target's tokens, and how many were refused.
+
+    Refused are those that its chat template does not take. A plain prompt may end within a word,
+    so its response is what goes on after any text.
+    """
+    from beyond_dpo import data
+
+    lines = []
+    refused = 0
+    for row in rows:
+        prompt = row["text"] if cfg.world.template == "chat" else None
+        how = {"prompt": prompt, "template": cfg.world.template}
+        answers = [answer for answer in found.get(row["id"], ()) if answer[0].strip()]
+        for sample, (text, ended) in enumerate(answers):
+            try:
+                ids = data.encode_response(tokenizer, text, end=ended, **how)
+            except data.RowError:
+                refused += 1
+                continue
+            ids = ids[: cfg.sampling.max_tokens]
+            line = {"id": row["id"], "sample": sample, "response_ids": ids, "logp": None}
+            lines.append(line)
+    return lines, refused
 
 
 def _wording(row: dict, tokenizer) -> str:
@@ -91,14 +141,18 @@ def _put(cfg, source: config.Source) -> Artifact:
         for row in rows:
             text = _wording(row, reader)
             if source.ask:
-                row["prompt_ids"] = data.render(own, source.ask.format(prompt=text), "chat")
-                row["prompt_ids"] += data.encode_response(own, text, end=False) if plain else []
+                begun = text if plain else ""
+                row["prompt_ids"] = data.render(own, asking(source, text), "chat", begun=begun)
             else:
                 row["prompt_ids"] = data.render(own, text, "plain")
         (out / "prompts.json").write_text(json.dumps(rows))
 
     recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
-    return Artifact("asked", 1, recipe, make, work=texts.work)
+    if source.ask:
+        recipe |= corpus.rendering(source.ref, "chat")
+        if source.ref not in assets.BUILDERS:
+            recipe["tokens"] = 2  # the text's own where the answer begins
+    return Artifact("asked", 1, recipe, make)
 
 
 def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
@@ -106,12 +160,13 @@ def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
     from beyond_dpo import data
 
     tokenizer, found = data.load_tokenizer(model), {row["id"]: [] for row in prompts}
+    ends = data.end_tokens(tokenizer)
     asked = {row["id"]: row["prompt_ids"] for row in prompts}
     for line in (said.get() / "responses.jsonl").read_text().splitlines():
         row = json.loads(line)
-        before, whole = (tokenizer.decode(asked[row["id"]] + ids, skip_special_tokens=True)
-                         for ids in ([], row["response_ids"]))  # fmt: skip
-        ended = set(row["response_ids"][-1:]) <= set(tokenizer.all_special_ids)
+        before = tokenizer.decode(asked[row["id"]], skip_special_tokens=True)
+        whole = tokenizer.decode(asked[row["id"]] + row["response_ids"], skip_special_tokens=True)
+        ended = bool(row["response_ids"]) and row["response_ids"][-1] in ends
         found[row["id"]].append((whole[len(before) :], ended))  # a response alone may lose its first blank
     return found
 
@@ -123,12 +178,21 @@ def _written(cfg, prompts: list[dict]) -> dict:
     tokenizer, found = data.load_tokenizer(assets.model_dir(cfg.world.target)), {}
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     for row in prompts:
-        text, cut = reviews[int(row["id"][1:])][0], len(row["prompt_ids"])
-        room = replace(cfg.world, sft_tokens=cut + cfg.sampling.max_tokens)
-        ids = corpus.opening(tokenizer, text, room)
-        whole = len(ids) >= cut + corpus.SHORTEST
-        ids = ids if whole else data.render(tokenizer, text, room.template)[: room.sft_tokens]
-        found[row["id"]] = [(tokenizer.decode(ids[cut:]), whole)]
+        review = reviews[int(row["id"][1:])][0]
+        if cfg.world.template == "chat":
+            begun = data.render(tokenizer, row["text"], "plain")
+        else:
+            begun = row["prompt_ids"]
+        most = len(begun) + cfg.sampling.max_tokens
+        ids = corpus.opening(tokenizer, review, most)
+        whole = len(ids) >= len(begun) + corpus.SHORTEST
+        if not whole:
+            ids = data.render(tokenizer, review, "plain")[:most]
+        before = tokenizer.decode(begun, skip_special_tokens=True)
+        text = tokenizer.decode(ids, skip_special_tokens=True)[len(before) :]
+        if cfg.world.template == "chat":
+            text = text.strip()
+        found[row["id"]] = [(text, whole)]
     return found
 
 
@@ -138,9 +202,9 @@ def _recorded(source: config.Source) -> dict:
     A row holds "prompt" and "response" (several rows for several responses), or as WRPO's authors publish theirs
     (AALF/ultrafeedback_wrpo) a list "chosen", whose first is the best source's. Each is a text, or turns of a chat.
     """
-    path, found = Path(source.ref).expanduser(), {}
+    path, found, read = Path(source.ref).expanduser(), {}, 0
     if path.is_file():
-        rows = map(json.loads, path.read_bytes().splitlines())  # of bytes: U+2028 ends no line
+        rows = _json_rows(path)
     else:
         import datasets
 
@@ -149,13 +213,33 @@ def _recorded(source: config.Source) -> dict:
     try:
         for row in rows:
             response = row["response"] if "response" in row else _first(row["chosen"])
-            found.setdefault(_text(row["prompt"]), []).append((_text(response), True))
-    except (ValueError, LookupError, TypeError) as error:
+            found.setdefault(_asked(row["prompt"]), []).append((_text(response), True))
+            read += 1
+    except (ValueError, LookupError, TypeError, EOFError, OSError, zlib.error) as error:
         wanted = '{"prompt": text, "response": text} a line'
-        raise config.ConfigError(
-            f"{source.ref}: row {sum(map(len, found.values()))} is not {wanted}: {error!r}"
-        ) from None
+        raise config.ConfigError(f"{source.ref}: row {read} is not {wanted}: {error!r}") from None
     return found
+
+
+def _json_rows(path: Path) -> Iterator[dict]:
+    """Yield the rows of a JSON file: an object a line or an array of them, UTF-8, maybe gzipped."""
+    content = path.read_bytes()
+    if content.startswith(b"\x1f\x8b"):
+        content = gzip.decompress(content)
+    text = content.decode("utf-8-sig")
+    if text.lstrip().startswith("["):
+        yield from json.loads(text)
+        return
+    for line in text.split("\n"):  # U+2028 ends no line
+        if line.strip():
+            yield json.loads(line)
+
+
+def _asked(prompt: str | dict | list) -> str:
+    """Return a recorded prompt as _wording() words it: one user's text, or a whole dialogue."""
+    if isinstance(prompt, list) and len(prompt) > 1:
+        return preferences.dialogue(prompt)
+    return _text(prompt)
 
 
 def _first(chosen: list) -> str | dict | list:
@@ -167,26 +251,71 @@ def _first(chosen: list) -> str | dict | list:
 
 def _text(turns: str | dict | list) -> str:
     """Return the last turn's text of a chat."""
-    return turns if isinstance(turns, str) else turns["content"] if isinstance(turns, dict) else _text(turns[-1])
+    if isinstance(turns, str):
+        return turns
+    if isinstance(turns, dict):
+        return _text(turns["content"])
+    return _text(turns[-1])
 
 
 def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
     """Ask an endpoint for every prompt; each reply is kept as it comes, so that nothing is asked for twice.
 
     Temperature, top-p and the number of tokens and samples are sent, no seed: an endpoint repeats nothing exactly. What
-    it refuses to answer (HTTP 400) counts as unanswered.
+    it refuses to answer (HTTP 400) counts as unanswered. A server that ignores the number of samples, and returns
+    fewer, is asked again for those that lack; a warning counts what it does not answer then. Raises EndpointError where
+    no reply holds a word; then none is kept.
     """
-    how = cfg.sampling
-    options = {"n": cfg.world.samples, "temperature": how.temperature, "top_p": how.top_p, "max_tokens": how.max_tokens}
-    said = {text: source.ask.format(prompt=text) or text for text in wording.values()}
-    requests = {text: {"messages": [{"role": "user", "content": said[text]}], **options} for text in said}
-
-    def read(reply) -> list:
-        choices = reply.choices if reply else []
-        return [(choice.message.content or "", choice.finish_reason == "stop") for choice in choices]
-
+    samples = cfg.world.samples
     asked = endpoint.Endpoint(source.ref, source.url)
-    return endpoint.ask(asked, requests, out / "checkpoints" / "replies.jsonl", read)[0]
+    folder = out / "checkpoints"
+    found = {text: [] for text in wording.values()}
+    lacking = dict.fromkeys(found, samples)
+    for turn in range(samples):  # each brings a response or more to every prompt that lacks any
+        requests = {text: _request(cfg, source, text, count) for text, count in lacking.items()}
+        kept = folder / (f"replies-{turn}.jsonl" if turn else "replies.jsonl")
+        replies, _ = endpoint.ask(asked, requests, kept, _choices)
+        for text, responses in replies.items():
+            found[text] += responses[: lacking[text]]
+        lacking = {
+            text: samples - len(found[text])
+            for text, responses in replies.items()
+            if responses and len(found[text]) < samples
+        }
+        if not lacking:
+            break
+    if any(found.values()) and not _words(found):
+        for kept in folder.glob("replies*.jsonl"):
+            kept.unlink()
+        raise endpoint.EndpointError(f"{source.ref}: no reply to {len(found)} prompts holds a word")
+    short = sum(samples - len(responses) for responses in found.values() if responses)
+    if short:
+        log.warning("%s: %d responses fewer than asked for, also when asked again", source.ref, short)
+    return found
+
+
+def _request(cfg, source: config.Source, text: str, samples: int) -> dict:
+    """Return what an endpoint is sent for a prompt."""
+    said = asking(source, text)
+    how = cfg.sampling
+    return {
+        "messages": [{"role": "user", "content": said}],
+        "n": samples,
+        "temperature": how.temperature,
+        "top_p": how.top_p,
+        "max_tokens": how.max_tokens,
+    }
+
+
+def _choices(reply) -> list[tuple[str, bool]]:
+    """Return [(text, did it end by itself), …] of an endpoint's reply, none of a refusal."""
+    choices = reply.choices if reply else []
+    return [(choice.message.content or "", choice.finish_reason == "stop") for choice in choices]
+
+
+def _words(replies: dict) -> bool:
+    """Return whether any response of an endpoint holds a word."""
+    return any(text.strip() for responses in replies.values() for text, _ in responses)
 
 
 def _after(prompt: str, answer: str) -> str:

@@ -4,10 +4,10 @@
 folder: it builds the engine or scorer of the job and makes its calls for the shards rank, rank + world, …
 """
 
+import argparse
 import importlib
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -57,8 +57,8 @@ def _place(cfg, place: int) -> dict[str, str]:
     """Return the environment of one of several engines: its devices, and its part of the processor's threads."""
     if cfg.decoding.engines == 1:
         return {}
-    threads = int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))) // cfg.decoding.engines
-    return devices(place, cfg.decoding.tensor_parallel) | {"OMP_NUM_THREADS": str(max(1, threads))}
+    threads = max(1, launch.threads() // cfg.decoding.engines)
+    return devices(place, cfg.decoding.tensor_parallel) | {"OMP_NUM_THREADS": str(threads)}
 
 
 def side_by_side(cfg, model: Artifact, adapter: Artifact, split: str, alphas, prompts: Artifact, **how) -> Artifact:
@@ -90,7 +90,7 @@ def finish(cfg, given: dict, answers: list) -> dict:
     """
     if answers and cfg.decoding.engines == 1:
         return answers[-1]
-    prompts = len(json.loads(Path(given["prompts"]).read_text()))
+    prompts = len(json.loads(Path(given["prompts"]).read_text(encoding="utf-8")))
     return shards.counted(shards.merge(given["out"], shards.parts(given["out"], prompts, cfg.decoding.shard)))
 
 
@@ -98,7 +98,8 @@ def main(path: str) -> None:
     """Do this process's share of a job file: module and name of a class, settings to build it, calls [method, {…}]."""
     if "RANK" not in os.environ:  # started by srun, or alone
         os.environ |= cluster.rank(0)
-    job, rank, world = json.loads(Path(path).read_text()), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None or len(visible.split(",")) > job["devices"]:  # else the launcher chose them
         os.environ |= devices(int(os.environ["LOCAL_RANK"]), job["devices"])
@@ -110,6 +111,14 @@ def main(path: str) -> None:
         getattr(served, method)(**arguments, **share)
 
 
+def _job() -> str:
+    """Return the job file that the command line names; --help says what this is and ends here."""
+    parser = argparse.ArgumentParser(prog="python -m beyond_dpo.spread", description=__doc__.splitlines()[0])
+    parser.add_argument("job", metavar="JOB.json", help="as a stage writes it; a launcher gives each process its share")
+    return parser.parse_args().job
+
+
 if __name__ == "__main__":
+    asked = _job()
     launch.follow_parent()
-    main(sys.argv[1])
+    main(asked)

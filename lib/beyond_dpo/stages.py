@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import artifacts, assets, config, corpus, estimate, launch, paths, shards, spread, workers
+from beyond_dpo import artifacts, assets, config, corpus, launch, needs, paths, shards, spread, workers
 from beyond_dpo.artifacts import Artifact
 
 
@@ -22,8 +22,10 @@ def texts(world: config.World) -> Artifact:
     recipe |= {"tokenizer": assets.resolve(world.target), "source": corpus.source(world.dataset)}
     recipe |= {name: corpus.source(ref) for name in ("dev_dataset", "test_dataset") if (ref := getattr(world, name))}
     recipe |= {"pairs": world.pairs} if world.pairs != "sampled" else {}
-    work = {name: getattr(world, name) for name in corpus.SPLITS}
-    return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out), work=work)
+    recipe |= corpus.rendering(world.target, world.template)
+    if world.template == "chat" or world.dataset not in corpus.EMBEDDED:
+        recipe["tokens"] = 2  # of responses: those that they have after their prompt
+    return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out))
 
 
 def model(ref: str) -> Artifact:
@@ -33,15 +35,15 @@ def model(ref: str) -> Artifact:
         how = {"ignore": shutil.ignore_patterns("manifest.json"), "copy_function": partial(paths.link, least=10**9)}
         shutil.copytree(assets.model_dir(ref), out, dirs_exist_ok=True, **how)
 
-    return Artifact("target", 1, {"model": assets.resolve(ref)}, make, work={"model": ref})
+    return Artifact("target", 1, {"model": assets.resolve(ref)}, make)
 
 
 def sft(cfg, seed: int = 0) -> Artifact:
     """Fine-tune the target on review openings: the SFT model θ₀ of everything that follows."""
     if not cfg.world.sft_rows:  # it already is one
         return model(cfg.world.target)
-    how = {"desc": f"SFT seed {seed}" if seed else "SFT", "count": cfg.world.sft_rows}
-    return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, **how)
+    desc = f"SFT seed {seed}" if seed else "SFT"
+    return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, desc=desc)
 
 
 def reward(world: config.World, name: str) -> Artifact:
@@ -52,20 +54,25 @@ def reward(world: config.World, name: str) -> Artifact:
     recipe = {"texts": texts(world), "seed": 0}
     if name == "reward":
         recipe["encoder"] = assets.resolve(world.reward_model)
+    if world.precision == "fp32":
+        recipe["precision"] = world.precision
 
     def make(out: Path) -> dict:
-        labelled = json.loads((texts(world).get() / "labelled.json").read_text())
+        labelled = json.loads((texts(world).get() / "labelled.json").read_text(encoding="utf-8"))
         (words, labels), held_out = labelled.get(name, ([], [])), labelled["held_out"]
         if name == "gold" and not words:
             raise config.ConfigError("world.gold_rows is 0: there is nothing to train the gold reward on")
         job = {"texts": words, "labels": labels, "held_out": held_out, "seed": 0, "out": str(out), "reward": name}
         if name == "reward":
             job["encoder"] = str(assets.model_dir(world.reward_model))
-            job |= {} if words else {"trust_remote_code": world.reward_model in world.trust_remote_code}
-        if words and estimate.cards():  # a living engine holds most of the card
+            if words:
+                job["precision"] = world.precision
+            else:
+                job["trust_remote_code"] = world.reward_model in world.trust_remote_code
+        if words and needs.cards():  # a living engine holds most of the card
             workers.close()
         workers.run("beyond_dpo.rewards", job, out, f"train {name}")
-        return json.loads((out / "facts.json").read_text())
+        return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
     return Artifact(f"reward-{name}", 1, recipe, make, f"reward {name}: python -m beyond_dpo.rewards {{job}}")
 
@@ -93,9 +100,10 @@ def responses(
         every = spread.side_by_side(cfg, model, aligned, split, alphas, prompts, samples=samples, seed=seed)
 
         def pick(out: Path) -> dict:
-            rows = [json.loads(line) for line in (every.get() / "responses.jsonl").read_text().splitlines()]
+            lines = (every.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
             mine = [row for row in rows if row.pop("adapter") == f"{alpha:g}"]
-            (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine))
+            (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine), encoding="utf-8")
             return shards.counted(mine)
 
         return Artifact("responses", 2, {"of": every, "alpha": alpha}, pick)
@@ -114,16 +122,17 @@ def responses(
 
     does = f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.generate --serve"
     recipe |= {"decoding": cfg.decoding.recipe(), "samples": samples, "seed": seed}
-    work = {"model": model.work["model"], "requests": samples * prompts.work.get(split, 0), "decoding": cfg.decoding}
-    return Artifact("responses", 2, recipe, make, does, work | {"tokens": tokens(cfg, cfg.train)})
+    return Artifact("responses", 2, recipe, make, does)
 
 
 def _shape(model: str) -> list:
     """Return what an engine keeps of the model that it starts with: structure, end tokens, vocabulary."""
+    from beyond_dpo import data
+
     files, words = [Path(model, f"{name}config.json") for name in ("", "generation_")], Path(model, "tokenizer.json")
-    lines = [line for path in files if path.exists() for line in path.read_text().splitlines()]
+    lines = [line for path in files if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
     known = [line for line in lines if '"dtype"' not in line and '"transformers_version"' not in line]
-    return [*known, words.exists() and artifacts.sha256(words)]
+    return [*known, words.exists() and artifacts.sha256(words), data.model_end_tokens(model)]
 
 
 def scores(
@@ -145,36 +154,56 @@ def scores(
         job = {"rewards": rewards, "out": str(out / "scores.jsonl"), "reference_prompts": kl_prompts}
         job["shard"] = cfg.decoding.shard
         files = {"prompts": str(prompts.get() / f"{split}.json"), "responses": str(answers.get() / "responses.jsonl")}
-        settings, served = {"target": str(start.get())}, "beyond_dpo.rewards.Scorer"
+        settings, served = {"target": str(start.get()), "precision": cfg.world.precision}, "beyond_dpo.rewards.Scorer"
         (facts,) = spread.call(cfg, "score", served, settings, [("score", job | files)], out, "scores") or [None]
         return facts or workers.get("score", "beyond_dpo.rewards", settings).call("score", **job, **files)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
-    work = {"model": cfg.world.reward_model} if "reward" in judges else {}
-    work |= {"requests": answers.work.get("requests", 0), "tokens": tokens(cfg, cfg.train)}
-    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve", work)
+    if cfg.world.precision == "fp32":
+        recipe["precision"] = cfg.world.precision
+    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve")
+
+
+def require_samples(world: config.World) -> None:
+    """Raise ConfigError for a single response to a prompt, where no preference can be had."""
+    if world.samples < 2:
+        advice = "a preference needs two responses to a prompt, set it to 2 or more"
+        raise config.ConfigError(f"world.samples={world.samples}: {advice}")
 
 
 def pairs(cfg) -> Artifact:
-    """Pair the best with the worst of each prompt's samples from the SFT model, by the oracle; or take those given."""
+    """Pair the best with the worst of each prompt's samples from the SFT model, by the oracle; or take those given.
+
+    Raises ConfigError for a single sample; its get() does where every prompt's samples score alike.
+    """
     if cfg.world.pairs == "given":
         return texts(cfg.world)
+    require_samples(cfg.world)
     pool = responses(cfg, sft(cfg), "prompts", samples=cfg.world.samples, seed=1)
     judged = scores(cfg, pool, "prompts", judges=(oracle(cfg.world),))
 
     def make(out: Path) -> dict:
         from beyond_dpo import data
 
-        asked = {r["id"]: r["prompt_ids"] for r in json.loads((texts(cfg.world).get() / "prompts.json").read_text())}
+        asked = {r["id"]: r["prompt_ids"] for r in texts(cfg.world).json("prompts.json")}
         gold = pd.read_json(judged.get() / "scores.jsonl", lines=True)
         said = pd.read_json(pool.get() / "responses.jsonl", lines=True).set_index(["id", "sample"])["response_ids"]
         rows, gaps, by = [], [], oracle(cfg.world)
         for name, group in gold.groupby("id", sort=False):
             best, worst = group.loc[group[by].idxmax()], group.loc[group[by].idxmin()]
-            if best[by] > worst[by]:  # a prompt whose samples all score alike has no preference
-                responses = {"chosen": said[name, best["sample"]], "rejected": said[name, worst["sample"]]}
+            chosen, rejected = said[name, best["sample"]], said[name, worst["sample"]]
+            # a prompt whose samples all score alike, or are alike, has no preference
+            if best[by] > worst[by] and chosen != rejected:
+                responses = {"chosen": chosen, "rejected": rejected}
                 rows.append({"id": name, "prompt_ids": asked[name], "responses": responses})
                 gaps.append(float(best[by] - worst[by]))
+        if not rows:
+            judge = "gold reward" if by == "gold" else f"reward model {cfg.world.reward_model}"
+            raise config.ConfigError(
+                f"the {judge} scores all {cfg.world.samples} responses to each of {len(asked)} "
+                "prompts alike, which leaves no pair to train on: use another reward model, more "
+                "world.samples, or a higher decoding.temperature"
+            )
         data.write_rows(out / "pairs.jsonl", rows)
         gap = round(sum(gaps) / len(gaps), 3)
         return {"pairs": len(rows), "ties_dropped": len(asked) - len(rows), "mean_gold_gap": gap}
@@ -202,8 +231,7 @@ def reference(
         job |= {"micro_batch": 4 * train.micro_batch, "out": str(out / "reference.safetensors")}
         workers.run("beyond_dpo.reference", job, out, "reference")
 
-    work = {"model": start.work["model"], "requests": cfg.world.prompts * len(names), "tokens": tokens(cfg, train)}
-    return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}", work)
+    return Artifact("reference", 2, recipe, make, "reference: python -m beyond_dpo.reference {job}")
 
 
 def of_reference(held: Artifact, what: str):
@@ -221,6 +249,9 @@ def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
         from beyond_dpo import data
 
         everything = data.read_rows(rows.get() / "pairs.jsonl")
+        if not everything:
+            advice = "use more prompts, or another data set"
+            raise config.ConfigError(f"{rows.key} holds no pair to draw from: {advice}")
         order = data.order(len(everything), seed, epoch=1_000)
         longer = [len(r["responses"]["chosen"]) - len(r["responses"]["rejected"]) for r in everything]
         if longest:
@@ -245,15 +276,14 @@ def aligned(
     what = [f", {v}" if isinstance(v, str) else f", {k} {v:g}" for k, v in changes.items() if v != settings.loss]
     desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}" + "".join(what) + ", the longest chosen" * longest
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
-    given["count"] = fraction * cfg.world.prompts
     return training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
 
 
 def training(
     cfg, settings: config.Train, rows: Artifact, file: str, names: list, *,
-    base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str, count: float = 0.0,
+    base: Artifact | None = None, against: Artifact | None = None, seed: int, desc: str,
 ) -> Artifact:  # fmt: skip
-    """Train from `base` against its reference pass, or (SFT) from the target. count: rows, about."""
+    """Train from `base` against its reference pass, or (SFT) from the target."""
     machine = {"launcher": settings.launcher, "processes": settings.processes}
     batch = f"{settings.global_batch} = {settings.processes} × {settings.micro_batch} × {config.check_batch(settings)}"
     does = f"{desc} ({settings.epochs} × lr {settings.lr:g}, {settings.optimizer}, β {settings.beta:g}, batch {batch}, "
@@ -272,17 +302,10 @@ def training(
         workers.run("beyond_dpo.train", job, out, desc, **machine)
         if not finished.exists():  # the deepspeed launcher ends with 0 when a signal ended its processes
             raise launch.JobFailed(f"{desc}: ended without a model; see the logs in {out / 'checkpoints'}")
-        steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        return json.loads((out / "facts.json").read_text()) | {"first": steps[0], "last": steps[-1]}
+        steps = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        return json.loads((out / "facts.json").read_text(encoding="utf-8")) | {"first": steps[0], "last": steps[-1]}
 
-    work = {"model": base.work["model"] if base else cfg.world.target, "train": settings, "rows": count}
-    return Artifact("train", 2, recipe, make, does, work | {"tokens": tokens(cfg, settings), "names": len(names)})
-
-
-def tokens(cfg, settings: config.Train) -> tuple[float, float]:
-    """Return how many tokens a prompt and a response have, at most: for estimates."""
-    prompt = min(sum(cfg.world.prompt_tokens) / 2, settings.max_prompt)
-    return prompt, min(cfg.decoding.max_tokens, settings.max_length - prompt)
+    return Artifact("train", 2, recipe, make, does)
 
 
 def _limits(settings: config.Train, model: Path) -> dict:
@@ -291,4 +314,4 @@ def _limits(settings: config.Train, model: Path) -> dict:
 
     tokenizer = data.load_tokenizer(str(model))
     limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
-    return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": tokenizer.eos_token_id}
+    return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": data.end_tokens(tokenizer)}

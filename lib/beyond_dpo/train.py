@@ -5,16 +5,19 @@ The job file holds config.Train's fields and: model, rows, names, reference (or 
 Supervised fine-tuning is the loss "sft" on rows with one response.
 """
 
+import argparse
 import copy
 import functools
 import json
 import logging
 import math
 import os
+import re
 import shutil
-import sys
 import time
 import warnings
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -25,10 +28,15 @@ from beyond_dpo import config as configuration
 log = logging.getLogger("beyond_dpo.train")
 OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad}
 OPTIMIZERS["rmsprop"] = torch.optim.RMSprop
+SIZES = "sizes.json"  # in a checkpoint: {file: bytes}, written when all of them are on the disk
 
 
 class NonFiniteLoss(RuntimeError):
     """The loss of a row, a gradient or a weight is not finite; the message holds the row ids or the weight's name."""
+
+
+class UnusableCheckpoint(RuntimeError):
+    """A checkpoint whose files are whole cannot be loaded; the message says what to delete."""
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
@@ -111,6 +119,7 @@ def main(path: str) -> None:
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     job = json.loads(Path(path).read_text())
     settings = configuration.Train(**{**job["settings"], "processes": world})
+    reference.require_precision(settings.precision)
     accumulation = configuration.check_batch(settings)
     engine_settings = engine_config(settings, accumulation)
     save_dtype = getattr(torch, settings.save_dtype)
@@ -158,12 +167,21 @@ def main(path: str) -> None:
     engine.enable_backward_allreduce = settings.zero > 0 or world > 1  # alone, stage 0 would only copy its gradients
     checkpoints, log_file, whole = out / "checkpoints", out / "log.jsonl", not settings.lora_rank
     saved = checkpoints / f"zero{settings.zero}-of{world}"
-    first = engine.load_checkpoint(saved, load_module_strict=whole)[1]["step"] if (saved / "latest").exists() else 0
+    found = torch.zeros(1, dtype=torch.long, device=device)
+    if rank == 0:
+        found += _find_checkpoint(saved, log_file)
+    dist.broadcast(found, 0)
+    first = int(found)
+    if first:
+        _load_checkpoint(engine, saved / f"step{first}", strict=whole)
     if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
         for other in checkpoints.glob("zero*"):  # of an attempt with other processes: its steps leave the log
             if not first or other != saved:
                 shutil.rmtree(other)
+        for later in saved.glob("step*"):  # whose writing was interrupted: these steps come again
+            if _steps(later.name) > first:
+                shutil.rmtree(later)
         kept = log_file.read_text().splitlines()[:first] if log_file.exists() else []
         log_file.write_text("".join(line + "\n" for line in kept))  # not what came after the checkpoint
         (out / "facts.json").write_text(json.dumps({"rows": len(rows), "dropped": dropped, "steps": total}))
@@ -218,16 +236,130 @@ def main(path: str) -> None:
         if step + 1 in ends:
             _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-            tag = f"step{step + 1}"
-            engine.save_checkpoint(saved, tag, {"step": step + 1}, False, exclude_frozen_parameters=not whole)
-            if rank == 0:  # `latest` at once: DeepSpeed's own writing would leave an empty one to a kill in the middle
-                paths.write(saved / "latest", tag)
-                for old in {*saved.glob("step*")} - {saved / tag}:  # of no more use
-                    shutil.rmtree(old)
+            folder, at = saved / f"step{step + 1}", {"step": step + 1}
+            parts = {"save_latest": False, "exclude_frozen_parameters": not whole}
+            engine.save_checkpoint(saved, folder.name, at, **parts)
+            for file in folder.iterdir():  # each process brings what it wrote to the disk
+                paths.sync(file)
+            dist.barrier()
+            if rank == 0:
+                _name_checkpoint(folder, log_file)
     _save(model, tokenizer, out, save_dtype, rank)
     if rank == 0:
         paths.write(checkpoints / "finished", "")
     dist.barrier()
+
+
+def _steps(tag: str) -> int:
+    """Return after how many steps the checkpoint of this name was written, 0 for any other name."""
+    number = re.fullmatch(r"step(\d+)", tag)
+    return int(number[1]) if number else 0
+
+
+def _name_checkpoint(folder: Path, log_file: Path) -> None:
+    """Let `latest` name a checkpoint whose files are on the disk, and delete the ones before it.
+
+    Whenever the power fails, a whole checkpoint is on the disk, and the log of the steps before it.
+    """
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    paths.write(folder / SIZES, json.dumps(sizes, indent=1))
+    saved = folder.parent
+    for written in (log_file, folder, saved, saved.parent, saved.parent.parent):
+        paths.sync(written)
+    paths.write(saved / "latest", folder.name)
+    paths.sync(saved)
+    for old in saved.glob("step*"):
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def _find_checkpoint(saved: Path, log_file: Path) -> int:
+    """Return after how many steps the checkpoint to go on from was written, 0 where there is none.
+
+    It is the one that `latest` names, or else the newest of the others. A damaged one, as a power
+    cut may leave it, is renamed and stays beside `saved`; the log says so.
+    """
+    latest = saved / "latest"
+    named = latest.read_text(errors="replace").strip() if latest.exists() else ""
+    tags = [folder.name for folder in saved.glob("step*") if _steps(folder.name)]
+    tags.sort(key=lambda tag: (tag != named, -_steps(tag)))
+    lost, chosen = [], ""
+    if latest.exists() and named not in tags:
+        lost.append(f"{latest} names no checkpoint that is there ({named[:40]!r})")
+    for tag in tags:
+        folder = saved / tag
+        damage = _damage(folder, log_file)
+        if not damage:
+            chosen = tag
+            break
+        if tag == named or (folder / SIZES).exists():  # else an attempt ended while it wrote it
+            kept = _set_aside(folder).name
+            lost.append(f"checkpoint {folder} is damaged ({damage}): kept as {kept}")
+    onwards = f"goes on from {chosen}" if chosen else "begins anew"
+    for loss in lost:
+        log.warning("%s; the training %s", loss, onwards)
+    return _steps(chosen)
+
+
+def _damage(folder: Path, log_file: Path) -> str:
+    """Return what a checkpoint lacks, "" if nothing: its files whole, the steps before it logged."""
+    try:
+        sizes = json.loads((folder / SIZES).read_text())
+    except (OSError, ValueError) as error:
+        return f"no readable {SIZES}: {type(error).__name__}"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes of {size}"
+    with ThreadPoolExecutor(8) as pool:
+        readable = list(pool.map(_readable, [folder / name for name in sizes]))
+    for name, fine in zip(sizes, readable, strict=True):
+        if not fine:
+            return f"{name} has other bytes than were written"
+    lines = log_file.read_text(errors="replace").splitlines() if log_file.exists() else []
+    steps = _steps(folder.name)
+    try:
+        logged = [json.loads(line)["step"] for line in lines[:steps]]
+    except (ValueError, LookupError, TypeError):
+        logged = []
+    if logged != list(range(steps)):
+        return f"{log_file.name} does not hold its {steps} steps"
+    return ""
+
+
+def _readable(file: Path) -> bool:
+    """Return whether a file by torch.save, a zip archive, has the CRC-32 of each of its parts."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile raises errors of many kinds for bytes that are no archive
+        return False
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a checkpoint so that no later attempt takes it, and return its new place."""
+    saved = folder.parent
+    place, number = saved.parent / f"damaged-{saved.name}-{folder.name}", 1
+    while place.exists():
+        number += 1
+        place = saved.parent / f"damaged-{saved.name}-{folder.name}-{number}"
+    return folder.rename(place)
+
+
+def _load_checkpoint(engine, folder: Path, strict: bool) -> None:
+    """Load a whole checkpoint's weights and optimizer; raise UnusableCheckpoint if that fails."""
+    try:
+        loaded, _ = engine.load_checkpoint(folder.parent, folder.name, load_module_strict=strict)
+        problem = "" if loaded else "DeepSpeed found nothing to load"
+    except Exception as error:  # the engine may hold half of it: this process cannot begin anew
+        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if problem:
+        raise UnusableCheckpoint(
+            f"checkpoint {folder} cannot be loaded ({problem}); if that happens again, delete that "
+            "folder, and the training begins without it"
+        )
 
 
 @torch.no_grad()
@@ -273,28 +405,63 @@ def _measured(sums: list, batch: list, names: list, loss: str, seconds: float) -
 
 
 def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
-    """Write the model as safetensors, gathering ZeRO-3's shards one parameter at a time."""
-    import deepspeed
-
-    weights, adapter = {}, hasattr(model, "peft_config")
-    for name, parameter in ((name, one) for name, one in model.named_parameters() if one.requires_grad or not adapter):
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if rank == 0:
-                weights[name] = parameter.detach().to("cpu", dtype, copy=True)
-                if not weights[name].isfinite().all():
-                    raise NonFiniteLoss(f"the trained weight {name} is not finite in {dtype}")
-    if rank == 0 and adapter:
+    """Write the model as safetensors, or its adapter alone, on the disk when this returns."""
+    weights = _weights(model, dtype, rank)
+    if rank != 0:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "peft_config"):
         lora.save(model, weights, out)
-    elif rank == 0:
+    else:
         model.save_pretrained(out, state_dict=weights)
         config = copy.deepcopy(model.config)  # save_pretrained wrote the dtype of the model in memory
         config.dtype = dtype
         config.save_pretrained(out)
-    if rank == 0:
-        tokenizer.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    paths.share_weights(out)
+    for file in out.iterdir():  # a part is not written again after a checkpoint that came later
+        if file.is_file():
+            paths.sync(file)
+    paths.sync(out)
+
+
+def _weights(model, dtype: torch.dtype, rank: int) -> dict[str, torch.Tensor]:
+    """Return copies of all that the model consists of by name, on rank 0; {} on the others.
+
+    Parameters are in `dtype`, buffers as they are; of an adapter, what is trained. ZeRO-3's shards
+    are gathered one parameter at a time, by all ranks. A parameter with several names stands under
+    each, but for those that transformers ties again when it loads the model. Raises NonFiniteLoss.
+    """
+    import deepspeed
+
+    adapter, weights = hasattr(model, "peft_config"), {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        source = model.all_tied_weights_keys.get(name)
+        tied = source is not None and parameters.get(source) is parameter
+        if tied or (adapter and not parameter.requires_grad):
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank == 0:
+                weights[name] = parameter.detach().to("cpu", dtype, copy=True)
+    if rank == 0 and not adapter:
+        for name, tensor in model.state_dict().items():
+            if name not in parameters:  # a persistent buffer, as a router's correction
+                weights[name] = tensor.detach().to("cpu", copy=True)
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteLoss(f"the trained weight {name} is not finite in {tensor.dtype}")
+    return weights
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="python -m beyond_dpo.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("job", help="the job file (JSON)")
+    arguments = parser.parse_args()
     launch.follow_parent()
-    main(sys.argv[1])
+    main(arguments.job)
     torch.distributed.destroy_process_group()

@@ -23,7 +23,8 @@ def memory_gib() -> float:
 
 def make_room(cfg, *needed: str) -> None:
     """End the living processes that are not needed next and would hold gigabytes, unless there is room for both."""
-    if cfg.needs.gpus or memory_gib() < 2 * cfg.needs.memory_gb:
+    unknown = not cfg.needs.memory_gb  # of a target of one's own
+    if unknown or cfg.needs.gpus or memory_gib() < 2 * cfg.needs.memory_gb:
         for name in [name for name in living if name.rstrip("0123456789") not in needed]:
             living.pop(name).close()
 

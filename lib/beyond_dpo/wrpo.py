@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, estimate, gather, sources, stages, stats
+from beyond_dpo import config, gather, needs, sources, stages, stats
 from beyond_dpo.artifacts import Artifact
 
 OWN, OFF_POLICY = config.FUSED[1:], config.FUSED[::2]  # the target's own pair; the source's response against its worst
@@ -29,11 +29,10 @@ def thirds(cfg) -> Artifact:
         prompts = stages.texts(cfg.world).json("prompts.json")
         random.Random(0).shuffle(prompts)
         cut = round(cfg.sft_share * len(prompts))
-        (out / "first.json").write_text(json.dumps(prompts[:cut]))
-        (out / "rest.json").write_text(json.dumps(prompts[cut:]))
+        (out / "first.json").write_text(json.dumps(prompts[:cut]), encoding="utf-8")
+        (out / "rest.json").write_text(json.dumps(prompts[cut:]), encoding="utf-8")
 
-    sizes = {"first": cfg.sft_share * cfg.world.prompts, "rest": (1 - cfg.sft_share) * cfg.world.prompts}
-    return Artifact("thirds", 1, {"texts": stages.texts(cfg.world), "share": cfg.sft_share}, make, work=sizes)
+    return Artifact("thirds", 1, {"texts": stages.texts(cfg.world), "share": cfg.sft_share}, make)
 
 
 def scored(cfg, answers: Artifact, split: str = "prompts", prompts: Artifact | None = None) -> Artifact:
@@ -61,8 +60,16 @@ def fusion(cfg, names: tuple) -> Artifact:
                 said_by = {"responses": {config.FUSED[0]: best["response_ids"]}, "source": best["source"]}
                 rows.append(prompt | said_by)
         first = {prompt["id"] for prompt in thirds(cfg).json("first.json")}
+        learnt = [row for row in rows if row["id"] in first]
+        if not rows or (first and not learnt):
+            part = f"{len(first)} prompts for Target-SFT" if rows else f"{len(asked)} prompts"
+            raise config.ConfigError(
+                f"the reward model {cfg.world.reward_model} finds no best response of "
+                f"{', '.join(said)} to any of {part} (all score alike, or are empty): use another "
+                "reward model, other sources, or more prompts"
+            )
         data.write_rows(out / "best.jsonl", rows)
-        data.write_rows(out / "sft.jsonl", [row for row in rows if row["id"] in first])
+        data.write_rows(out / "sft.jsonl", learnt)
         return {"wins": Counter(row["source"] for row in rows), "dropped": len(asked) - len(rows)}
 
     return Artifact("fusion", 1, {"scores": judged, "thirds": thirds(cfg)}, make)
@@ -82,7 +89,6 @@ def best_and_worst(group: pd.DataFrame | None, seed: str) -> tuple | None:
 def target_sft(cfg, names: tuple) -> Artifact:
     """Fine-tune the target on the sources' best responses to the first third of the prompts: Target-SFT."""
     how = {"base": stages.sft(cfg), "seed": cfg.seeds[0], "desc": f"Target-SFT on {' + '.join(names)}"}
-    how["count"] = cfg.sft_share * cfg.world.prompts
     return stages.training(cfg, cfg.sft, fusion(cfg, names), "sft.jsonl", [config.FUSED[0]], **how)
 
 
@@ -95,7 +101,11 @@ def own(cfg, model: Artifact) -> tuple[Artifact, Artifact]:
 
 
 def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
-    """Set y_ws beside the best and the worst of `model`'s own responses to the rest of the prompts: pairs.jsonl."""
+    """Set y_ws beside the best and the worst of `model`'s own responses to the rest of the prompts: pairs.jsonl.
+
+    Raises ConfigError for a single sample; its get() does where no prompt has both.
+    """
+    stages.require_samples(cfg.world)
     (said, judged), best = own(cfg, model), fusion(cfg, names)
 
     def make(out: Path) -> dict:
@@ -107,7 +117,15 @@ def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
         for name in [prompt["id"] for prompt in asked if prompt["id"] in fused]:
             if picked := best_and_worst(groups.get(name), name):
                 both = dict(zip(OWN, table.loc[list(picked), "response_ids"], strict=True))
-                rows.append(fused[name] | {"responses": fused[name]["responses"] | both})
+                if both[OWN[0]] != both[OWN[1]]:  # else there is one response only
+                    rows.append(fused[name] | {"responses": fused[name]["responses"] | both})
+        if not rows:
+            raise config.ConfigError(
+                f"the reward model {cfg.world.reward_model} finds for none of {len(asked)} prompts "
+                f"a best response of the sources, and a best and a worst of the model's own "
+                f"{cfg.world.samples} (they score alike, or are empty): use another reward model, "
+                "more prompts, or a higher sampling.temperature"
+            )
         data.write_rows(out / "pairs.jsonl", rows)
         return {"quadruples": len(rows), "dropped": len(asked) - len(rows)}
 
@@ -123,7 +141,13 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
         ids = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
         order = data.order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
         whole, kept = data.read_rows(rows.get() / "pairs.jsonl"), {ids[i] for i in order}
-        data.write_rows(out / "pairs.jsonl", [row for row in whole if row["id"] in kept])
+        drawn = [row for row in whole if row["id"] in kept]
+        if not drawn:
+            raise config.ConfigError(
+                f"fraction={cfg.fraction} draws {len(kept)} of {len(ids)} prompts, and none of the "
+                f"{len(whole)} quadruples is of these: use a larger fraction, or more prompts"
+            )
+        data.write_rows(out / "pairs.jsonl", drawn)
 
     inputs = {"quadruples": rows, "thirds": thirds(cfg), "fraction": cfg.fraction, "seed": seed}
     return Artifact("draw", 1, inputs, make)
@@ -141,7 +165,6 @@ def trained(cfg, loss: str, *, base: Artifact | None = None, names=(), responses
     desc = f"{loss.upper()} from {start}, {responses[0]} chosen, seed {seed}"
     desc += "".join(f", {name} {value:g}" for name, value in changes.items())
     how = {"base": base, "against": held, "seed": seed, "desc": desc}
-    how["count"] = cfg.fraction * (1 - cfg.sft_share) * cfg.world.prompts
     return stages.training(cfg, settings, draw(cfg, rows, seed), "pairs.jsonl", list(responses), **how)
 
 
@@ -222,7 +245,7 @@ def collected(cfg) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        estimate.check(cfg, rows)
+        needs.check(cfg)
         table = pd.concat([_table(*pool).assign(source=name) for name, pool in pools.items()], ignore_index=True)
         kept = {row["id"]: row["responses"] for row in data.read_rows(rows.get() / "pairs.jsonl")}
         table = table[table["id"].isin(kept)]
@@ -237,7 +260,7 @@ def collected(cfg) -> Artifact:
         table = table.assign(overlap=overlap, chosen=chosen).drop(columns=["id", "sample", "response_ids", "grams"])
         table.round(5).to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
         facts = {"sources": best.manifest["facts"], "quadruples": rows.manifest["facts"]}
-        (out / "facts.json").write_text(json.dumps(facts, indent=1))
+        (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     inputs = {"pools": {name: scores for name, (_, scores) in pools.items()}, "quadruples": rows}
     return Artifact("collected", 1, inputs, make)
@@ -259,7 +282,7 @@ def dynamics(cfg) -> Artifact:
     held["Target-SFT"] = stages.reference(cfg, model, rows, config.FUSED)
 
     def make(out: Path) -> None:
-        estimate.check(cfg, *runs.values())
+        needs.check(cfg)
         read = {one: pd.read_json(run.get() / "log.jsonl", lines=True) for one, run in runs.items()}
         logs = [table.assign(model=name, seed=s) for (name, s), table in read.items()]
         pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"]).round(6).to_csv(out / "log.csv", index=False)
