@@ -22,7 +22,7 @@ from PIL import Image
 from beyond_dpo import config, expo, paths, progress, report, run, stages
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
-LIBRARIES = {"beyond_dpo", "numpy", "pandas", "matplotlib", "IPython", "ipywidgets", "io"}
+LIBRARIES = {"dataclasses", "beyond_dpo", "numpy", "pandas", "matplotlib", "IPython", "ipywidgets", "io"}
 
 
 def code_cells(path):
