@@ -267,6 +267,13 @@ def test_main_prints_and_updates(project):
         [*command, "--local", "--readme"], capture_output=True, text=True, env=environment, check=True
     )
     assert "ExPO lifts DPO" in done.stdout and "direction" in done.stdout and "README.md updated" in done.stdout
+    asked = {name: [*command, "--local", name] for name in (NOTEBOOK, NOTEBOOK[:2], "99")}
+    shown = {
+        name: subprocess.run(line, capture_output=True, text=True, env=environment, check=True).stdout
+        for name, line in asked.items()
+    }
+    assert shown[NOTEBOOK] == shown[NOTEBOOK[:2]] and "ExPO lifts DPO" in shown[NOTEBOOK]
+    assert shown["99"] == "No claim has been recorded yet.\n"
 
 
 def test_light_imports():

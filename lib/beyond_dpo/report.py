@@ -282,11 +282,16 @@ def update_readme(path: Path | None = None) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     """Print the scoreboard; `python -m beyond_dpo.report --help`."""
     parser = argparse.ArgumentParser(prog="python -m beyond_dpo.report", description="Print the scoreboard.")
+    parser.add_argument("notebooks", nargs="*", help="number prefix or stem; none: all")
     parser.add_argument("--local", action="store_true", help="count the runs of this machine as well")
     parser.add_argument("--readme", action="store_true", help="update the table in README.md")
     options = parser.parse_args(arguments)
     launch.printable()
     df = _readable(scoreboard(options.local))
+    if options.notebooks:
+        asked = [name.removesuffix(".ipynb") for name in options.notebooks]
+        wanted = df["notebook"].map(lambda stem: any(stem == name or stem.startswith(f"{name}_") for name in asked))
+        df = df[wanted]
     print(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
     if options.readme:
         print("README.md updated" if update_readme() else "README.md was up to date")
