@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from beyond_dpo import extrapolate as module
+from beyond_dpo import lora
 from beyond_dpo.extrapolate import IncompatibleModels, blend, check, extrapolate, tensors
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12, "tie_word_embeddings": True}
@@ -703,3 +704,130 @@ def test_loads_in_transformers(tmp_path):
     with torch.no_grad():
         logits = [model(ids).logits for model in (loaded, by_hand, aligned)]
     assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2])
+
+
+# ---- adapters
+
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+
+
+def adapted(folder: Path, targets: list[str], **settings) -> torch.Tensor:
+    """Save a random GPT-2 and a random adapter of it with peft; return the logits that peft computes with both."""
+    import peft
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**GPT2, bos_token_id=0, eos_token_id=1, initializer_range=0.3)).eval()
+    model.save_pretrained(folder / "base")
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM"} | settings
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            if weight.requires_grad:
+                weight.copy_(torch.randn_like(weight))
+    tuned.save_pretrained(folder / "adapter")
+    return logits(tuned)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(9)[None]).logits
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_an_adapter_of_conv1d_layers_is_added_transposed(tmp_path, prefix):
+    """GPT-2 stores its weights (in, out), also square ones; on the hub its names lack their first part."""
+    from transformers import GPT2LMHeadModel
+
+    wanted = adapted(tmp_path, ["c_attn", "c_proj", "c_fc"])
+    base = load(tmp_path / "base")
+    save_file({prefix + name.removeprefix("transformer."): tensor for name, tensor in base.items()},
+              tmp_path / "base/model.safetensors", {"format": "pt"})  # fmt: skip
+    shutil.copytree(tmp_path / "base", tmp_path / "merged")
+    merged = dict(lora.tensors(tmp_path / "base", tmp_path / "adapter", 0.0))
+    assert sum(not torch.equal(merged[prefix + name.removeprefix("transformer.")], base[name]) for name in base) == 8
+    save_file(merged, tmp_path / "merged/model.safetensors", {"format": "pt"})
+    found = logits(GPT2LMHeadModel.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_half_an_adapter_is_never_used(tmp_path):
+    """Embeddings, a B without its A, an unknown tensor: all of a file is added, or it is refused by that name."""
+    adapted(tmp_path, ["c_attn", "wte"])
+    adapter = tmp_path / "adapter"
+    held = load_file(adapter / lora.WEIGHTS)
+    linear = {name: tensor for name, tensor in held.items() if "c_attn" in name}
+    assert len(held) == len(linear) + 2 == 6
+    orphan = {name: tensor for name, tensor in linear.items() if "h.1.attn.c_attn.lora_A" not in name}
+    files = {"lora_embedding_A": held, "c_attn.lora_B": orphan, "extra": linear | {"extra.weight": torch.ones(2)}}
+    for named, content in files.items():
+        save_file(content, adapter / lora.WEIGHTS)
+        uses = {"swap": lambda: lora.tensors(tmp_path / "base", adapter, 1.0),
+                "scale": lambda: lora.scaled(adapter, {1.0: tmp_path / "out"})}  # fmt: skip
+        for use in uses.values():
+            with pytest.raises(ValueError, match=f"holds .*{named}.*merge it"):
+                use()
+    (adapter / lora.WEIGHTS).unlink()
+    for use in uses.values():
+        with pytest.raises(ValueError, match="no adapter_model.safetensors"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"peft_type": "LOHA", "lora_alpha": None}, "kind LOHA, not a LoRA"),
+        ({"peft_type": "IA3", "r": None}, "kind IA3, not a LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"its start \(pissa_niter_4\) has changed"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "has changed"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, r"more than s·BA \(layer_replication\)"),
+        ({"alora_invocation_tokens": [1]}, r"more than s·BA \(alora_invocation_tokens\)"),
+        ({"a_setting_of_tomorrow": 1, "bias": "lora_only"}, r"more than s·BA \(a_setting_of_tomorrow, lora_only\)"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, message):
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q"]}
+    (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
+    names = {"A": torch.ones(2, 3), "B": torch.ones(5, 2)}
+    save_file({f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()}, tmp_path / lora.WEIGHTS)
+    lora.scaled(tmp_path, {1.0: tmp_path / "plain"})
+    (tmp_path / lora.CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=message):
+        lora.scaled(tmp_path, {1.0: tmp_path / "out"})
+    with pytest.raises(ValueError, match=message):
+        lora.tensors(save(tmp_path / "model", weights(0)), tmp_path, 1.0)
+
+
+def test_an_adapter_of_one_of_two_tied_tensors_is_refused(tmp_path):
+    """peft moves the head alone; in the merged file it would move the embeddings too, or be lost."""
+    state = weights(0, torch.float32)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["lm_head"]}
+    (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
+    names = {"A": torch.ones(2, 5), "B": torch.ones(12, 2)}
+    save_file({f"base_model.model.lm_head.lora_{n}.weight": t for n, t in names.items()}, tmp_path / lora.WEIGHTS)
+    with pytest.raises(IncompatibleModels, match="moves lm_head.weight, which .* ties to another"):
+        lora.tensors(save(tmp_path / "tied", state), tmp_path, 1.0)
+    untied = save(tmp_path / "untied", state, config=CONFIG | {"tie_word_embeddings": False})
+    moved = dict(lora.tensors(untied, tmp_path, 0.0))["lm_head.weight"] - state["lm_head.weight"]
+    torch.testing.assert_close(moved, torch.full((12, 5), 4.0))  # s BA = 4 / 2 · (1 · 1 + 1 · 1)
+
+
+def test_scaling_an_adapter_again_writes_over_no_other(tmp_path):
+    """A second attempt gives the same; another adapter into the same folder leaves the first one's file alone."""
+    for i, name in enumerate(("one", "other")):
+        (tmp_path / name).mkdir()
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+        (tmp_path / name / lora.CONFIG).write_text(json.dumps(settings))
+        names = {"A": torch.full((2, 5), i + 1.0), "B": torch.ones(12, 2)}
+        tensors = {f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()}
+        save_file(tensors, tmp_path / name / lora.WEIGHTS)
+    contents = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")]
+    assert contents[0] != contents[1]
+    for name in ("one", "one", "other", "one"):
+        lora.scaled(tmp_path / name, {0.5: tmp_path / "scaled"})
+        assert (tmp_path / "scaled" / lora.WEIGHTS).samefile(tmp_path / name / lora.WEIGHTS)
+        assert json.loads((tmp_path / "scaled" / lora.CONFIG).read_text())["lora_alpha"] == 6
+        assert [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")] == contents
+        assert len(list((tmp_path / "scaled").iterdir())) == 2
