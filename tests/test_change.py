@@ -45,3 +45,16 @@ def test_a_model_that_has_not_moved_is_named(tmp_path):
     start, moved = model(tmp_path / "start", {}), model(tmp_path / "moved", {"model.embed_tokens.weight": 1.0})
     with pytest.raises(ValueError, match="still has the very weights"):
         movement(start, {"moved": moved, "still": model(tmp_path / "still", {})})
+
+
+def test_models_that_store_a_tied_tensor_under_different_names(tmp_path):
+    """The head of the one is the embeddings of the other; old checkpoints' frequencies have moved nowhere."""
+    start = model(tmp_path / "start", {})
+    state = {name: torch.ones(3, 4) + 0.5 for name in NAMES} | {"model.steps": torch.tensor([0])}
+    renamed = {name.replace("model.embed_tokens", "lm_head"): tensor for name, tensor in state.items()}
+    renamed["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    folders = {"a": save(tmp_path / "a", state, config=CONFIG), "b": save(tmp_path / "b", renamed, config=CONFIG)}
+    rows, cosines = movement(start, folders)
+    assert {row["tensor"] for row in rows} == set(NAMES) and len(rows) == 2 * len(NAMES)
+    assert all(row["change"] == pytest.approx(0.5 * math.sqrt(12)) for row in rows)
+    assert cosines["a", "b"] == pytest.approx(1)

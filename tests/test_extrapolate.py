@@ -6,11 +6,13 @@ import json
 import os
 import re
 import resource
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from beyond_dpo import extrapolate as module
+from beyond_dpo import lora
 from beyond_dpo.extrapolate import IncompatibleModels, blend, check, extrapolate, tensors
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12, "tie_word_embeddings": True}
@@ -212,6 +215,94 @@ def test_head_of_its_own_against_tied_embeddings(tmp_path):
             check(left, right)
 
 
+@pytest.mark.parametrize("names", [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens"), ("lm_head", "both")])
+def test_of_two_tied_tensors_a_writer_keeps_either_name(tmp_path, names):
+    """One model stores the embeddings under their name, the other under the head's: one and the same tensor."""
+    states = [weights(0), weights(1)]
+    embeddings = [state.pop("model.embed_tokens.weight") for state in states]
+    wanted = {name: blend(states[0][name], states[1][name], 0.5) for name in states[1]}
+    kept = {"embed_tokens": ["model.embed_tokens.weight"], "lm_head": ["lm_head.weight"]}
+    kept["both"] = kept["embed_tokens"] + kept["lm_head"]
+    for state, tensor, name in zip(states, embeddings, names, strict=True):
+        state |= {key: tensor.clone() for key in kept[name]}
+    folders = [save(tmp_path / str(i), state) for i, state in enumerate(states)]
+    extrapolate(*folders, {0.5: tmp_path / "out"})
+    wanted |= {key: blend(*embeddings, 0.5) for key in kept[names[1]]}
+    assert same(load(tmp_path / "out"), wanted) and same(dict(tensors(*folders, 0.5)), wanted)
+
+
+def test_embeddings_of_an_untied_model_are_not_its_head(tmp_path):
+    """Without embeddings a model with a head of its own is not whole, whatever its head is equal to in shape."""
+    state = weights(1)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
+    cut = without(weights(0) | {"lm_head.weight": state["lm_head.weight"]}, "model.embed_tokens.weight")
+    folders = save(tmp_path / "whole", state), save(tmp_path / "cut", cut)
+    for left, right in (folders, folders[::-1]):
+        with pytest.raises(IncompatibleModels, match="embed_tokens.weight.*absent"):
+            check(left, right)
+
+
+DERIVED = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4),
+    "h.0.attn.bias": torch.ones(1, 1, 6, 6).tril(),
+    "h.0.attn.masked_bias": torch.tensor(-1e4),
+    "gpt_neox.layers.0.attention.bias": torch.ones(1, 1, 6, 6).tril().bool(),
+    "gpt_neox.layers.0.attention.masked_bias": torch.tensor(-float("inf")),
+    "embeddings.position_ids": torch.arange(6)[None],
+}
+
+
+@pytest.mark.parametrize("where", ["sft", "aligned", "both"])
+def test_derived_buffers_are_no_weights(tmp_path, where):
+    """Old checkpoints store frequencies and masks, new ones do not: the pair is one all the same, and none is moved."""
+    states = {name: weights(seed) for seed, name in enumerate(("sft", "aligned"))}
+    plain = [save(tmp_path / "plain" / name, state) for name, state in states.items()]
+    wanted = {name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]}
+    for name, state in states.items():
+        if where in (name, "both"):  # rounded otherwise in the one than in the other
+            state |= {key: value + 0.25 if name == "sft" else value for key, value in DERIVED.items()}
+    if where != "sft":
+        wanted |= DERIVED
+    folders = [save(tmp_path / name, state) for name, state in states.items()]
+    found = extrapolate(*folders, {0.5: tmp_path / "out"})
+    assert same(load(tmp_path / "out"), wanted) and same(dict(tensors(*folders, 0.5)), wanted)
+    assert found == extrapolate(*plain, {0.5: tmp_path / "plain" / "out"}), "they are in no digest of the weights"
+
+
+def test_a_bias_that_is_no_mask_is_a_weight(tmp_path):
+    """A learned bias may have a mask's name, not its square form; a bias of a layer may end alike."""
+    for name in ("h.0.attn.c_attn.bias", "model.layers.0.attention.bias"):
+        states = [weights(seed) | {name: torch.full((1, 4), float(seed))} for seed in (0, 1)]
+        folders = [save(tmp_path / name / str(i), state) for i, state in enumerate(states)]
+        assert dict(tensors(*folders, 1.0))[name].unique().tolist() == [2.0]
+        bare = save(tmp_path / name / "bare", weights(2))
+        with pytest.raises(IncompatibleModels, match="bias is .*absent"):
+            check(folders[0], bare)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_equal_infinities_are_copied(tmp_path, dtype):
+    """-1e9 in a mask value is -inf in float16. What both models hold is copied, between values that move."""
+    sft, aligned = weights(0, dtype), weights(1, dtype)
+    for state in (sft, aligned):
+        state["model.scale"] = torch.tensor(-1e9).half().to(dtype)
+        state["model.layers.0.q.weight"][1, 2] = float("inf")
+    folders = save(tmp_path / "sft", sft), save(tmp_path / "aligned", aligned)
+    outputs = {0.5: tmp_path / "half", 0: tmp_path / "zero", -1: tmp_path / "minus"}
+    extrapolate(*folders, outputs)
+    wanted = blend(sft["model.layers.0.q.weight"], aligned["model.layers.0.q.weight"], 0.5)
+    wanted[1, 2] = float("inf")
+    assert torch.equal(load(outputs[0.5])["model.layers.0.q.weight"], wanted)
+    assert all(load(out)["model.scale"] == -float("inf") for out in outputs.values())
+    assert same(load(outputs[0]), aligned) and same(dict(tensors(*folders, 0.5)), load(outputs[0.5]))
+    for i, bad in enumerate((float("nan"), float("inf"), 1.0)):  # NaN in both, the other infinity, one only
+        state = aligned | {"model.scale": torch.tensor(bad, dtype=dtype)}
+        start = sft | ({"model.scale": state["model.scale"]} if bad != bad else {})
+        broken = save(tmp_path / f"sft{i}", start), save(tmp_path / f"aligned{i}", state)
+        with pytest.raises(ValueError, match="model.scale holds NaN or infinity"):
+            extrapolate(*broken, {0.5: tmp_path / "no"})
+
+
 def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
@@ -304,6 +395,55 @@ def test_unreadable_folders(pair, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_missing_is_said_in_words(pair, tmp_path):
+    """No folder, a hub id, no config.json, a broken one, links to nowhere: the error names it, and nothing is left."""
+    sft, aligned = pair
+    out = tmp_path / "out"
+    for missing in (tmp_path / "nowhere", Path("org/model")):
+        for models in ((missing, aligned), (sft, missing)):
+            with pytest.raises(ValueError, match=f"no such folder: {missing} .*downloaded"):
+                extrapolate(*models, {0.5: out})
+    for name in ("config.json", "tokenizer.json"):
+        whole = (aligned / name).read_text()
+        for broken, what in (("{", "is not JSON"), ("\x00\xff", "is not JSON"), ("[]", "holds no JSON object")):
+            (aligned / name).write_text(broken, encoding="latin1")
+            for models in ((sft, aligned), (aligned, sft)):
+                with pytest.raises(ValueError, match=f"aligned/{name} {what}"):
+                    extrapolate(*models, {0.5: out})
+        (aligned / name).unlink()
+        (aligned / name).symlink_to("../blobs/gone")
+        for models in ((sft, aligned), (aligned, sft)):
+            with pytest.raises(ValueError, match=f"aligned/{name} is a link to a file that is not there"):
+                extrapolate(*models, {0.5: out})
+        (aligned / name).unlink()
+        if name == "config.json":
+            for models in ((sft, aligned), (aligned, sft)):
+                with pytest.raises(ValueError, match="no config.json in .*aligned"):
+                    extrapolate(*models, {0.5: out})
+        (aligned / name).write_text(whole)
+    for name, named in (("generation_config.json", True), ("chat_template.jinja", True), ("optimizer.pt", False)):
+        (aligned / name).symlink_to("../blobs/gone")
+        if named:
+            with pytest.raises(ValueError, match=f"{name} is a link to a file that is not there"):
+                extrapolate(sft, aligned, {0.5: out})
+            (aligned / name).unlink()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["aligned", "sft"]
+    extrapolate(sft, aligned, {0.5: out})  # what is not copied may be missing
+
+
+def test_links_into_a_hub_cache_become_files(pair, tmp_path):
+    sft, aligned = pair
+    for folder in pair:
+        blobs = tmp_path / f"blobs-{folder.name}"
+        blobs.mkdir()
+        for file in list(folder.iterdir()):
+            os.rename(file, blobs / file.name)
+            file.symlink_to(f"../{blobs.name}/{file.name}")
+    extrapolate(sft, aligned, {0.5: tmp_path / "out"})
+    made = list((tmp_path / "out").iterdir())
+    assert len(made) == 4 and not any(file.is_symlink() for file in made)
+
+
 def test_overflow_of_the_result(tmp_path):
     """60000 + 0.5 (60000 - 0) = 90000 is beyond float16's 65504; at alpha 0.05 it is 63000."""
     sft = save(tmp_path / "sft", {"w": torch.zeros(70_000, dtype=torch.float16)})
@@ -346,6 +486,7 @@ def big(tmp_path_factory) -> tuple[Path, Path]:
             index |= dict.fromkeys(without(header, "__metadata__"), file.name)
         assert len(index) == 85
         (root / model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        (root / model / "config.json").write_text("{}")
     return root / "sft", root / "aligned"
 
 
@@ -375,12 +516,18 @@ def wait_for_work(parent: Path) -> None:
         time.sleep(0.001)
 
 
-def test_kill_9_blocks_nothing(big, tmp_path):
-    """A killed run leaves no result; the next run succeeds and clears what the dead one left."""
+def fork(work) -> int:
+    """Do `work` in a child process, which ends with the status that it returns; return the child's id."""
     child = os.fork()
     if child == 0:
-        extrapolate(*big, {0.5: tmp_path / "out"})
-        os._exit(0)
+        module.tqdm.set_lock(threading.RLock())  # else it is one with this process's, and may be held for ever
+        os._exit(work())
+    return child
+
+
+def test_kill_9_blocks_nothing(big, tmp_path):
+    """A killed run leaves no result; the next run succeeds and clears what the dead one left."""
+    child = fork(lambda: extrapolate(*big, {0.5: tmp_path / "out"}) and 0)
     try:
         wait_for_work(tmp_path)
     finally:
@@ -394,6 +541,52 @@ def test_kill_9_blocks_nothing(big, tmp_path):
     extrapolate(*big, {0.5: tmp_path / "out"})
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     shutil.rmtree(tmp_path / "out")
+
+
+def test_two_runs_into_one_folder_at_a_time(big, tmp_path):
+    """The second one leaves the working folder of the first alone, which then finds that it came too late."""
+
+    def run() -> int:
+        try:
+            extrapolate(*big, {0.5: tmp_path / "out"})
+        except FileExistsError as error:
+            return 3 if "another run has written" in str(error) else 4
+        return 0
+
+    first = fork(run)
+    try:
+        wait_for_work(tmp_path)
+        os.kill(first, signal.SIGSTOP)
+        (working,) = tmp_path.glob(".out.partial-*")
+        extrapolate(*big, {0.5: tmp_path / "out"})
+        assert working.exists() and (tmp_path / "out" / "expo.json").exists()
+    finally:
+        os.kill(first, signal.SIGCONT)
+        _, status = os.waitpid(first, 0)
+    assert os.waitstatus_to_exitcode(status) == 3
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch):
+    """Files and folder are synced before the rename, and the folder above after it."""
+    synced, fsync, rename = [], os.fsync, os.rename
+
+    def noted_fsync(opened):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{opened}")))
+        fsync(opened)
+
+    def noted_rename(source, target):
+        synced.append(f"to {Path(target).name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    extrapolate(*pair, {0.5: tmp_path / "out"})
+    before, after = synced[: synced.index("to out")], synced[synced.index("to out") + 1 :]
+    names = [path.name for path in before[-5:]]  # weights were once before, without their header
+    assert sorted(names[:4]) == ["config.json", "expo.json", "model.safetensors", "tokenizer.json"]
+    assert names[4].startswith(".out.partial-") and after == [tmp_path]
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -464,6 +657,15 @@ def test_command_line(pair, tmp_path, capsys):
         module.main([sft, aligned, str(tmp_path / "one"), "--alpha", "1"])
 
 
+@pytest.mark.parametrize("name", ["extrapolate", "generate"])
+def test_help_is_shown_and_starts_nothing(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, f"beyond_dpo.{name}", raising=False)  # as in a process of its own
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"beyond_dpo.{name}", run_name="__main__")
+    assert ended.value.code == 0 and f"usage: python -m beyond_dpo.{name}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("terminal, disabled", [(True, False), (True, True), (False, False)])
 def test_progress_bar_only_on_a_terminal(pair, tmp_path, monkeypatch, terminal, disabled):
     master, slave = os.openpty() if terminal else os.pipe()
@@ -475,7 +677,9 @@ def test_progress_bar_only_on_a_terminal(pair, tmp_path, monkeypatch, terminal, 
         extrapolate(*pair, {0.5: tmp_path / "out"})
         stderr.write("end")
         stderr.flush()
-        shown = screen.read(10_000)
+        shown = b""
+        while not shown.endswith(b"end"):  # a terminal hands over piece by piece
+            shown += screen.read(10_000)
     assert b"100%" in shown if terminal and not disabled else shown == b"end"
 
 
@@ -501,3 +705,130 @@ def test_loads_in_transformers(tmp_path):
     with torch.no_grad():
         logits = [model(ids).logits for model in (loaded, by_hand, aligned)]
     assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2])
+
+
+# ---- adapters
+
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+
+
+def adapted(folder: Path, targets: list[str], **settings) -> torch.Tensor:
+    """Save a random GPT-2 and a random adapter of it with peft; return the logits that peft computes with both."""
+    import peft
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**GPT2, bos_token_id=0, eos_token_id=1, initializer_range=0.3)).eval()
+    model.save_pretrained(folder / "base")
+    settings = {"r": 2, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM"} | settings
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            if weight.requires_grad:
+                weight.copy_(torch.randn_like(weight))
+    tuned.save_pretrained(folder / "adapter")
+    return logits(tuned)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(torch.arange(9)[None]).logits
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_an_adapter_of_conv1d_layers_is_added_transposed(tmp_path, prefix):
+    """GPT-2 stores its weights (in, out), also square ones; on the hub its names lack their first part."""
+    from transformers import GPT2LMHeadModel
+
+    wanted = adapted(tmp_path, ["c_attn", "c_proj", "c_fc"])
+    base = load(tmp_path / "base")
+    save_file({prefix + name.removeprefix("transformer."): tensor for name, tensor in base.items()},
+              tmp_path / "base/model.safetensors", {"format": "pt"})  # fmt: skip
+    shutil.copytree(tmp_path / "base", tmp_path / "merged")
+    merged = dict(lora.tensors(tmp_path / "base", tmp_path / "adapter", 0.0))
+    assert sum(not torch.equal(merged[prefix + name.removeprefix("transformer.")], base[name]) for name in base) == 8
+    save_file(merged, tmp_path / "merged/model.safetensors", {"format": "pt"})
+    found = logits(GPT2LMHeadModel.from_pretrained(tmp_path / "merged", dtype=torch.float32))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_half_an_adapter_is_never_used(tmp_path):
+    """Embeddings, a B without its A, an unknown tensor: all of a file is added, or it is refused by that name."""
+    adapted(tmp_path, ["c_attn", "wte"])
+    adapter = tmp_path / "adapter"
+    held = load_file(adapter / lora.WEIGHTS)
+    linear = {name: tensor for name, tensor in held.items() if "c_attn" in name}
+    assert len(held) == len(linear) + 2 == 6
+    orphan = {name: tensor for name, tensor in linear.items() if "h.1.attn.c_attn.lora_A" not in name}
+    files = {"lora_embedding_A": held, "c_attn.lora_B": orphan, "extra": linear | {"extra.weight": torch.ones(2)}}
+    for named, content in files.items():
+        save_file(content, adapter / lora.WEIGHTS)
+        uses = {"swap": lambda: lora.tensors(tmp_path / "base", adapter, 1.0),
+                "scale": lambda: lora.scaled(adapter, {1.0: tmp_path / "out"})}  # fmt: skip
+        for use in uses.values():
+            with pytest.raises(ValueError, match=f"holds .*{named}.*merge it"):
+                use()
+    (adapter / lora.WEIGHTS).unlink()
+    for use in uses.values():
+        with pytest.raises(ValueError, match="no adapter_model.safetensors"):
+            use()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"peft_type": "LOHA", "lora_alpha": None}, "kind LOHA, not a LoRA"),
+        ({"peft_type": "IA3", "r": None}, "kind IA3, not a LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"its start \(pissa_niter_4\) has changed"),
+        ({"init_lora_weights": "olora"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "lora_ga"}, "has changed"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, r"more than s·BA \(layer_replication\)"),
+        ({"alora_invocation_tokens": [1]}, r"more than s·BA \(alora_invocation_tokens\)"),
+        ({"a_setting_of_tomorrow": 1, "bias": "lora_only"}, r"more than s·BA \(a_setting_of_tomorrow, lora_only\)"),
+    ],
+)
+def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, message):
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q"]}
+    (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
+    names = {"A": torch.ones(2, 3), "B": torch.ones(5, 2)}
+    save_file({f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()}, tmp_path / lora.WEIGHTS)
+    lora.scaled(tmp_path, {1.0: tmp_path / "plain"})
+    (tmp_path / lora.CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=message):
+        lora.scaled(tmp_path, {1.0: tmp_path / "out"})
+    with pytest.raises(ValueError, match=message):
+        lora.tensors(save(tmp_path / "model", weights(0)), tmp_path, 1.0)
+
+
+def test_an_adapter_of_one_of_two_tied_tensors_is_refused(tmp_path):
+    """peft moves the head alone; in the merged file it would move the embeddings too, or be lost."""
+    state = weights(0, torch.float32)
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["lm_head"]}
+    (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
+    names = {"A": torch.ones(2, 5), "B": torch.ones(12, 2)}
+    save_file({f"base_model.model.lm_head.lora_{n}.weight": t for n, t in names.items()}, tmp_path / lora.WEIGHTS)
+    with pytest.raises(IncompatibleModels, match="moves lm_head.weight, which .* ties to another"):
+        lora.tensors(save(tmp_path / "tied", state), tmp_path, 1.0)
+    untied = save(tmp_path / "untied", state, config=CONFIG | {"tie_word_embeddings": False})
+    moved = dict(lora.tensors(untied, tmp_path, 0.0))["lm_head.weight"] - state["lm_head.weight"]
+    torch.testing.assert_close(moved, torch.full((12, 5), 4.0))  # s BA = 4 / 2 · (1 · 1 + 1 · 1)
+
+
+def test_scaling_an_adapter_again_writes_over_no_other(tmp_path):
+    """A second attempt gives the same; another adapter into the same folder leaves the first one's file alone."""
+    for i, name in enumerate(("one", "other")):
+        (tmp_path / name).mkdir()
+        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+        (tmp_path / name / lora.CONFIG).write_text(json.dumps(settings))
+        names = {"A": torch.full((2, 5), i + 1.0), "B": torch.ones(12, 2)}
+        tensors = {f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()}
+        save_file(tensors, tmp_path / name / lora.WEIGHTS)
+    contents = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")]
+    assert contents[0] != contents[1]
+    for name in ("one", "one", "other", "one"):
+        lora.scaled(tmp_path / name, {0.5: tmp_path / "scaled"})
+        assert (tmp_path / "scaled" / lora.WEIGHTS).samefile(tmp_path / name / lora.WEIGHTS)
+        assert json.loads((tmp_path / "scaled" / lora.CONFIG).read_text())["lora_alpha"] == 6
+        assert [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")] == contents
+        assert len(list((tmp_path / "scaled").iterdir())) == 2

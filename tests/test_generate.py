@@ -13,17 +13,20 @@ import shutil
 import time
 from collections import Counter
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
 from transformers import AutoModelForCausalLM
 
-from beyond_dpo import assets, extrapolate, launch, paths
-from beyond_dpo.generate import Engine, StaleWeights
+from beyond_dpo import assets, extrapolate, generate, launch, paths
+from beyond_dpo import reference as scoring
+from beyond_dpo.generate import Engine, StaleWeights, TransformersBackend
 
 DECODING = {
     "backend": "vllm", "temperature": 0.7, "top_k": 12, "top_p": 0.9, "presence_penalty": 0.6, "frequency_penalty": 0.4,
@@ -108,9 +111,17 @@ def transformers_engine(models):
     return Sabotaged(str(models / "sft"), DECODING | {"backend": "transformers"})
 
 
+FAILED = (StaleWeights, launch.JobFailed)  # of an engine in this process, and of a Worker's
+
+
+def calls(engine):
+    """Return how a method of a Worker, or of an Engine in this process, is called by its name."""
+    return engine.call if hasattr(engine, "call") else lambda method, **given: getattr(engine, method)(**given)
+
+
 def sample(engine, folder, prompts=PROMPTS, samples=1, seed=0):
     """Responses of a Worker or of an Engine in this process."""
-    call = engine.call if hasattr(engine, "call") else lambda method, **given: getattr(engine, method)(**given)
+    call = calls(engine)
     rows = [{"id": f"p{i}", "prompt_ids": p} for i, p in enumerate(prompts)]
     Path(folder, "prompts.json").write_text(json.dumps(rows))
     where = {"prompts": str(folder / "prompts.json"), "out": str(folder / "out.jsonl")}
@@ -175,15 +186,18 @@ def test_swap_drops_cached_prefixes(engine, swap, reference, tmp_path):
             assert row["logp"] == pytest.approx(reference(alpha, given, len(LONG)), abs=2e-3)
 
 
-def test_weights_that_did_not_change_are_noticed(engine, swap, models):
-    swap(0)
+@pytest.mark.parametrize("backend, attempts", [("vllm", 1), ("transformers", 2)])
+def test_weights_that_did_not_change_are_noticed(backend, attempts, request, models):
+    """However often it is tried; the next swap that works is none of them."""
+    call = calls(request.getfixturevalue("engine" if backend == "vllm" else "transformers_engine"))
     where = {"sft": str(models / "sft"), "aligned": str(models / "aligned")}
-    for _ in range(2):
-        with pytest.raises(launch.JobFailed, match=r"(?s)StaleWeights: after the swap to α=0\.5 .*old weights"):
-            engine.call("swap_without_effect", **where, alpha=0.5)
-    with pytest.raises(launch.JobFailed, match="StaleWeights: the last swap failed"):
-        engine.call("logps", sequences=[TEXT])
-    assert swap(0.5) != swap(0)
+    first = call("swap", **where, alpha=0)
+    for _ in range(attempts):
+        with pytest.raises(FAILED, match=r"(?s)after the swap to α=0\.5 .*old weights"):
+            call("swap_without_effect", **where, alpha=0.5)
+    with pytest.raises(FAILED, match="the last swap failed"):
+        call("logps", sequences=[TEXT])
+    assert call("swap", **where, alpha=0.5) != first == pytest.approx(call("swap", **where, alpha=0), abs=1e-4)
 
 
 def test_known_weights_that_changed_are_noticed(transformers_engine, models):
@@ -326,6 +340,27 @@ def test_top_k_1_is_greedy(engine, swap, tmp_path):
         engine.call("decode", **{k: DECODING[k] for k in ("temperature", "top_k", "top_p")})
 
 
+def test_temperature_0_is_greedy_in_both_backends(engine, swap, transformers_engine, models, tmp_path):
+    """The likeliest token after penalties, whatever top-k and top-p; -1 and 0 are no limit, as vLLM takes them."""
+    swap(0)
+    transformers_engine.swap(str(models / "sft"), str(models / "aligned"), 0)
+    seen = set()
+    try:
+        for limits in ({"top_k": 12, "top_p": 0.9}, {"top_k": -1, "top_p": 1.0}, {"top_k": 0, "top_p": 0.5}):
+            for worker in (engine, transformers_engine):
+                decode = getattr(worker, "decode", None) or partial(worker.call, "decode")
+                decode(temperature=0.0, **limits)
+                seen.add(json.dumps(ids(sample(worker, tmp_path, PROMPTS[:6], seed=len(seen)))))
+                decode(temperature=0.7, **limits)
+                sample(worker, tmp_path, PROMPTS[:2])
+    finally:
+        back = {key: DECODING[key] for key in ("temperature", "top_k", "top_p")}
+        transformers_engine.decode(**back)
+        engine.call("decode", **back)
+    (greedy,) = seen
+    assert len({tuple(said) for said in json.loads(greedy)}) > 3, "not one answer to all"
+
+
 def test_model_defaults_do_not_decide(models, tmp_path):
     """A generation config that forbids all tokens but two (and repeats none) is no part of our decoding."""
     shutil.copytree(models / "sft", tmp_path / "model")
@@ -345,6 +380,155 @@ def test_a_response_that_may_not_fit_is_refused(transformers_engine, models, tmp
             sample(transformers_engine, tmp_path, [[5], prompt])
 
 
+# ---- whether all weights arrive
+
+SMALL = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+PLAIN = {"backend": "transformers", "max_tokens": 8, "max_model_len": 64, "dtype": "float32"}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": 16}
+RENAMED = {  # names in memory are others than in the file, tensors are merged, or are buffers
+    "mixtral": lambda: transformers.MixtralConfig(**GROUPED, **EXPERTS),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**GROUPED, **EXPERTS, head_dim=8),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SMALL),
+    "gemma4_text": lambda: transformers.Gemma4TextConfig(**GROUPED, head_dim=8, global_head_dim=8, sliding_window=64,
+                                                         vocab_size_per_layer_input=128, hidden_size_per_layer_input=8),
+    "tied": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
+}  # fmt: skip
+
+
+def random_pair(folder, config, step=0.1):
+    """Save a random model, and another one `step` away in every weight and persistent buffer."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(folder / "0")
+    with torch.no_grad():
+        for tensor in {id(t): t for t in model.state_dict().values()}.values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.randn_like(tensor) * step)
+    model.save_pretrained(folder / "1")
+    return str(folder / "0"), str(folder / "1")
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_a_swap_brings_every_tensor_whatever_its_name_in_memory(tmp_path, name):
+    """After a swap the engine's model is, tensor by tensor, the one that transformers loads from a checkpoint."""
+    zero, one = random_pair(tmp_path, RENAMED[name]())
+    engine = Engine(zero, PLAIN)
+    extrapolate.extrapolate(zero, one, {0.5: tmp_path / "half"})
+    for alpha, folder in ((0.0, one), (0.5, tmp_path / "half"), (-1.0, zero)):
+        engine.swap(zero, one, alpha)
+        wanted = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        found = engine.backend.model.state_dict()
+        assert found.keys() == wanted.keys() and len(wanted) > 10
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=0, msg=key)
+    assert engine.backend.model is engine.backend.scorer.model
+
+
+def left_out(part):
+    """Make a back-end whose swaps leave the tensors with `part` in their names as they were, in silence."""
+
+    class Forgetful(TransformersBackend):
+        @torch.no_grad()
+        def swap(self, *weights):
+            before = {name: tensor.clone() for name, tensor in self.model.state_dict().items() if part in name}
+            digest = super().swap(*weights)
+            for name, tensor in self.model.state_dict().items():
+                if name in before:
+                    tensor.copy_(before[name])
+            return digest
+
+    return Forgetful
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers.1.self_attn.o_proj", "mlp.down_proj", "norm.weight", ""])
+def test_tensors_that_a_swap_leaves_out_are_noticed_at_once(models, monkeypatch, part):
+    """Nothing to compare with is known yet, and the probe changes: transformers alone tells that it is wrong."""
+    monkeypatch.setattr(generate, "TransformersBackend", left_out(part))
+    engine = Engine(str(models / "sft"), DECODING | {"backend": "transformers"})
+    for _ in range(2):
+        with pytest.raises(StaleWeights, match="does not compute with all of the weights that a swap brings: .* nats"):
+            engine.swap(str(models / "sft"), str(models / "aligned"), 0.0)
+        with pytest.raises(StaleWeights, match="the last swap failed"):
+            engine.logps([TEXT])
+
+
+def test_an_engine_is_compared_with_transformers_once(models, monkeypatch):
+    """Not at every α, not for the weights that it started with, nor for another model of its shape."""
+    asked, plain = [], scoring.plain_logps
+    monkeypatch.setattr(scoring, "plain_logps", lambda *given: asked.append(given[0]) or plain(*given))
+    engine = Engine(str(models / "sft"), DECODING | {"backend": "transformers"})
+    engine.swap(str(models / "sft"), None, 0.0)
+    assert asked == []
+    for alpha in (0, 0.5, 3, 0.5):
+        engine.swap(str(models / "sft"), str(models / "aligned"), alpha)
+    engine.swap(str(models / "3"), None, 0.0)
+    assert asked == [str(models / "sft")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_small_step_is_no_false_alarm(models, tmp_path, dtype):
+    """One weight of a token that the probe lacks moves by its last bit: other weights, the same probe."""
+    weights = {n: t.to(getattr(torch, dtype)) for n, t in load_file(models / "sft" / "model.safetensors").items()}
+    for name in ("zero", "one"):
+        shutil.copytree(models / "sft", tmp_path / name)
+        row = weights["model.embed_tokens.weight"][50]
+        row.view(torch.int32 if dtype == "float32" else torch.int16)[3] += name == "one"
+        save_file(weights, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    where = [str(tmp_path / name) for name in ("zero", "one")]
+    engine = Engine(where[0], DECODING | {"backend": "transformers", "dtype": dtype})
+    probes = [engine.swap(*where, alpha) for alpha in (0.0, -1.0, 1.0, 0.0, -1.0)]
+    assert probes == pytest.approx([probes[0]] * 5, rel=1e-6)
+    held = engine.backend.model.state_dict()["model.embed_tokens.weight"][50, 3]
+    assert held == load_file(tmp_path / "zero" / "model.safetensors")["model.embed_tokens.weight"][50, 3]
+    assert len(set(engine.digests.values())) == 4, "altered, 0, -1, 1"
+
+
+def test_the_same_weights_under_another_name_are_no_old_weights(transformers_engine, models, tmp_path):
+    """α = 0 of the aligned model is that model, and a copy of it is the same."""
+    where = str(models / "sft"), str(models / "aligned")
+    first = transformers_engine.swap(*where, 0.0)
+    shutil.copytree(models / "aligned", tmp_path / "copy")
+    assert transformers_engine.swap(where[1], None, 0.0) == first
+    assert transformers_engine.swap(str(tmp_path / "copy"), None, 0.0) == first
+
+
+def test_files_that_changed_between_two_swaps_are_noticed(models, tmp_path):
+    """The same folders and α are other weights now: what was sampled before was of others."""
+    shutil.copytree(models / "aligned", tmp_path / "aligned")
+    where = str(models / "sft"), str(tmp_path / "aligned")
+    engine = Engine(where[0], DECODING | {"backend": "transformers"})
+    engine.swap(*where, 0.0)
+    engine.swap(*where, 0.5)
+    weights = load_file(tmp_path / "aligned" / "model.safetensors")
+    weights["model.embed_tokens.weight"][300] += 1.0  # no token of the probe
+    save_file(weights, tmp_path / "aligned" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StaleWeights, match="took other tensors than the last time: the files have changed"):
+        engine.swap(*where, 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixtral", "gpt_neox"])
+def test_vllm_computes_with_all_weights_or_says_that_it_does_not(tmp_path, monkeypatch, name):
+    """On the CPU it packs a mixture's experts once: weights that are loaded later stay unpacked, in silence."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128}
+    config = RENAMED[name]()
+    config.update(shape | ({"head_dim": 32} if name == "mixtral" else {}))
+    zero, one = random_pair(tmp_path, config)
+    alone = Engine(zero, PLAIN).swap(zero, one, 0.5)
+    settings = {"model": zero, "decoding": PLAIN | {"backend": "vllm"}}
+    with launch.Worker("beyond_dpo.generate", settings, tmp_path, desc="vllm") as engine:
+        if name == "mixtral":
+            with pytest.raises(launch.JobFailed, match="StaleWeights: vllm does not compute with all of the weights"):
+                engine.call("swap", sft=zero, aligned=one, alpha=0.5)
+        else:
+            assert engine.call("swap", sft=zero, aligned=one, alpha=0.5) == pytest.approx(alone, abs=1e-3)
+
+
 def test_unknown_backend_is_refused(models):
     with pytest.raises(ValueError, match="unknown generation backend 'vlm'; there are vllm and transformers"):
         Engine(str(models / "sft"), DECODING | {"backend": "vlm"})
@@ -356,7 +540,8 @@ def test_model_without_end_token_is_refused(tmp_path):
         Engine(str(tmp_path), DECODING | {"backend": "transformers"})
 
 
-LIMITS = [(1, 1.0), (1, 0.5), (5, 0.9), (40, 0.9), (40, 1.0), (0, 0.9), (0, 1e-9), (0, 1.0), (300, 0.3), (299, 0.99)]
+LIMITS = [(-1, 1.0), (-1, 0.9)]
+LIMITS += [(1, 1.0), (1, 0.5), (5, 0.9), (40, 0.9), (40, 1.0), (0, 0.9), (0, 1e-9), (0, 1.0), (300, 0.3), (299, 0.99)]
 
 
 @pytest.mark.parametrize("k, p", LIMITS)
@@ -367,7 +552,7 @@ def test_top_k_top_p_equals_vllms_own(k, p):
 
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * 3
     for given in (logits, logits.round(), torch.zeros(2, 300), logits.masked_fill(logits < 0, -float("inf"))):
-        limits = [torch.full((len(given),), value) for value in (k or 300, p)]
+        limits = [torch.full((len(given),), value) for value in (k if k > 0 else 300, p)]
         sorted_out = sampler.apply_top_k_top_p_pytorch(given.clone(), *limits)
         lowest = sorted_out.masked_fill(sorted_out.isinf(), float("inf")).amin(-1, keepdim=True)
         expected = given.masked_fill(given < lowest, -float("inf"))
@@ -375,7 +560,7 @@ def test_top_k_top_p_equals_vllms_own(k, p):
         assert torch.equal(found, expected)
         if given is logits:
             assert torch.equal(found, sorted_out)
-            assert (found.isfinite().sum(-1) == k).all() or p < 1 or not k
+            assert (found.isfinite().sum(-1) == k).all() or p < 1 or k < 1
 
 
 def test_top_k_top_p_by_hand():

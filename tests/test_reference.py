@@ -3,9 +3,11 @@
 import copy
 import json
 import math
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from beyond_dpo import data, launch, reference
 from beyond_dpo.reference import ResponseScorer
@@ -139,6 +141,61 @@ def test_models_that_score_packed_responses_otherwise_are_refused():
                 weight.mul_(10)  # so that the difference shows in an untrained model
         with pytest.raises((ValueError, AttributeError), match="packed|embeddings"):
             ResponseScorer(wrong)
+
+
+@pytest.mark.parametrize("cap", [4.0, 50.0])
+def test_attention_scores_are_capped_as_in_the_model(tmp_path, cap):
+    """sdpa leaves Gemma-2's cap out in silence; a large one, too weak for a check of the scores to notice, as well."""
+    from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(1)
+    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "initializer_range": 0.8}
+    Gemma2ForCausalLM(Gemma2Config(**shape, **heads, attn_logit_softcapping=cap)).save_pretrained(tmp_path)
+    prompt, said = [5, 6, 7, 8], [9, 10, 11, 12]
+    row = {"id": "", "prompt_ids": prompt, "responses": {"said": said}}
+    found = {}
+    for kind in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=kind).eval()
+        found[kind] = by_hand(model, prompt, said)[0]
+        scorer = ResponseScorer(model)
+        assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx([found["eager"]], rel=1e-5)
+    assert abs(found["eager"] - found["sdpa"]) > 1e-3, "the cap matters"
+    scorer = reference.load_scorer(str(tmp_path))
+    assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx([found["eager"]], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attn_logit_softcapping", "attention_logits_soft_cap", "attn_logit_cap"])
+def test_which_settings_cap_attention(name):
+    from transformers import LlamaConfig
+
+    assert reference.caps_attention(LlamaConfig(**{name: 30.0}))
+    assert not reference.caps_attention(LlamaConfig(**{name: None}, final_logit_softcapping=30.0))
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path):
+    """transformers would draw the missing one at random and go on."""
+    shutil.copytree(tiny, tmp_path / "model")
+    weights = load_file(tiny / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    cut = {key: tensor for key, tensor in weights.items() if key != name}
+    with pytest.raises(ValueError, match=f"no {name} for the model"):
+        reference.plain_logps(str(tiny), cut, [[5, 6, 7]], torch.float32)
+    save_file(cut, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"no {name} for the model"):
+        reference.load_scorer(str(tmp_path / "model"))
+
+
+def test_plain_log_probabilities_are_those_of_the_given_tensors(model, tiny):
+    """Not those of the folder's own; as the Python loop has them."""
+    weights = load_file(tiny / "model.safetensors")
+    other = {name: tensor * 1.5 for name, tensor in weights.items()}
+    for tensors in (weights, other):
+        twin = copy.deepcopy(model)
+        twin.load_state_dict(tensors, strict=False)
+        wanted = [by_hand(twin, ids[:1], ids[1:])[0] for ids in ([5, 6, 7], [300, 9])]
+        found = reference.plain_logps(str(tiny), tensors, [[5, 6, 7], [300, 9]], torch.float32)
+        assert found == pytest.approx(wanted, rel=1e-5)
 
 
 def test_sequences_longer_than_the_window_are_refused(model, rows):

@@ -170,6 +170,64 @@ def test_one_engine_samples_from_all_models_of_a_shape(store):
         assert said(stages.model(str(other))) != own and workers.living["generate"] is not engine, "it needs its own"
 
 
+def test_copying_a_model_can_be_tried_again(store, monkeypatch):
+    """An interrupt leaves links to files of a gigabyte; the next attempt ends, and writes into none of them."""
+    source, out = store / "source", store / "out"
+    shutil.copytree(assets.model_dir("tiny"), source)
+    with open(source / "large.safetensors", "wb") as large:
+        large.truncate(10**9)
+    monkeypatch.setattr(assets, "resolve", lambda ref: {"local": ref})  # without reading all of it
+    out.mkdir()
+    copy = stages.model(str(source)).make
+    copy(out)
+    (out / "config.json").unlink()
+    for _ in range(2):
+        copy(out)
+        assert (out / "large.safetensors").samefile(source / "large.safetensors")
+        assert not (out / "config.json").samefile(source / "config.json")
+        assert {f.name: f.stat().st_size for f in out.iterdir() if f.name[0] != "."} == {
+            f.name: f.stat().st_size for f in source.iterdir() if f.name[0] != "."}  # fmt: skip
+    assert not [f for f in out.iterdir() if f.name.endswith(f".{os.getpid()}")]
+
+
+@pytest.mark.parametrize("least", [0, 10])
+def test_a_link_replaces_what_is_there_and_changes_no_other_file(tmp_path, least):
+    """Twice the same, a link to nowhere, another file, a second name of another file: the target is the source."""
+    source, other, target = (tmp_path / name for name in ("source", "other", "target"))
+    source.write_text("new")
+    other.write_text("other")
+    befores = [
+        lambda: None, lambda: paths.link(source, target, least), lambda: target.symlink_to(tmp_path / "gone"),
+        lambda: target.symlink_to(source), lambda: target.write_text("old"), lambda: os.link(other, target),
+        lambda: os.link(source, target),
+    ]  # fmt: skip
+    for before in befores:
+        target.unlink(missing_ok=True)
+        before()
+        for _ in range(2):
+            paths.link(source, target, least)
+            assert target.read_text() == "new" and not target.is_symlink()
+        assert other.read_text() == "other" and len(list(tmp_path.iterdir())) == 3
+        assert target.samefile(source) or least
+    with pytest.raises(FileNotFoundError):
+        paths.link(tmp_path / "gone", target)
+    assert target.read_text() == "new"
+
+
+def test_an_engines_shape_is_what_its_files_say_not_how_they_are_written(tmp_path):
+    """Other indents, another dtype or origin are one shape; another end token or structure is not."""
+    for name in ("one", "two"):
+        shutil.copytree(assets.model_dir("tiny"), tmp_path / name)
+    shape, file = stages._shape(str(tmp_path / "one")), tmp_path / "two" / "config.json"
+    settings = json.loads(file.read_text())
+    about = {"torch_dtype": "bfloat16", "dtype": "bfloat16", "transformers_version": "4.1", "_name_or_path": "/x"}
+    file.write_text(json.dumps(dict(reversed((settings | about).items()))))
+    assert stages._shape(str(tmp_path / "two")) == shape
+    for changed in ({"rms_norm_eps": 0.5}, {"eos_token_id": 7}, {"tie_word_embeddings": False}):
+        file.write_text(json.dumps(settings | changed))
+        assert stages._shape(str(tmp_path / "two")) != shape
+
+
 def test_lines_share_what_is_already_trained():
     """No model of another notebook is trained again, and no line has one model at both ends."""
     cfg = config.load("expo", "cpu")

@@ -252,7 +252,7 @@ def _built(name: str) -> Path:
     folder = paths.CACHE / f"{name}-{artifacts.digest(resolve(name))[:12]}"
     if not folder.is_dir():
         paths.CACHE.mkdir(parents=True, exist_ok=True)
-        with open(paths.CACHE / f".{folder.name}.lock", "w") as lock:
+        with open(paths.CACHE / f".{folder.name}.lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
             for left in paths.CACHE.glob(f".{folder.name}-*"):  # by one that was killed
                 shutil.rmtree(left, ignore_errors=True)

@@ -20,10 +20,10 @@ def movement(start, models: dict) -> tuple[list[dict], dict[tuple[str, str], flo
     ValueError for a model that equals the start. The squares of a model's `change` add up to that of the whole Δθ.
     """
     names, rows = list(models), []
-    pairs = {n: {one.name: (zero, one) for zero, one in extrapolate.check(start, models[n])} for n in names}
+    pairs = {name: _moving(start, models[name]) for name in names}
     products = {(a, b): 0.0 for i, a in enumerate(names) for b in names[i:]}
-    for tensor in next(iter(pairs.values())):
-        if not pairs[names[0]][tensor][0].kind.startswith("float"):
+    for tensor in pairs[names[0]]:
+        if not all(tensor in held for held in pairs.values()):  # one stores the second of two tied names, another not
             continue
         theta = _read(pairs[names[0]][tensor][0])
         moved = {name: _read(pairs[name][tensor][1]) - theta for name in names}
@@ -37,6 +37,12 @@ def movement(start, models: dict) -> tuple[list[dict], dict[tuple[str, str], flo
     if still := [name for name in names if not products[name, name]]:
         raise ValueError(f"{still[0]} has the very weights of {start}: it has not moved")
     return rows, {(a, b): p / math.sqrt(products[a, a] * products[b, b]) for (a, b), p in products.items()}
+
+
+def _moving(start, model) -> dict:
+    """Return {name in the start: where it is in both} of all floating-point weights; of two tied names one."""
+    pairs = [(zero, one) for zero, one in extrapolate.check(start, model) if not extrapolate.derived(one)]
+    return {zero.name: (zero, one) for zero, one in pairs if zero.kind.startswith("float")}
 
 
 def _read(stored):

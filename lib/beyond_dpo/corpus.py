@@ -82,12 +82,12 @@ def split(world: config.World, out: Path) -> dict:
         "reward": [first_b[:start], [label for _, label in half_b[:start]]],
         "held_out": [first_b[start : start + held], [label for _, label in half_b[start : start + held]]],
     }
-    (out / "labelled.json").write_text(json.dumps(labels))
+    (out / "labelled.json").write_text(json.dumps(labels), encoding="utf-8")
     for name in SPLITS:
         rows = []
         for i in range(place, place + getattr(world, name)):
             rows.append({"id": f"B{i}"} | beginning(tokenizer, half_b[i][0], world, rng))
-        (out / f"{name}.json").write_text(json.dumps(rows))
+        (out / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         place += len(rows)
     return {"sft_rows": len(sft_rows), "held_out": held}
 
@@ -189,5 +189,5 @@ def halves(dataset: str) -> tuple[list, list]:
         return imdb_halves()
     if dataset != "fixtures":
         raise config.ConfigError(f"{dataset!r} has no reader for labelled halves; only {' and '.join(EMBEDDED)} have")
-    rows = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines()]
     return [(r["text"], r["label"]) for r in rows], [(r["text"], r["label"]) for r in rows]

@@ -7,10 +7,21 @@ same small file with another scale, so that one engine answers with all α side 
 import json
 from pathlib import Path
 
-from beyond_dpo import paths
+from safetensors import safe_open
+
+from beyond_dpo import extrapolate, paths
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of tensor names in an adapter's file, as peft writes them
+A, B = ".lora_A.weight", ".lora_B.weight"
+NEUTRAL = {  # settings of peft's LoraConfig that change nothing of θ₀ + s·BA, or are looked at one by one
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "use_rslora", "fan_in_fan_out", "bias", "init_lora_weights", "lora_dropout", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size", "eva_config",
+}  # fmt: skip
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of A and B, which leave θ₀ as it is
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights of such layers are (in, out)
+INSTEAD = "merge it, and extrapolate whole models"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
@@ -32,65 +43,120 @@ def save(model, weights: dict, out: Path) -> None:
     settings = model.peft_config["default"].to_dict() | {"inference_mode": True}
     settings["target_modules"] = sorted(settings["target_modules"])
     text = json.dumps(settings, indent=1, sort_keys=True, default=str)
-    Path(out, CONFIG).write_text(text)
+    Path(out, CONFIG).write_text(text, encoding="utf-8")
     save_file({PREFIX + name.replace(".default.", "."): w for name, w in weights.items()}, Path(out, WEIGHTS))
 
 
 def scaled(adapter: str | Path, outputs: dict[float, str | Path]) -> None:
     """Write {alpha: folder}: the adapter with its scale times 1 + alpha, its weights linked, not copied.
 
-    Raises as scale().
+    Raises ValueError for an adapter that is no plain LoRA, see read_settings() and products().
     """
-    settings, adapter = json.loads(Path(adapter, CONFIG).read_text()), Path(adapter)
-    scale(settings, adapter)
+    adapter = Path(adapter)
+    settings = read_settings(adapter)
+    products(adapter)
     for alpha, out in outputs.items():
         Path(out).mkdir(parents=True, exist_ok=True)
         changed = settings | {"lora_alpha": settings["lora_alpha"] * (1 + alpha)}
-        Path(out, CONFIG).write_text(json.dumps(changed, indent=1, sort_keys=True))
+        paths.write(Path(out, CONFIG), json.dumps(changed, indent=1, sort_keys=True))
         paths.link(adapter / WEIGHTS, Path(out, WEIGHTS))
 
 
-def scale(settings: dict, adapter: Path) -> float:
-    """Return s, by which BA is added: lora_alpha / r, or lora_alpha / √r of a rank-stabilised adapter.
+def read_settings(adapter: Path) -> dict:
+    """Return an adapter's settings, of a plain LoRA: θ₀ + s·BA, added to linear layers of the very θ₀ that is given.
 
-    Raises ValueError for an adapter that is more than s·BA of linear layers, where (1 + α)·s would not be ExPO.
+    Raises ValueError for another kind (LoHa, IA3, …), for one that is more than s·BA (DoRA, biases, …), and for one
+    whose start has changed θ₀ (PiSSA, OLoRA, …): for those (1 + α)·s would not be ExPO. A setting that is not known
+    here counts as one that adds something.
     """
-    more = ("use_dora", "modules_to_save", "alpha_pattern", "rank_pattern", "trainable_token_indices", "lora_bias")
-    if found := [name for name in more if settings.get(name)] + [b for b in [settings.get("bias")] if b != "none"]:
-        raise ValueError(f"{adapter} is more than s·BA ({', '.join(found)}): merge it, and extrapolate whole models")
+    settings = extrapolate.load_json(adapter / CONFIG)
+    kind = settings.get("peft_type")
+    if kind != "LORA" or not isinstance(settings.get("r"), int) or "lora_alpha" not in settings:
+        raise ValueError(f"{adapter} is an adapter of kind {kind}, not a LoRA with r and lora_alpha: {INSTEAD}")
+    more = [name for name in sorted(settings.keys() - NEUTRAL) if settings[name]]
+    if settings.get("bias", "none") != "none":
+        more.append(settings["bias"])
+    if more:
+        raise ValueError(f"{adapter} is more than s·BA ({', '.join(map(str, more))}): {INSTEAD}")
+    start = settings.get("init_lora_weights", True)
+    if start not in STARTS:
+        raise ValueError(
+            f"{adapter} belongs to a base model that its start ({start}) has changed: save it once more with peft's "
+            f"path_initial_model_for_weight_conversion, which makes it a plain LoRA, or {INSTEAD}"
+        )
+    return settings
+
+
+def scale(settings: dict) -> float:
+    """Return s, by which BA is added: lora_alpha / r, or lora_alpha / √r of a rank-stabilised adapter."""
     return settings["lora_alpha"] / (settings["r"] ** (0.5 if settings.get("use_rslora") else 1))
 
 
-def deltas(adapter: str | Path) -> dict:
-    """Return s·BA in float32 by the name of the weight that it is added to. Raises as scale()."""
-    from safetensors.torch import load_file
+def products(adapter: Path) -> list[str]:
+    """Return what an adapter's file adds a product BA to, as it names them.
 
-    adapter = Path(adapter)
-    weights, s = load_file(adapter / WEIGHTS), scale(json.loads(Path(adapter, CONFIG).read_text()), adapter)
-    found = {}
-    for name in [name for name in weights if name.endswith(".lora_A.weight")]:
-        a, b = weights[name].float(), weights[name.replace("lora_A", "lora_B")].float()
-        found[name.removeprefix(PREFIX).replace(".lora_A.weight", ".weight")] = s * (b @ a)
-    return found
+    Raises ValueError if the file is not there, holds a tensor that is no A or B of a linear layer, or one without the
+    other.
+    """
+    if not (adapter / WEIGHTS).exists():
+        raise ValueError(f"no {WEIGHTS} in {adapter}: save the adapter as safetensors (a pickle is never loaded)")
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        names = set(file.keys())
+    firsts = {name.removesuffix(A) for name in names if name.endswith(A)}
+    seconds = {name.removesuffix(B) for name in names if name.endswith(B)}
+    used = {name + A for name in firsts & seconds} | {name + B for name in firsts & seconds}
+    if names != used:
+        raise ValueError(f"{adapter} holds {min(names - used)}, which is no half of a product BA: {INSTEAD}")
+    return sorted(firsts)
+
+
+def deltas(sft: Path, adapter: Path, shapes: dict[str, list[int]]) -> dict:
+    """Return s·BA in float32 by the name of the weight of `sft` that it is added to, and in its layout.
+
+    shapes: of the tensors of `sft`, by name. Conv1D layers (GPT-2's) keep their weights transposed. Raises as
+    read_settings() and products(), and IncompatibleModels for an adapter of other tensors, or of one of two tied ones,
+    which peft moves alone.
+    """
+    settings = read_settings(adapter)
+    s = scale(settings)
+    about = extrapolate.load_json(sft / "config.json")
+    in_first = settings.get("fan_in_fan_out") or about.get("model_type") in CONV1D
+    added = {}
+    for product in products(adapter):
+        with safe_open(adapter / WEIGHTS, "pt") as file:
+            delta = s * (file.get_tensor(product + B).float() @ file.get_tensor(product + A).float())
+        name = _name_in(shapes, product.removeprefix(PREFIX) + ".weight")
+        shape = shapes.get(name)
+        if shape == list(delta.T.shape) and (in_first or shape != list(delta.shape)):
+            delta = delta.T
+        if shape != list(delta.shape):
+            what = f"{adapter} adds {list(delta.shape)} to {name}, in {sft} it is {shape}"
+            raise extrapolate.IncompatibleModels(what)
+        if about.get("tie_word_embeddings") and name.endswith(extrapolate.HEADS + extrapolate.EMBEDDINGS):
+            raise extrapolate.IncompatibleModels(f"{adapter} moves {name}, which {sft} ties to another: {INSTEAD}")
+        added[name] = delta
+    return added
+
+
+def _name_in(stored: dict, name: str) -> str:
+    """Return the name under which a checkpoint stores a weight: some leave out the first part ("transformer.")."""
+    if name in stored:
+        return name
+    shorter = name.partition(".")[2]
+    return shorter if shorter in stored else name
 
 
 def tensors(sft: str | Path, adapter: str | Path | None, alpha: float, modules: dict[str, float] | None = None):
     """Return an iterator over (name, θ₀ + (1 + α)·s·BA), float32 where something is added, else θ₀ as it is stored.
 
     As extrapolate.tensors(), which it calls for an aligned model that is no adapter; arguments as there. Raises alike,
-    IncompatibleModels for an adapter of other tensors or one that adds nothing, and as scale().
+    as deltas(), and IncompatibleModels for an adapter that adds nothing.
     """
-    from beyond_dpo import extrapolate
-
     if adapter is None or not Path(adapter, CONFIG).exists():
         return extrapolate.tensors(sft, adapter, alpha, modules)
-    pairs, added = extrapolate.check(sft, None), deltas(adapter)
-    alphas = extrapolate._alphas(pairs, [alpha], modules or {})
-    for name, delta in added.items():
-        shape = next((list(one.shape) for _, one in pairs if one.name == name), None)
-        if shape != list(delta.shape):
-            added_to = f"{adapter} adds {list(delta.shape)} to {name}, in {sft} it is {shape}"
-            raise extrapolate.IncompatibleModels(added_to)
+    pairs = extrapolate.check(sft, None)
+    added = deltas(Path(sft), Path(adapter), {one.name: one.shape for _, one in pairs})
+    alphas = extrapolate.module_alphas(pairs, [alpha], modules or {})
     if not any(delta.any() for delta in added.values()):
         raise extrapolate.IncompatibleModels(extrapolate.EQUAL.format(sft, adapter))
 

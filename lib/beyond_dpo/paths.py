@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,26 +22,46 @@ CACHE = _folder("BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo"))  # downloaded a
 
 
 def link(source: str | Path, target: str | Path, least: int = 0) -> None:
-    """Give a file a second name, or a copy where it is smaller than `least` bytes or another file system's."""
-    source = os.path.realpath(source)
+    """Give a file a second name, or a copy where it is smaller than `least` bytes or another file system's.
+
+    A target that is there is replaced as a whole, never written into: it may be another file's second name. Doing it
+    once more changes nothing, so that an attempt that was interrupted can be repeated.
+    """
+    source, target = Path(os.path.realpath(source)), Path(target)
+    if target.exists() and not target.is_symlink() and target.samefile(source):
+        return
+    with _partial(target) as partial:
+        if source.stat().st_size < least or not _linked(source, partial):
+            shutil.copyfile(source, partial)
+            sync(partial)
+
+
+def _linked(source: Path, target: Path) -> bool:
+    """Try to give a file a second name; return whether its file system can."""
     try:
-        if os.path.getsize(source) < least:
-            raise OSError
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        return False
+    return True
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file, which appears whole (and on the disk) or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _partial(path) as partial:
+        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        sync(partial)
+
+
+@contextmanager
+def _partial(path: Path):
+    """Yield the name of a file beside `path` that takes its place, on the disk as well, when it is written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)  # of an earlier process of this number
     try:
-        with open(partial, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
+        sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 

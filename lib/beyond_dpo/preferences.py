@@ -415,7 +415,7 @@ def split(world: config.World, out: Path) -> dict:
     else:
         drawn["train"] = train[: world.prompts]
     for name, file in {"train": "prompts", "dev": "dev_prompts", "test": "test_prompts"}.items():
-        (out / f"{file}.json").write_text(json.dumps([made for made, _, _ in drawn[name]]))
+        (out / f"{file}.json").write_text(json.dumps([made for made, _, _ in drawn[name]]), encoding="utf-8")
 
     held = []  # labelled reviews that a reward is measured on
     if train and "label" in train[0][1]:
@@ -423,7 +423,7 @@ def split(world: config.World, out: Path) -> dict:
         held = [row for _, row in more if not reason(row) and _key(row) not in draw.seen]
     texts = [" ".join(row["text"].split()[: world.reward_words]) for row in held]
     labelled = {"gold": [[], []], "reward": [[], []], "held_out": [texts, [row["label"] for row in held]]}
-    (out / "labelled.json").write_text(json.dumps(labelled))
+    (out / "labelled.json").write_text(json.dumps(labelled), encoding="utf-8")
     return facts | {"held_out": len(held), "dropped": dict(draw.dropped)}
 
 

@@ -39,8 +39,8 @@ def off_the_shelf(cfg) -> Artifact:
             rows = ask.rows(ask.alpaca_eval(said, by, model=name, questions=ask.alpaca_questions(said)))
             won, fair = judge.win_rate(row["preference"] for row in rows), judge.length_controlled(rows)
             wins.append(at | {"win_rate": won._asdict(), "length_controlled": fair._asdict()})
-        (out / "wins.json").write_text(json.dumps(wins, indent=1))
-        (out / "best.json").write_text(json.dumps(best, indent=1))
+        (out / "wins.json").write_text(json.dumps(wins, indent=1), encoding="utf-8")
+        (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
 
     recipe = {"dev": [scores for _, scores in dev], "names": list(lines), "judge": cfg.judge}
     return Artifact("published", 1, recipe | {"test_samples": cfg.test_samples}, make)
@@ -52,7 +52,7 @@ def _spoken(cfg, said: Artifact, split: str) -> dict[str, str]:
 
     tokenizer, found = data.load_tokenizer(assets.model_dir(cfg.world.target)), {}
     asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json(f"{split}.json")}
-    for line in (said.get() / "responses.jsonl").read_text().splitlines():
+    for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         found.setdefault(asked[row["id"]], tokenizer.decode(row["response_ids"], skip_special_tokens=True))
     return found

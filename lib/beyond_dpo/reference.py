@@ -7,6 +7,7 @@ seed in its key; training then holds one model. `python -m beyond_dpo.reference 
 import argparse
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from beyond_dpo import data, launch, paths
 from beyond_dpo.cluster import CPUINFO, computes_bf16
 
+ATTENTION_CAP = re.compile("att.*(soft_?cap|logits?_cap)")  # in a config: attention scores are capped by tanh
 CHUNK = 2048  # response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB)
 
 
@@ -47,6 +49,11 @@ def attention(precision: str, wanted: str = "auto") -> str:
     return ("flash_attention_2" if there else "sdpa") if wanted == "auto" else wanted
 
 
+def caps_attention(config) -> bool:
+    """Tell whether a model caps its attention scores, as Gemma-2 does: s ← c · tanh(s / c)."""
+    return any(value for name, value in config.to_dict().items() if ATTENTION_CAP.match(name))
+
+
 class ResponseScorer(torch.nn.Module):
     """Wrap a causal language model so that `forward` scores responses; logits exist for response positions only.
 
@@ -54,6 +61,7 @@ class ResponseScorer(torch.nn.Module):
     `logps`, the sum over response tokens of ln p in nats; `tokens`, their number; with `entropy` also
     `entropies`, the mean over response tokens of the entropy of p divided by ln |V|, in 0…1.
     A response without tokens gets logps 0 and entropy NaN. precision "bf16" autocasts, the softmax stays float32.
+    A model that caps its attention scores is taken from sdpa, which leaves the cap out in silence, to eager attention.
     Raises ValueError for a model that scores packed responses otherwise than alone (its layers do not follow the mask,
     or its logits are not its head's), and for a sequence longer than the model's attention window.
     """
@@ -64,6 +72,8 @@ class ResponseScorer(torch.nn.Module):
             raise ValueError(f"precision must be bf16 or fp32, got {precision!r}")
         self.config = model.config.get_text_config()
         self.window = getattr(self.config, "sliding_window", None) or math.inf
+        if caps_attention(self.config) and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation("eager")
         # flash-attention knows neither float32 nor a mask in which several responses see one prompt
         self.shared = getattr(model.config, "_attn_implementation", "") != "flash_attention_2"
         self.model, self.bf16, self.chunk = model, not self.shared, chunk
@@ -132,11 +142,45 @@ class ResponseScorer(torch.nn.Module):
 
 def load_scorer(folder: str, precision: str = "fp32", dtype: torch.dtype = torch.float32) -> ResponseScorer:
     """Return the scorer of a model folder: weights in `dtype`, on the accelerator if there is one."""
-    from transformers import AutoModelForCausalLM
-
-    how = {"dtype": dtype, "use_safetensors": True, "attn_implementation": attention(precision)}
-    model = AutoModelForCausalLM.from_pretrained(folder, **how)
+    model = load_model(folder, attention(precision), dtype)
     return ResponseScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), precision)
+
+
+def load_model(folder: str, implementation: str, dtype: torch.dtype, tensors: dict | None = None):
+    """Return the causal language model of a folder with its own weights, or with other ones.
+
+    implementation: of its attention. tensors: the other weights, by the names that the folder's files have. The names
+    in memory may differ (a mixture's experts are one tensor, GPT-NeoX's head has another name): transformers itself
+    converts them here, ties what is tied, and casts to `dtype`. Raises ValueError if the model lacks a tensor then,
+    which transformers would draw at random.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    how = {"dtype": dtype, "attn_implementation": implementation, "output_loading_info": True}
+    if tensors is None:
+        model, report = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **how)
+    else:
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        model, report = type(empty).from_pretrained(None, config=empty.config, state_dict=tensors, **how)
+    if missing := sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]):
+        raise ValueError(f"{folder}: no {missing[0]} for the model ({len(missing)} missing): its weights are not whole")
+    return model
+
+
+@torch.no_grad()
+def plain_logps(folder: str, tensors: dict, sequences: list[list[int]], dtype: torch.dtype) -> list[float]:
+    """Return ln p (nats) of each sequence given its first token, under `tensors` in the model of a folder.
+
+    The independent computation by which others are judged: transformers on the processor, eager attention, one
+    sequence at a time and all of its logits. Raises as load_model().
+    """
+    model = load_model(folder, "eager", dtype, tensors).eval()
+    scores = []
+    for ids in sequences:
+        logps = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float().log_softmax(-1)
+        scores.append(float(logps.gather(-1, torch.tensor(ids[1:])[:, None]).sum()))
+    return scores
 
 
 @torch.no_grad()
@@ -161,7 +205,7 @@ def main(path: str) -> None:
     """Score the rows of a job file: model, rows, names, limits, precision, micro_batch, out (a .safetensors file)."""
     from safetensors.torch import save
 
-    job = json.loads(Path(path).read_text())
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
     require_precision(job["precision"])
     rows, dropped = data.prepare(data.read_rows(job["rows"]), job["names"], **job["limits"])
     if not rows:

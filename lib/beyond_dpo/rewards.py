@@ -26,7 +26,7 @@ def train_bag_of_words(texts: list[str], labels: list[int], out: Path, *, held_o
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=200_000, sublinear_tf=True)
     model = LogisticRegression(C=4.0, max_iter=400, random_state=seed).fit(vectorizer.fit_transform(texts), labels)
     words = sorted(vectorizer.vocabulary_, key=vectorizer.vocabulary_.get)
-    (out / "words.json").write_text(json.dumps(words))
+    (out / "words.json").write_text(json.dumps(words), encoding="utf-8")
     np.savez(out / "weights.npz", idf=vectorizer.idf_, coef=model.coef_[0], intercept=model.intercept_)
     return held_out_facts(BagOfWords(out), *held_out) | {"trained_on": len(texts), "features": len(words)}
 
@@ -47,7 +47,7 @@ class BagOfWords:
     def __init__(self, folder: Path):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        words = json.loads(Path(folder, "words.json").read_text())
+        words = json.loads(Path(folder, "words.json").read_text(encoding="utf-8"))
         with np.load(Path(folder, "weights.npz"), allow_pickle=False) as arrays:
             self.coef, self.intercept, idf = arrays["coef"], arrays["intercept"], arrays["idf"]
         self.vectorizer = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words, sublinear_tf=True)
@@ -268,8 +268,8 @@ class Scorer:
         `reference_prompts` prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
         shard, rank, world: as for Engine.generate(). Returns {"distinct_2"} of all responses together.
         """
-        asked = {r["id"]: r for r in json.loads(Path(prompts).read_text())}
-        lines = [json.loads(line) for line in Path(responses).read_text().splitlines()]
+        asked = {r["id"]: r for r in json.loads(Path(prompts).read_text(encoding="utf-8"))}
+        lines = [json.loads(line) for line in Path(responses).read_text(encoding="utf-8").splitlines()]
         place, files = {name: i // shard for i, name in enumerate(asked)}, shards.parts(out, len(asked), shard)
         referenced = set(list(asked)[:reference_prompts])
         for k in shards.left(files, rank, world):
@@ -316,7 +316,7 @@ def main(path: str) -> None:
 
     reward: gold, reward or vader. An encoder is trained in the job's "precision", else in bf16.
     """
-    job = json.loads(Path(path).read_text())
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
     name, out = job.pop("reward"), Path(job["out"])
     precision = job.pop("precision", "bf16")
     if not job["held_out"][0]:  # preferences have no labels to measure it on
@@ -328,7 +328,7 @@ def main(path: str) -> None:
         facts = train_bag_of_words(**job | {"out": out})
     else:
         facts = train_classifier(**job | {"out": out, "precision": precision})
-    Path(job["out"], "facts.json").write_text(json.dumps(facts))
+    Path(job["out"], "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 def top_k_top_p(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
     """Set to −inf, in place, all but the k largest logits of each row, then all whose more likely ones hold the mass p.
 
-    logits (rows, vocabulary), float; k 0 and p 1 mean no limit. Equal logits stay or go together, the largest stays.
-    The same as sorting each row, at a tenth of its time on a CPU for |V| = 49,152.
+    logits (rows, vocabulary), float; k below 1 and p 1 mean no limit. Equal logits stay or go together, the largest
+    stays. The same as sorting each row, at a tenth of its time on a CPU for |V| = 49,152.
     """
     size = logits.shape[-1]
     if not 0 < k < size and p >= 1:

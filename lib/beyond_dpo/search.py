@@ -63,7 +63,8 @@ def search_alpha(
     asked = [p for p in prompts for _ in range(samples)]
     with tempfile.TemporaryDirectory() as work:
         given = Path(work, "prompts.json")
-        given.write_text(json.dumps([{"id": str(i), "prompt_ids": prompt} for i, prompt in enumerate(rendered)]))
+        rows = [{"id": str(i), "prompt_ids": prompt} for i, prompt in enumerate(rendered)]
+        given.write_text(json.dumps(rows), encoding="utf-8")
         settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
         with launch.Worker("beyond_dpo.generate", settings, Path(work), desc="search") as engine:
 
@@ -71,7 +72,7 @@ def search_alpha(
                 out = Path(work, f"{alpha:g}.jsonl")
                 engine.call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
                 engine.call("generate", prompts=str(given), out=str(out), samples=samples, seed=seed)
-                said = [json.loads(line)["response_ids"] for line in out.read_text().splitlines()]
+                said = [json.loads(line)["response_ids"] for line in out.read_text(encoding="utf-8").splitlines()]
                 scores = np.asarray(reward(asked, [tokenizer.decode(ids, skip_special_tokens=True) for ids in said]))
                 return scores.reshape(len(prompts), samples).mean(1)
 

@@ -68,7 +68,7 @@ def answers(cfg, name: str) -> Artifact:
         lines, refused = _encoded(cfg, tokenizer, rows, found)
         if not lines:
             raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
-        (out / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (out / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         answered = {line["id"] for line in lines}
         unanswered = sum(row["id"] not in answered for row in rows)
         facts = {"responses": len(lines), "unanswered": unanswered}
@@ -145,7 +145,7 @@ def _put(cfg, source: config.Source) -> Artifact:
                 row["prompt_ids"] = data.render(own, asking(source, text), "chat", begun=begun)
             else:
                 row["prompt_ids"] = data.render(own, text, "plain")
-        (out / "prompts.json").write_text(json.dumps(rows))
+        (out / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
 
     recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
     if source.ask:
@@ -162,7 +162,7 @@ def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
     tokenizer, found = data.load_tokenizer(model), {row["id"]: [] for row in prompts}
     ends = data.end_tokens(tokenizer)
     asked = {row["id"]: row["prompt_ids"] for row in prompts}
-    for line in (said.get() / "responses.jsonl").read_text().splitlines():
+    for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         before = tokenizer.decode(asked[row["id"]], skip_special_tokens=True)
         whole = tokenizer.decode(asked[row["id"]] + row["response_ids"], skip_special_tokens=True)

@@ -14,6 +14,9 @@ import pandas as pd
 from beyond_dpo import artifacts, assets, config, corpus, launch, needs, paths, shards, spread, workers
 from beyond_dpo.artifacts import Artifact
 
+# what a config says of its weights' origin, not of what an engine computes
+UNSHAPED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
 
 def texts(world: config.World) -> Artifact:
     """Split the data set into SFT rows, labels and prompts (corpus.split)."""
@@ -129,10 +132,13 @@ def _shape(model: str) -> list:
     """Return what an engine keeps of the model that it starts with: structure, end tokens, vocabulary."""
     from beyond_dpo import data
 
-    files, words = [Path(model, f"{name}config.json") for name in ("", "generation_")], Path(model, "tokenizer.json")
-    lines = [line for path in files if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
-    known = [line for line in lines if '"dtype"' not in line and '"transformers_version"' not in line]
-    return [*known, words.exists() and artifacts.sha256(words), data.model_end_tokens(model)]
+    about = []
+    for name in ("config.json", "generation_config.json"):
+        file = Path(model, name)
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        about.append({key: value for key, value in content.items() if key not in UNSHAPED})
+    words = Path(model, "tokenizer.json")
+    return [*about, words.exists() and artifacts.sha256(words), data.model_end_tokens(model)]
 
 
 def scores(

@@ -117,7 +117,7 @@ def main(path: str) -> None:
         os.environ |= cluster.rank(torch.cuda.device_count())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
-    job = json.loads(Path(path).read_text())
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
     settings = configuration.Train(**{**job["settings"], "processes": world})
     reference.require_precision(settings.precision)
     accumulation = configuration.check_batch(settings)
@@ -182,9 +182,11 @@ def main(path: str) -> None:
         for later in saved.glob("step*"):  # whose writing was interrupted: these steps come again
             if _steps(later.name) > first:
                 shutil.rmtree(later)
-        kept = log_file.read_text().splitlines()[:first] if log_file.exists() else []
-        log_file.write_text("".join(line + "\n" for line in kept))  # not what came after the checkpoint
-        (out / "facts.json").write_text(json.dumps({"rows": len(rows), "dropped": dropped, "steps": total}))
+        kept = log_file.read_text(encoding="utf-8").splitlines()[:first] if log_file.exists() else []
+        # without what came after the checkpoint
+        log_file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        facts = {"rows": len(rows), "dropped": dropped, "steps": total}
+        (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         log.info("%d rows (%d dropped: no prompt or no response), steps %d to %d", len(rows), dropped, first, total)
 
     for step in range(first, total):
@@ -230,7 +232,7 @@ def main(path: str) -> None:
             entry = {"step": step, "lr": rate, "grad_norm": norm}
             entry |= {"alpha": alpha} if settings.loss.startswith("wrpo") else {}
             entry |= _measured(sums.tolist(), batch, names, settings.loss, time.time() - began)
-            with open(log_file, "a") as f:
+            with open(log_file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
             launch.progress(step + 1, total)
         if step + 1 in ends:
@@ -280,7 +282,7 @@ def _find_checkpoint(saved: Path, log_file: Path) -> int:
     cut may leave it, is renamed and stays beside `saved`; the log says so.
     """
     latest = saved / "latest"
-    named = latest.read_text(errors="replace").strip() if latest.exists() else ""
+    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.exists() else ""
     tags = [folder.name for folder in saved.glob("step*") if _steps(folder.name)]
     tags.sort(key=lambda tag: (tag != named, -_steps(tag)))
     lost, chosen = [], ""
@@ -304,7 +306,7 @@ def _find_checkpoint(saved: Path, log_file: Path) -> int:
 def _damage(folder: Path, log_file: Path) -> str:
     """Return what a checkpoint lacks, "" if nothing: its files whole, the steps before it logged."""
     try:
-        sizes = json.loads((folder / SIZES).read_text())
+        sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return f"no readable {SIZES}: {type(error).__name__}"
     for name, size in sizes.items():
@@ -318,7 +320,7 @@ def _damage(folder: Path, log_file: Path) -> str:
     for name, fine in zip(sizes, readable, strict=True):
         if not fine:
             return f"{name} has other bytes than were written"
-    lines = log_file.read_text(errors="replace").splitlines() if log_file.exists() else []
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines() if log_file.exists() else []
     steps = _steps(folder.name)
     try:
         logged = [json.loads(line)["step"] for line in lines[:steps]]
