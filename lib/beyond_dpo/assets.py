@@ -113,16 +113,29 @@ def resolve(ref: str) -> dict:
 
 
 def model_dir(ref: str) -> Path:
-    """Return a folder of safetensors weights and tokenizer for from_pretrained.
+    """Return the local folder of a model: config, tokenizer and whole safetensors.
 
-    Raises AssetError for a folder that has only pickles, or whose files are not all there and
-    whole (_complaint).
+    ref: as resolve() takes it. A model of a package archive is prepared once, one on the hub is
+    downloaded. Raises AssetError for a folder that has only pickles, or whose files are not all
+    there and whole (_complaint).
     """
+    folder = tokenizer_dir(ref)
+    if not list(folder.glob("*.safetensors")):
+        raise AssetError(f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors")
+    if ref not in BUILDERS and (complaint := _complaint(folder)):
+        place = ref if ref == str(folder) else f"{ref}: {folder}"
+        raise AssetError(f"{place} is no whole model: {complaint}; download or copy it again")
+    return folder
+
+
+def tokenizer_dir(ref: str) -> Path:
+    """Return the local folder of a model of which only the tokenizer is read; as model_dir() otherwise."""
     if ref in BUILDERS:
         return _built(ref)
     if ref in ASSETS or ref.startswith("datasets:"):
         raise AssetError(f"{ref} is data, not a model")
-    if (folder := _local(ref)) is None:
+    folder = _local(ref)
+    if folder is None:
         import huggingface_hub
 
         repo, commit = resolve(ref).values()
@@ -132,11 +145,6 @@ def model_dir(ref: str) -> Path:
             raise AssetError(f"{ref}: cannot be fetched from the hub ({error}); give a local folder") from error
     if not folder.is_dir():
         raise AssetError(f"{ref} is a file, not the folder of a model")
-    if not list(folder.glob("*.safetensors")):
-        raise AssetError(f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors")
-    if complaint := _complaint(folder):
-        place = ref if ref == str(folder) else f"{ref}: {folder}"
-        raise AssetError(f"{place} is no whole model: {complaint}; download or copy it again")
     return folder
 
 

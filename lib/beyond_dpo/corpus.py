@@ -59,7 +59,7 @@ def split(world: config.World, out: Path) -> dict:
     if world.pairs == "given" or world.dev_dataset or world.test_dataset:
         raise config.ConfigError(f"{world.dataset} holds reviews: its pairs are sampled, its prompts its own")
     half_a, half_b, rng = shuffled(world.dataset)
-    tokenizer = data.load_tokenizer(assets.model_dir(world.target))
+    tokenizer = data.load_tokenizer(assets.tokenizer_dir(world.target))
     sft_rows = []
     for i, (text, _) in enumerate(half_a):
         if len(sft_rows) == world.sft_rows:

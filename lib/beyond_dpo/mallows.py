@@ -87,7 +87,7 @@ def raters(cfg) -> Artifact:
 
         sentences, rows, said = rated(cfg.rated), [], []
         random.Random(0).shuffle(sentences)
-        reader = data.load_tokenizer(assets.model_dir(cfg.world.target))
+        reader = data.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
         for i, (text, ratings) in enumerate(sentences):
             ids = data.render(reader, text, "plain")
             if len(ids) >= corpus.SHORTEST and len(rows) < cfg.rated_rows:
@@ -168,7 +168,8 @@ def elsewhere(cfg, source: str) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        tokenizer, known = data.load_tokenizer(assets.model_dir(world.target)), source in (*corpus.RATED, "fixtures")
+        tokenizer = data.load_tokenizer(assets.tokenizer_dir(world.target))
+        known = source in (*corpus.RATED, "fixtures")
         rows = [] if known else preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
         generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
         generator.shuffle(texts)

@@ -393,7 +393,7 @@ def split(world: config.World, out: Path) -> dict:
 
     if world.gold_rows or world.reward_rows:
         raise config.ConfigError(f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows")
-    draw = _Draw(world, data.load_tokenizer(assets.model_dir(world.target)))
+    draw = _Draw(world, data.load_tokenizer(assets.tokenizer_dir(world.target)))
     drawn = {"test": draw.rows("test", world.test_prompts)}
     drawn["dev"] = draw.rows("dev", world.dev_prompts)
     train = draw.rows("train", max(world.prompts, world.sft_rows))

@@ -76,7 +76,7 @@ class Decoding:
 
     backend: Literal["vllm", "transformers"] = "vllm"  # part of the key, never a silent fallback
     temperature: NotNegative = 0.7
-    top_k: Count = 40
+    top_k: Annotated[int, Field(ge=-1)] = 40  # 0 or -1: all tokens
     top_p: PositiveShare = 0.9
     presence_penalty: Penalty = 0.1
     frequency_penalty: Penalty = 0.1

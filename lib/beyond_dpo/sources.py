@@ -54,12 +54,12 @@ def answers(cfg, name: str) -> Artifact:
     def make(out: Path) -> dict:
         from beyond_dpo import data
 
-        tokenizer, rows = data.load_tokenizer(assets.model_dir(cfg.world.target)), texts.json("prompts.json")
+        tokenizer, rows = data.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), texts.json("prompts.json")
         wording = {row["id"]: _wording(row, tokenizer) for row in rows}
         if source.kind == "human":
             found = _written(cfg, rows)
         elif source.kind == "model":
-            found = _decoded(assets.model_dir(source.ref), prompts.json("prompts.json"), said)
+            found = _decoded(assets.tokenizer_dir(source.ref), prompts.json("prompts.json"), said)
         else:
             given = _recorded(source) if source.kind == "recorded" else _replies(cfg, source, wording, out)
             plain = cfg.world.template == "plain"
@@ -136,7 +136,7 @@ def _put(cfg, source: config.Source) -> Artifact:
     def make(out: Path) -> None:
         from beyond_dpo import data
 
-        reader, own = (data.load_tokenizer(assets.model_dir(ref)) for ref in (cfg.world.target, source.ref))
+        reader, own = (data.load_tokenizer(assets.tokenizer_dir(ref)) for ref in (cfg.world.target, source.ref))
         rows = texts.json("prompts.json")
         for row in rows:
             text = _wording(row, reader)
@@ -175,7 +175,7 @@ def _written(cfg, prompts: list[dict]) -> dict:
     """Return how the reviewers went on: whole sentences that fit with an end token, or a first one's beginning."""
     from beyond_dpo import data
 
-    tokenizer, found = data.load_tokenizer(assets.model_dir(cfg.world.target)), {}
+    tokenizer, found = data.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     for row in prompts:
         review = reviews[int(row["id"][1:])][0]
