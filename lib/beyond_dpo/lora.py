@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from beyond_dpo import extrapolate, paths
+from beyond_dpo import paths
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of tensor names in an adapter's file, as peft writes them
@@ -69,6 +69,8 @@ def read_settings(adapter: Path) -> dict:
     whose start has changed θ₀ (PiSSA, OLoRA, …): for those (1 + α)·s would not be ExPO. A setting that is not known
     here counts as one that adds something.
     """
+    from beyond_dpo import extrapolate
+
     settings = extrapolate.load_json(adapter / CONFIG)
     kind = settings.get("peft_type")
     if kind != "LORA" or not isinstance(settings.get("r"), int) or "lora_alpha" not in settings:
@@ -117,6 +119,8 @@ def deltas(sft: Path, adapter: Path, shapes: dict[str, list[int]]) -> dict:
     read_settings() and products(), and IncompatibleModels for an adapter of other tensors, or of one of two tied ones,
     which peft moves alone.
     """
+    from beyond_dpo import extrapolate
+
     settings = read_settings(adapter)
     s = scale(settings)
     about = extrapolate.load_json(sft / "config.json")
@@ -152,6 +156,8 @@ def tensors(sft: str | Path, adapter: str | Path | None, alpha: float, modules: 
     As extrapolate.tensors(), which it calls for an aligned model that is no adapter; arguments as there. Raises alike,
     as deltas(), and IncompatibleModels for an adapter that adds nothing.
     """
+    from beyond_dpo import extrapolate
+
     if adapter is None or not Path(adapter, CONFIG).exists():
         return extrapolate.tensors(sft, adapter, alpha, modules)
     pairs = extrapolate.check(sft, None)
