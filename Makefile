@@ -67,7 +67,7 @@ faults: $(READY)  ## break every stage, disk and file in all known ways, a quart
 smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, no downloads, numbers without meaning
 	@$(RUN) -m beyond_dpo.run --all --profile smoke
 
-# Without trust JupyterLab shows neither the figures nor the colours of the committed notebooks until they are run.
+# Trusted notebooks show their figures as SVG, others as PNG.
 # JUPYTER_PATH comes first where kernels are looked for: its `python3` is then this environment's, which has the
 # package, whatever kernels the user has installed. As root JupyterLab wants to be told that this is meant.
 lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 8889 --no-browser": its options)
