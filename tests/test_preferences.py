@@ -294,14 +294,18 @@ def test_files_that_cannot_be_read(tmp_path):
         corpus.source("./gone.jsonl")
 
 
-@pytest.mark.parametrize("name, content", {
+AS_PEOPLE_HAVE_THEM = {
     "array.json": lambda text: ("[" + text.strip().replace("}\n{", "},{") + "]").encode(),
     "bom.jsonl": lambda text: b"\xef\xbb\xbf" + text.encode(),
     "crlf.jsonl": lambda text: text.replace("\n", "\r\n\r\n").encode(),
     "zip.jsonl.gz": lambda text: gzip.compress(text.encode()),
     "RAW.JSONL": lambda text: text.encode(),
-}.items())  # fmt: skip
-def test_files_as_people_have_them_are_read(name, content):
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
+def test_files_as_people_have_them_are_read(name):
+    content = AS_PEOPLE_HAVE_THEM[name]
     rows = [{"prompt": f"a\u2028b {i} é", "chosen": "b", "rejected": "c"} for i in range(2)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(name).write_bytes(content(text))
@@ -310,14 +314,18 @@ def test_files_as_people_have_them_are_read(name, content):
     assert len(found("RAW.PARQUET")) == 2
 
 
-@pytest.mark.parametrize("name, content", {
+BREAKING = {
     "latin.jsonl": '{"prompt": "é", "chosen": "a", "rejected": "b"}\n'.encode("latin-1"),
     "utf16.jsonl": '{"prompt": "a", "chosen": "a", "rejected": "b"}\n'.encode("utf-16"),
     "early.jsonl.gz": gzip.compress(b'{"prompt": "a", "chosen": "a", "rejected": "b"}\n' * 99)[:-20],
     "no.zip": b"PK\x03\x04 and no more",
     "table.csv": b"prompt,chosen,rejected\na,b,c\n",
-}.items())  # fmt: skip
-def test_files_that_break_at_a_row_are_refused_by_name(name, content):
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BREAKING)
+def test_files_that_break_at_a_row_are_refused_by_name(name):
+    content = BREAKING[name]
     Path(name).write_bytes(content)
     with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
         found(name)
