@@ -221,7 +221,7 @@ def _in_own_process(job: dict) -> list[list[float]]:
     """Return independent_logps() of a job, from a process that gives its memory back."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.json")
-        file.write_text(json.dumps(job))
+        file.write_text(json.dumps(job), encoding="utf-8")
         library = str(Path(__file__).parents[1])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([library, *sys.path])}
         environment["BEYOND_DPO_PARENT"] = str(os.getpid())
@@ -230,7 +230,7 @@ def _in_own_process(job: dict) -> list[list[float]]:
         if done.returncode:
             why = done.stderr[-2000:] or f"its process ended with {done.returncode}"
             raise RuntimeError(f"transformers cannot compute with the weights of {job['model']}: {why}")
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8"))
 
 
 class Weights:
@@ -466,7 +466,8 @@ def main() -> None:
 
     if task.logps:
         launch.follow_parent()
-        paths.write(task.logps, json.dumps(generate.independent_logps(json.loads(task.logps.read_text()))))
+        job = json.loads(task.logps.read_text(encoding="utf-8"))
+        paths.write(task.logps, json.dumps(generate.independent_logps(job)))
     else:
         launch.serve(generate.Engine)
 

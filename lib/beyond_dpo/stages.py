@@ -126,7 +126,7 @@ def _shape(model: str) -> list:
     about = []
     for name in ("config.json", "generation_config.json"):
         file = Path(model, name)
-        content = json.loads(file.read_text()) if file.exists() else {}
+        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         about.append({key: value for key, value in content.items() if key not in UNSHAPED})
     words = Path(model, "tokenizer.json")
     return [*about, words.exists() and artifacts.sha256(words)]
