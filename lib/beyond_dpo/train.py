@@ -286,8 +286,6 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
     if rank == 0 and adapter:
         lora.save(model, weights, out)
     elif rank == 0:
-        persistent = model.state_dict().keys()  # not trained, yet part of the model: the bias of a mixture's router
-        weights |= {name: one.detach().cpu() for name, one in model.named_buffers() if name in persistent}
         model.save_pretrained(out, state_dict=weights)
         config = copy.deepcopy(model.config)  # save_pretrained wrote the dtype of the model in memory
         config.dtype = dtype
