@@ -226,7 +226,8 @@ def _in_own_process(job: dict) -> list[list[float]]:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([library, *sys.path])}
         environment["BEYOND_DPO_PARENT"] = str(os.getpid())
         command = [sys.executable, "-m", "beyond_dpo.generate", "--logps", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment)
+        words = {"encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run(command, capture_output=True, env=environment, **words)
         if done.returncode:
             why = done.stderr[-2000:] or f"its process ended with {done.returncode}"
             raise RuntimeError(f"transformers cannot compute with the weights of {job['model']}: {why}")
