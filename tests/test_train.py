@@ -807,22 +807,6 @@ def test_every_epoch_visits_each_row_once_and_no_batch_is_short():
     assert all(len(b[0]["responses"]["chosen"]) <= len(b[3]["responses"]["chosen"]) for b in batches)
 
 
-def test_persistent_buffers_are_saved_with_the_weights(tmp_path, tiny, monkeypatch):
-    """Gemma-4 scales each layer by a buffer, mixtures bias their routers by one: no parameters, yet in the model."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    from transformers import AutoModelForCausalLM, Gemma4TextConfig
-
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    heads = {"num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8, "vocab_size_per_layer_input": 512}
-    config = Gemma4TextConfig(vocab_size=512, **shape, **heads, hidden_size_per_layer_input=8)
-    model = AutoModelForCausalLM.from_config(config)
-    for i, layer in enumerate(model.model.layers):
-        layer.layer_scalar.fill_(0.5 + i)
-    train._save(model, data.load_tokenizer(tiny), tmp_path, torch.bfloat16, 0)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert [float(layer.layer_scalar) for layer in saved.model.layers] == [0.5, 1.5]
-
-
 if __name__ == "__main__":  # run a list of jobs in this process (one of several, if a launcher started it)
     logging.basicConfig(level=logging.INFO)
     todo = json.loads(Path(sys.argv[1]).read_text())

@@ -24,7 +24,7 @@ from beyond_dpo.config import Decoding
 
 BLOCK = 256  # requests in the engine at one time
 PROBE = 16  # tokens whose log-probability tells one set of weights from another
-TEXTS = 8  # texts of as many tokens, over the whole vocabulary, by which an engine is compared with transformers
+TEXTS = 4  # texts of as many tokens, over the whole vocabulary, by which an engine is compared with transformers
 # How far two computations of one log-probability may be apart, as a share of it, and how far the engine and
 # transformers, as a share of what altered weights change: rounding is far below, a tensor that stayed behind above.
 REPEATED = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 2e-2}
@@ -226,7 +226,8 @@ def _in_own_process(job: dict) -> list[list[float]]:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([library, *sys.path])}
         environment["BEYOND_DPO_PARENT"] = str(os.getpid())
         command = [sys.executable, "-m", "beyond_dpo.generate", "--logps", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        words = {"encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run(command, capture_output=True, env=environment, **words)
         if done.returncode:
             why = done.stderr[-2000:] or f"its process ended with {done.returncode}"
             raise RuntimeError(f"transformers cannot compute with the weights of {job['model']}: {why}")
