@@ -174,8 +174,11 @@ def test_copying_a_model_can_be_tried_again(store, monkeypatch):
     """An interrupt leaves links to files of a gigabyte; the next attempt ends, and writes into none of them."""
     source, out = store / "source", store / "out"
     shutil.copytree(assets.model_dir("tiny"), source)
-    with open(source / "large.safetensors", "wb") as large:
-        large.truncate(10**9)
+    size = 10**9
+    header = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    with open(source / "large.safetensors", "wb") as large:  # which takes no room on the disk
+        large.write(len(header).to_bytes(8, "little") + header)
+        large.truncate(8 + len(header) + size)
     monkeypatch.setattr(assets, "resolve", lambda ref: {"local": ref})  # without reading all of it
     out.mkdir()
     copy = stages.model(str(source)).make

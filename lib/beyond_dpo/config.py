@@ -229,7 +229,8 @@ def card(config, experiment: str = ""):
 
     paper = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
     rows = differences(config, load(paper, "paper", experiment))
-    df = pd.DataFrame(rows, columns=["setting", f"profile {config.profile}", "profile paper"]).map(str)
+    here = "here" if config.profile == "paper" else f"profile {config.profile}"
+    df = pd.DataFrame(rows, columns=["setting", here, "profile paper"]).map(str)
     long = 'style="display: block; max-height: 18em; overflow: auto"'
     return report.show(df, "Where it differs from profile paper (ours where none is stated)").set_table_attributes(long)
 
