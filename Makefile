@@ -22,6 +22,9 @@ help:  ## print this list
 	@echo "usage: make <target> [PROFILE=smoke|cpu|gpu|paper] [NB=11] [PYTHON=python3.12] [TORCH_INDEX=<address>]"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
 
+# What the compiling of DeepSpeed needs: installed before it, and left alone while it runs.
+FIRST = ^(torch|setuptools|wheel|scikit_build_core|ninja|py-cpuinfo|uv)==
+
 setup: $(READY)  ## create .venv from requirements/cpu.txt (2 to 4 minutes, once)
 
 # Torch comes by pip, which finds a build that the machine holds; the rest by uv, several times faster than pip, and by
@@ -36,12 +39,12 @@ setup: $(READY)  ## create .venv from requirements/cpu.txt (2 to 4 minutes, once
 	@echo "set-up 1/3: virtual environment, torch, build tools (about a minute)"
 	@$(PYTHON) -m venv .venv
 	@index="$(TORCH_INDEX)"; $(PY) -m pip install -qq $${index:+--extra-index-url "$$index"} \
-	  $$(grep -E '^(torch|setuptools|wheel|scikit_build_core|ninja|py-cpuinfo|uv)==' requirements/cpu.txt)
+	  $$(grep -E '$(FIRST)' requirements/cpu.txt)
 	@echo "set-up 2/3: everything else, as locked in requirements/cpu.txt; DeepSpeed is compiled meanwhile (1 to 2 minutes)"
 	@DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 $(RUN) -m pip wheel -qq --no-cache-dir --no-deps --no-build-isolation \
 	    -w .venv/wheels $$(grep '^deepspeed==' requirements/cpu.txt) & build=$$!; \
 	  trap 'kill $$build 2>/dev/null' EXIT; \
-	  grep -v '^deepspeed==' requirements/cpu.txt > .venv/others.txt; \
+	  grep -vE '$(FIRST)|^deepspeed==' requirements/cpu.txt > .venv/others.txt; \
 	  $(PY) -m uv pip install -q --python $(PY) --no-deps --no-build-isolation -r .venv/others.txt || { \
 	    echo "uv could not install them; pip does (about 2 minutes more, no output)"; \
 	    $(PY) -m pip install -qq --no-deps --no-build-isolation -r .venv/others.txt || exit 1; }; \
