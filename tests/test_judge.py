@@ -655,7 +655,8 @@ def test_kill_9_and_go_on(gate, store):
     killed.set()
     rows = ask.rows(made)
     asked = [re.search(r"\d+", one["messages"][0]["content"])[0] for one in gate.asked]
-    assert sorted(asked[8:]) == sorted(set(outputs) - set(before)) and len(asked) == 24
+    # what the killed process had under way, and nobody heard the answer of, may be heard twice
+    assert set(asked[8:]) == set(outputs) - set(before)
     assert [row["instruction"] for row in rows] == list(outputs) and made.manifest["facts"]["replies"] == 24
 
 
