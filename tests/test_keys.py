@@ -1,0 +1,138 @@
+"""Keys stay as they are, or nothing that is frozen would be found again.
+
+Where a key is to change, `python tests/test_keys.py` writes the golden table anew, and the commit says why.
+"""
+
+import dataclasses
+import json
+import sys
+import typing
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from beyond_dpo import artifacts, paths, progress, run, settings
+
+GOLDEN = Path(__file__).with_name("golden_keys.json")
+CLAIMS = sorted((paths.FROZEN / "claims").glob("*.json"))
+LOSSES = typing.get_args(settings.Losses)
+TRAIN = settings.Train(lr=1e-5, global_batch=8, micro_batch=4)
+DECODING = settings.Decoding()
+
+# another value for each setting that decides a result
+OTHER_TRAIN = {
+    "lr": 2e-5,
+    "global_batch": 16,
+    "epochs": 2,
+    "beta": 0.3,
+    "gamma": 0.5,
+    "epsilon": 0.2,
+    "alpha": 0.5,
+    "dynamic": False,
+    "label_smoothing": 0.1,
+    "optimizer": "rmsprop",
+    "weight_decay": 0.01,
+    "warmup": 0.2,
+    "max_grad_norm": 0.5,
+    "max_prompt": 32,
+    "max_length": 96,
+    "precision": "fp32",
+    "save_dtype": "bfloat16",
+    "parts": 4,
+    "lora_rank": 8,
+}
+OTHER_DECODING = {
+    "backend": "transformers",
+    "temperature": 0.0,
+    "top_k": 0,
+    "top_p": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "max_tokens": 48,
+    "dtype": "float32",
+    "max_model_len": 128,
+    "shard": 64,
+}
+
+
+def key_of(stage, recipe):
+    return artifacts.Artifact(stage, 1, recipe, make=None).key
+
+
+def keys():
+    """Return {settings in words: key} of every loss and every decoding, with each other setting."""
+    found = {}
+    for loss in LOSSES:
+        plain = dataclasses.replace(TRAIN, loss=loss)
+        found[f"{loss}"] = key_of("train", plain.recipe())
+        for name, value in OTHER_TRAIN.items():
+            other = dataclasses.replace(plain, **{name: value})
+            found[f"{loss} {name}={value}"] = key_of("train", other.recipe())
+        adapter = dataclasses.replace(plain, lora_rank=8, lora_alpha=32.0)
+        found[f"{loss} lora_rank=8 lora_alpha=32.0"] = key_of("train", adapter.recipe())
+    found["decoding"] = key_of("responses", DECODING.recipe())
+    for name, value in OTHER_DECODING.items():
+        other = dataclasses.replace(DECODING, **{name: value})
+        found[f"decoding {name}={value}"] = key_of("responses", other.recipe())
+    return found
+
+
+def test_every_loss_and_decoding_has_the_key_it_had():
+    assert keys() == json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    "default, other, without",
+    [(TRAIN, OTHER_TRAIN, {"loss", "lora_alpha"}), (DECODING, OTHER_DECODING, {"together"})],
+    ids=["train", "decoding"],
+)
+def test_the_table_has_every_setting_that_decides_a_result(default, other, without):
+    """`without` are settings that it has in another way, or that lead to another stage."""
+    fields = {field.name for field in dataclasses.fields(default)}
+    assert fields == set(other) | without | set(default.MACHINE)
+    for name, value in other.items():
+        assert value != getattr(default, name), name
+
+
+def test_the_machine_is_in_no_key():
+    elsewhere = {
+        "micro_batch": 1,
+        "zero": 3,
+        "offload": True,
+        "gradient_checkpointing": True,
+        "attention": "sdpa",
+        "processes": 8,
+        "launcher": "srun",
+        "checkpoint_every": 7,
+    }
+    assert set(elsewhere) == set(TRAIN.MACHINE)
+    assert dataclasses.replace(TRAIN, **elsewhere).recipe() == TRAIN.recipe()
+    elsewhere = {"engines": 4, "tensor_parallel": 2, "gpu_share": 0.9, "launcher": "srun"}
+    assert set(elsewhere) == set(DECODING.MACHINE)
+    assert dataclasses.replace(DECODING, **elsewhere).recipe() == DECODING.recipe()
+
+
+def test_there_are_claims():
+    assert len(CLAIMS) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CLAIMS, ids=lambda file: file.name.partition("_")[0])
+def test_the_plan_of_a_notebook_names_what_its_claims_and_figures_were_made_from(file, monkeypatch):
+    monkeypatch.delenv("COMPUTE", raising=False)  # what is frozen is read
+    record = json.loads(file.read_text(encoding="utf-8"))
+    name = record["notebook"]
+    notebook = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    _, named = progress.planned(notebook, run.parameters(notebook, name))
+    assert sorted(artifact.key for artifact in named) == sorted(record["keys"])
+    drawn = [json.loads(path.read_text(encoding="utf-8")) for path in paths.FIGURES.glob("*.json")]
+    figures = [figure for figure in drawn if figure["notebook"] == name]
+    assert figures, "each of these notebooks draws"
+    for figure in figures:
+        assert set(figure["keys"]) <= set(record["keys"]), figure["figure"]
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{GOLDEN}\n")
+    GOLDEN.write_text(json.dumps(keys(), indent=1) + "\n", encoding="utf-8")
