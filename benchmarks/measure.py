@@ -35,7 +35,6 @@ ROWS = {  # what is compared: in words, our number, against whom, theirs, the go
         for name in ("pairs", "quadruples")
         for n in (8, 64, 512)
     ],
-    "adapters": [("five α of an adapter, 64 responses each (s)", "together_s", "a swap for each", "swapped_s", "")],
     "sweep": [("one more α in the living engine (s)", "swap_s", "a new engine", "engine_start_s", "≤ 0.1")],
 }
 

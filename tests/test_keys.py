@@ -84,7 +84,7 @@ def test_every_loss_and_decoding_has_the_key_it_had():
 
 @pytest.mark.parametrize(
     "default, other, without",
-    [(TRAIN, OTHER_TRAIN, {"loss", "lora_alpha"}), (DECODING, OTHER_DECODING, {"together"})],
+    [(TRAIN, OTHER_TRAIN, {"loss", "lora_alpha"}), (DECODING, OTHER_DECODING, set())],
     ids=["train", "decoding"],
 )
 def test_the_table_has_every_setting_that_decides_a_result(default, other, without):

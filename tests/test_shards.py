@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import artifacts, config, expo, extrapolate, launch, lora, paths, shards, spread, stages, workers
+from beyond_dpo import config, expo, extrapolate, launch, lora, paths, reference, shards, spread, stages, workers
 
 
 def cut(**changes):
@@ -50,9 +50,7 @@ def test_only_a_shard_size_of_its_own_enters_a_key():
     assert "shard" not in plain.recipe() and dataclasses.replace(plain, shard=4).recipe()["shard"] == 4
     for machine in ({"engines": 4}, {"tensor_parallel": 2}, {"gpu_share": 0.2}, {"launcher": "torchrun"}):
         assert dataclasses.replace(plain, **machine).recipe() == plain.recipe()
-    assert set(plain.recipe()) == {f.name for f in dataclasses.fields(plain)} - {"shard", "together", *plain.MACHINE}
-    swaps, batch = (cut(decoding__backend="vllm", train__lora_rank=2, decoding__together=t) for t in (False, True))
-    assert len({expo.point(cfg, 1.0, 0, 2.0, "dev_prompts").key for cfg in (swaps, batch)}) == 2
+    assert set(plain.recipe()) == {f.name for f in dataclasses.fields(plain)} - {"shard", *plain.MACHINE}
 
 
 @pytest.fixture(scope="module")
@@ -195,28 +193,25 @@ def test_adapters_of_other_models_and_those_that_add_nothing_are_refused(tiny, a
         config.load("expo", "smoke", sft__lora_rank=4)
 
 
-def test_all_alphas_of_an_adapter_are_sampled_in_one_vllm_batch(store, monkeypatch):
-    """Real training with lora_rank, then one engine with an adapter for every α: as likely as under swapped weights."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    changes = {"train__lora_rank": 2, "train__lr": 0.05, "world__reward_rows": 64}
-    changes |= {"decoding__engines": 2, "decoding__launcher": "torchrun"}  # a job, among torchrun's variables
-    cfg = cut(decoding__backend="vllm", decoding__temperature=0.5, **changes)
-    points = {alpha: expo.point(cfg, 1.0, 0, alpha, "dev_prompts").inputs["responses"] for alpha in (0.0, 2.0)}
-    (every,) = {one.inputs["of"].key for one in points.values()}
-    tables = {alpha: pd.read_json(one.get() / "responses.jsonl", lines=True) for alpha, one in points.items()}
-    assert "adapters" not in workers.living and every.startswith("adapted-")
-    assert tables[0.0]["id"].tolist() == tables[2.0]["id"].tolist() and len(tables[0.0]) == 6
-    assert tables[0.0]["response_ids"].tolist() != tables[2.0]["response_ids"].tolist()
+def test_a_trained_adapter_is_sampled_at_each_alpha(store, tiny):
+    """Real training with lora_rank; the log-probability of each response is that under θ₀ + (1 + α)sBA."""
+    from transformers import AutoModelForCausalLM
 
-    model, start = stages.aligned(cfg, 1.0, 0).get(), stages.sft(cfg).get()
-    prompts = stages.texts(cfg.world).json("dev_prompts.json")
-    decoding = dataclasses.asdict(cfg.decoding) | {"backend": "transformers"}
-    swap = {"model": str(start), "decoding": decoding}
-    with launch.Worker("beyond_dpo.generate", swap, store, desc="swap") as engine:
-        for alpha, table in tables.items():
-            engine.call("swap", sft=str(start), aligned=str(model), alpha=alpha)
-            said = [p["prompt_ids"] + ids for p, ids in zip(prompts, table["response_ids"], strict=True)]
-            whole, before = (engine.call("logps", sequences=s) for s in (said, [p["prompt_ids"] for p in prompts]))
-            np.testing.assert_allclose(np.subtract(whole, before), table["logp"], atol=0.02)
-    assert artifacts.digest(every)  # a key as any other
+    cfg = cut(train__lora_rank=2, train__lr=0.05, decoding__temperature=0.5)
+    start, adapter = stages.sft(cfg), stages.aligned(cfg, 1.0, 0)
+    said = {}
+    for alpha in (0.0, 2.0):
+        sampled = expo.point(cfg, 1.0, 0, alpha, "dev_prompts").inputs["responses"]
+        table = pd.read_json(sampled.get() / "responses.jsonl", lines=True)
+        said[alpha] = table["response_ids"].tolist()
+        model = AutoModelForCausalLM.from_pretrained(start.get(), dtype=torch.float32)
+        model.load_state_dict(dict(lora.tensors(start.get(), adapter.get(), alpha)), strict=False)
+        prompts = stages.texts(cfg.world).json("dev_prompts.json")
+        rows = [
+            {"id": prompt["id"], "prompt_ids": prompt["prompt_ids"], "responses": {"said": ids}}
+            for prompt, ids in zip(prompts, said[alpha], strict=True)
+        ]
+        scores = reference.ResponseScorer(model).score(rows, ["said"], 2)
+        np.testing.assert_allclose(scores["logps"].flatten().numpy(), table["logp"], atol=1e-3)
+    assert said[0.0] != said[2.0] and len(said[0.0]) == 6
     workers.close()

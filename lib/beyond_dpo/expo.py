@@ -26,7 +26,7 @@ class Line:
 
     start: Artifact  # θ₀
     end: Artifact  # θ₁
-    alphas: tuple[float, ...]
+    alphas: tuple[float, ...] = ()  # the grid, where it is walked along
     modules: tuple[str, ...] = ()  # patterns of the tensors that move past θ₁; the others stay there
     target: str = ""
 
@@ -38,7 +38,6 @@ class Line:
         """Return the responses of one point; at α = 0 every part is θ₁ itself."""
         modules = dict.fromkeys(self.modules, alpha) if alpha else {}
         how = {"alpha": 0.0 if modules else alpha, "modules": modules, "samples": samples, "seed": 2}
-        how |= {} if self.modules else {"alphas": self.alphas}
         return stages.responses(self.own(cfg), self.start, split, aligned=self.end, prompts=prompts, **how)
 
     def scores(self, cfg, alpha: float, split: str, samples: int) -> Artifact:
@@ -285,5 +284,4 @@ def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact
     samples = cfg.test_samples if split == "test_prompts" else cfg.dev_samples
     model = stages.aligned(cfg, fraction or cfg.fractions[-1], seed if fraction else cfg.seeds[0])
     alpha = alpha if fraction else -1.0
-    together = cfg.alphas.get(fraction, ()) if split == "dev_prompts" else ()  # what a search adds comes alone
-    return Line(stages.sft(cfg), model, together).scores(cfg, alpha, split, samples)
+    return Line(stages.sft(cfg), model).scores(cfg, alpha, split, samples)

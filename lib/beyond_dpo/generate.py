@@ -38,16 +38,15 @@ class StaleWeights(RuntimeError):
 class Engine:
     """Hold one architecture's weights and answer `swap`, `generate` and `logps` calls.
 
-    model: folder the engine starts from (architecture, end tokens). decoding: fields of config.Decoding. adapters:
-    the number and the rank of those (see lora.scaled) that vLLM answers with side by side; then nothing is swapped.
+    model: folder the engine starts from (architecture, end tokens). decoding: fields of config.Decoding.
     """
 
-    def __init__(self, model: str, decoding: dict, seed: int = 0, adapters: tuple[int, int] = (0, 0)):
+    def __init__(self, model: str, decoding: dict, seed: int = 0):
         backend = {"vllm": VllmBackend, "transformers": TransformersBackend}.get(decoding["backend"])
         if backend is None:
             raise ValueError(f"unknown generation backend {decoding['backend']!r}; there are vllm and transformers")
         self.decoding, self.model = asdict(Decoding()) | decoding, model
-        self.backend = backend(model, self.decoding, seed, *([adapters] if adapters[0] else []))
+        self.backend = backend(model, self.decoding, seed)
         dtype = self.decoding["dtype"]
         self.precision = dtype if dtype in REPEATED else "bfloat16"  # vLLM knows more names, "auto" is one
         self.probe_text, self.texts = _texts(model)
@@ -134,19 +133,15 @@ class Engine:
         job = {"model": self.model, "weights": weights, "texts": self.texts, "dtype": dtype}
         return independent_logps(job) if self.decoding["backend"] == "transformers" else _in_own_process(job)
 
-    def generate(
-        self, prompts: str, out: str, samples: int, seed: int, rank: int = 0, world: int = 1,
-        adapters: dict[str, str] | None = None,
-    ) -> dict | None:  # fmt: skip
+    def generate(self, prompts: str, out: str, samples: int, seed: int, rank: int = 0, world: int = 1) -> dict | None:
         """Sample `samples` responses per prompt of a JSON file [{"id", "prompt_ids"}, …] into the JSONL file `out`.
 
         One line a response: id, sample, response_ids (end token included if it came), logp (sum of ln p of its tokens
         under these weights before penalties, temperature and truncation, nats). Same weights, prompts and seed: same
         responses, whatever the number of processes: decoding.shard prompts are sampled together, with a seed of their
         own. rank, world: of several processes, each of which makes its shards only, for shards.merge(); alone it goes
-        on from the shards that are there, and returns how many responses there are. adapters: {name: folder}, each of
-        which answers all prompts, in one batch; a line then says which ("adapter"). Raises ValueError for a prompt
-        after which max_tokens do not fit.
+        on from the shards that are there, and returns how many responses there are. Raises ValueError for a
+        prompt after which max_tokens do not fit.
         """
         rows, size = json.loads(Path(prompts).read_text(encoding="utf-8")), self.decoding["shard"]
         room = self.decoding["max_model_len"] - self.decoding["max_tokens"]
@@ -157,16 +152,16 @@ class Engine:
         files = shards.parts(out, len(rows), size)
         todo = shards.left(files, rank, world)
         for done, k in enumerate(todo):
-            part = [(row, name) for row in rows[k * size : (k + 1) * size] for name in adapters or [None]]
-            tell, text = partial(_progress, done, len(todo)), ""
-            given = {"adapters": [adapters[name] for _, name in part]} if adapters else {}
-            asked = [row["prompt_ids"] for row, _ in part]
-            answers = self._held().generate(asked, samples, seed + k * 1_000_003, tell, **given)
+            part = rows[k * size : (k + 1) * size]
+            asked = [row["prompt_ids"] for row in part]
+            tell = partial(_progress, done, len(todo))
+            answers = self._held().generate(asked, samples, seed + k * 1_000_003, tell)
+            lines = []
             for i, (ids, logp) in enumerate(answers):
-                row, name = part[i // samples]
+                row = part[i // samples]
                 entry = {"id": row["id"], "sample": i % samples, "response_ids": ids, "logp": logp}
-                text += json.dumps(entry | ({"adapter": name} if adapters else {})) + "\n"
-            paths.write(files[k], text)
+                lines.append(json.dumps(entry) + "\n")
+            paths.write(files[k], "".join(lines))
         if world > 1:
             return None
         return shards.counted(shards.merge(out, files))
@@ -271,7 +266,7 @@ def _alter(tensor: torch.Tensor) -> None:
 class VllmBackend:
     """vLLM in this process; weights go through its own loader, tensor by tensor, and the prefix cache is dropped."""
 
-    def __init__(self, model: str, decoding: dict, seed: int, adapters: tuple[int, int] = (0, 0)):
+    def __init__(self, model: str, decoding: dict, seed: int):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process already is the child
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -281,14 +276,12 @@ class VllmBackend:
 
         self.decoding, self.end = decoding, _end_tokens(model)
         extra = {"gpu_memory_utilization": decoding["gpu_share"]}
-        self.parameters, self.adapters = partial(SamplingParams, detokenize=False), {}
+        self.parameters = partial(SamplingParams, detokenize=False)
         self.own = ("presence_penalty", "frequency_penalty", "top_k", "top_p")  # what vLLM does itself
         if current_platform.is_cpu():  # the built-in sampler counts and sorts the whole vocabulary at every step
             ours = [f"beyond_dpo.sampling:{name}" for name in ("CpuPenalties", "CpuTopKTopP")]
             extra = {"enforce_eager": True, "logits_processors": ours}  # its share of memory is VLLM_CPU_KVCACHE_SPACE
             extra["additional_config"], self.own = {name: decoding[name] for name in self.own}, ()
-        if adapters[0]:
-            extra |= {"enable_lora": True, "max_loras": adapters[0], "max_lora_rank": adapters[1]}
         self.llm = LLM(
             model, dtype=decoding["dtype"], max_model_len=decoding["max_model_len"], seed=seed, max_num_seqs=BLOCK,
             skip_tokenizer_init=True, generation_config="vllm", disable_log_stats=True, load_format="safetensors",
@@ -302,9 +295,7 @@ class VllmBackend:
             raise StaleWeights(f"the workers of one engine took different tensors: {digests}")
         return digests[0]
 
-    def generate(
-        self, prompts: list[list[int]], samples: int, seed: int, tell, adapters: list[str] | None = None
-    ) -> list[tuple[list[int], float]]:
+    def generate(self, prompts: list[list[int]], samples: int, seed: int, tell) -> list[tuple[list[int], float]]:
         # Keys and values of other weights would stay in the cache, and a warm one changes how requests are batched.
         if not self.llm.reset_prefix_cache():
             raise StaleWeights("vLLM kept its prefix cache")
@@ -314,18 +305,11 @@ class VllmBackend:
         params = self.parameters(**given, stop_token_ids=self.end, logprobs=0)
         # every sample is a request of its own: n > 1 gives the same tokens in an order that is not fixed
         requests, out = [{"prompt_token_ids": p} for p in prompts for _ in range(samples)], []
-        loras = [self._adapter(folder) for folder in adapters or () for _ in range(samples)] or None
         for start in range(0, len(requests), BLOCK):
-            block = slice(start, start + BLOCK)
-            answers = self.llm.generate(requests[block], params, use_tqdm=False, lora_request=loras and loras[block])
+            answers = self.llm.generate(requests[start : start + BLOCK], params, use_tqdm=False)
             out += [(list(a.outputs[0].token_ids), float(a.outputs[0].cumulative_logprob)) for a in answers]
             tell(len(out), len(requests))
         return out
-
-    def _adapter(self, folder: str):
-        from vllm.lora.request import LoRARequest
-
-        return self.adapters.setdefault(folder, LoRARequest(folder, len(self.adapters) + 1, folder))
 
     def logps(self, sequences: list[list[int]]) -> list[float]:
         params = self.parameters(max_tokens=1, prompt_logprobs=0)

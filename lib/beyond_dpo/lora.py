@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685): train them, and extrapolate by their scale alone.
 
 An aligned model θ₁ = θ₀ + s·BA has θ₁ + α(θ₁ − θ₀) = θ₀ + (1 + α)·s·BA, exactly (ExPO's Eq. 6, arXiv 2404.16792): the
-same small file with another scale, so that one engine answers with all α side by side.
+same small file with another scale.
 """
 
 import json
@@ -22,7 +22,6 @@ NEUTRAL = {  # settings of peft's LoraConfig that change nothing of θ₀ + s·B
 STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of A and B, which leave θ₀ as it is
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # weights of such layers are (in, out)
 INSTEAD = "merge it, and extrapolate whole models"
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 
 
 def inject(model, rank: int, alpha: float) -> None:

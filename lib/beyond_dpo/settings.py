@@ -83,7 +83,6 @@ class Decoding:
     max_tokens: AtLeastOne = 2048
     dtype: Dtype = "bfloat16"
     max_model_len: AtLeastOne = 4096
-    together: bool = True  # all α of an adapter in one vLLM batch; on two cores a swap for each takes half as long
     shard: AtLeastOne = 512  # prompts that are sampled in one go, each shard with a seed of its own
     engines: AtLeastOne = 1  # that take shards in turn, each on devices of its own (machine, never in a key)
     tensor_parallel: AtLeastOne = 1  # devices that one vLLM engine spreads its model over (machine)
@@ -93,12 +92,11 @@ class Decoding:
     MACHINE: ClassVar = "engines tensor_parallel gpu_share launcher".split()
 
     def recipe(self) -> dict:
-        """Return what responses depend on: every field but the machine's; `shard` where it is not the default.
-
-        What is sampled together is another result, with a key that names it.
-        """
-        given, default = asdict(self), type(self).shard
-        return {k: v for k, v in given.items() if k not in (*self.MACHINE, "together") and (k, v) != ("shard", default)}
+        """Return what responses depend on: every field but the machine's; `shard` where it is not the default."""
+        recipe = {name: value for name, value in asdict(self).items() if name not in self.MACHINE}
+        if self.shard == type(self).shard:
+            del recipe["shard"]
+        return recipe
 
 
 @dataclass(frozen=True, config=STRICT)

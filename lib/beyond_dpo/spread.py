@@ -9,11 +9,9 @@ import importlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
-from beyond_dpo import cluster, launch, lora, shards, workers
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo import cluster, launch, shards, workers
 
 
 def devices(place: int, each: int = 1) -> dict[str, str]:
@@ -59,28 +57,6 @@ def _place(cfg, place: int) -> dict[str, str]:
         return {}
     threads = max(1, launch.threads() // cfg.decoding.engines)
     return devices(place, cfg.decoding.tensor_parallel) | {"OMP_NUM_THREADS": str(threads)}
-
-
-def side_by_side(cfg, model: Artifact, adapter: Artifact, split: str, alphas, prompts: Artifact, **how) -> Artifact:
-    """Sample from a LoRA adapter of `model` at all α in one vLLM batch: responses.jsonl, with "adapter" = α in words.
-
-    how: samples and seed.
-    """
-    recipe = {"sft": model, "adapter": adapter, "alphas": alphas, "prompts": prompts, "split": split, **how}
-
-    def make(out: Path) -> dict:
-        folders = {alpha: out / ".adapters" / f"{alpha:g}" for alpha in alphas}
-        lora.scaled(adapter.get(), folders)
-        room = min(rank for rank in lora.RANKS if rank >= cfg.train.lora_rank)
-        settings = {"model": str(model.get()), "decoding": asdict(cfg.decoding), "adapters": [len(alphas), room]}
-        given = {"prompts": str(prompts.get() / f"{split}.json"), "out": str(out / "responses.jsonl"), **how}
-        given["adapters"] = {f"{alpha:g}": str(folder) for alpha, folder in folders.items()}
-        workers.make_room(cfg, "score", "adapters")
-        calls, served = [("generate", given)], "beyond_dpo.generate.Engine"
-        return finish(cfg, given, call(cfg, "adapters", served, settings, calls, out, "all α side by side"))
-
-    does = "one vLLM engine with an adapter for every α: python -m beyond_dpo.generate --serve"
-    return Artifact("adapted", 1, recipe | {"decoding": cfg.decoding.recipe()}, make, does)
 
 
 def finish(cfg, given: dict, answers: list) -> dict:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import artifacts, assets, config, corpus, launch, needs, paths, shards, spread, workers
+from beyond_dpo import artifacts, assets, config, corpus, launch, needs, paths, spread, workers
 from beyond_dpo.artifacts import Artifact
 
 # what a config says of its weights' origin, not of what an engine computes
@@ -86,30 +86,17 @@ def oracle(world: config.World) -> str:
 
 
 def responses(
-    cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0, alphas: tuple = (),
+    cfg, model: Artifact, split: str, *, aligned: Artifact | None = None, alpha: float = 0.0,
     modules: dict | None = None, part="", prompts: Artifact | None = None, samples: int, seed: int, engine="generate",
 ) -> Artifact:  # fmt: skip
     """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself without `aligned`.
 
-    alphas: with which this α is wanted, for an adapter (lora_rank), which vLLM samples at all of them in one batch.
     modules: as in extrapolate(). part: of `aligned`'s training, after which it is taken. prompts: not the world's own.
     engine: the living one that does it; who samples in two ways by turns keeps two.
     """
     prompts = prompts or texts(cfg.world)
     recipe = {"sft": model, "aligned": aligned, "alpha": alpha, "prompts": prompts, "split": split}
     recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
-    batch = cfg.decoding.together and cfg.decoding.backend == "vllm" and not modules
-    if batch and alpha in alphas and cfg.train.lora_rank:
-        every = spread.side_by_side(cfg, model, aligned, split, alphas, prompts, samples=samples, seed=seed)
-
-        def pick(out: Path) -> dict:
-            lines = (every.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
-            mine = [row for row in rows if row.pop("adapter") == f"{alpha:g}"]
-            (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mine), encoding="utf-8")
-            return shards.counted(mine)
-
-        return Artifact("responses", 2, {"of": every, "alpha": alpha}, pick)
 
     def make(out: Path) -> dict:
         own, living = str(model.get()), workers.living.get(engine)
