@@ -12,6 +12,7 @@ from statistics import median
 import psutil
 
 from beyond_dpo import artifacts, paths
+from beyond_dpo.files import write_file
 
 RESULTS = paths.FROZEN / "benchmarks"
 ROWS = {  # what is compared: in words, our number, against whom, theirs, the goal for the ratio
@@ -76,9 +77,9 @@ def report(name: str, settings: dict, rounds: list[dict], freeze: bool) -> None:
     print(json.dumps(content, indent=1))
     print("\n".join(compared(content)))
     if freeze:
-        paths.write(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
+        write_file(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
         readme = paths.ROOT / "README.md"
-        paths.write(readme, table(readme.read_text()))
+        write_file(readme, table(readme.read_text()))
 
 
 def compared(content: dict) -> list[str]:

@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from beyond_dpo import artifacts, paths
+from beyond_dpo import artifacts
+from beyond_dpo.files import write_file
 
 SCRIPT = Path(__file__).with_name("fault_pipeline.py")
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "0"))  # 0: the short form
@@ -250,4 +251,4 @@ def summary(terminalreporter) -> None:
         about |= {"seconds": round(sum(report.duration for report in reports))}
         found |= {"faults": dict(sorted(tried.items())), "not survived": dict(tried - survived)}
         content = about | found | artifacts.environment()
-        paths.write(Path(to).absolute(), json.dumps(content, indent=1) + "\n")
+        write_file(Path(to).absolute(), json.dumps(content, indent=1) + "\n")

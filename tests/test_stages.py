@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from beyond_dpo import artifacts, assets, config, data, expo, launch, paths, progress, rewards, run, stages, workers
+from beyond_dpo.files import link_file
 
 
 @pytest.fixture
@@ -200,7 +201,7 @@ def test_a_link_replaces_what_is_there_and_changes_no_other_file(tmp_path, least
     source.write_text("new")
     other.write_text("other")
     befores = [
-        lambda: None, lambda: paths.link(source, target, least), lambda: target.symlink_to(tmp_path / "gone"),
+        lambda: None, lambda: link_file(source, target, least), lambda: target.symlink_to(tmp_path / "gone"),
         lambda: target.symlink_to(source), lambda: target.write_text("old"), lambda: os.link(other, target),
         lambda: os.link(source, target),
     ]  # fmt: skip
@@ -208,12 +209,12 @@ def test_a_link_replaces_what_is_there_and_changes_no_other_file(tmp_path, least
         target.unlink(missing_ok=True)
         before()
         for _ in range(2):
-            paths.link(source, target, least)
+            link_file(source, target, least)
             assert target.read_text() == "new" and not target.is_symlink()
         assert other.read_text() == "other" and len(list(tmp_path.iterdir())) == 3
         assert target.samefile(source) or least
     with pytest.raises(FileNotFoundError):
-        paths.link(tmp_path / "gone", target)
+        link_file(tmp_path / "gone", target)
     assert target.read_text() == "new"
 
 

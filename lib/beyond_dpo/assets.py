@@ -20,6 +20,7 @@ from pathlib import Path
 import yaml
 
 from beyond_dpo import artifacts, launch, paths
+from beyond_dpo.files import share_weights
 
 log = logging.getLogger("beyond_dpo")
 HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja", "*.py"]  # no pickle
@@ -270,7 +271,7 @@ def _built(name: str) -> Path:
                 if not folder.is_dir():  # no other process was faster
                     log.info("preparing %s in %s", name, folder)
                     BUILDERS[name](ready)
-                    paths.share_weights(ready)
+                    share_weights(ready)
                     Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
                     os.rename(ready, folder)
     if _tree(folder) != json.loads(Path(folder, ".sha256.json").read_text(encoding="utf-8")):

@@ -27,6 +27,7 @@ from pathlib import Path
 import yaml
 
 from beyond_dpo import paths
+from beyond_dpo.files import write_file
 
 
 def number(name: str, default: int) -> int:
@@ -216,7 +217,7 @@ def job(arguments: list[str], workdir: Path, launcher: str) -> Iterator[tuple[di
             fcntl.flock(lock, fcntl.LOCK_EX)  # one job at a time, should two heads have the same followers
             theirs = ["is_host=0" if text == "is_host=1" else text for text in arguments[1:]]
             call = {"arguments": theirs, "workdir": str(workdir.absolute()), "lease": str(lease)}
-            paths.write(posted, json.dumps(call))
+            write_file(posted, json.dumps(call))
             stack.callback(posted.unlink, missing_ok=True)
         yield environment, failed, alive
 

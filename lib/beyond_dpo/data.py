@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 import torch
 
-from beyond_dpo import paths
+from beyond_dpo.files import write_file
 
 DATE = date(2024, 7, 26)  # what a chat template that writes today's date writes, on any day
 # Texts before a response whose prompt is not known: the first that shares no token is taken.
@@ -315,7 +315,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
         if problem := _problem(row):
             raise ValueError(f"row {i}: {problem}")
     lines = [json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n" for row in rows]
-    paths.write(Path(path), "".join(lines))
+    write_file(Path(path), "".join(lines))
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from beyond_dpo import gather, paths
+from beyond_dpo import gather
+from beyond_dpo.files import write_file
 
 log = logging.getLogger("beyond_dpo")
 REAL_KEY = 16  # characters; a shorter key is a local server's placeholder, a word as others are
@@ -147,7 +148,7 @@ def _earlier(kept: Path) -> dict[str, Kept]:
             i, value, *tokens = json.loads(line)
             found[i] = Kept(value, tokens[0] if tokens else [])
     found = {i: reply for i, reply in found.items() if None not in reply}
-    paths.write(kept, "".join(json.dumps([i, *reply]) + "\n" for i, reply in found.items()))
+    write_file(kept, "".join(json.dumps([i, *reply]) + "\n" for i, reply in found.items()))
     return found
 
 

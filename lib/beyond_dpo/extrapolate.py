@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 from xxhash import xxh3_128  # says which weights went in; sha256 would take as long as a third of the copying
 
-from beyond_dpo import paths
+from beyond_dpo.files import sync
 
 BLOCK = 1 << 18  # elements per step: its buffers (about 5 MB) stay in the processor's cache
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -114,7 +114,7 @@ def extrapolate(sft, aligned, outputs: dict[float, str | Path], *, modules: dict
             shard = pair[1].file
             unfinished[shard] -= 1
             if not unfinished[shard]:
-                on_disk += [disk.submit(paths.sync, folder / shard.name) for folder in folders]
+                on_disk += [disk.submit(sync, folder / shard.name) for folder in folders]
         if not moved:
             raise IncompatibleModels(EQUAL.format(sft, aligned))
         for folder, fact in zip(folders, facts, strict=True):
@@ -362,14 +362,14 @@ class _Lock:
 def _publish(folder: Path, out: Path) -> None:
     """Give a finished folder its name, when all of it is on the disk: a power cut leaves it whole or not there."""
     for path in [*folder.iterdir(), folder]:
-        paths.sync(path)
+        sync(path)
     try:
         os.rename(folder, out)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         raise FileExistsError(f"another run has written {out} meanwhile: this result is dropped") from error
-    paths.sync(out.parent)
+    sync(out.parent)
 
 
 def _stored(folder: Path) -> dict[str, _Stored]:

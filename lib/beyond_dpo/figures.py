@@ -22,6 +22,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 from beyond_dpo import parameters, paths
+from beyond_dpo.files import write_file
 
 WIDTH = 8.5  # inches, 816 CSS pixels: the output area of JupyterLab has 828 in a window of 1,280
 CSS_DPI = 96  # CSS pixels in an inch
@@ -102,8 +103,8 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     if changes and folder == paths.ROOT / "figures":
         folder = paths.ARTIFACTS / "figures"
         print(f"{name}: drawn with {', '.join(changes.values())}; it is in {folder}, figures/ stays as it was")
-    paths.write(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    paths.write(folder / f"{name}.svg", picture)
+    write_file(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(folder / f"{name}.svg", picture)
     return folder / f"{name}.svg"
 
 

@@ -19,8 +19,9 @@ from pathlib import Path
 import torch
 from xxhash import xxh3_128
 
-from beyond_dpo import data, extrapolate, launch, lora, paths, reference, shards
+from beyond_dpo import data, extrapolate, launch, lora, reference, shards
 from beyond_dpo.config import Decoding
+from beyond_dpo.files import write_file
 
 BLOCK = 256  # requests in the engine at one time
 PROBE = 16  # tokens whose log-probability tells one set of weights from another
@@ -161,7 +162,7 @@ class Engine:
                 row = part[i // samples]
                 entry = {"id": row["id"], "sample": i % samples, "response_ids": ids, "logp": logp}
                 lines.append(json.dumps(entry) + "\n")
-            paths.write(files[k], "".join(lines))
+            write_file(files[k], "".join(lines))
         if world > 1:
             return None
         return shards.counted(shards.merge(out, files))
@@ -456,7 +457,7 @@ def main() -> None:
     if task.logps:
         launch.follow_parent()
         asked = json.loads(task.logps.read_text(encoding="utf-8"))
-        paths.write(task.logps, json.dumps(generate.independent_logps(asked)))
+        write_file(task.logps, json.dumps(generate.independent_logps(asked)))
     else:
         launch.serve(generate.Engine)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from beyond_dpo import paths
+from beyond_dpo.files import link_file, write_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of tensor names in an adapter's file, as peft writes them
@@ -57,8 +57,8 @@ def scaled(adapter: str | Path, outputs: dict[float, str | Path]) -> None:
     for alpha, out in outputs.items():
         Path(out).mkdir(parents=True, exist_ok=True)
         changed = settings | {"lora_alpha": settings["lora_alpha"] * (1 + alpha)}
-        paths.write(Path(out, CONFIG), json.dumps(changed, indent=1, sort_keys=True))
-        paths.link(adapter / WEIGHTS, Path(out, WEIGHTS))
+        write_file(Path(out, CONFIG), json.dumps(changed, indent=1, sort_keys=True))
+        link_file(adapter / WEIGHTS, Path(out, WEIGHTS))
 
 
 def read_settings(adapter: Path) -> dict:

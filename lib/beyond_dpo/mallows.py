@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, gather, paths, preferences, stages, stats
+from beyond_dpo import assets, config, corpus, gather, preferences, stages, stats
 from beyond_dpo.artifacts import Artifact
+from beyond_dpo.files import write_file
 
 WEIGHTED = {"dpo": "mallows_theta", "ipo": "mallows_ipo", "simpo": "mallows_simpo"}
 NAMES = {"sft": "SFT", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "mallows_theta": "MallowsPO-θ",
@@ -180,7 +181,7 @@ def elsewhere(cfg, source: str) -> Artifact:
                 rows.append({"id": f"E{i}"} | corpus.begun(tokenizer, ids[:cut], world.template))
         if len(rows) < cfg.elsewhere_prompts:
             raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
-        paths.write(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
+        write_file(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
 
     return Artifact("elsewhere", 1, recipe, make)
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from beyond_dpo import data, launch, paths
+from beyond_dpo import data, launch
 from beyond_dpo.cluster import CPUINFO, computes_bf16
+from beyond_dpo.files import write_file
 
 ATTENTION_CAP = re.compile("att.*(soft_?cap|logits?_cap)")  # in a config: attention scores are capped by tanh
 CHUNK = 2048  # response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB)
@@ -216,7 +217,7 @@ def main(path: str) -> None:
     scorer, pad = load_scorer(job["model"], job["precision"]), data.load_tokenizer(job["model"]).pad_token_id
     scores = score_rows(scorer, rows, job["names"], pad_id=pad, micro_batch=job["micro_batch"])
     about = {"ids": json.dumps([r["id"] for r in rows]), "names": json.dumps(job["names"]), "dropped": str(dropped)}
-    paths.write(Path(job["out"]), _sorted(save(scores, metadata=about)))
+    write_file(Path(job["out"]), _sorted(save(scores, metadata=about)))
 
 
 def _sorted(content: bytes) -> bytes:

@@ -19,6 +19,7 @@ import pandas as pd
 from pandas.io.formats.style import Styler
 
 from beyond_dpo import launch, parameters, paths
+from beyond_dpo.files import write_file
 
 PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once, from the first of these that was run
 COLUMNS = ("claim", "paper", "paper_source", "ours", "low", "high", "tolerance", "sign_only", "verdict")
@@ -220,7 +221,7 @@ def record(notebook: str, claims: Iterable[dict], profile: str, *, keys: Iterabl
     rows = json.loads(df.to_json(orient="records", double_precision=6))  # a missing number becomes null
     content = {"notebook": notebook, "profile": profile, "keys": list(dict.fromkeys(keys)), "claims": rows}
     path = claims_path(notebook, profile)
-    paths.write(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     words = ", ".join(parameters.changed(notebook).values())
     if words and path.parent.name == TRIALS:
         print(f"{notebook}: claimed with {words}; it is in {path.parent}, and no scoreboard counts it")
@@ -275,7 +276,7 @@ def update_readme(path: Path | None = None) -> bool:
     lines = [*_markdown(first), "", *fold]
     new = MARKERS.sub(lambda match: "\n".join([match[1], *lines, match[2]]), text)
     if new != text:
-        paths.write(path, new)
+        write_file(path, new)
     return new != text
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from beyond_dpo import launch, paths, shards
+from beyond_dpo import launch, shards
+from beyond_dpo.files import share_weights, write_file
 
 
 def train_bag_of_words(texts: list[str], labels: list[int], out: Path, *, held_out: tuple, seed: int) -> dict:
@@ -104,7 +105,7 @@ def train_classifier(
         launch.progress(step + 1, steps)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    paths.share_weights(Path(out))
+    share_weights(Path(out))
     return held_out_facts(Classifier(out, max_tokens=max_tokens), *held_out) | {"trained_on": steps * batch}
 
 
@@ -274,7 +275,7 @@ class Scorer:
         referenced = set(list(asked)[:reference_prompts])
         for k in shards.left(files, rank, world):
             part = self._scored(rewards, asked, [r for r in lines if place[r["id"]] == k], referenced)
-            paths.write(files[k], "".join(json.dumps(entry) + "\n" for entry in part))
+            write_file(files[k], "".join(json.dumps(entry) + "\n" for entry in part))
         if world > 1:
             return None
         shards.merge(out, files)

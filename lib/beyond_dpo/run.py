@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from beyond_dpo import artifacts, cluster, config, launch, needs, paths, progress
+from beyond_dpo.files import write_file
 from beyond_dpo.kernels import Kernel
 from beyond_dpo.parameters import RENEW
 
@@ -166,7 +167,7 @@ def write_back(path: Path, nb, copy: Path) -> None:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = done.outputs, done.execution_count
     clean(nb)
-    paths.write(path, nbformat.writes(nb) + "\n")
+    write_file(path, nbformat.writes(nb) + "\n")
 
 
 def freeze(since: float) -> list[str]:
@@ -180,7 +181,7 @@ def freeze(since: float) -> list[str]:
     for key in keys:
         artifacts.freeze(key)
     for path in claims:
-        paths.write(paths.FROZEN / "claims" / path.name, path.read_bytes())
+        write_file(paths.FROZEN / "claims" / path.name, path.read_bytes())
     return keys
 
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from beyond_dpo import paths
+from beyond_dpo.files import write_file
 
 
 def parts(out: str | Path, prompts: int, size: int) -> list[Path]:
@@ -24,7 +24,7 @@ def merge(out: str | Path, files: list[Path]) -> list[dict]:
     """
     if missing := [file.name for file in files if not file.exists()]:
         raise ValueError(f"{out}: {len(missing)} of {len(files)} shards are missing, such as {missing[0]}: run again")
-    paths.write(Path(out), b"".join(file.read_bytes() for file in files))
+    write_file(Path(out), b"".join(file.read_bytes() for file in files))
     for file in files:
         file.unlink()
     return [json.loads(line) for line in Path(out).read_text(encoding="utf-8").splitlines()]

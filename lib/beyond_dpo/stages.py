@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import artifacts, assets, config, corpus, launch, needs, paths, spread, workers
+from beyond_dpo import artifacts, assets, config, corpus, launch, needs, spread, workers
 from beyond_dpo.artifacts import Artifact
+from beyond_dpo.files import link_file
 
 # what a config says of its weights' origin, not of what an engine computes
 UNSHAPED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
@@ -35,7 +36,7 @@ def model(ref: str) -> Artifact:
     """Copy a model's own files, before any training here; those of a gigabyte and more are linked."""
 
     def make(out: Path) -> None:
-        how = {"ignore": shutil.ignore_patterns("manifest.json"), "copy_function": partial(paths.link, least=10**9)}
+        how = {"ignore": shutil.ignore_patterns("manifest.json"), "copy_function": partial(link_file, least=10**9)}
         shutil.copytree(assets.model_dir(ref), out, dirs_exist_ok=True, **how)
 
     return Artifact("target", 1, {"model": assets.resolve(ref)}, make)

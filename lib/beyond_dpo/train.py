@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from beyond_dpo import cluster, data, dispersion, launch, lora, losses, paths, reference
+from beyond_dpo import cluster, data, dispersion, launch, lora, losses, reference
 from beyond_dpo import config as configuration
+from beyond_dpo.files import share_weights, sync, write_file
 
 log = logging.getLogger("beyond_dpo.train")
 OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad}
@@ -242,13 +243,13 @@ def main(path: str) -> None:
             parts = {"save_latest": False, "exclude_frozen_parameters": not whole}
             engine.save_checkpoint(saved, folder.name, at, **parts)
             for file in folder.iterdir():  # each process brings what it wrote to the disk
-                paths.sync(file)
+                sync(file)
             dist.barrier()
             if rank == 0:
                 _name_checkpoint(folder, log_file)
     _save(model, tokenizer, out, save_dtype, rank)
     if rank == 0:
-        paths.write(checkpoints / "finished", "")
+        write_file(checkpoints / "finished", "")
     dist.barrier()
 
 
@@ -264,12 +265,12 @@ def _name_checkpoint(folder: Path, log_file: Path) -> None:
     Whenever the power fails, a whole checkpoint is on the disk, and the log of the steps before it.
     """
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    paths.write(folder / SIZES, json.dumps(sizes, indent=1))
+    write_file(folder / SIZES, json.dumps(sizes, indent=1))
     saved = folder.parent
     for written in (log_file, folder, saved, saved.parent, saved.parent.parent):
-        paths.sync(written)
-    paths.write(saved / "latest", folder.name)
-    paths.sync(saved)
+        sync(written)
+    write_file(saved / "latest", folder.name)
+    sync(saved)
     for old in saved.glob("step*"):
         if old != folder:
             shutil.rmtree(old)
@@ -420,11 +421,11 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
         config.dtype = dtype
         config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    paths.share_weights(out)
+    share_weights(out)
     for file in out.iterdir():  # a part is not written again after a checkpoint that came later
         if file.is_file():
-            paths.sync(file)
-    paths.sync(out)
+            sync(file)
+    sync(out)
 
 
 def _weights(model, dtype: torch.dtype, rank: int) -> dict[str, torch.Tensor]:

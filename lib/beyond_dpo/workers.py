@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from beyond_dpo import launch, paths
+from beyond_dpo.files import write_file
 
 living: dict[str, launch.Worker] = {}
 
@@ -34,7 +35,7 @@ def run(module: str, job: dict, out: Path, desc: str, *, launcher: str = "plain"
     folder = out / "checkpoints"
     if launcher != "plain" or processes > 1:
         return launch.run(module, job, folder, desc=desc, launcher=launcher, processes=processes)
-    paths.write(folder / "config.json", json.dumps(job, indent=1))
+    write_file(folder / "config.json", json.dumps(job, indent=1))
     worker = get("jobs", "beyond_dpo.launch", {})
     try:
         worker.desc = desc
