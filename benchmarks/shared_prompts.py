@@ -14,7 +14,7 @@ import time
 import torch
 from measure import report
 
-from beyond_dpo import assets, config, reference
+from beyond_dpo import assets, config, scoring
 
 ROWS, SAID = 4, 24
 KINDS = {"pairs": config.FUSED[1:], "quadruples": config.FUSED}
@@ -34,7 +34,7 @@ def rows_of(prompt: int, names: tuple, vocabulary: int) -> tuple[list[dict], lis
     return shared, alone
 
 
-def timed(scorer: reference.ResponseScorer, rows: list[dict], names: tuple) -> tuple[float, torch.Tensor]:
+def timed(scorer: scoring.ResponseScorer, rows: list[dict], names: tuple) -> tuple[float, torch.Tensor]:
     """Return seconds of a forward and backward pass, and the scores."""
     scorer.zero_grad(set_to_none=True)
     began = time.perf_counter()
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/shared_prompts.json")
     options = parser.parse_args()
-    scorer, rounds, apart = reference.load_scorer(str(assets.model_dir("smollm2")), "bf16"), [], {}
+    scorer, rounds, apart = scoring.load_scorer(str(assets.model_dir("smollm2")), "bf16"), [], {}
     timed(scorer, rows_of(8, config.FUSED, scorer.config.vocab_size)[0], config.FUSED)  # warms up
     for _ in range(options.rounds):
         row = {}

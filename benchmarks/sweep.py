@@ -16,7 +16,7 @@ import torch
 from measure import report
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import assets, config, data, launch
+from beyond_dpo import assets, config, launch, templates
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
         weights = load_file(sft / "model.safetensors")
         moved = {n: w + 1e-3 * torch.randn(w.shape, generator=generator).to(w.dtype) for n, w in weights.items()}
         save_file(moved, aligned / "model.safetensors", {"format": "pt"})
-        tokenizer = data.load_tokenizer(str(sft))
-        prompts = [{"id": str(i), "prompt_ids": data.render(tokenizer, "The film is", "plain")} for i in range(64)]
+        tokenizer = templates.load_tokenizer(str(sft))
+        prompts = [{"id": str(i), "prompt_ids": templates.render(tokenizer, "The film is", "plain")} for i in range(64)]
         Path(work, "prompts.json").write_text(json.dumps(prompts))
         settings = {"model": str(sft), "decoding": dataclasses.asdict(cfg.decoding)}
         for _ in range(options.rounds):

@@ -22,7 +22,8 @@ from pathlib import Path
 
 from measure import report, run
 
-from beyond_dpo import assets, config, data, stages, workers
+from beyond_dpo import assets, config, stages, templates, workers
+from beyond_dpo.rows import read_rows, write_rows
 
 SKIP = 2  # steps that warm up
 
@@ -31,7 +32,7 @@ def our_jobs(job: dict) -> list[tuple[str, Path]]:
     """Write the job files of the reference pass and of the training, as the pipeline does; return (module, file)s."""
     work, settings = Path(job["out"]), dataclasses.replace(config.load("expo", "cpu").train, checkpoint_every=10**6)
     limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length + 1}  # room for the end token
-    limits |= {"bos_id": None, "eos_id": data.load_tokenizer(job["model"]).eos_token_id}
+    limits |= {"bos_id": None, "eos_id": templates.load_tokenizer(job["model"]).eos_token_id}
     shared = {"model": job["model"], "rows": job["rows"], "names": ["chosen", "rejected"], "limits": limits}
     scores = {"precision": "bf16", "micro_batch": 8, "out": str(work / "reference.safetensors")}
     training = {"settings": dataclasses.asdict(settings), "seed": 0, "reference": scores["out"]}
@@ -68,8 +69,8 @@ def trl(job: dict, precompute: bool) -> None:
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    work, tokenizer, train = Path(job["out"]), data.load_tokenizer(job["model"]), config.load("expo", "cpu").train
-    rows = data.read_rows(job["rows"])
+    work, tokenizer, train = Path(job["out"]), templates.load_tokenizer(job["model"]), config.load("expo", "cpu").train
+    rows = read_rows(job["rows"])
     text = [{"prompt": r["prompt_ids"], **r["responses"]} for r in rows]
     text = [{name: tokenizer.decode(ids, skip_special_tokens=True) for name, ids in row.items()} for row in text]
     settings = DPOConfig(
@@ -107,8 +108,8 @@ def main() -> None:
     if options.child:
         job = json.loads(Path(options.child[1]).read_text())
         return profile(job) if options.child[0] == "profile" else trl(job, precompute=options.child[0] == "trl")
-    rows = data.read_rows(stages.pairs(config.load("expo", "cpu")).get() / "pairs.jsonl")[: options.pairs]
-    end = data.load_tokenizer(str(assets.model_dir("smollm2"))).eos_token_id
+    rows = read_rows(stages.pairs(config.load("expo", "cpu")).get() / "pairs.jsonl")[: options.pairs]
+    end = templates.load_tokenizer(str(assets.model_dir("smollm2"))).eos_token_id
     for row in rows:  # TRL adds it to every response, so ours have it too
         row["responses"] = {name: [t for t in ids if t != end] + [end] for name, ids in row["responses"].items()}
     workers.close()
@@ -118,7 +119,7 @@ def main() -> None:
         row = {}
         for kind in ("profile",) if options.profile else ("ours", "trl", "trl_default"):
             with tempfile.TemporaryDirectory() as work:
-                data.write_rows(Path(work, "pairs.jsonl"), rows)
+                write_rows(Path(work, "pairs.jsonl"), rows)
                 job = {"model": str(assets.model_dir("smollm2")), "rows": str(Path(work, "pairs.jsonl")), "out": work}
                 Path(work, "job.json").write_text(json.dumps(job))
                 if kind == "ours":

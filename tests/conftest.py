@@ -119,14 +119,14 @@ def tiny():
 @pytest.fixture(scope="session")
 def rows(tiny):
     """Return preference rows of different lengths, cut out of the invented reviews."""
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    tokenizer, rng = data.load_tokenizer(tiny), random.Random(0)
+    tokenizer, rng = templates.load_tokenizer(tiny), random.Random(0)
     texts = [json.loads(line)["text"] for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
     made = []
     for i in range(12):
-        prompt = data.render(tokenizer, texts[i], "plain")[: rng.randint(3, 12)]
-        answers = [data.encode_response(tokenizer, texts[i + k][: rng.randint(5, 90)]) for k in (20, 40)]
+        prompt = templates.render(tokenizer, texts[i], "plain")[: rng.randint(3, 12)]
+        answers = [templates.encode_response(tokenizer, texts[i + k][: rng.randint(5, 90)]) for k in (20, 40)]
         responses = {"chosen": answers[0], "rejected": answers[1]}
         made.append({"id": f"r{i}", "prompt_ids": prompt, "responses": responses})
     return made

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import cluster, config, data, launch, paths, stages
+from beyond_dpo import cluster, config, launch, paths, stages
+from beyond_dpo.rows import write_rows
 from conftest import alive, wait_for
 
 RECIPES = paths.ROOT / "recipes"
@@ -242,7 +243,7 @@ def folder(tiny, rows, tmp_path_factory):
     """Write a job for one process with its result, and the same job for two."""
     folder = tmp_path_factory.mktemp("cluster")
     folder.chmod(0o755)
-    data.write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "rows.jsonl", rows)
     settings = {"lr": 3e-3, "global_batch": 4, "micro_batch": 2, "epochs": 2, "loss": "sft", "precision": "fp32"}
     job = {
         "model": str(tiny), "rows": str(folder / "rows.jsonl"), "names": ["chosen"], "seed": 3, "reference": None,

@@ -213,7 +213,7 @@ def test_bfloat16_is_refused_before_the_work_on_a_cpu_that_would_emulate_it(monk
     """The faked processor has AVX2 and no more; the profiles of a CPU ask it for nothing else."""
     avx2 = tmp_path / "cpuinfo"
     avx2.write_text("model name\t: old\nflags\t\t: fpu sse4_2 avx avx2 fma\n")
-    monkeypatch.setattr(needs.cluster, "CPUINFO", str(avx2))
+    monkeypatch.setattr(needs.precision, "CPUINFO", str(avx2))
     monkeypatch.setattr(needs, "cards", lambda: 0)
     monkeypatch.setattr(needs, "free_disk_gb", lambda: 1000.0)
     monkeypatch.setenv("COMPUTE", "cold")

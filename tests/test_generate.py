@@ -24,8 +24,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
 from transformers import AutoModelForCausalLM
 
-from beyond_dpo import assets, extrapolate, generate, launch, paths
-from beyond_dpo import reference as scoring
+from beyond_dpo import assets, extrapolate, generate, launch, paths, scoring
 from beyond_dpo.generate import Engine, StaleWeights, TransformersBackend
 
 DECODING = {

@@ -23,9 +23,23 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import artifacts, assets, config, data, expo, generate, launch, paths, reference, report, rewards, run
+from beyond_dpo import (
+    artifacts,
+    assets,
+    config,
+    expo,
+    generate,
+    launch,
+    paths,
+    report,
+    rewards,
+    run,
+    scoring,
+    templates,
+)
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.extrapolate import IncompatibleModels, check, extrapolate
+from beyond_dpo.rows import read_rows, write_rows
 from faults import long_form
 
 
@@ -64,8 +78,8 @@ def hostile_model(tiny: Path, folder: Path, flag: Path) -> Path:
 
 
 LOADERS = {
-    "tokenizer": data.load_tokenizer,
-    "scorer": lambda folder: reference.load_scorer(str(folder)),
+    "tokenizer": templates.load_tokenizer,
+    "scorer": lambda folder: scoring.load_scorer(str(folder)),
     "engine": lambda folder: generate.Engine(str(folder), vars(config.load("expo", "smoke").decoding)),
     "reward": lambda folder: rewards.Classifier(str(folder)),
     "folder": lambda folder: assets.model_dir(str(folder)),
@@ -133,13 +147,13 @@ def test_a_pickled_array_is_not_unpickled(tmp_path, flag, fault):
 
 
 def test_a_chat_template_runs_no_code(tiny, flag, fault):
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = templates.load_tokenizer(tiny)
     kept = tokenizer.chat_template
     subclasses = "''.__class__.__mro__[1].__subclasses__()"
     for expression in ("cycler.__init__.__globals__.os", subclasses, "lipsum.__globals__"):
         tokenizer.chat_template = "{{ " + expression + f".mkdir('{flag}') }}}}"
         with pytest.raises(Exception, match="unsafe|undefined"):
-            data.render(tokenizer, "hi", "chat")
+            templates.render(tokenizer, "hi", "chat")
     tokenizer.chat_template = kept
     assert not flag.exists()
     fault("code in a chat template", 3)
@@ -366,7 +380,7 @@ def test_broken_weights_are_refused_by_every_reader(tiny, tmp_path, fault):
         with pytest.raises(ValueError, match=re.escape(str(folder))):
             extrapolate(tiny, folder, {0.5: tmp_path / "out"})
         with pytest.raises(Exception) as failure:
-            reference.load_scorer(str(folder))
+            scoring.load_scorer(str(folder))
         assert type(failure.value).__name__ in ("SafetensorError", "OSError", "ValueError", "RuntimeError"), how
         assert not (tmp_path / "out").exists()
     assert len(cases) == 15
@@ -376,16 +390,16 @@ def test_broken_weights_are_refused_by_every_reader(tiny, tmp_path, fault):
 def test_rows_cut_off_anywhere_are_refused_or_whole(rows, tmp_path, fault):
     """A cut at a line's end leaves the first rows whole: that is for the manifest's hash to find."""
     path, rng = tmp_path / "rows.jsonl", random.Random(0)
-    data.write_rows(path, rows)
+    write_rows(path, rows)
     content = path.read_bytes()
     for cut in [rng.randrange(len(content)) for _ in range(200)]:
         path.write_bytes(content[:cut])
         lines = content[:cut].count(b"\n")
         if content[:cut].endswith(b"\n") or not cut or content[cut : cut + 1] == b"\n":
-            assert data.read_rows(path) == rows[: lines + (content[cut : cut + 1] == b"\n")]
+            assert read_rows(path) == rows[: lines + (content[cut : cut + 1] == b"\n")]
         else:
             with pytest.raises(ValueError, match=rf"rows\.jsonl:{lines + 1}"):
-                data.read_rows(path)
+                read_rows(path)
     fault("rows cut off")
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import assets, config, corpus, data, expo, mallows, paths, preferences, rewards, sources, stages
+from beyond_dpo import assets, config, corpus, expo, mallows, paths, preferences, rewards, sources, stages, templates
 from beyond_dpo.config import ConfigError
+from beyond_dpo.rows import read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -376,7 +377,7 @@ def test_the_order_is_random_and_always_the_same():
 
 
 def test_a_dialogue_is_the_text_that_hh_publishes(tiny):
-    row, tokenizer = CASES["hh"][0], data.load_tokenizer(tiny)
+    row, tokenizer = CASES["hh"][0], templates.load_tokenizer(tiny)
     read = preferences.hh(row)
     assert preferences.dialogue(read["prompt"]) + " I see." == row["chosen"]
     plain = dataclasses.replace(SMOKE.world, template="plain")
@@ -422,7 +423,7 @@ def test_a_split_shares_no_prompt_and_counts_what_drops(tmp_path, tiny):
     facts, prompts, lines, labelled = split(world(jsonl(rows), prompts=23, sft_rows=5), tmp_path)
     asked = {name: [row["text"] for row in part] for name, part in prompts.items()}
     assert len({*asked["dev_"], *asked["test_"]}) == 8 and prompts[""] == [] and labelled["held_out"] == [[], []]
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = templates.load_tokenizer(tiny)
     taught = [tokenizer.decode(row["prompt_ids"]) for row in lines["pairs"]]
     assert not [text for text in taught for held in asked["dev_"] + asked["test_"] if f"> {held}</s>" in text]
     assert len(taught) == facts["pairs"] and len(lines["sft"]) == facts["sft_rows"] == 5
@@ -462,7 +463,7 @@ def test_rows_that_a_template_refuses_drop_and_are_counted(tmp_path, tiny):
     facts, prompts, lines, _ = split(world(jsonl(rows), target=target, prompts=22), tmp_path)
     assert facts["dropped"] == {"the chat template refuses it (System role not supported)": 10}
     assert len(lines["pairs"]) == 12 and len(prompts["dev_"]) == len(prompts["test_"]) == 4
-    drawn = preferences.prompts("rows.jsonl", world("rows.jsonl"), data.load_tokenizer(target), 99)
+    drawn = preferences.prompts("rows.jsonl", world("rows.jsonl"), templates.load_tokenizer(target), 99)
     assert len(drawn) == 20, "prompts from elsewhere are passed over"
     all_refused = jsonl([row | {"prompt": [system("Be kind."), user("a")]} for row in pairs(9)], "refused.jsonl")
     with pytest.raises(ConfigError, match="refused.jsonl: 0 of 4 test rows; dropped: .*System role not supported.*: 9"):
@@ -476,19 +477,19 @@ def test_responses_that_share_a_token_with_their_prompt_drop_and_are_counted(tmp
     facts, _, lines, _ = split(
         world(jsonl(rows), template="plain", prompts=20, dev_prompts=0, test_prompts=0), tmp_path
     )
-    assert facts["dropped"] == {data.JOINED: 10} and len(lines["pairs"]) == facts["pairs"] == 10
-    tokenizer = data.load_tokenizer(tiny)
+    assert facts["dropped"] == {templates.JOINED: 10} and len(lines["pairs"]) == facts["pairs"] == 10
+    tokenizer = templates.load_tokenizer(tiny)
     for row in lines["pairs"]:
         ids = row["prompt_ids"] + row["responses"]["chosen"][:-1]
         assert ids == tokenizer(tokenizer.decode(ids[1:]))["input_ids"], "the tokens of the whole text"
     blank = with_template(tiny, tmp_path / "blank", assets.CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '"))
-    with pytest.raises(ConfigError, match=f"0 of 12 train rows; dropped: .*{data.JOINED}"):
+    with pytest.raises(ConfigError, match=f"0 of 12 train rows; dropped: .*{templates.JOINED}"):
         split(world("rows.jsonl", target=blank), tmp_path)
 
 
 def test_given_responses_are_as_the_template_has_them(tmp_path, tiny):
     facts, _, lines, _ = split(world(jsonl(pairs(20))), tmp_path)
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = templates.load_tokenizer(tiny)
     for row in lines["pairs"]:
         for ids in row["responses"].values():
             text = tokenizer.decode(row["prompt_ids"] + ids)
@@ -503,9 +504,9 @@ def test_prompts_to_sample_for_are_whole_and_different(tmp_path, tiny):
     facts, prompts, lines, _ = split(world(jsonl(rows), pairs="sampled", prompts=8), tmp_path)
     texts = [row["text"] for part in prompts.values() for row in part]
     assert len(texts) == len(set(texts)) == 16 - sum(facts["dropped"].values()) and not lines["pairs"]
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = templates.load_tokenizer(tiny)
     for row in prompts[""]:
-        assert row["prompt_ids"] == data.render(tokenizer, row["text"], "chat")
+        assert row["prompt_ids"] == templates.render(tokenizer, row["text"], "chat")
     with pytest.raises(ConfigError, match=r"rows.jsonl: \d of 8 train rows; dropped: .*repeated prompt"):
         split(world(jsonl(rows), pairs="sampled", prompts=8, dev_prompts=6), tmp_path)
     with pytest.raises(ConfigError, match=r"0 of 4 test rows; dropped: .'prompt above world.prompt_tokens': 16"):
@@ -530,7 +531,7 @@ def test_reviews_are_cut_to_beginnings(tmp_path, tiny):
     facts, prompts, lines, labelled = split(
         world(train, dev_dataset=test, test_dataset=test, sft_tokens=64, **how), tmp_path
     )
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = templates.load_tokenizer(tiny)
     known = {row["text"]: row["label"] for row in rows}
     for part in prompts.values():
         assert part and all(2 <= len(row["prompt_ids"]) <= 8 and "text" not in row for row in part)
@@ -561,7 +562,7 @@ def test_reviews_that_come_with_us_have_no_pairs_to_give(tmp_path):
 def test_reviews_in_a_chat_are_asked_whole(store):
     """The template stands around the beginning of a review, it is not cut with it."""
     cfg = dataclasses.replace(SMOKE.world, template="chat")
-    tokenizer = data.load_tokenizer(assets.model_dir("tiny"))
+    tokenizer = templates.load_tokenizer(assets.model_dir("tiny"))
     for row in stages.texts(cfg).json("test_prompts.json"):
         assert tokenizer.decode(row["prompt_ids"]) == f"<s><|user|> {row['text']}</s><|assistant|>"
         assert 3 <= len(tokenizer(row["text"])["input_ids"]) <= 12
@@ -572,7 +573,7 @@ def test_prompts_from_elsewhere(store):
     cfg = config.load("mallows", "smoke", world__prompt_tokens=[1, 64], elsewhere_prompts=8)
     made = mallows.elsewhere(cfg, jsonl(rows)).json("rows.jsonl.json")
     assert len(made) == 8 == len({row["text"][0]["content"] for row in made})
-    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     assert decode(made[0]["prompt_ids"]) == f"<s>\n\nHuman: {made[0]['text'][0]['content']}\n\nAssistant:"
     with pytest.raises(ConfigError, match="elsewhere_prompts=11, but rows.jsonl has only 10"):
         mallows.elsewhere(dataclasses.replace(cfg, elsewhere_prompts=11), "rows.jsonl").get()
@@ -580,13 +581,13 @@ def test_prompts_from_elsewhere(store):
 
 def test_reviews_go_on_as_an_answer_in_a_chat(store, tmp_path, tiny):
     """What SFT learns there is how a review goes on, not the rest of the user's turn."""
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = templates.load_tokenizer(tiny)
     reviews = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
     embedded = stages.texts(dataclasses.replace(SMOKE.world, template="chat")).get() / "sft.jsonl"
     sizes = {"sft_rows": 20, "sft_tokens": 64, "test_prompts": 2, "dev_prompts": 2}
     split(world(jsonl(reviews), pairs="sampled", prompt_tokens=(2, 8), **sizes), tmp_path)
     for file in (embedded, tmp_path / "out" / "sft.jsonl"):
-        rows = data.read_rows(file)
+        rows = read_rows(file)
         assert len(rows) > 10
         for row in rows:
             text = tokenizer.decode(row["prompt_ids"] + row["responses"]["chosen"])
@@ -596,7 +597,7 @@ def test_reviews_go_on_as_an_answer_in_a_chat(store, tmp_path, tiny):
 
 def test_texts_from_elsewhere_are_asked_whole_in_a_chat(store):
     cfg = config.load("mallows", "smoke", world__template="chat")
-    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     rows = mallows.elsewhere(cfg, "fixtures").json("fixtures.json")
     assert len(rows) == cfg.elsewhere_prompts
     for row in rows:
@@ -685,7 +686,7 @@ def test_a_users_file_trains_and_is_scored_in_turns(store, tmp_path):
     AutoTokenizer.from_pretrained(source).save_pretrained(reward)
     changes = {"world": dataclasses.asdict(world(jsonl(pairs(20)), reward_model=str(reward)))}
     cfg = config.load("expo", "smoke", **changes, fractions=[1.0], alphas={1.0: [0, 1]}, seeds=[0], seed_fractions=[])
-    rows = data.read_rows(stages.pairs(cfg).get() / "pairs.jsonl")
+    rows = read_rows(stages.pairs(cfg).get() / "pairs.jsonl")
     assert len(rows) == 12 and stages.oracle(cfg.world) == "reward"
     curves = expo.curves(cfg)
     table, facts = curves.csv("responses.csv.gz"), curves.json("facts.json")
@@ -699,7 +700,7 @@ def test_a_users_file_trains_and_is_scored_in_turns(store, tmp_path):
         for line in (expo.point(cfg, 1.0, 0, 0.0, "dev_prompts").get() / "scores.jsonl").read_text().splitlines()
     ]
     asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json("dev_prompts.json")}
-    decode = data.load_tokenizer(source).decode
+    decode = templates.load_tokenizer(source).decode
     chats = [[user(asked[r["id"]]), assistant(decode(r["response_ids"], skip_special_tokens=True))] for r in lines]
     wanted = rewards.Classifier(reward).score(chats)
     assert [one["reward"] for one in scores] == pytest.approx(wanted, abs=1e-4) and wanted.std() > 0

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import data, launch, reference
+from beyond_dpo import launch, reference, scoring
 from beyond_dpo.reference import ResponseScorer
+from beyond_dpo.rows import prepare, row_length, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def capped():
 
 
 def batch(rows, names=("chosen", "rejected"), pad_id=2):
-    tensors = data.pack(rows, list(names), pad_id)
+    tensors = scoring.pack(rows, list(names), pad_id)
     tensors.pop("ids")
     return tensors
 
@@ -72,9 +73,9 @@ def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
     scorer = ResponseScorer(model)
     wanted = scorer.score(rows, names, 2, entropy=True)
     scorer.shared = False
-    packed = data.pack(rows, names, 2, shared=False)
+    packed = scoring.pack(rows, names, 2, shared=False)
     assert "attention_mask" not in packed and len(packed["input_ids"]) == 1
-    assert packed["input_ids"].numel() == sum(data.length(r, [n]) for r in rows for n in names), "no padding"
+    assert packed["input_ids"].numel() == sum(row_length(r, [n]) for r in rows for n in names), "no padding"
     assert packed["ids"] == [r["id"] for r in rows]
     found = scorer.score(rows, names, 2, entropy=True)
     for name in wanted:
@@ -82,11 +83,11 @@ def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
 
 
 def test_flash_attention_is_taken_where_it_is_there():
-    assert reference.attention("fp32") == "sdpa" and reference.attention("bf16", "sdpa") == "sdpa"
+    assert scoring.attention("fp32") == "sdpa" and scoring.attention("bf16", "sdpa") == "sdpa"
     if not torch.cuda.is_available():
-        assert reference.attention("bf16") == "sdpa"
+        assert scoring.attention("bf16") == "sdpa"
         with pytest.raises(ImportError, match="needs a GPU.*pip install flash-attn"):
-            reference.attention("bf16", "flash_attention_2")
+            scoring.attention("bf16", "flash_attention_2")
 
 
 def test_gradients_are_those_of_each_response_alone_however_they_are_cut(model, rows):
@@ -161,7 +162,7 @@ def test_attention_scores_are_capped_as_in_the_model(tmp_path, cap):
         scorer = ResponseScorer(model)
         assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx([found["eager"]], rel=1e-5)
     assert abs(found["eager"] - found["sdpa"]) > 1e-3, "the cap matters"
-    scorer = reference.load_scorer(str(tmp_path))
+    scorer = scoring.load_scorer(str(tmp_path))
     assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx([found["eager"]], rel=1e-5)
 
 
@@ -169,8 +170,8 @@ def test_attention_scores_are_capped_as_in_the_model(tmp_path, cap):
 def test_which_settings_cap_attention(name):
     from transformers import LlamaConfig
 
-    assert reference.caps_attention(LlamaConfig(**{name: 30.0}))
-    assert not reference.caps_attention(LlamaConfig(**{name: None}, final_logit_softcapping=30.0))
+    assert scoring.caps_attention(LlamaConfig(**{name: 30.0}))
+    assert not scoring.caps_attention(LlamaConfig(**{name: None}, final_logit_softcapping=30.0))
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path):
@@ -180,10 +181,10 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     cut = {key: tensor for key, tensor in weights.items() if key != name}
     with pytest.raises(ValueError, match=f"no {name} for the model"):
-        reference.plain_logps(str(tiny), cut, [[5, 6, 7]], torch.float32)
+        scoring.plain_logps(str(tiny), cut, [[5, 6, 7]], torch.float32)
     save_file(cut, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=f"no {name} for the model"):
-        reference.load_scorer(str(tmp_path / "model"))
+        scoring.load_scorer(str(tmp_path / "model"))
 
 
 def test_plain_log_probabilities_are_those_of_the_given_tensors(model, tiny):
@@ -194,7 +195,7 @@ def test_plain_log_probabilities_are_those_of_the_given_tensors(model, tiny):
         twin = copy.deepcopy(model)
         twin.load_state_dict(tensors, strict=False)
         wanted = [by_hand(twin, ids[:1], ids[1:])[0] for ids in ([5, 6, 7], [300, 9])]
-        found = reference.plain_logps(str(tiny), tensors, [[5, 6, 7], [300, 9]], torch.float32)
+        found = scoring.plain_logps(str(tiny), tensors, [[5, 6, 7], [300, 9]], torch.float32)
         assert found == pytest.approx(wanted, rel=1e-5)
 
 
@@ -271,13 +272,13 @@ def test_the_check_leaves_the_models_mode_alone(model, training):
 
 def test_scores_keep_the_order_of_the_rows_whatever_the_batches(model, rows):
     names, columns = ["rejected", "chosen"], torch.tensor([1, 0])
-    wanted = reference.score_rows(ResponseScorer(model), rows, names, pad_id=2, micro_batch=1)
+    wanted = scoring.score_rows(ResponseScorer(model), rows, names, pad_id=2, micro_batch=1)
     for size in (2, 5, 100):
-        found = reference.score_rows(ResponseScorer(model), rows, names, pad_id=2, micro_batch=size)
+        found = scoring.score_rows(ResponseScorer(model), rows, names, pad_id=2, micro_batch=size)
         for key in ("logps", "tokens", "entropies"):
             assert found[key].shape == (len(rows), 2) and not found[key].requires_grad
             torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-5)
-    backwards = reference.score_rows(ResponseScorer(model), rows[::-1], names[::-1], pad_id=2, micro_batch=5)
+    backwards = scoring.score_rows(ResponseScorer(model), rows[::-1], names[::-1], pad_id=2, micro_batch=5)
     torch.testing.assert_close(backwards["logps"].flip(0)[:, columns], wanted["logps"], rtol=1e-5, atol=1e-5)
 
 
@@ -285,7 +286,7 @@ def test_padding_with_the_end_token_changes_nothing(model, rows):
     """As in SmolLM2, where pad and end are one token, and responses end with it."""
     assert all(r["responses"]["chosen"][-1] == 1 for r in rows[:2])
     with_pad, with_end = (
-        reference.score_rows(ResponseScorer(model), rows, ["chosen"], pad_id=pad) for pad in (2, 1)
+        scoring.score_rows(ResponseScorer(model), rows, ["chosen"], pad_id=pad) for pad in (2, 1)
     )  # fmt: skip
     for key, value in with_pad.items():
         assert torch.equal(value, with_end[key])
@@ -300,7 +301,7 @@ def test_a_score_that_is_not_finite_names_the_rows(model, rows):
         broken.get_input_embeddings().weight[token] = float("inf")
     assert 0 < len(holding) < len(rows)
     with pytest.raises(ValueError, match="not finite") as failure:
-        reference.score_rows(ResponseScorer(broken), rows, ["chosen"], pad_id=2, micro_batch=1)
+        scoring.score_rows(ResponseScorer(broken), rows, ["chosen"], pad_id=2, micro_batch=1)
     assert all(repr(i) in str(failure.value) for i in holding[:5])
 
 
@@ -312,7 +313,7 @@ def job(tiny, rows, tmp_path_factory):
     """Run the job in a child process, on rows of which one is empty; return its settings."""
     folder = tmp_path_factory.mktemp("reference")
     empty = {"id": "empty", "prompt_ids": [5], "responses": {"chosen": [], "rejected": [7]}}
-    data.write_rows(folder / "rows.jsonl", [*rows, empty])
+    write_rows(folder / "rows.jsonl", [*rows, empty])
     job = {
         "model": str(tiny), "rows": str(folder / "rows.jsonl"), "names": ["chosen", "rejected"],
         "limits": {"max_prompt": 6, "max_length": 20}, "precision": "fp32", "micro_batch": 4,
@@ -330,7 +331,7 @@ def test_reference_file_holds_the_scores_of_the_cut_rows(job, model, rows):
         assert f.metadata()["dropped"] == "1" and json.loads(f.metadata()["names"]) == job["names"]
         assert json.loads(f.metadata()["ids"]) == [r["id"] for r in rows]
         assert set(f.keys()) == {"logps", "tokens", "entropies"}
-    kept, dropped = data.prepare(rows, job["names"], **job["limits"])
+    kept, dropped = prepare(rows, job["names"], **job["limits"])
     assert dropped == 0 and kept != rows
     wanted = [[by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("rejected", "chosen")] for r in kept[::-1]]
     found = reference.load(job["out"], kept[::-1], ["rejected", "chosen"])
@@ -341,7 +342,7 @@ def test_reference_file_holds_the_scores_of_the_cut_rows(job, model, rows):
 
 
 def test_reference_file_of_other_rows_is_refused(job, rows):
-    kept, _ = data.prepare(rows, job["names"], **job["limits"])
+    kept, _ = prepare(rows, job["names"], **job["limits"])
     with pytest.raises(ValueError, match="holds no 'stranger'"):
         reference.load(job["out"], [*kept, {**kept[0], "id": "stranger"}], ["chosen"])
     with pytest.raises(ValueError, match="holds no 'target_chosen'"):
@@ -352,7 +353,7 @@ def test_reference_file_of_other_rows_is_refused(job, rows):
 
 
 def test_two_rows_with_one_id_are_refused(job, rows, tmp_path):
-    data.write_rows(tmp_path / "rows.jsonl", [rows[0], rows[1], rows[0]])
+    write_rows(tmp_path / "rows.jsonl", [rows[0], rows[1], rows[0]])
     (tmp_path / "job.json").write_text(json.dumps(job | {"rows": str(tmp_path / "rows.jsonl")}))
     with pytest.raises(ValueError, match="share an id"):
         reference.main(str(tmp_path / "job.json"))

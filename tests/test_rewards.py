@@ -15,13 +15,14 @@ import pytest
 import torch
 import transformers
 
-from beyond_dpo import artifacts, assets, config, data, launch, paths, reference, rewards, stages, wrpo
+from beyond_dpo import artifacts, assets, config, launch, paths, precision, rewards, stages, templates, wrpo
 from beyond_dpo.rewards import Classifier, Scorer, Vader
+from beyond_dpo.rows import read_rows
 
 ROWS = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
 TEXTS, LABELS = [r["text"] for r in ROWS], [r["label"] for r in ROWS]
 HELD_OUT = (TEXTS[64:], LABELS[64:])
-BF16 = reference.computes_bf16(reference.CPUINFO) or torch.cuda.is_available()
+BF16 = precision.computes_bf16(precision.CPUINFO) or torch.cuda.is_available()
 
 
 def real(name):
@@ -437,10 +438,10 @@ def test_distinct_and_repetition_by_hand():
 def answers(tmp_path_factory):
     """Six prompts with two responses each; one response is empty, one only ends."""
     folder = tmp_path_factory.mktemp("answers")
-    tokenizer = data.load_tokenizer(assets.model_dir("tiny"))
+    tokenizer = templates.load_tokenizer(assets.model_dir("tiny"))
     prompts, lines = [], []
     for i in range(6):
-        ids = data.render(tokenizer, TEXTS[i], "plain")
+        ids = templates.render(tokenizer, TEXTS[i], "plain")
         cut = 4 + i
         prompts.append({"id": f"B{i}", "prompt_ids": ids[:cut]})
         for sample in range(2):
@@ -469,7 +470,7 @@ def test_scorer(answers, bag, head, tmp_path):
         worker.call("score", **given | {"rewards": {"vader": kinds["vader"]}}, out=str(tmp_path / "one.jsonl"))
     table = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [(r["id"], r["sample"], r["logp"]) for r in table] == [(r["id"], r["sample"], r["logp"]) for r in lines]
-    tokenizer, asked = data.load_tokenizer(target), {p["id"]: p["prompt_ids"] for p in prompts}
+    tokenizer, asked = templates.load_tokenizer(target), {p["id"]: p["prompt_ids"] for p in prompts}
     texts = [tokenizer.decode(asked[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
     assert texts[0].startswith(TEXTS[0][:10]) and "</s>" not in "".join(texts)
     own = {"words": rewards.BagOfWords(bag[0]), "model": Classifier(classifier), "vader": Vader()}
@@ -514,7 +515,7 @@ def test_a_finished_reward_reads_turns(answers, head, bag, tmp_path):
     files = [str(tmp_path / "prompts.json"), str(folder / "responses.jsonl"), str(tmp_path / "scores.jsonl")]
     Scorer(str(assets.model_dir("tiny")), "fp32").score(kinds, *files)
     table = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    tokenizer, ids = data.load_tokenizer(assets.model_dir("tiny")), {p["id"]: p["prompt_ids"] for p in prompts}
+    tokenizer, ids = templates.load_tokenizer(assets.model_dir("tiny")), {p["id"]: p["prompt_ids"] for p in prompts}
     said = [tokenizer.decode(r["response_ids"], skip_special_tokens=True) for r in lines]
     chats = [rewards.chat(asked[r["id"]], answer) for r, answer in zip(lines, said, strict=True)]
     texts = [tokenizer.decode(ids[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
@@ -608,7 +609,7 @@ def judged(store, monkeypatch):
 def test_pairs_leave_out_prompts_whose_samples_tie_or_are_the_same(judged):
     """Of the second prompt both score 1; of the third both are the same response, whatever a batch made of it."""
     pairs = judged([0, 1, 1, 1, 0.5, 0.50001], [[5], [6], [7], [8], [9], [9]])
-    (row,) = data.read_rows(pairs.get() / "pairs.jsonl")
+    (row,) = read_rows(pairs.get() / "pairs.jsonl")
     assert row == {"id": "B0", "prompt_ids": [0], "responses": {"chosen": [6], "rejected": [5]}}
     assert pairs.manifest["facts"] == {"pairs": 1, "ties_dropped": 2, "mean_gold_gap": 1.0}
 
@@ -670,7 +671,7 @@ OWN = [("b", [8], 0.0), ("b", [9], 1.0), ("c", [8], 0.0), ("c", [9], 1.0)]
 def test_a_quadruple_needs_two_different_responses_of_the_targets_own(fusing):
     """Of c there is one that is not empty: best and worst at once, which would be a preference for itself."""
     cfg = fusing(GOOD, [*OWN[:2], ("c", [9], 1.0), ("c", [], 0.0)])
-    (row,) = data.read_rows(wrpo.quadruples(cfg, ("one",), None).get() / "pairs.jsonl")
+    (row,) = read_rows(wrpo.quadruples(cfg, ("one",), None).get() / "pairs.jsonl")
     assert row["id"] == "b" and row["responses"] == dict(zip(config.FUSED, ([6], [9], [8]), strict=True))
     assert wrpo.quadruples(cfg, ("one",), None).manifest["facts"] == {"quadruples": 1, "dropped": 1}
 
@@ -694,7 +695,7 @@ def test_a_draw_without_a_quadruple_is_said_in_words(fusing):
     rows, drawn = wrpo.quadruples(cfg, ("one",), None), []
     for seed in range(4):
         try:
-            drawn += data.read_rows(wrpo.draw(cfg, rows, seed).get() / "pairs.jsonl")
+            drawn += read_rows(wrpo.draw(cfg, rows, seed).get() / "pairs.jsonl")
         except config.ConfigError as error:
             assert re.search("fraction=0.1 draws 1 of 8 prompts, and none of the 1 quadruples is of these", str(error))
             break

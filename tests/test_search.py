@@ -67,10 +67,10 @@ def test_one_call_searches_two_models(tiny, tmp_path):
     """A reward for one letter, on an "aligned" model moved towards it: its rewards are those of the sampled texts."""
     from transformers import AutoModelForCausalLM
 
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    tokenizer = data.load_tokenizer(tiny)
-    letter = data.render(tokenizer, "e", "plain")[-1]
+    tokenizer = templates.load_tokenizer(tiny)
+    letter = templates.render(tokenizer, "e", "plain")[-1]
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with torch.no_grad():
         rows = model.get_output_embeddings().weight

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import config, expo, extrapolate, launch, lora, paths, reference, shards, spread, stages, workers
+from beyond_dpo import config, expo, extrapolate, launch, lora, paths, scoring, shards, spread, stages, workers
 
 
 def cut(**changes):
@@ -211,7 +211,7 @@ def test_a_trained_adapter_is_sampled_at_each_alpha(store, tiny):
             {"id": prompt["id"], "prompt_ids": prompt["prompt_ids"], "responses": {"said": ids}}
             for prompt, ids in zip(prompts, said[alpha], strict=True)
         ]
-        scores = reference.ResponseScorer(model).score(rows, ["said"], 2)
+        scores = scoring.ResponseScorer(model).score(rows, ["said"], 2)
         np.testing.assert_allclose(scores["logps"].flatten().numpy(), table["logp"], atol=1e-3)
     assert said[0.0] != said[2.0] and len(said[0.0]) == 6
     workers.close()

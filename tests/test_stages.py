@@ -16,7 +16,20 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import artifacts, assets, config, data, expo, launch, paths, progress, rewards, run, stages, workers
+from beyond_dpo import (
+    artifacts,
+    assets,
+    config,
+    expo,
+    launch,
+    paths,
+    progress,
+    rewards,
+    run,
+    stages,
+    templates,
+    workers,
+)
 from beyond_dpo.files import link_file
 
 
@@ -319,7 +332,7 @@ def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):
     scores = pd.read_json(stages.scores(cfg, pool, "dev_prompts").get() / "scores.jsonl", lines=True)
     prompts = json.loads((stages.texts(cfg.world).get() / "dev_prompts.json").read_text())
     said = pd.read_json(pool.get() / "responses.jsonl", lines=True)["response_ids"]
-    tokenizer = data.load_tokenizer(str(stages.sft(cfg).get()))
+    tokenizer = templates.load_tokenizer(str(stages.sft(cfg).get()))
     ids = [p["prompt_ids"] + response for p, response in zip(prompts, said, strict=True)]
     texts = [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
     assert scores["reward"].tolist() == pytest.approx(rewards.Classifier(tiny_reward).score(texts), abs=2e-5)

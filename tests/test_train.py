@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from beyond_dpo import config, data, launch, lora, paths, reference, rewards, train
+from beyond_dpo import config, launch, lora, paths, precision, reference, rewards, scoring, templates, train
 from beyond_dpo.losses import mallows_link
+from beyond_dpo.rows import epoch_order, prepare, write_rows
 
 pytestmark = pytest.mark.slow
 LIMITS = {"max_prompt": 8, "max_length": 24, "bos_id": 0, "eos_id": 1}
@@ -45,7 +46,7 @@ FUSED = {
 }
 LORA = {**PAIRS["dpo"], "lora_rank": 2, "lora_alpha": 8.0, "lr": 1e-2}
 LONG = {"epochs": 40, "checkpoint_every": 20}  # 120 steps: long enough to be killed before its end
-BF16 = reference.computes_bf16(reference.CPUINFO) or torch.cuda.is_available()
+BF16 = precision.computes_bf16(precision.CPUINFO) or torch.cuda.is_available()
 needs_bf16 = pytest.mark.skipif(not BF16, reason="bfloat16 is refused on this CPU, which would emulate it")
 ROUGH = {"precision": "bf16" if BF16 else "fp32"}
 
@@ -54,14 +55,14 @@ ROUGH = {"precision": "bf16" if BF16 else "fp32"}
 def folder(tiny, rows, tmp_path_factory):
     """Write twelve good rows with a reference of theirs, and two with nothing to train on."""
     folder = tmp_path_factory.mktemp("train")
-    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
     empty = [
         {"id": "no answer", "prompt_ids": [0, 7], "responses": {"chosen": [], "rejected": []}},
         {"id": "no prompt", "prompt_ids": [], "responses": {"chosen": [9], "rejected": [8]}},
     ]
-    data.write_rows(folder / "rows.jsonl", [empty[0], *rows, empty[1]])
-    data.write_rows(folder / "empty.jsonl", empty)
-    data.write_rows(folder / "fused.jsonl", three(rows))
+    write_rows(folder / "rows.jsonl", [empty[0], *rows, empty[1]])
+    write_rows(folder / "empty.jsonl", empty)
+    write_rows(folder / "fused.jsonl", three(rows))
     from transformers import AutoModelForCausalLM
 
     job = {
@@ -80,7 +81,7 @@ def folder(tiny, rows, tmp_path_factory):
     with torch.no_grad():
         broken.get_input_embeddings().weight[token] = float("nan")
     broken.save_pretrained(folder / "broken")
-    data.load_tokenizer(tiny).save_pretrained(folder / "broken")
+    templates.load_tokenizer(tiny).save_pretrained(folder / "broken")
     os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.environ['PYTHONPATH']}"
     return folder
 
@@ -286,9 +287,9 @@ def by_hand(
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     stepper = BY_HAND[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
     names = list(rows[0]["responses"])
-    rows, dropped = data.prepare(rows, names, **LIMITS)
+    rows, dropped = prepare(rows, names, **LIMITS)
     assert len(rows) == 12 and dropped == 0
-    visits = [rows[i] for epoch in range(2) for i in data.order(12, 3, epoch)]
+    visits = [rows[i] for epoch in range(2) for i in epoch_order(12, 3, epoch)]
     with torch.no_grad():
         base = {(row["id"], name): logp_by_hand(model, row, name) for row in rows for name in names}
     spread = [-math.log((a + b) / 2) for a, b in entropies]
@@ -329,7 +330,7 @@ def test_training_is_a_plain_torch_loop(single, tiny, rows, name):
     changes = {"adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01}, "decay": {"weight_decay": 0.1},
                "clipped": {"max_grad_norm": 0.1}, **PAIRS}.get(name, {})  # fmt: skip
     settings = {"lr": SETTINGS["lr"], **changes}
-    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
     entropies = reference.load(single / "reference", good, ["chosen", "rejected"])["entropies"].tolist()
     wanted, theirs = by_hand(tiny, rows, entropies, **settings)
     assert losses(single, name) == pytest.approx(wanted, rel=1e-4)
@@ -405,9 +406,9 @@ def test_at_step_0_the_cached_reference_is_the_policy(single, rows):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(first["chosen_reward"]) + abs(first["rejected_reward"]) < 1e-5
     assert losses(single, "ipo")[0] == pytest.approx(25, abs=1e-3)
-    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
     base = reference.load(single / "reference", good, ["chosen", "rejected"])["logps"]
-    visited = base[data.order(12, 3, 0)[:4]].mean(0)
+    visited = base[epoch_order(12, 3, 0)[:4]].mean(0)
     assert [first["chosen_logps"], first["rejected_logps"]] == pytest.approx(visited.tolist(), rel=1e-6)
 
 
@@ -432,13 +433,13 @@ def test_peft_loads_the_adapter_as_it_was_trained(single, tiny, rows):
     import peft
     from transformers import AutoModelForCausalLM
 
-    good, _ = data.prepare(rows, ["chosen", "rejected"], **LIMITS)
+    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    before = reference.ResponseScorer(plain).score(good, ["chosen", "rejected"], 2)["logps"]
+    before = scoring.ResponseScorer(plain).score(good, ["chosen", "rejected"], 2)["logps"]
     own = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     own.load_state_dict(dict(lora.tensors(tiny, single / "lora", 0.0)), strict=False)
     theirs = peft.PeftModel.from_pretrained(plain, single / "lora").merge_and_unload()
-    scores = [reference.ResponseScorer(m).score(good, ["chosen", "rejected"], 2)["logps"] for m in (own, theirs)]
+    scores = [scoring.ResponseScorer(m).score(good, ["chosen", "rejected"], 2)["logps"] for m in (own, theirs)]
     assert scores[0].tolist() == pytest.approx(scores[1].tolist(), rel=1e-5)
     moved = (scores[0] - before).view(2, -1)
     assert (moved[0] - moved[1]).mean() > 0.2, "in nats: the chosen responses became likelier"
@@ -659,7 +660,7 @@ def test_persistent_buffers_and_weights_with_two_names_are_saved(tmp_path, tiny)
     model.model.layers[1].mlp.gate.e_score_correction_bias += torch.tensor([0.5, -0.25, 0.0, 1.0])
     assert not model.config.tie_word_embeddings
     model.lm_head.weight = model.model.embed_tokens.weight
-    train._save(model, data.load_tokenizer(tiny), tmp_path / "out", torch.float32, 0)
+    train._save(model, templates.load_tokenizer(tiny), tmp_path / "out", torch.float32, 0)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     before, after = model.state_dict(), loaded.state_dict()
     assert before.keys() == after.keys() and "lm_head.weight" in after
@@ -669,7 +670,7 @@ def test_persistent_buffers_and_weights_with_two_names_are_saved(tmp_path, tiny)
     assert torch.equal(model.eval()(ids).logits, loaded.eval()(ids).logits)
     model.model.layers[1].mlp.gate.e_score_correction_bias[0] = math.nan
     with pytest.raises(train.NonFiniteLoss, match="e_score_correction_bias is not finite"):
-        train._save(model, data.load_tokenizer(tiny), tmp_path / "bad", torch.float32, 0)
+        train._save(model, templates.load_tokenizer(tiny), tmp_path / "bad", torch.float32, 0)
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["whole", "adapter"])
@@ -682,7 +683,7 @@ def test_trained_files_have_the_mode_that_the_umask_says(tmp_path, tiny, rank):
         lora.inject(model, rank, 4.0)
     mask = os.umask(0o027)
     try:
-        train._save(model, data.load_tokenizer(tiny), tmp_path / "part1", torch.float32, 0)
+        train._save(model, templates.load_tokenizer(tiny), tmp_path / "part1", torch.float32, 0)
     finally:
         os.umask(mask)
     modes = {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "part1").iterdir()}
@@ -752,7 +753,7 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(folder, tmp_path,
     ],
 )
 def test_impossible_jobs_fail_at_once(folder, tiny, tmp_path, monkeypatch, changes, error, message):
-    data.write_rows(folder / "prompts.jsonl", [{"id": "p", "prompt_ids": [0, 5], "responses": {}}])
+    write_rows(folder / "prompts.jsonl", [{"id": "p", "prompt_ids": [0, 5], "responses": {}}])
     job = a_job(folder, "impossible", tiny)
     if "rows" in changes:
         job["rows"] = str(folder / changes.pop("rows"))
@@ -769,7 +770,7 @@ def test_impossible_jobs_fail_at_once(folder, tiny, tmp_path, monkeypatch, chang
 def test_bf16_is_refused_on_a_cpu_that_would_emulate_it(folder, tiny, tmp_path, monkeypatch):
     """Such as one with AVX2 only, where a run of an hour took days; float32 goes as before."""
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu sse4_2 avx f16c avx2 avx512f avx512_vnni\n")
-    monkeypatch.setattr(reference, "CPUINFO", str(tmp_path / "cpuinfo"))
+    monkeypatch.setattr(precision, "CPUINFO", str(tmp_path / "cpuinfo"))
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     limits = {"limits": LIMITS, "model": str(tiny), "rows": str(folder / "rows.jsonl"), "out": str(tmp_path / "out")}
@@ -803,7 +804,7 @@ def test_bf16_is_refused_on_a_cpu_that_would_emulate_it(folder, tiny, tmp_path, 
 def test_what_a_processor_says_of_bfloat16(tmp_path, text, computes):
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
-    assert reference.computes_bf16(str(tmp_path / "cpuinfo")) is computes
+    assert precision.computes_bf16(str(tmp_path / "cpuinfo")) is computes
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -852,7 +853,7 @@ def test_every_epoch_visits_each_row_once_and_no_batch_is_short():
     ids = [r["id"] for b in batches for r in b]
     assert {ids.count(f"{i}") for i in range(10)} == {2}
     for epoch in range(2):
-        places = data.order(10, 7, epoch)
+        places = epoch_order(10, 7, epoch)
         visited = sorted(f"{i}" for i in places[:8]) if epoch == 0 else sorted(f"{i}" for i in places[2:])
         assert sorted(r["id"] for b in batches[3 * epoch : 3 * epoch + 2] for r in b) == visited
     assert all(len(b[0]["responses"]["chosen"]) <= len(b[3]["responses"]["chosen"]) for b in batches)
@@ -873,7 +874,7 @@ if __name__ == "__main__":  # run a list of jobs in this process (one of several
             settings = train.engine_config(config.Train(**each["settings"]), 2)
             settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
             train.engine_config = lambda *_, settings=settings: settings
-            reference.ResponseScorer.__init__.__defaults__ = ("fp32", 8)
+            scoring.ResponseScorer.__init__.__defaults__ = ("fp32", 8)
         try:
             train.main(str(file))
         except (train.NonFiniteLoss, train.UnusableCheckpoint) as failure:

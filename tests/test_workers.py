@@ -5,13 +5,14 @@ import json
 import psutil
 import pytest
 
-from beyond_dpo import config, data, launch, paths, workers
+from beyond_dpo import config, launch, paths, workers
+from beyond_dpo.rows import write_rows
 
 
 @pytest.fixture
 def job(tmp_path, monkeypatch, tiny, rows):
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
-    data.write_rows(tmp_path / "rows.jsonl", rows)
+    write_rows(tmp_path / "rows.jsonl", rows)
     limits = {"max_prompt": 16, "max_length": 64, "bos_id": 0, "eos_id": 1}
     job = {"model": str(tiny), "rows": str(tmp_path / "rows.jsonl"), "names": ["chosen"], "limits": limits}
     yield job | {"precision": "fp32", "micro_batch": 8, "out": str(tmp_path / "out.safetensors")}

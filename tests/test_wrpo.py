@@ -10,7 +10,8 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from beyond_dpo import artifacts, assets, config, corpus, data, gather, paths, preferences, sources, stages, wrpo
+from beyond_dpo import artifacts, assets, config, corpus, gather, paths, preferences, sources, stages, templates, wrpo
+from beyond_dpo.rows import read_rows
 from conftest import openai_server
 
 SMOKE = config.load("wrpo", "smoke", seeds=[0])
@@ -32,7 +33,7 @@ def recorded(file, **source):
 
 @pytest.fixture(scope="module")
 def wording(store):
-    tokenizer = data.load_tokenizer(assets.model_dir("tiny"))
+    tokenizer = templates.load_tokenizer(assets.model_dir("tiny"))
     prompts = stages.texts(SMOKE.world).json("prompts.json")
     return [tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in prompts]
 
@@ -41,7 +42,7 @@ def wording(store):
 
 
 def test_people_go_on_with_their_own_review(store):
-    texts, tokenizer = stages.texts(SMOKE.world), data.load_tokenizer(assets.model_dir("tiny"))
+    texts, tokenizer = stages.texts(SMOKE.world), templates.load_tokenizer(assets.model_dir("tiny"))
     asked = {row["id"]: row["prompt_ids"] for row in texts.json("prompts.json")}
     written = {" ".join(text.split()) for text, _ in corpus.halves("fixtures")[0]}
     said = lines(sources.answers(SMOKE, "human"))
@@ -53,7 +54,7 @@ def test_people_go_on_with_their_own_review(store):
 
 def test_a_chat_model_goes_on_where_the_text_stands(store):
     asked, texts = sources._put(SMOKE, SMOKE.known_sources["chat"]), stages.texts(SMOKE.world)
-    tokenizer = data.load_tokenizer(assets.model_dir("tiny"))
+    tokenizer = templates.load_tokenizer(assets.model_dir("tiny"))
     for row, prompt in zip(asked.json("prompts.json"), texts.json("prompts.json"), strict=True):
         text = tokenizer.decode(prompt["prompt_ids"], skip_special_tokens=True)
         wanted = f"<s><|user|> Go on with this film review: {text}</s><|assistant|> {text}"
@@ -72,7 +73,7 @@ def test_recorded_answers_are_matched_by_prompt(store, tmp_path, wording):
     ]  # fmt: skip
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     artifact = sources.answers(recorded(tmp_path / "answers.jsonl"), "one")
-    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     found = [decode(line["response_ids"]) for line in lines(artifact)]
     assert found == [" It is good.</s>", " is long.</s>", " The best.</s>"]
     assert artifact.manifest["facts"] == {"responses": 3, "unanswered": 14}
@@ -84,7 +85,7 @@ def test_in_a_chat_the_prompt_is_asked_as_it_is(store, tmp_path):
     cfg = config.load("wrpo", "smoke", **chat)
     rows = stages.texts(cfg.world).json("prompts.json")
     asked = sources._put(cfg, cfg.known_sources["one"]).json("prompts.json")
-    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     assert [decode(row["prompt_ids"]) for row in asked] == [f"<s><|user|> {r['text']}</s><|assistant|>" for r in rows]
     file = tmp_path / "answers.jsonl"
     file.write_text(json.dumps({"prompt": rows[3]["text"], "response": "Yes."}))
@@ -104,7 +105,7 @@ def test_a_source_is_not_asked_the_same_of_every_prompt(store, kind, ask):
 
 def test_braces_around_a_prompt_are_text(store, wording):
     source = config.Source(kind="model", ref="tiny", ask='Reply as JSON {"text": ...} {0} {{x}}: {prompt}')
-    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     for row, text in zip(sources._put(SMOKE, source).json("prompts.json"), wording, strict=True):
         asked = 'Reply as JSON {"text": ...} {0} {{x}}: ' + text
         assert sources.asking(source, text) == asked
@@ -153,7 +154,7 @@ def test_a_recorded_dialogue_is_not_its_last_turn(tmp_path):
 def test_answers_that_the_targets_template_does_not_take_are_counted(store, tmp_path, tiny):
     """In a chat an answer has the tokens that it has there; reviewers go on where the user's words end."""
     chat = {"world__template": "chat", "known_sources": {"human": {"kind": "human"}}, "sources": ["human"]}
-    tokenizer = data.load_tokenizer(tiny)
+    tokenizer = templates.load_tokenizer(tiny)
     written = {" ".join(text.split()) for text, _ in corpus.halves("fixtures")[0]}
 
     def answers(target):
@@ -214,7 +215,7 @@ def test_an_endpoint_is_asked_and_an_interrupted_run_goes_on(store, endpoint, mo
     before.parent.mkdir(parents=True)
     before.write_text("".join(json.dumps(item) + "\n" for item in kept.items()) + '["half a li')
     said = lines(artifact)
-    decode = data.load_tokenizer(assets.model_dir("tiny")).decode
+    decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     assert len(said) == 16 * 3 and artifact.manifest["facts"] == {"responses": 48, "unanswered": 0}
     assert [decode(line["response_ids"]) for line in said[:6]] == [f" said before {i}</s>" for i in (0, 1, 2)] * 2
     assert len({tuple(line["response_ids"]) for line in said[6:]}) > 20, "sampled"
@@ -264,7 +265,7 @@ def test_y_ws_is_the_best_of_all_sources(store):
         for score in lines(wrpo.scored(SMOKE, answers), "scores.jsonl"):
             new = (score["reward"], name, said[score["id"], score["sample"]])
             highest.setdefault(score["id"], []).append(new)
-    rows = data.read_rows(best.get() / "best.jsonl")
+    rows = read_rows(best.get() / "best.jsonl")
     assert [row["id"] for row in rows] == [row["id"] for row in asked] and best.manifest["facts"]["dropped"] == 0
     for row in rows:
         best_of = max(reward for reward, _, _ in highest[row["id"]])
@@ -277,10 +278,10 @@ def test_thirds_share_no_prompt(store):
     split, best = wrpo.thirds(SMOKE), wrpo.fusion(SMOKE, SMOKE.sources)
     first, rest = ({row["id"] for row in split.json(f"{name}.json")} for name in ("first", "rest"))
     assert (len(first), len(rest)) == (5, 11) and not first & rest
-    assert {row["id"] for row in data.read_rows(best.get() / "sft.jsonl")} == first
+    assert {row["id"] for row in read_rows(best.get() / "sft.jsonl")} == first
     model = wrpo.target_sft(SMOKE, SMOKE.sources)
     assert {
-        row["id"] for row in data.read_rows(wrpo.quadruples(SMOKE, SMOKE.sources, model).get() / "pairs.jsonl")
+        row["id"] for row in read_rows(wrpo.quadruples(SMOKE, SMOKE.sources, model).get() / "pairs.jsonl")
     } <= rest
 
 
@@ -289,8 +290,8 @@ def test_y_wt_and_y_l_are_target_sfts_own_best_and_worst(store):
     answers, judged = wrpo.own(SMOKE, model)
     said = {(line["id"], line["sample"]): line["response_ids"] for line in lines(answers)}
     scores = pd.DataFrame(lines(judged, "scores.jsonl"))
-    rows = data.read_rows(wrpo.quadruples(SMOKE, SMOKE.sources, model).get() / "pairs.jsonl")
-    best = {row["id"]: row for row in data.read_rows(wrpo.fusion(SMOKE, SMOKE.sources).get() / "best.jsonl")}
+    rows = read_rows(wrpo.quadruples(SMOKE, SMOKE.sources, model).get() / "pairs.jsonl")
+    best = {row["id"]: row for row in read_rows(wrpo.fusion(SMOKE, SMOKE.sources).get() / "best.jsonl")}
     assert len(rows) > 5
     for row in rows:
         here = scores[scores["id"] == row["id"]].set_index("sample")["reward"]
@@ -331,7 +332,7 @@ def test_main_result_compares_all_models_on_the_same_prompts(store):
     drawn = []
     for way in ways[:2]:
         (draw,) = [one for key, one in way.upstream.items() if key.startswith("draw")]
-        drawn.append({row["id"] for row in data.read_rows(draw.get() / "pairs.jsonl")})
+        drawn.append({row["id"] for row in read_rows(draw.get() / "pairs.jsonl")})
     assert len(drawn[0] & drawn[1]) >= 0.9 * max(map(len, drawn)), "but for ties the same prompts"
     shared = [key for key in ways[0].upstream if key.startswith("reference")]
     assert len(shared) == 1 and all(shared[0] in way.upstream for way in ways[2:]), "one pass for all losses"
@@ -425,7 +426,7 @@ def test_gemma_begins_with_bos_and_brings_its_terms():
     folder = paths.CACHE / f"gemma-{artifacts.digest(assets.resolve('gemma'))[:12]}"
     if not folder.is_dir():
         pytest.skip("Gemma is only downloaded where a run names it")
-    tokenizer = data.load_tokenizer(assets.model_dir("gemma"))
-    ids = data.render(tokenizer, "The film opens with", "plain")
+    tokenizer = templates.load_tokenizer(assets.model_dir("gemma"))
+    ids = templates.render(tokenizer, "The film opens with", "plain")
     assert ids[0] == tokenizer.bos_token_id == 2 and ids.count(2) == 1 and len(ids) == 5
     assert {"GEMMA_TERMS.html", "NOTICE.md"} <= {path.name for path in folder.iterdir()}

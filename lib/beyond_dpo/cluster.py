@@ -8,7 +8,6 @@ changes a result. See recipes/.
 """
 
 import fcntl
-import functools
 import itertools
 import json
 import os
@@ -42,20 +41,6 @@ PATIENCE = number("BEYOND_DPO_PATIENCE", 60)  # seconds without a sign of life, 
 TETHER = ["setpriv", "--pdeathsig", "KILL"] if shutil.which("setpriv") else []  # a launcher dies with its parent
 # What goes along over ssh, beside PYTHON*: DeepSpeed writes it into the log, so no HF_TOKEN or other secret.
 PASSED = ("BEYOND_DPO_", "GLOO_", "HF_HOME", "HF_HUB_", "NCCL_", "OMP_", "TORCH_", "TOKENIZERS_", "TQDM_")
-CPUINFO = "/proc/cpuinfo"  # where Linux lists what the processor can do
-BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86-64, the same with tiles, ARM
-
-
-@functools.cache
-def computes_bf16(cpuinfo: str) -> bool:
-    """Return whether the processor that a `cpuinfo` file describes multiplies bfloat16 itself.
-
-    True also where the file is missing or lists no flags: then nothing is known against it.
-    """
-    file = Path(cpuinfo)
-    text = file.read_text(encoding="utf-8") if file.exists() else ""
-    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return flags is None or not BF16_FLAGS.isdisjoint(flags[1].split())
 
 
 def machine(names) -> dict:

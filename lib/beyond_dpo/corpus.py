@@ -42,9 +42,9 @@ def rendering(ref: str, template: str) -> dict:
         files = [*folder.glob("tokenizer_config.json"), *folder.rglob("*.jinja")]
         if not any("strftime_now" in file.read_text(encoding="utf-8") for file in files):
             return {}
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    return {"date": data.DATE.isoformat()}
+    return {"date": templates.DATE.isoformat()}
 
 
 def split(world: config.World, out: Path) -> dict:
@@ -52,14 +52,15 @@ def split(world: config.World, out: Path) -> dict:
 
     Raises ConfigError if the data set is too small for what `world` asks.
     """
-    from beyond_dpo import data
+    from beyond_dpo import templates
+    from beyond_dpo.rows import write_rows
 
     if world.dataset not in EMBEDDED:
         return preferences.split(world, out)
     if world.pairs == "given" or world.dev_dataset or world.test_dataset:
         raise config.ConfigError(f"{world.dataset} holds reviews: its pairs are sampled, its prompts its own")
     half_a, half_b, rng = shuffled(world.dataset)
-    tokenizer = data.load_tokenizer(assets.tokenizer_dir(world.target))
+    tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
     sft_rows = []
     for i, (text, _) in enumerate(half_a):
         if len(sft_rows) == world.sft_rows:
@@ -69,7 +70,7 @@ def split(world: config.World, out: Path) -> dict:
         if responses := continued(tokenizer, ids, made, world.template):
             row = {"id": f"A{i}", "prompt_ids": made["prompt_ids"], "responses": responses}
             sft_rows.append(row)
-    data.write_rows(out / "sft.jsonl", sft_rows)
+    write_rows(out / "sft.jsonl", sft_rows)
 
     first_a, first_b = ([" ".join(text.split()[: world.reward_words]) for text, _ in half] for half in (half_a, half_b))
     start = world.reward_rows
@@ -94,9 +95,9 @@ def split(world: config.World, out: Path) -> dict:
 
 def beginning(tokenizer, text: str, world: config.World, rng: random.Random) -> dict:
     """Return the prompt of a review's first tokens, as many as world.prompt_tokens say."""
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    ids = data.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
+    ids = templates.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
     return begun(tokenizer, ids, world.template)
 
 
@@ -105,12 +106,12 @@ def begun(tokenizer, ids: list[int], template: str) -> dict:
 
     There "text" is what is asked, and the template stands around it whole.
     """
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
     if template == "plain":
         return {"prompt_ids": ids}
     asked = tokenizer.decode(ids, skip_special_tokens=True)
-    return {"prompt_ids": data.render(tokenizer, asked, "chat"), "text": asked}
+    return {"prompt_ids": templates.render(tokenizer, asked, "chat"), "text": asked}
 
 
 def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str, list[int]]:
@@ -118,21 +119,21 @@ def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str,
 
     made: the beginning, as of begun(). Returns {} where less than `SHORTEST` tokens are left.
     """
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
     if template == "plain":
         cut = len(made["prompt_ids"])
         if len(ids) < cut + SHORTEST:
             return {}
-        end = data.encode_response(tokenizer, "", template="plain")
+        end = templates.encode_response(tokenizer, "", template="plain")
         return {"chosen": [*ids[cut:], *end]}
     asked = made["text"]
     text = tokenizer.decode(ids, skip_special_tokens=True)
-    left = len(ids) - len(data.render(tokenizer, asked, "plain"))
+    left = len(ids) - len(templates.render(tokenizer, asked, "plain"))
     if left < SHORTEST or not text.startswith(asked):
         return {}
     rest = text[len(asked) :].strip()
-    return {"chosen": data.encode_response(tokenizer, rest, prompt=asked, template="chat")}
+    return {"chosen": templates.encode_response(tokenizer, rest, prompt=asked, template="chat")}
 
 
 def opening(tokenizer, text: str, most: int) -> list[int]:
@@ -140,13 +141,13 @@ def opening(tokenizer, text: str, most: int) -> list[int]:
 
     So it is a text with a natural end.
     """
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
     kept = []
     ids = []
     for sentence in SENTENCE.split(text):
         kept.append(sentence)
-        longer = data.render(tokenizer, " ".join(kept), "plain")
+        longer = templates.render(tokenizer, " ".join(kept), "plain")
         if len(longer) >= most:
             break
         ids = longer

@@ -196,10 +196,10 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
 
     def prompts(reader: Artifact) -> Artifact:
         def own(out: Path) -> None:
-            from beyond_dpo import data
+            from beyond_dpo import templates
 
-            tokenizer = data.load_tokenizer(str(reader.get()))
-            rows = [{"id": p, "prompt_ids": data.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
+            tokenizer = templates.load_tokenizer(str(reader.get()))
+            rows = [{"id": p, "prompt_ids": templates.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
             (out / "own.json").write_text(json.dumps(rows), encoding="utf-8")
 
         recipe = {"prompts": PROMPTS, "tokenizer": reader}
@@ -211,12 +211,12 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
               for name, line in lines.items() for alpha in line.alphas}  # fmt: skip
 
     def make(out: Path) -> None:
-        from beyond_dpo import data
+        from beyond_dpo import templates
 
         needs.check(cfg)
         texts = []
         for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
-            decode = partial(data.load_tokenizer(str(readers[name].get())).decode, skip_special_tokens=True)
+            decode = partial(templates.load_tokenizer(str(readers[name].get())).decode, skip_special_tokens=True)
             for line in (artifact.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
                 r = json.loads(line)
                 texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": decode(r["response_ids"])})

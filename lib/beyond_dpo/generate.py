@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from xxhash import xxh3_128
 
-from beyond_dpo import data, extrapolate, launch, lora, reference, shards
+from beyond_dpo import extrapolate, launch, lora, scoring, shards, templates
 from beyond_dpo.config import Decoding
 from beyond_dpo.files import write_file
 
@@ -209,7 +209,7 @@ def independent_logps(job: dict) -> list[list[float]]:
     dtype, scores = getattr(torch, job["dtype"]), []
     for weights in job["weights"]:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in Weights(*weights)}
-        scores.append(reference.plain_logps(job["model"], tensors, job["texts"], dtype))
+        scores.append(scoring.plain_logps(job["model"], tensors, job["texts"], dtype))
     return scores
 
 
@@ -366,7 +366,7 @@ class TransformersBackend:
     def __init__(self, model: str, decoding: dict, seed: int):
         self.folder, self.decoding, self.end = model, decoding, _end_tokens(model)
         self.dtype = getattr(torch, decoding["dtype"])
-        self.scorer = reference.load_scorer(model, dtype=self.dtype).eval()
+        self.scorer = scoring.load_scorer(model, dtype=self.dtype).eval()
         self.device = self.scorer.model.device
         self.implementation = self.scorer.model.config._attn_implementation
         self.dtypes = {name: tensor.dtype for name, tensor in self.scorer.model.state_dict().items()}
@@ -384,7 +384,7 @@ class TransformersBackend:
         stream, device = Weights(*weights), self.device
         self.scorer.model = self.model = None  # there may be room for one model only
         tensors = {name: tensor.to(self.dtypes.get(name, tensor.dtype)) for name, tensor in stream}
-        model = reference.load_model(self.folder, self.implementation, self.dtype, tensors)
+        model = scoring.load_model(self.folder, self.implementation, self.dtype, tensors)
         self._hold(model.eval().to(device))
         return stream.digest()
 
@@ -438,7 +438,7 @@ def _end_tokens(model: str) -> list[int]:
 
     Raises ValueError if the model's files name none.
     """
-    ends = data.model_end_tokens(model)
+    ends = templates.model_end_tokens(model)
     if not ends:
         files = "its tokenizer, generation_config.json or config.json"
         raise ValueError(f"{model} names no eos_token_id in {files}")

@@ -84,18 +84,19 @@ def raters(cfg) -> Artifact:
     recipe |= {"rows": cfg.rated_rows, "max_prompt": cfg.train.max_prompt, "kind": cfg.rated}
 
     def split(out: Path) -> None:
-        from beyond_dpo import data
+        from beyond_dpo import templates
+        from beyond_dpo.rows import write_rows
 
         sentences, rows, said = rated(cfg.rated), [], []
         random.Random(0).shuffle(sentences)
-        reader = data.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
+        reader = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
         for i, (text, ratings) in enumerate(sentences):
-            ids = data.render(reader, text, "plain")
+            ids = templates.render(reader, text, "plain")
             if len(ids) >= corpus.SHORTEST and len(rows) < cfg.rated_rows:
                 cut = min(len(ids) // 2, cfg.train.max_prompt)
                 rows.append({"id": str(i), "prompt_ids": ids[:cut], "responses": {"said": ids[cut:]}})
                 said.append(ratings)
-        data.write_rows(out / "pairs.jsonl", rows)
+        write_rows(out / "pairs.jsonl", rows)
         (out / "ratings.json").write_text(json.dumps(said), encoding="utf-8")
 
     rows = Artifact("rated", 1, recipe, split)
@@ -167,15 +168,15 @@ def elsewhere(cfg, source: str) -> Artifact:
     recipe |= corpus.rendering(world.target, world.template)
 
     def make(out: Path) -> None:
-        from beyond_dpo import data
+        from beyond_dpo import templates
 
-        tokenizer = data.load_tokenizer(assets.tokenizer_dir(world.target))
+        tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
         known = source in (*corpus.RATED, "fixtures")
         rows = [] if known else preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
         generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
         generator.shuffle(texts)
         for i, text in enumerate(texts):
-            ids = data.render(tokenizer, text, "plain")
+            ids = templates.render(tokenizer, text, "plain")
             cut = generator.randint(*world.prompt_tokens)
             if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
                 rows.append({"id": f"E{i}"} | corpus.begun(tokenizer, ids[:cut], world.template))

@@ -4,7 +4,7 @@ import json
 import shutil
 from contextlib import suppress
 
-from beyond_dpo import artifacts, cluster, config, paths, workers
+from beyond_dpo import artifacts, cluster, config, paths, precision, workers
 
 
 def check(cfg) -> None:
@@ -27,7 +27,7 @@ def lacking(cfg) -> list[str]:
         gpus = cards() * cluster.nodes(cfg.train.launcher)
         if gpus < needs.gpus:
             missing.append(f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})")
-    elif _asks_for_bf16(cfg) and not cards() and not cluster.computes_bf16(cluster.CPUINFO):
+    elif _asks_for_bf16(cfg) and not cards() and not precision.computes_bf16(precision.CPUINFO):
         missing.append(
             "a GPU, or a CPU with AVX512_BF16 or AMX, for bfloat16 (this one would emulate it; set the "
             "precisions to fp32 and decoding.dtype to float32, as COMPUTE=cold does)"

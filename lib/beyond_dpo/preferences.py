@@ -345,12 +345,12 @@ def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) ->
 
     "text" is one user's words or several turns, also for a plain model, as a reward model may read turns.
     """
-    from beyond_dpo import corpus, data
+    from beyond_dpo import corpus, templates
 
     if "text" in row:
         return corpus.beginning(tokenizer, row["text"], world, rng)
     prompt, chat = row["prompt"], world.template == "chat"
-    made = {"prompt_ids": data.render(tokenizer, prompt if chat else dialogue(prompt), world.template)}
+    made = {"prompt_ids": templates.render(tokenizer, prompt if chat else dialogue(prompt), world.template)}
     if chat and isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]:
         prompt = prompt[0]["content"]
     return made | ({"text": prompt} if chat or isinstance(prompt, list) else {})
@@ -361,7 +361,7 @@ def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
 
     They come out of 20 rows for each; those that the chat template refuses are passed over.
     """
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
     rows, rng = {}, random.Random(SEED)
     for n, row in islice(read(ref, streaming=place(ref)[0].startswith("datasets:")), 20 * most):
@@ -371,7 +371,7 @@ def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
             continue
         try:
             made = prompt_row(tokenizer, row, world, rng)
-        except data.RowError:
+        except templates.RowError:
             continue
         if "text" in row or len(made["prompt_ids"]) <= world.prompt_tokens[1]:
             rows.setdefault(_key(row), {"id": f"E{n}"} | made)
@@ -385,15 +385,16 @@ def split(world: config.World, out: Path) -> dict:
     before. Sizes asked for count rows of the data set, some of which drop: empty or equal
     responses, no preference, a repeated prompt, one above world.prompt_tokens (not of given pairs:
     the training cuts those), turns that the chat template refuses, and responses that share a token
-    with their prompt (data.encode_response). Prompts are whole, but for reviews, which are cut to
+    with their prompt (templates.encode_response). Prompts are whole, but for reviews, which are cut to
     beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too
     small.
     """
-    from beyond_dpo import corpus, data
+    from beyond_dpo import corpus, templates
+    from beyond_dpo.rows import write_rows
 
     if world.gold_rows or world.reward_rows:
         raise config.ConfigError(f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows")
-    draw = _Draw(world, data.load_tokenizer(assets.tokenizer_dir(world.target)))
+    draw = _Draw(world, templates.load_tokenizer(assets.tokenizer_dir(world.target)))
     drawn = {"test": draw.rows("test", world.test_prompts)}
     drawn["dev"] = draw.rows("dev", world.dev_prompts)
     train = draw.rows("train", max(world.prompts, world.sft_rows))
@@ -406,10 +407,10 @@ def split(world: config.World, out: Path) -> dict:
     for row in rows[: world.sft_rows]:
         for response in [*row["responses"].values()][:1]:
             first.append(row | {"responses": {"chosen": response}})
-    data.write_rows(out / "sft.jsonl", first)
+    write_rows(out / "sft.jsonl", first)
     facts = {"sft_rows": len(first)}
     if world.pairs == "given":
-        data.write_rows(out / "pairs.jsonl", rows[: world.prompts])
+        write_rows(out / "pairs.jsonl", rows[: world.prompts])
         facts["pairs"] = len(rows[: world.prompts])
         drawn["train"] = []
     else:
@@ -450,7 +451,7 @@ class _Draw:
 
         Raises ConfigError if the data set has too few.
         """
-        from beyond_dpo import data
+        from beyond_dpo import templates
 
         ref = getattr(self.world, f"{part}_dataset", "") or self.world.dataset
         paired = part == "train" and self.world.pairs == "given"
@@ -468,7 +469,7 @@ class _Draw:
                     why = self._unfit(made, row, taken, paired)
                 if not why:
                     said = self._responses(made, row, use)
-            except data.RowError as error:
+            except templates.RowError as error:
                 why = error.reason
             if why:
                 self.dropped[why] += 1
@@ -502,7 +503,7 @@ class _Draw:
 
 def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, list[int]]:
     """Return a row's responses as token ids; of a review how it goes on, if it does."""
-    from beyond_dpo import corpus, data
+    from beyond_dpo import corpus, templates
 
     if "text" in row:
         ids = corpus.opening(tokenizer, row["text"], world.sft_tokens)
@@ -513,7 +514,7 @@ def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, li
         prompt = dialogue(prompt)
         texts = {name: f" {text.strip()}" for name, text in texts.items()}  # after "Assistant:"
     options = {"prompt": prompt, "template": world.template}
-    return {name: data.encode_response(tokenizer, text, **options) for name, text in texts.items()}
+    return {name: templates.encode_response(tokenizer, text, **options) for name, text in texts.items()}
 
 
 def _key(row: dict) -> str:

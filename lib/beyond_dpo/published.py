@@ -48,9 +48,9 @@ def off_the_shelf(cfg) -> Artifact:
 
 def _spoken(cfg, said: Artifact, split: str) -> dict[str, str]:
     """Return {what a prompt asks: the first response to it} in words."""
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    tokenizer, found = data.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
+    tokenizer, found = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
     asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json(f"{split}.json")}
     for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

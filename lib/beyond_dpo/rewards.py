@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beyond_dpo import launch, shards
+from beyond_dpo import launch, scoring, shards
 from beyond_dpo.files import share_weights, write_file
 
 
@@ -75,9 +75,9 @@ def train_classifier(
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from beyond_dpo import reference
+    from beyond_dpo import precision
 
-    reference.require_precision(precision)
+    precision.require_precision(precision)
     if len(texts) < batch:
         raise ValueError(f"{len(texts)} texts are fewer than one batch of {batch}: nothing would be trained")
     torch.manual_seed(seed)
@@ -188,9 +188,9 @@ class Classifier:
         cut = {"truncation": True, "max_length": self.max_tokens}
         if isinstance(text, str):
             return self.tokenizer(text, **cut)["input_ids"]
-        from beyond_dpo import data
+        from beyond_dpo import templates
 
-        ids, bos = data.chat_ids(self.tokenizer, text), self.tokenizer.bos_token_id
+        ids, bos = templates.chat_ids(self.tokenizer, text), self.tokenizer.bos_token_id
         front = [bos] * (bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1]))  # one, whoever puts it there
         while front and ids[:1] == front:
             ids = ids[1:]
@@ -252,9 +252,9 @@ class Scorer:
 
         Raises ValueError for "bf16" on a CPU that would emulate it.
         """
-        from beyond_dpo import reference
+        from beyond_dpo import precision
 
-        reference.require_precision(precision)
+        precision.require_precision(precision)
         self.target, self.precision, self._reference = target, precision, None
 
     def score(
@@ -282,9 +282,9 @@ class Scorer:
         return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
 
     def _scored(self, rewards: dict, asked: dict, lines: list[dict], referenced: set) -> list[dict]:
-        from beyond_dpo import data, reference
+        from beyond_dpo import templates
 
-        tokenizer = data.load_tokenizer(self.target)
+        tokenizer = templates.load_tokenizer(self.target)
         whole = [asked[r["id"]]["prompt_ids"] + r["response_ids"] for r in lines]
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
         chats, table = texts, {}
@@ -300,8 +300,8 @@ class Scorer:
                 prompt = asked[r["id"]]["prompt_ids"]
                 rows[i] = {"id": r["id"], "prompt_ids": prompt, "responses": {"said": r["response_ids"]}}
         if rows:
-            self._reference = self._reference or reference.load_scorer(self.target, self.precision)
-            found = reference.score_rows(self._reference, [*rows.values()], ["said"], pad_id=tokenizer.pad_token_id)
+            self._reference = self._reference or scoring.load_scorer(self.target, self.precision)
+            found = scoring.score_rows(self._reference, [*rows.values()], ["said"], pad_id=tokenizer.pad_token_id)
             logps = dict(zip(rows, found["logps"][:, 0].tolist(), strict=True))
         for i, r in enumerate(lines):
             said = r["response_ids"]

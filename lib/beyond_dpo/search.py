@@ -53,11 +53,11 @@ def search_alpha(
         ValueError for a bad bracket, no prompt, or rewards that are not finite; launch.JobFailed from the engine,
         as extrapolate.check() does for models that do not fit.
     """
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
     decoding = decoding or config.Decoding(max_tokens=512, max_model_len=2048)
-    tokenizer = data.load_tokenizer(str(aligned))
-    rendered = [data.render(tokenizer, p, "plain" if isinstance(p, str) else "chat") for p in prompts]
+    tokenizer = templates.load_tokenizer(str(aligned))
+    rendered = [templates.render(tokenizer, p, "plain" if isinstance(p, str) else "chat") for p in prompts]
     if not rendered:
         raise ValueError("prompts is empty: give at least one, better fifty")
     asked = [p for p in prompts for _ in range(samples)]

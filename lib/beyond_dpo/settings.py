@@ -51,7 +51,7 @@ class Train:
     zero: Annotated[int, Field(ge=0, le=3)] = 0  # DeepSpeed ZeRO stage (machine, never in a key)
     offload: bool = False  # optimizer state in host memory (machine)
     gradient_checkpointing: bool = False  # (machine)
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"  # see reference.attention (machine)
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"  # see scoring.attention (machine)
     lora_rank: Count = 0  # train a low-rank adapter of all linear layers (Hu et al., arXiv 2106.09685); 0: every weight
     lora_alpha: Positive = 16.0  # the adapter's step is lora_alpha / lora_rank · BA
     processes: int = 1  # of all nodes (machine)

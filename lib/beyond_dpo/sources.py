@@ -35,7 +35,7 @@ def answers(cfg, name: str) -> Artifact:
     """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
 
     They are cut after cfg.sampling.max_tokens; those without a word are left out, and those that
-    the target's chat template does not take (data.encode_response), which are counted.
+    the target's chat template does not take (templates.encode_response), which are counted.
     Raises ConfigError for a source without any answer or with an `ask` that asks the same of all
     prompts, and what the engine or the endpoint raises.
     """
@@ -52,9 +52,9 @@ def answers(cfg, name: str) -> Artifact:
         made_of = {"said": said}
 
     def make(out: Path) -> dict:
-        from beyond_dpo import data
+        from beyond_dpo import templates
 
-        tokenizer, rows = data.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), texts.json("prompts.json")
+        tokenizer, rows = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), texts.json("prompts.json")
         wording = {row["id"]: _wording(row, tokenizer) for row in rows}
         if source.kind == "human":
             found = _written(cfg, rows)
@@ -100,7 +100,7 @@ def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict],
     Refused are those that its chat template does not take. A plain prompt may end within a word,
     so its response is what goes on after any text.
     """
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
     lines = []
     refused = 0
@@ -110,8 +110,8 @@ def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict],
         answers = [answer for answer in found.get(row["id"], ()) if answer[0].strip()]
         for sample, (text, ended) in enumerate(answers):
             try:
-                ids = data.encode_response(tokenizer, text, end=ended, **how)
-            except data.RowError:
+                ids = templates.encode_response(tokenizer, text, end=ended, **how)
+            except templates.RowError:
                 refused += 1
                 continue
             ids = ids[: cfg.sampling.max_tokens]
@@ -134,17 +134,17 @@ def _put(cfg, source: config.Source) -> Artifact:
     texts, plain = stages.texts(cfg.world), cfg.world.template == "plain"
 
     def make(out: Path) -> None:
-        from beyond_dpo import data
+        from beyond_dpo import templates
 
-        reader, own = (data.load_tokenizer(assets.tokenizer_dir(ref)) for ref in (cfg.world.target, source.ref))
+        reader, own = (templates.load_tokenizer(assets.tokenizer_dir(ref)) for ref in (cfg.world.target, source.ref))
         rows = texts.json("prompts.json")
         for row in rows:
             text = _wording(row, reader)
             if source.ask:
                 begun = text if plain else ""
-                row["prompt_ids"] = data.render(own, asking(source, text), "chat", begun=begun)
+                row["prompt_ids"] = templates.render(own, asking(source, text), "chat", begun=begun)
             else:
-                row["prompt_ids"] = data.render(own, text, "plain")
+                row["prompt_ids"] = templates.render(own, text, "plain")
         (out / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
 
     recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
@@ -157,10 +157,10 @@ def _put(cfg, source: config.Source) -> Artifact:
 
 def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
     """Return {prompt id: [(text, did it end by itself), …]} of a model's own tokens."""
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    tokenizer, found = data.load_tokenizer(model), {row["id"]: [] for row in prompts}
-    ends = data.end_tokens(tokenizer)
+    tokenizer, found = templates.load_tokenizer(model), {row["id"]: [] for row in prompts}
+    ends = templates.end_tokens(tokenizer)
     asked = {row["id"]: row["prompt_ids"] for row in prompts}
     for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -173,21 +173,21 @@ def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
 
 def _written(cfg, prompts: list[dict]) -> dict:
     """Return how the reviewers went on: whole sentences that fit with an end token, or a first one's beginning."""
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    tokenizer, found = data.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
+    tokenizer, found = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     for row in prompts:
         review = reviews[int(row["id"][1:])][0]
         if cfg.world.template == "chat":
-            begun = data.render(tokenizer, row["text"], "plain")
+            begun = templates.render(tokenizer, row["text"], "plain")
         else:
             begun = row["prompt_ids"]
         most = len(begun) + cfg.sampling.max_tokens
         ids = corpus.opening(tokenizer, review, most)
         whole = len(ids) >= len(begun) + corpus.SHORTEST
         if not whole:
-            ids = data.render(tokenizer, review, "plain")[:most]
+            ids = templates.render(tokenizer, review, "plain")[:most]
         before = tokenizer.decode(begun, skip_special_tokens=True)
         text = tokenizer.decode(ids, skip_special_tokens=True)[len(before) :]
         if cfg.world.template == "chat":

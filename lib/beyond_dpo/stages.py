@@ -118,7 +118,7 @@ def responses(
 
 def _shape(model: str) -> list:
     """Return what an engine keeps of the model that it starts with: structure, end tokens, vocabulary."""
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
     about = []
     for name in ("config.json", "generation_config.json"):
@@ -126,7 +126,7 @@ def _shape(model: str) -> list:
         content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         about.append({key: value for key, value in content.items() if key not in UNSHAPED})
     words = Path(model, "tokenizer.json")
-    return [*about, words.exists() and artifacts.sha256(words), data.model_end_tokens(model)]
+    return [*about, words.exists() and artifacts.sha256(words), templates.model_end_tokens(model)]
 
 
 def scores(
@@ -177,7 +177,7 @@ def pairs(cfg) -> Artifact:
     judged = scores(cfg, pool, "prompts", judges=(oracle(cfg.world),))
 
     def make(out: Path) -> dict:
-        from beyond_dpo import data
+        from beyond_dpo.rows import write_rows
 
         asked = {r["id"]: r["prompt_ids"] for r in texts(cfg.world).json("prompts.json")}
         gold = pd.read_json(judged.get() / "scores.jsonl", lines=True)
@@ -198,7 +198,7 @@ def pairs(cfg) -> Artifact:
                 "prompts alike, which leaves no pair to train on: use another reward model, more "
                 "world.samples, or a higher decoding.temperature"
             )
-        data.write_rows(out / "pairs.jsonl", rows)
+        write_rows(out / "pairs.jsonl", rows)
         gap = round(sum(gaps) / len(gaps), 3)
         return {"pairs": len(rows), "ties_dropped": len(asked) - len(rows), "mean_gold_gap": gap}
 
@@ -240,18 +240,18 @@ def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
     rows = pairs(cfg)
 
     def make(out: Path) -> dict:
-        from beyond_dpo import data
+        from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
-        everything = data.read_rows(rows.get() / "pairs.jsonl")
+        everything = read_rows(rows.get() / "pairs.jsonl")
         if not everything:
             advice = "use more prompts, or another data set"
             raise config.ConfigError(f"{rows.key} holds no pair to draw from: {advice}")
-        order = data.order(len(everything), seed, epoch=1_000)
+        order = epoch_order(len(everything), seed, epoch=1_000)
         longer = [len(r["responses"]["chosen"]) - len(r["responses"]["rejected"]) for r in everything]
         if longest:
             order.sort(key=lambda i: -longer[i])
         kept = order[: max(1, round(fraction * len(everything)))]
-        data.write_rows(out / "pairs.jsonl", [everything[i] for i in sorted(kept)])
+        write_rows(out / "pairs.jsonl", [everything[i] for i in sorted(kept)])
         return {"pairs": len(kept), "mean_extra_tokens": round(sum(longer[i] for i in kept) / len(kept), 2)}
 
     recipe = {"pairs": rows, "fraction": fraction, "seed": seed} | ({"longest": True} if longest else {})
@@ -304,8 +304,8 @@ def training(
 
 def _limits(settings: config.Train, model: Path) -> dict:
     """Return how rows are cut; only asked for when something is computed, as it needs the tokenizer."""
-    from beyond_dpo import data
+    from beyond_dpo import templates
 
-    tokenizer = data.load_tokenizer(str(model))
+    tokenizer = templates.load_tokenizer(str(model))
     limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
-    return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": data.end_tokens(tokenizer)}
+    return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": templates.end_tokens(tokenizer)}

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from beyond_dpo import cluster, data, dispersion, launch, lora, losses, reference
+from beyond_dpo import cluster, dispersion, launch, lora, losses, precision, reference, scoring, templates
 from beyond_dpo import config as configuration
 from beyond_dpo.files import share_weights, sync, write_file
+from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length
 
 log = logging.getLogger("beyond_dpo.train")
 OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad}
@@ -120,12 +121,12 @@ def main(path: str) -> None:
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     settings = configuration.Train(**{**job["settings"], "processes": world})
-    reference.require_precision(settings.precision)
+    precision.require_precision(settings.precision)
     accumulation = configuration.check_batch(settings)
     engine_settings = engine_config(settings, accumulation)
     save_dtype = getattr(torch, settings.save_dtype)
     out, names = Path(job["out"]), job["names"]
-    rows, dropped = data.prepare(data.read_rows(job["rows"]), names, **job["limits"])
+    rows, dropped = prepare(read_rows(job["rows"]), names, **job["limits"])
     if not rows:
         raise ValueError(f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or response)")
     total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
@@ -150,15 +151,15 @@ def main(path: str) -> None:
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
-    tokenizer = data.load_tokenizer(job["model"])
+    tokenizer = templates.load_tokenizer(job["model"])
     torch.manual_seed(job["seed"])
-    how = {"attn_implementation": reference.attention(settings.precision, settings.attention)}
+    how = {"attn_implementation": scoring.attention(settings.precision, settings.attention)}
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True, **how)
     if settings.lora_rank:
         lora.inject(model, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    scorer = reference.ResponseScorer(model.train(), settings.precision)
+    scorer = scoring.ResponseScorer(model.train(), settings.precision)
     weights = [w for w in scorer.parameters() if w.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=scorer,
@@ -202,7 +203,7 @@ def main(path: str) -> None:
         for micro in range(accumulation):
             start = (micro * world + rank) * settings.micro_batch
             part = batch[start : start + settings.micro_batch]
-            tensors = data.pack(part, names, tokenizer.pad_token_id, scorer.shared)
+            tensors = scoring.pack(part, names, tokenizer.pad_token_id, scorer.shared)
             ids = tensors.pop("ids")
             scores = engine(**{k: v.to(device) for k, v in tensors.items()})
             against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
@@ -377,7 +378,7 @@ def _culprits(model, rows: list[dict], names: list[str], bad: list[str]) -> list
     return found or bad
 
 
-_order = functools.lru_cache(2)(data.order)
+_order = functools.lru_cache(2)(epoch_order)
 
 
 def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: int) -> list[dict]:
@@ -389,12 +390,12 @@ def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: i
     for position in range(step * size, (step + 1) * size):
         epoch, place = divmod(position, len(rows))
         picked.append(rows[_order(len(rows), seed, epoch)[place]])
-    return sorted(picked, key=lambda r: (data.length(r, names), r["id"]))
+    return sorted(picked, key=lambda r: (row_length(r, names), r["id"]))
 
 
 def _measured(sums: list, batch: list, names: list, loss: str, seconds: float) -> dict:
     """Return what the log says of one step: its loss and speed, and of preferences the mean over its rows."""
-    tokens = sum(data.length(r, names) for r in batch)
+    tokens = sum(row_length(r, names) for r in batch)
     entry = {"loss": sums[0], "tokens_per_s": tokens / seconds, "rows_per_s": len(batch) / seconds}
     if loss == "sft":
         return entry

@@ -43,14 +43,14 @@ def scored(cfg, answers: Artifact, split: str = "prompts", prompts: Artifact | N
 def fusion(cfg, names: tuple) -> Artifact:
     """Choose the best of all responses of the named sources to each prompt, ties by a fixed seed.
 
-    best.jsonl, as data.write_rows: the response "source_chosen", and the name of its "source"; sft.jsonl: those of the
+    best.jsonl, as write_rows: the response "source_chosen", and the name of its "source"; sft.jsonl: those of the
     first third. A prompt without a response, or whose responses all score alike, is counted and dropped.
     """
     said = {name: sources.answers(cfg, name) for name in sorted(names)}
     judged = {name: scored(cfg, answers) for name, answers in said.items()}
 
     def make(out: Path) -> dict:
-        from beyond_dpo import data
+        from beyond_dpo.rows import write_rows
 
         table = pd.concat([_table(said[name], judged[name]).assign(source=name) for name in said], ignore_index=True)
         groups, rows, asked = dict(iter(table.groupby("id"))), [], stages.texts(cfg.world).json("prompts.json")
@@ -68,8 +68,8 @@ def fusion(cfg, names: tuple) -> Artifact:
                 f"{', '.join(said)} to any of {part} (all score alike, or are empty): use another "
                 "reward model, other sources, or more prompts"
             )
-        data.write_rows(out / "best.jsonl", rows)
-        data.write_rows(out / "sft.jsonl", learnt)
+        write_rows(out / "best.jsonl", rows)
+        write_rows(out / "sft.jsonl", learnt)
         return {"wins": Counter(row["source"] for row in rows), "dropped": len(asked) - len(rows)}
 
     return Artifact("fusion", 1, {"scores": judged, "thirds": thirds(cfg)}, make)
@@ -109,11 +109,11 @@ def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
     (said, judged), best = own(cfg, model), fusion(cfg, names)
 
     def make(out: Path) -> dict:
-        from beyond_dpo import data
+        from beyond_dpo.rows import read_rows, write_rows
 
         table, rows = _table(said, judged), []
         groups, asked = dict(iter(table.groupby("id"))), thirds(cfg).json("rest.json")
-        fused = {row["id"]: row for row in data.read_rows(best.get() / "best.jsonl")}
+        fused = {row["id"]: row for row in read_rows(best.get() / "best.jsonl")}
         for name in [prompt["id"] for prompt in asked if prompt["id"] in fused]:
             if picked := best_and_worst(groups.get(name), name):
                 both = dict(zip(OWN, table.loc[list(picked), "response_ids"], strict=True))
@@ -126,7 +126,7 @@ def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
                 f"{cfg.world.samples} (they score alike, or are empty): use another reward model, "
                 "more prompts, or a higher sampling.temperature"
             )
-        data.write_rows(out / "pairs.jsonl", rows)
+        write_rows(out / "pairs.jsonl", rows)
         return {"quadruples": len(rows), "dropped": len(asked) - len(rows)}
 
     return Artifact("quadruples", 1, {"scores": judged, "fusion": best}, make)
@@ -136,18 +136,18 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
     """Keep the quadruples of a fraction of the prompts: the same prompts for all models of one seed."""
 
     def make(out: Path) -> None:
-        from beyond_dpo import data
+        from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
         ids = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
-        order = data.order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
-        whole, kept = data.read_rows(rows.get() / "pairs.jsonl"), {ids[i] for i in order}
+        order = epoch_order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
+        whole, kept = read_rows(rows.get() / "pairs.jsonl"), {ids[i] for i in order}
         drawn = [row for row in whole if row["id"] in kept]
         if not drawn:
             raise config.ConfigError(
                 f"fraction={cfg.fraction} draws {len(kept)} of {len(ids)} prompts, and none of the "
                 f"{len(whole)} quadruples is of these: use a larger fraction, or more prompts"
             )
-        data.write_rows(out / "pairs.jsonl", drawn)
+        write_rows(out / "pairs.jsonl", drawn)
 
     inputs = {"quadruples": rows, "thirds": thirds(cfg), "fraction": cfg.fraction, "seed": seed}
     return Artifact("draw", 1, inputs, make)
@@ -243,11 +243,11 @@ def collected(cfg) -> Artifact:
     rows, best = quadruples(cfg, cfg.sources, model), fusion(cfg, cfg.sources)
 
     def make(out: Path) -> None:
-        from beyond_dpo import data
+        from beyond_dpo.rows import read_rows
 
         needs.check(cfg)
         table = pd.concat([_table(*pool).assign(source=name) for name, pool in pools.items()], ignore_index=True)
-        kept = {row["id"]: row["responses"] for row in data.read_rows(rows.get() / "pairs.jsonl")}
+        kept = {row["id"]: row["responses"] for row in read_rows(rows.get() / "pairs.jsonl")}
         table = table[table["id"].isin(kept)]
         table["grams"] = [set(itertools.pairwise(ids)) for ids in table["response_ids"]]
         told = {name: list(group["grams"]) for name, group in table[table["source"] == "Target-SFT"].groupby("id")}
