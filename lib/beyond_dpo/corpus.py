@@ -11,7 +11,8 @@ import random
 import re
 from pathlib import Path
 
-from beyond_dpo import assets, config, paths, preferences
+from beyond_dpo import assets, config, paths, preferences, templates
+from beyond_dpo.rows import write_rows
 
 SENTENCE = re.compile(r"(?<=[.!?])\s+")
 HELD_OUT = 2000  # labelled reviews that no reward is trained on
@@ -42,7 +43,6 @@ def rendering(ref: str, template: str) -> dict:
         files = [*folder.glob("tokenizer_config.json"), *folder.rglob("*.jinja")]
         if not any("strftime_now" in file.read_text(encoding="utf-8") for file in files):
             return {}
-    from beyond_dpo import templates
 
     return {"date": templates.DATE.isoformat()}
 
@@ -52,9 +52,6 @@ def split(world: config.World, out: Path) -> dict:
 
     Raises ConfigError if the data set is too small for what `world` asks.
     """
-    from beyond_dpo import templates
-    from beyond_dpo.rows import write_rows
-
     if world.dataset not in EMBEDDED:
         return preferences.split(world, out)
     if world.pairs == "given" or world.dev_dataset or world.test_dataset:
@@ -95,8 +92,6 @@ def split(world: config.World, out: Path) -> dict:
 
 def beginning(tokenizer, text: str, world: config.World, rng: random.Random) -> dict:
     """Return the prompt of a review's first tokens, as many as world.prompt_tokens say."""
-    from beyond_dpo import templates
-
     ids = templates.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
     return begun(tokenizer, ids, world.template)
 
@@ -106,8 +101,6 @@ def begun(tokenizer, ids: list[int], template: str) -> dict:
 
     There "text" is what is asked, and the template stands around it whole.
     """
-    from beyond_dpo import templates
-
     if template == "plain":
         return {"prompt_ids": ids}
     asked = tokenizer.decode(ids, skip_special_tokens=True)
@@ -119,8 +112,6 @@ def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str,
 
     made: the beginning, as of begun(). Returns {} where less than `SHORTEST` tokens are left.
     """
-    from beyond_dpo import templates
-
     if template == "plain":
         cut = len(made["prompt_ids"])
         if len(ids) < cut + SHORTEST:
@@ -141,8 +132,6 @@ def opening(tokenizer, text: str, most: int) -> list[int]:
 
     So it is a text with a natural end.
     """
-    from beyond_dpo import templates
-
     kept = []
     ids = []
     for sentence in SENTENCE.split(text):

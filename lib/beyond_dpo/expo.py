@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import config, corpus, gather, needs, search, stages
+from beyond_dpo import config, corpus, gather, needs, search, stages, templates
 from beyond_dpo.artifacts import Artifact
 
 PROMPTS = ("The film opens with", "My wife and I", "This was without doubt", "I rented it because", "The acting in")
@@ -191,13 +191,10 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
 
 def said(cfg, lines: dict[str, Line]) -> Artifact:
     """Sample one response of every point to PROMPTS; texts.json: [{model, alpha, prompt, text}, …]."""
-
     readers = {name: stages.sft(line.own(cfg)) for name, line in lines.items()}  # of each line's prompts
 
     def prompts(reader: Artifact) -> Artifact:
         def own(out: Path) -> None:
-            from beyond_dpo import templates
-
             tokenizer = templates.load_tokenizer(str(reader.get()))
             rows = [{"id": p, "prompt_ids": templates.render(tokenizer, p, cfg.world.template)} for p in PROMPTS]
             (out / "own.json").write_text(json.dumps(rows), encoding="utf-8")
@@ -211,8 +208,6 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
               for name, line in lines.items() for alpha in line.alphas}  # fmt: skip
 
     def make(out: Path) -> None:
-        from beyond_dpo import templates
-
         needs.check(cfg)
         texts = []
         for (name, alpha), artifact in gather.watched(points.items(), "text samples"):

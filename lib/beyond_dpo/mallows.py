@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, gather, preferences, stages, stats
+from beyond_dpo import assets, config, corpus, gather, preferences, stages, stats, templates
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.files import write_file
+from beyond_dpo.rows import write_rows
 
 WEIGHTED = {"dpo": "mallows_theta", "ipo": "mallows_ipo", "simpo": "mallows_simpo"}
 NAMES = {"sft": "SFT", "dpo": "DPO", "ipo": "IPO", "simpo": "SimPO", "mallows_theta": "MallowsPO-θ",
@@ -84,9 +85,6 @@ def raters(cfg) -> Artifact:
     recipe |= {"rows": cfg.rated_rows, "max_prompt": cfg.train.max_prompt, "kind": cfg.rated}
 
     def split(out: Path) -> None:
-        from beyond_dpo import templates
-        from beyond_dpo.rows import write_rows
-
         sentences, rows, said = rated(cfg.rated), [], []
         random.Random(0).shuffle(sentences)
         reader = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
@@ -168,8 +166,6 @@ def elsewhere(cfg, source: str) -> Artifact:
     recipe |= corpus.rendering(world.target, world.template)
 
     def make(out: Path) -> None:
-        from beyond_dpo import templates
-
         tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
         known = source in (*corpus.RATED, "fixtures")
         rows = [] if known else preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)

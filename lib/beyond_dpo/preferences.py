@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from beyond_dpo import assets, config
+from beyond_dpo import assets, config, templates
+from beyond_dpo.rows import write_rows
 
 TURN, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "assistant"}
 SEED = 20240416  # of the one order that all seeds of an experiment share
@@ -345,7 +346,7 @@ def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) ->
 
     "text" is one user's words or several turns, also for a plain model, as a reward model may read turns.
     """
-    from beyond_dpo import corpus, templates
+    from beyond_dpo import corpus
 
     if "text" in row:
         return corpus.beginning(tokenizer, row["text"], world, rng)
@@ -361,8 +362,6 @@ def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
 
     They come out of 20 rows for each; those that the chat template refuses are passed over.
     """
-    from beyond_dpo import templates
-
     rows, rng = {}, random.Random(SEED)
     for n, row in islice(read(ref, streaming=place(ref)[0].startswith("datasets:")), 20 * most):
         if len(rows) == most:
@@ -389,8 +388,7 @@ def split(world: config.World, out: Path) -> dict:
     beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too
     small.
     """
-    from beyond_dpo import corpus, templates
-    from beyond_dpo.rows import write_rows
+    from beyond_dpo import corpus
 
     if world.gold_rows or world.reward_rows:
         raise config.ConfigError(f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows")
@@ -451,8 +449,6 @@ class _Draw:
 
         Raises ConfigError if the data set has too few.
         """
-        from beyond_dpo import templates
-
         ref = getattr(self.world, f"{part}_dataset", "") or self.world.dataset
         paired = part == "train" and self.world.pairs == "given"
         use = "pairs" if paired else ""
@@ -503,7 +499,7 @@ class _Draw:
 
 def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, list[int]]:
     """Return a row's responses as token ids; of a review how it goes on, if it does."""
-    from beyond_dpo import corpus, templates
+    from beyond_dpo import corpus
 
     if "text" in row:
         ids = corpus.opening(tokenizer, row["text"], world.sft_tokens)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import ask, assets, expo, gather, judge, needs, stages
+from beyond_dpo import ask, assets, expo, gather, judge, needs, stages, templates
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.endpoint import Endpoint
 
@@ -48,8 +48,6 @@ def off_the_shelf(cfg) -> Artifact:
 
 def _spoken(cfg, said: Artifact, split: str) -> dict[str, str]:
     """Return {what a prompt asks: the first response to it} in words."""
-    from beyond_dpo import templates
-
     tokenizer, found = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
     asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json(f"{split}.json")}
     for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beyond_dpo import launch, scoring, shards
+from beyond_dpo import launch, scoring, shards, templates
 from beyond_dpo.files import share_weights, write_file
 
 
@@ -74,8 +74,6 @@ def train_classifier(
     """
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    from beyond_dpo import precision
 
     precision.require_precision(precision)
     if len(texts) < batch:
@@ -188,7 +186,6 @@ class Classifier:
         cut = {"truncation": True, "max_length": self.max_tokens}
         if isinstance(text, str):
             return self.tokenizer(text, **cut)["input_ids"]
-        from beyond_dpo import templates
 
         ids, bos = templates.chat_ids(self.tokenizer, text), self.tokenizer.bos_token_id
         front = [bos] * (bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1]))  # one, whoever puts it there
@@ -252,8 +249,6 @@ class Scorer:
 
         Raises ValueError for "bf16" on a CPU that would emulate it.
         """
-        from beyond_dpo import precision
-
         precision.require_precision(precision)
         self.target, self.precision, self._reference = target, precision, None
 
@@ -282,8 +277,6 @@ class Scorer:
         return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
 
     def _scored(self, rewards: dict, asked: dict, lines: list[dict], referenced: set) -> list[dict]:
-        from beyond_dpo import templates
-
         tokenizer = templates.load_tokenizer(self.target)
         whole = [asked[r["id"]]["prompt_ids"] + r["response_ids"] for r in lines]
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]

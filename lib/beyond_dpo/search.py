@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beyond_dpo import config, launch
+from beyond_dpo import config, launch, templates
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -53,8 +53,6 @@ def search_alpha(
         ValueError for a bad bracket, no prompt, or rewards that are not finite; launch.JobFailed from the engine,
         as extrapolate.check() does for models that do not fit.
     """
-    from beyond_dpo import templates
-
     decoding = decoding or config.Decoding(max_tokens=512, max_model_len=2048)
     tokenizer = templates.load_tokenizer(str(aligned))
     rendered = [templates.render(tokenizer, p, "plain" if isinstance(p, str) else "chat") for p in prompts]

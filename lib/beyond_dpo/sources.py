@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, endpoint, preferences, stages
+from beyond_dpo import assets, config, corpus, endpoint, preferences, stages, templates
 from beyond_dpo.artifacts import Artifact
 
 log = logging.getLogger("beyond_dpo")
@@ -52,8 +52,6 @@ def answers(cfg, name: str) -> Artifact:
         made_of = {"said": said}
 
     def make(out: Path) -> dict:
-        from beyond_dpo import templates
-
         tokenizer, rows = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), texts.json("prompts.json")
         wording = {row["id"]: _wording(row, tokenizer) for row in rows}
         if source.kind == "human":
@@ -100,8 +98,6 @@ def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict],
     Refused are those that its chat template does not take. A plain prompt may end within a word,
     so its response is what goes on after any text.
     """
-    from beyond_dpo import templates
-
     lines = []
     refused = 0
     for row in rows:
@@ -134,8 +130,6 @@ def _put(cfg, source: config.Source) -> Artifact:
     texts, plain = stages.texts(cfg.world), cfg.world.template == "plain"
 
     def make(out: Path) -> None:
-        from beyond_dpo import templates
-
         reader, own = (templates.load_tokenizer(assets.tokenizer_dir(ref)) for ref in (cfg.world.target, source.ref))
         rows = texts.json("prompts.json")
         for row in rows:
@@ -157,8 +151,6 @@ def _put(cfg, source: config.Source) -> Artifact:
 
 def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
     """Return {prompt id: [(text, did it end by itself), …]} of a model's own tokens."""
-    from beyond_dpo import templates
-
     tokenizer, found = templates.load_tokenizer(model), {row["id"]: [] for row in prompts}
     ends = templates.end_tokens(tokenizer)
     asked = {row["id"]: row["prompt_ids"] for row in prompts}
@@ -173,8 +165,6 @@ def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
 
 def _written(cfg, prompts: list[dict]) -> dict:
     """Return how the reviewers went on: whole sentences that fit with an end token, or a first one's beginning."""
-    from beyond_dpo import templates
-
     tokenizer, found = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     for row in prompts:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import artifacts, assets, config, corpus, launch, needs, spread, workers
+from beyond_dpo import artifacts, assets, config, corpus, launch, needs, spread, templates, workers
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.files import link_file
+from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
 # what a config says of its weights' origin, not of what an engine computes
 UNSHAPED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
@@ -118,8 +119,6 @@ def responses(
 
 def _shape(model: str) -> list:
     """Return what an engine keeps of the model that it starts with: structure, end tokens, vocabulary."""
-    from beyond_dpo import templates
-
     about = []
     for name in ("config.json", "generation_config.json"):
         file = Path(model, name)
@@ -177,8 +176,6 @@ def pairs(cfg) -> Artifact:
     judged = scores(cfg, pool, "prompts", judges=(oracle(cfg.world),))
 
     def make(out: Path) -> dict:
-        from beyond_dpo.rows import write_rows
-
         asked = {r["id"]: r["prompt_ids"] for r in texts(cfg.world).json("prompts.json")}
         gold = pd.read_json(judged.get() / "scores.jsonl", lines=True)
         said = pd.read_json(pool.get() / "responses.jsonl", lines=True).set_index(["id", "sample"])["response_ids"]
@@ -240,8 +237,6 @@ def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
     rows = pairs(cfg)
 
     def make(out: Path) -> dict:
-        from beyond_dpo.rows import epoch_order, read_rows, write_rows
-
         everything = read_rows(rows.get() / "pairs.jsonl")
         if not everything:
             advice = "use more prompts, or another data set"
@@ -304,8 +299,6 @@ def training(
 
 def _limits(settings: config.Train, model: Path) -> dict:
     """Return how rows are cut; only asked for when something is computed, as it needs the tokenizer."""
-    from beyond_dpo import templates
-
     tokenizer = templates.load_tokenizer(str(model))
     limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
     return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": templates.end_tokens(tokenizer)}

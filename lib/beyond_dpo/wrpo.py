@@ -16,6 +16,7 @@ import pandas as pd
 
 from beyond_dpo import config, gather, needs, sources, stages, stats
 from beyond_dpo.artifacts import Artifact
+from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
 OWN, OFF_POLICY = config.FUSED[1:], config.FUSED[::2]  # the target's own pair; the source's response against its worst
 NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
@@ -50,8 +51,6 @@ def fusion(cfg, names: tuple) -> Artifact:
     judged = {name: scored(cfg, answers) for name, answers in said.items()}
 
     def make(out: Path) -> dict:
-        from beyond_dpo.rows import write_rows
-
         table = pd.concat([_table(said[name], judged[name]).assign(source=name) for name in said], ignore_index=True)
         groups, rows, asked = dict(iter(table.groupby("id"))), [], stages.texts(cfg.world).json("prompts.json")
         for prompt in asked:
@@ -109,8 +108,6 @@ def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
     (said, judged), best = own(cfg, model), fusion(cfg, names)
 
     def make(out: Path) -> dict:
-        from beyond_dpo.rows import read_rows, write_rows
-
         table, rows = _table(said, judged), []
         groups, asked = dict(iter(table.groupby("id"))), thirds(cfg).json("rest.json")
         fused = {row["id"]: row for row in read_rows(best.get() / "best.jsonl")}
@@ -136,7 +133,6 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
     """Keep the quadruples of a fraction of the prompts: the same prompts for all models of one seed."""
 
     def make(out: Path) -> None:
-        from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
         ids = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
         order = epoch_order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
@@ -243,8 +239,6 @@ def collected(cfg) -> Artifact:
     rows, best = quadruples(cfg, cfg.sources, model), fusion(cfg, cfg.sources)
 
     def make(out: Path) -> None:
-        from beyond_dpo.rows import read_rows
-
         needs.check(cfg)
         table = pd.concat([_table(*pool).assign(source=name) for name, pool in pools.items()], ignore_index=True)
         kept = {row["id"]: row["responses"] for row in read_rows(rows.get() / "pairs.jsonl")}
