@@ -15,9 +15,10 @@ import pytest
 import torch
 import transformers
 
-from beyond_dpo import artifacts, assets, config, launch, paths, precision, rewards, stages, templates, wrpo
-from beyond_dpo.rewards import Classifier, Scorer, Vader
+from beyond_dpo import artifacts, assets, config, fit_reward, launch, paths, precision, rewards, stages, templates, wrpo
+from beyond_dpo.rewards import Classifier, Vader
 from beyond_dpo.rows import read_rows
+from beyond_dpo.score import Scorer
 
 ROWS = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
 TEXTS, LABELS = [r["text"] for r in ROWS], [r["label"] for r in ROWS]
@@ -35,7 +36,7 @@ def real(name):
 @pytest.fixture(scope="module")
 def bag(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bag")
-    facts = rewards.train_bag_of_words(TEXTS[:64], LABELS[:64], folder, held_out=HELD_OUT, seed=0)
+    facts = fit_reward.train_bag_of_words(TEXTS[:64], LABELS[:64], folder, held_out=HELD_OUT, seed=0)
     return folder, facts
 
 
@@ -82,7 +83,7 @@ def test_bag_of_words_learns_and_round_trips(bag):
         vectorizer.fit_transform(TEXTS[:64]), LABELS[:64]
     )
     assert scores == pytest.approx(trained.decision_function(vectorizer.transform(TEXTS)), abs=1e-9)
-    assert rewards.held_out_facts(reward, *HELD_OUT) == {k: facts[k] for k in ("held_out", "accuracy", "auc")}
+    assert fit_reward.held_out_facts(reward, *HELD_OUT) == {k: facts[k] for k in ("held_out", "accuracy", "auc")}
     assert facts["trained_on"] == 64 and facts["features"] == len(reward.coef) and facts["held_out"] == 32
     assert facts["accuracy"] > 0.75 and facts["auc"] > 0.8, "word counts tell these reviews apart"
     assert reward.score(TEXTS[5:6])[0] == pytest.approx(scores[5], abs=1e-12)
@@ -111,7 +112,7 @@ def test_held_out_facts_by_hand():
         def score(self, texts):
             return np.array([2.0, -1.0, 1.0, -3.0])
 
-    assert rewards.held_out_facts(Fixed(), ["a", "b", "c", "d"], [1, 1, 0, 0]) == {
+    assert fit_reward.held_out_facts(Fixed(), ["a", "b", "c", "d"], [1, 1, 0, 0]) == {
         "held_out": 4,
         "accuracy": 0.5,
         "auc": 0.75,
@@ -276,7 +277,7 @@ def test_pickled_weights_are_refused(head, tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         Classifier(folder)
     with pytest.raises(OSError, match="safetensors"):
-        rewards.train_classifier(str(folder), TEXTS, LABELS, tmp_path, held_out=HELD_OUT, seed=0, precision="fp32")
+        fit_reward.train_classifier(str(folder), TEXTS, LABELS, tmp_path, held_out=HELD_OUT, seed=0, precision="fp32")
 
 
 def easy(n, seed):
@@ -294,9 +295,9 @@ def test_classifier_learns_a_word(tmp_path):
     """AUC far above chance after one epoch, and the saved folder is what was judged; the same seed, the same model."""
     encoder, (texts, labels), held_out = str(assets.model_dir("tiny-encoder")), easy(1536, 0), easy(200, 1)
     options = {"held_out": held_out, "seed": 0, "lr": 1e-2, "batch": 32, "frozen": 0, "precision": "fp32"}
-    facts = rewards.train_classifier(encoder, texts, labels, tmp_path / "a", **options)
+    facts = fit_reward.train_classifier(encoder, texts, labels, tmp_path / "a", **options)
     assert facts["auc"] > 0.9 and facts["accuracy"] > 0.75 and facts["trained_on"] == 1536
-    judged = rewards.held_out_facts(Classifier(tmp_path / "a"), *held_out)
+    judged = fit_reward.held_out_facts(Classifier(tmp_path / "a"), *held_out)
     assert judged == {k: facts[k] for k in judged}
     assert not list((tmp_path / "a").glob("*.bin"))
 
@@ -306,7 +307,7 @@ def test_frozen_layers_stay_and_a_seed_fixes_the_rest(tmp_path):
     weights = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         options = {"held_out": easy(8, 1), "seed": seed, "batch": 8, "frozen": 1, "precision": "fp32"}
-        rewards.train_classifier(str(encoder), texts, labels, tmp_path / name, **options)
+        fit_reward.train_classifier(str(encoder), texts, labels, tmp_path / name, **options)
         weights[name] = Classifier(tmp_path / name).model.state_dict()
     before = transformers.AutoModel.from_pretrained(encoder).state_dict()
     assert all(torch.equal(weights["a"][k], weights["b"][k]) for k in weights["a"])
@@ -321,7 +322,8 @@ def test_frozen_layers_stay_and_a_seed_fixes_the_rest(tmp_path):
 
 def test_too_few_texts_are_refused(tmp_path):
     with pytest.raises(ValueError, match="3 texts are fewer than one batch of 32"):
-        rewards.train_classifier("unread", TEXTS[:3], LABELS[:3], tmp_path, held_out=HELD_OUT, seed=0, precision="fp32")
+        options = {"held_out": HELD_OUT, "seed": 0, "precision": "fp32"}
+        fit_reward.train_classifier("unread", TEXTS[:3], LABELS[:3], tmp_path, **options)
 
 
 def trained(folder, precision, encoder=None):
@@ -329,7 +331,7 @@ def trained(folder, precision, encoder=None):
     texts, labels = easy(8, 0)
     encoder = encoder or assets.model_dir("tiny-encoder")
     options = {"held_out": easy(8, 1), "seed": 0, "batch": 8, "lr": 1e-3, "frozen": 0, "precision": precision}
-    rewards.train_classifier(str(encoder), texts, labels, folder, **options)
+    fit_reward.train_classifier(str(encoder), texts, labels, folder, **options)
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
 
 
@@ -359,7 +361,7 @@ def test_precision_bf16_is_another_and_the_one_by_default(tmp_path):
     assert rough.keys() == exact.keys() and any(not torch.equal(rough[name], exact[name]) for name in exact)
     texts, labels = easy(8, 0)
     options = {"held_out": easy(8, 1), "seed": 0, "batch": 8, "lr": 1e-3, "frozen": 0}
-    rewards.train_classifier(str(assets.model_dir("tiny-encoder")), texts, labels, tmp_path / "default", **options)
+    fit_reward.train_classifier(str(assets.model_dir("tiny-encoder")), texts, labels, tmp_path / "default", **options)
     default = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "default").state_dict()
     assert all(torch.equal(rough[name], default[name]) for name in rough)
 
@@ -384,7 +386,7 @@ def test_a_trained_classifier_has_the_mode_that_the_umask_says(tmp_path):
 
 def test_minilm_tells_the_reviews_apart(tmp_path):
     options = {"held_out": HELD_OUT, "seed": 0, "batch": 8, "lr": 2e-4, "precision": "fp32"}
-    facts = rewards.train_classifier(str(real("minilm")), TEXTS[:64], LABELS[:64], tmp_path, **options)
+    facts = fit_reward.train_classifier(str(real("minilm")), TEXTS[:64], LABELS[:64], tmp_path, **options)
     assert facts["auc"] > 0.8
 
 
@@ -464,7 +466,7 @@ def test_scorer(answers, bag, head, tmp_path):
     }
     config = {"target": str(target), "precision": "fp32"}
     given = {"rewards": kinds, "prompts": str(folder / "prompts.json"), "responses": str(folder / "responses.jsonl")}
-    with launch.Worker("beyond_dpo.rewards", config, tmp_path / "log", desc="score") as worker:
+    with launch.Worker("beyond_dpo.score", config, tmp_path / "log", desc="score") as worker:
         facts = worker.call("score", **given, out=str(tmp_path / "scores.jsonl"), reference_prompts=5)
         worker.call("score", **given, out=str(tmp_path / "none.jsonl"))
         worker.call("score", **given | {"rewards": {"vader": kinds["vader"]}}, out=str(tmp_path / "one.jsonl"))
@@ -530,7 +532,7 @@ def test_a_finished_reward_reads_turns(answers, head, bag, tmp_path):
 def test_a_reward_of_a_world_without_labels_is_not_measured(tmp_path):
     job = {"texts": [], "labels": [], "held_out": [[], []], "seed": 0, "out": str(tmp_path), "reward": "reward"}
     (tmp_path / "job.json").write_text(json.dumps(job | {"encoder": "unread", "trust_remote_code": False}))
-    rewards.main(str(tmp_path / "job.json"))
+    fit_reward.main(str(tmp_path / "job.json"))
     assert json.loads((tmp_path / "facts.json").read_text()) == {}
 
 
@@ -552,11 +554,11 @@ def test_unknown_kind_of_reward_is_named(answers, tmp_path):
 
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])
 def test_training_job_in_a_child(encoder, bag, tmp_path):
-    """`python -m beyond_dpo.rewards JOB.json` leaves the reward and facts.json; the same numbers as in this process."""
+    """`python -m beyond_dpo.fit_reward JOB.json` leaves the reward and facts.json, as in this process."""
     job = {"texts": TEXTS[:64], "labels": LABELS[:64], "held_out": HELD_OUT, "seed": 0, "out": str(tmp_path)}
     job |= {"reward": "reward" if encoder else "gold", "precision": "fp32"}
     job |= {"encoder": str(assets.model_dir("tiny-encoder"))} if encoder else {}
-    launch.run("beyond_dpo.rewards", job, tmp_path / "checkpoints", desc="train")
+    launch.run("beyond_dpo.fit_reward", job, tmp_path / "checkpoints", desc="train")
     facts = json.loads(Path(tmp_path, "facts.json").read_text())
     assert facts["trained_on"] == 64 and facts["held_out"] == 32
     if encoder:

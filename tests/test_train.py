@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from beyond_dpo import config, launch, lora, paths, precision, reference, rewards, scoring, templates, train
+from beyond_dpo import config, fit_reward, launch, lora, paths, precision, reference, score, scoring, templates, train
 from beyond_dpo.losses import mallows_link
 from beyond_dpo.rows import epoch_order, prepare, write_rows
 
@@ -777,14 +777,15 @@ def test_bf16_is_refused_on_a_cpu_that_would_emulate_it(folder, tiny, tmp_path, 
     passing = limits | {"names": ["chosen"], "precision": "bf16", "micro_batch": 4}
     reward = {"texts": ["a"] * 40, "labels": [0, 1] * 20, "held_out": [["a", "b"], [0, 1]], "seed": 0}
     reward |= {"out": str(tmp_path), "reward": "reward", "encoder": "unread", "precision": "bf16"}
-    jobs = {train.main: a_job(folder, "refused", tiny, precision="bf16"), reference.main: passing, rewards.main: reward}
+    training = a_job(folder, "refused", tiny, precision="bf16")
+    jobs = {train.main: training, reference.main: passing, fit_reward.main: reward}
     for main, job in jobs.items():
         (tmp_path / "job.json").write_text(json.dumps(job))
         with pytest.raises(ValueError, match='precision "bf16" needs a GPU, or .* set precision to "fp32"$'):
             main(str(tmp_path / "job.json"))
     with pytest.raises(ValueError, match="AVX512_BF16 or AMX"):
-        rewards.Scorer(str(tiny), "bf16")
-    assert rewards.Scorer(str(tiny), "fp32").precision == "fp32"
+        score.Scorer(str(tiny), "bf16")
+    assert score.Scorer(str(tiny), "fp32").precision == "fp32"
     assert not (folder / "refused").exists() and not (tmp_path / "out").exists()
 
 

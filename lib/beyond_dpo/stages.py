@@ -76,10 +76,10 @@ def reward(world: config.World, name: str) -> Artifact:
                 job["trust_remote_code"] = world.reward_model in world.trust_remote_code
         if words and needs.cards():  # a living engine holds most of the card
             workers.close()
-        workers.run("beyond_dpo.rewards", job, out, f"train {name}")
+        workers.run("beyond_dpo.fit_reward", job, out, f"train {name}")
         return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
-    return Artifact(f"reward-{name}", 1, recipe, make, f"reward {name}: python -m beyond_dpo.rewards {{job}}")
+    return Artifact(f"reward-{name}", 1, recipe, make, f"reward {name}: python -m beyond_dpo.fit_reward {{job}}")
 
 
 def oracle(world: config.World) -> str:
@@ -147,14 +147,14 @@ def scores(
         job = {"rewards": rewards, "out": str(out / "scores.jsonl"), "reference_prompts": kl_prompts}
         job["shard"] = cfg.decoding.shard
         files = {"prompts": str(prompts.get() / f"{split}.json"), "responses": str(answers.get() / "responses.jsonl")}
-        settings, served = {"target": str(start.get()), "precision": cfg.world.precision}, "beyond_dpo.rewards.Scorer"
+        settings, served = {"target": str(start.get()), "precision": cfg.world.precision}, "beyond_dpo.score.Scorer"
         (facts,) = spread.call(cfg, "score", served, settings, [("score", job | files)], out, "scores") or [None]
-        return facts or workers.get("score", "beyond_dpo.rewards", settings).call("score", **job, **files)
+        return facts or workers.get("score", "beyond_dpo.score", settings).call("score", **job, **files)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
     if cfg.world.precision == "fp32":
         recipe["precision"] = cfg.world.precision
-    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.rewards --serve")
+    return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.score --serve")
 
 
 def require_samples(world: config.World) -> None:
