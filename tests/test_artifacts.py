@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import artifacts, launch, paths
+from beyond_dpo import artifacts, events, paths
 from beyond_dpo.artifacts import Artifact, DamagedArtifact, MissingArtifact
 
 LIB = Path(artifacts.__file__).parents[1]
@@ -108,14 +108,14 @@ def test_upstream_artifact_enters_as_its_key():
 
 
 def test_computed_once_then_found(tmp_path, monkeypatch):
-    calls, events = [], []
-    monkeypatch.setattr(launch, "tell", lambda **told: events.append(tuple(told.values())))
+    calls, told_of = [], []
+    monkeypatch.setattr(events, "tell", lambda **told: told_of.append(tuple(told.values())))
     one = demo(calls, x=1)
     assert not finished(one)
     folder = one.get()
     assert finished(one) and folder == tmp_path / "artifacts" / one.key
     assert demo(calls, x=1).get() == folder and len(calls) == 1
-    assert events == [(event, "demo", one.key) for event in ("start", "done", "hit")]
+    assert told_of == [(event, "demo", one.key) for event in ("start", "done", "hit")]
     assert one.json() == {"reward": 0.1}
     assert one.csv("sub/rows.csv").reward[0] == 0.30000000000000004
     assert sorted(p.name for p in (tmp_path / "artifacts").iterdir()) == [one.key, f"{one.key}.lock"]
@@ -212,7 +212,7 @@ print(a.manifest["facts"])
 
 def test_two_processes_compute_once(tmp_path):
     code = """
-launch.tell = lambda **told: print(told["event"])
+events.tell = lambda **told: print(told["event"])
 def make(folder):
     with open(os.environ["COUNTER"], "a") as file:
         file.write("x")

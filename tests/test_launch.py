@@ -11,13 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from beyond_dpo import launch, paths, spread
+from beyond_dpo import events, launch, paths, spread
 from conftest import alive, wait_for
 from faults import disk, filled
 
 JOB = """
 import json, os, subprocess, sys, time
-from beyond_dpo import launch
+from beyond_dpo import events, launch
 
 launch.follow_parent()
 config = json.load(open(sys.argv[1]))
@@ -26,7 +26,7 @@ if "note" in config:
     open(config["note"] + rank, "w").write(json.dumps(dict(os.environ)))
 for step in range(config.get("steps", 0)):
     time.sleep(0.7)
-    launch.progress(step + 1, config["steps"])
+    events.progress(step + 1, config["steps"])
 if "say" in config:
     print(config["say"], flush=True)
 if "fail" in config:
@@ -43,7 +43,7 @@ if "hang" in config:
 """
 WORKER = """
 import os, time
-from beyond_dpo import launch
+from beyond_dpo import events, launch
 
 class Counter:
     def __init__(self, start):
@@ -67,7 +67,7 @@ class Counter:
     def slow(self):
         for i in range(4):
             time.sleep(0.7)
-            launch.progress(i + 1, 4)
+            events.progress(i + 1, 4)
     def say(self, text):
         print(text, flush=True)
 
@@ -438,9 +438,9 @@ def test_progress_left_by_another_job_is_not_shown(tmp_path, monkeypatch):
         show()
     assert not reports.exists()
     monkeypatch.setenv("BEYOND_DPO_PROGRESS", "/dev/full")
-    launch.tell(event="hit")
+    events.tell(event="hit")
     monkeypatch.setenv("BEYOND_DPO_CHILD_PROGRESS", "/dev/full")
-    launch.progress(1, 2)
+    events.progress(1, 2)
 
 
 # ---- locales
@@ -543,9 +543,9 @@ def test_help_says_what_a_module_is_for_and_starts_nothing(helped, module):
 
 
 def test_an_interrupted_report_is_one_line():
-    code = "import os, runpy, signal\nfrom beyond_dpo import launch\n"
+    code = "import os, runpy, signal\nfrom beyond_dpo import events\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "launch.printable = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "events.printable = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
     code += "runpy.run_module('beyond_dpo.report', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr.startswith("interrupted: ") and done.stderr.count("\n") == 1

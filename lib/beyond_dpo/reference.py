@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from beyond_dpo import launch, templates
+from beyond_dpo import events, launch, templates
 from beyond_dpo.files import write_file
 from beyond_dpo.precision import require_precision
 from beyond_dpo.rows import prepare, read_rows
@@ -30,7 +30,7 @@ def main(path: str) -> None:
     if len({r["id"] for r in rows}) < len(rows):
         raise ValueError(f"{job['rows']}: rows share an id, so their scores could not be told apart")
     scorer, pad = load_scorer(job["model"], job["precision"]), templates.load_tokenizer(job["model"]).pad_token_id
-    scores = score_rows(scorer, rows, job["names"], pad_id=pad, micro_batch=job["micro_batch"], tell=launch.progress)
+    scores = score_rows(scorer, rows, job["names"], pad_id=pad, micro_batch=job["micro_batch"], tell=events.progress)
     about = {"ids": json.dumps([r["id"] for r in rows]), "names": json.dumps(job["names"]), "dropped": str(dropped)}
     write_file(Path(job["out"]), _sorted(save(scores, metadata=about)))
 

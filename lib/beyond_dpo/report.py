@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from beyond_dpo import launch, parameters, paths
+from beyond_dpo import events, parameters, paths
 from beyond_dpo.files import write_file
 
 PROFILES = ("paper", "gpu", "cpu", "smoke")  # the scoreboard shows a claim once, from the first of these that was run
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--local", action="store_true", help="count the runs of this machine as well")
     parser.add_argument("--readme", action="store_true", help="update the table in README.md")
     options = parser.parse_args(arguments)
-    launch.printable()
+    events.printable()
     df = _readable(scoreboard(options.local))
     if options.notebooks:
         asked = [name.removesuffix(".ipynb") for name in options.notebooks]

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from beyond_dpo import artifacts, cluster, config, launch, needs, paths, progress
+from beyond_dpo import artifacts, cluster, config, events, needs, paths, progress
 from beyond_dpo.files import write_file
 from beyond_dpo.kernels import Kernel
 from beyond_dpo.parameters import RENEW
@@ -151,7 +151,7 @@ def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, ker
         papermill.execute_notebook(path, copy, values, **how, progress_bar=False, coalesce_streams=True)
         return ""
     except papermill.PapermillExecutionError as error:
-        text = launch.UNPRINTABLE.sub("", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
+        text = events.UNPRINTABLE.sub("", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
         reason = "\n".join(text.splitlines()[-30:])
     except Exception as error:
         reason = f"{type(error).__name__}: {error}\nIts processes held {watch.peak / 2**30:.1f} GiB; out of memory?"
@@ -190,12 +190,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     A Ctrl-C that is ignored since before the start (nohup, a background job of a script) stays so; SIGTERM does not.
     """
-    launch.printable()
+    events.printable()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
     try:
         return _main(arguments)
     except KeyboardInterrupt:
-        progress.say(f"interrupted; {RESUME}")
+        events.say(f"interrupted; {RESUME}")
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -357,7 +357,7 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
     except OSError as error:  # nowhere to write
         status, note = "failed", f"{type(error).__name__}: {error}"
     seconds = time.time() - began
-    progress.say(f"{title} · {status} · {progress.duration(seconds)}" + f" · {note}" * bool(note))
+    events.say(f"{title} · {status} · {events.duration(seconds)}" + f" · {note}" * bool(note))
     row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}
     return row | {"computed": len(watch.computed), "found": len(watch.found - watch.computed), "status": status}
 

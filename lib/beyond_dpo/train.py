@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from beyond_dpo import cluster, dispersion, launch, lora, losses, precision, reference, scoring, templates
+from beyond_dpo import cluster, dispersion, events, launch, lora, losses, precision, reference, scoring, templates
 from beyond_dpo import config as configuration
 from beyond_dpo.files import share_weights, sync, write_file
 from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length
@@ -236,7 +236,7 @@ def main(path: str) -> None:
             entry |= _measured(sums.tolist(), batch, names, settings.loss, time.time() - began)
             with open(log_file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
-            launch.progress(step + 1, total)
+            events.progress(step + 1, total)
         if step + 1 in ends:
             _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
