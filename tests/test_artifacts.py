@@ -18,7 +18,7 @@ import pytest
 from beyond_dpo import artifacts, events, paths
 from beyond_dpo.artifacts import Artifact, DamagedArtifact, MissingArtifact
 
-LIB = Path(artifacts.__file__).parents[1]
+LIB = paths.LIBRARY
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from beyond_dpo import artifacts, assets, corpus, paths, stages
 from beyond_dpo.assets import ASSETS, AssetError
 
-LIB = Path(assets.__file__).parents[1]
+LIB = paths.LIBRARY
 
 
 @pytest.fixture

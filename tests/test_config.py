@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from beyond_dpo import assets, config, needs, paths
+from beyond_dpo import assets, config, needs, paths, report
 from beyond_dpo.config import ConfigError, Train, load
 
 SMOKE = load("expo", "smoke")
@@ -159,19 +159,19 @@ def test_differences_and_card():
     rows = {key: (here, there) for key, here, there in config.differences(cfg, PAPER)}
     assert rows.keys() == {"train.beta", "alphas", "world.dev_dataset"}
     assert rows["train.beta"] == (0.5, 0.01) and rows["alphas"][0][0.4] == (9.0,)
-    card = config.card(cfg)
+    card = report.card(cfg)
     assert [tuple(row) for row in card.data.values] == [tuple(map(str, row)) for row in config.differences(cfg, PAPER)]
     assert ["train.beta", "0.5", "0.01"] in [line.split() for line in repr(card).splitlines()]
     page = card._repr_html_()
     assert all(f">{cell}</td>" in page for cell in ("train.beta", "0.5", "0.01", "&lt;b&gt;&amp;"))
     assert "<b>" not in page
-    assert page.count("<tr>") == 4 and page == config.card(cfg)._repr_html_()
+    assert page.count("<tr>") == 4 and page == report.card(cfg)._repr_html_()
 
 
 def test_card_says_how_far_each_profile_is_from_the_paper():
-    assert config.card(PAPER).data.empty
+    assert report.card(PAPER).data.empty
     for profile in ("smoke", "cpu", "gpu"):
-        keys = list(config.card(load("expo", profile)).data["setting"])
+        keys = list(report.card(load("expo", profile)).data["setting"])
         assert {"world.target", "train.beta", "train.lr"} <= set(keys) and "profile" not in keys
         assert not {"decoding.temperature", "decoding.top_k", "decoding.top_p", "train.loss"} & set(keys)
 

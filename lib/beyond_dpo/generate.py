@@ -20,8 +20,8 @@ import torch
 from xxhash import xxh3_128
 
 from beyond_dpo import events, extrapolate, launch, lora, scoring, shards, templates
-from beyond_dpo.config import Decoding
 from beyond_dpo.files import write_file
+from beyond_dpo.job_settings import Decoding
 
 BLOCK = 256  # requests in the engine at one time
 PROBE = 16  # tokens whose log-probability tells one set of weights from another
@@ -218,7 +218,7 @@ def _in_own_process(job: dict) -> list[list[float]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "job.json")
         file.write_text(json.dumps(job), encoding="utf-8")
-        library = str(Path(__file__).parents[1])
+        library = str(paths.LIBRARY)
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([library, *sys.path])}
         environment["BEYOND_DPO_PARENT"] = str(os.getpid())
         command = [sys.executable, "-m", "beyond_dpo.generate", "--logps", str(file)]

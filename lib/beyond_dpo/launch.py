@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
-from beyond_dpo import cluster, events
+from beyond_dpo import cluster, events, paths
 from beyond_dpo.cluster import follow_parent
 
 # Names of variables that hold what may not leave this process: OPENAI_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...
@@ -214,10 +214,9 @@ def _environment(progress_file: Path, processes: int, more: dict) -> dict[str, s
         environment.pop(name, None)
     if not any(name in environment for name in WAITING):
         environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads without work leave the core to those that have some
-    lib = str(Path(__file__).parents[1])  # also without an installed package
     environment |= {
         "OMP_NUM_THREADS": str(max(1, threads() // processes)),  # those of this job, not of each process
-        "PYTHONPATH": os.pathsep.join(filter(None, [lib, os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.LIBRARY), os.environ.get("PYTHONPATH")])),
         "PYTHONUTF8": "1",  # whatever the locale: what it writes is read as UTF-8
         "BEYOND_DPO_CHILD_PROGRESS": str(progress_file.absolute()),
         "BEYOND_DPO_PARENT": str(os.getpid()),

@@ -8,7 +8,8 @@ def _folder(variable: str, default: Path) -> Path:
     return Path(os.environ.get(variable) or default).expanduser().resolve()
 
 
-ROOT = _folder("BEYOND_DPO_ROOT", Path(__file__).resolve().parents[2])
+LIBRARY = Path(__file__).resolve().parents[1]  # for children, where the package is not installed
+ROOT = _folder("BEYOND_DPO_ROOT", LIBRARY.parent)
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = _folder("BEYOND_DPO_FIGURES", ROOT / "figures")
 PUBLISHED = ROOT / "data" / "published"  # numbers as printed in the papers

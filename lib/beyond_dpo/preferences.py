@@ -22,6 +22,7 @@ from beyond_dpo.rows import write_rows
 
 TURN, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "assistant"}
 SEED = 20240416  # of the one order that all seeds of an experiment share
+ALPACA_BASELINE = "eval_framework/tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json"
 QUESTIONS = ("prompt", "instruction", "question", "query", "input")  # columns that ask
 SYSTEMS = ("system", "system_prompt")
 # columns without which a question may not be the same
@@ -278,14 +279,12 @@ def _in_order(table, streaming: bool) -> Iterator[tuple[int, dict]]:
 def _load(ref: str, where: str, part: str, streaming: bool):
     import datasets
 
-    from beyond_dpo import ask
-
     datasets.disable_progress_bars()
     path = Path(where).expanduser()
 
     def load():
         if ref == "alpaca_eval":
-            return datasets.Dataset.from_list(json.loads(assets.member("llm_eval", ask.ALPACA_BASELINE)))
+            return datasets.Dataset.from_list(json.loads(assets.member("llm_eval", ALPACA_BASELINE)))
         if where.startswith("datasets:"):
             repo, commit = assets.resolve(where).values()
             return datasets.load_dataset(repo, revision=commit, split=part, streaming=streaming)

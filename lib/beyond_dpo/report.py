@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from pandas.io.formats.style import Styler
 
+from beyond_dpo import config as configuration
 from beyond_dpo import events, parameters, paths
 from beyond_dpo.files import write_file
 
@@ -147,6 +148,16 @@ def claim(text: str, paper, source: str, ours, *, tolerance=None, sign_only: boo
     except ValueError as error:
         raise ValueError(f"claim {text!r}: {error}") from None
     return dict(zip(COLUMNS, (text, paper, source, mean, low, high, tolerance, sign_only, judged), strict=True))
+
+
+def card(config, experiment: str = ""):
+    """Return what differs between `config` and profile paper, as a table for a notebook's set-up cell."""
+    paper = next(name for name, schema in configuration.SCHEMAS.items() if isinstance(config, schema))
+    rows = configuration.differences(config, configuration.load(paper, "paper", experiment))
+    here = "here" if config.profile == "paper" else f"profile {config.profile}"
+    df = pd.DataFrame(rows, columns=["setting", here, "profile paper"]).map(str)
+    long = 'style="display: block; max-height: 18em; overflow: auto"'
+    return show(df, "Where it differs from profile paper (ours where none is stated)").set_table_attributes(long)
 
 
 def show(df: pd.DataFrame, caption: str) -> Table:

@@ -223,7 +223,7 @@ def _main(arguments: list[str] | None) -> int:
             print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
             print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
         return 0
-    package = str(Path(__file__).resolve().parents[1])  # the kernel runs in another folder, with this very code
+    package = str(paths.LIBRARY)  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     os.environ["PYTHONUTF8"] = "1"  # of the kernel, whatever the locale

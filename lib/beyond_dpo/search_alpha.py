@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
-from beyond_dpo import config, launch, templates
+from beyond_dpo import launch, templates
+from beyond_dpo.job_settings import Decoding
 from beyond_dpo.search import Search, golden_section
 
 
 def search_alpha(
     sft, aligned, prompts: list, reward: Callable, *, bracket: tuple[float, float] = (0.0, 16.0), evaluations: int = 8,
-    decoding: config.Decoding | None = None, samples: int = 1, seed: int = 0,
+    decoding: Decoding | None = None, samples: int = 1, seed: int = 0,
 ) -> Search:  # fmt: skip
     """Search the α of θ₁ + α(θ₁ − θ₀) with the highest mean reward (ACL Eq. 6 and App. B, arXiv 2404.16792).
 
@@ -33,7 +34,7 @@ def search_alpha(
         ValueError for a bad bracket, no prompt, or rewards that are not finite; launch.JobFailed from the engine,
         as extrapolate.check() does for models that do not fit.
     """
-    decoding = decoding or config.Decoding(max_tokens=512, max_model_len=2048)
+    decoding = decoding or Decoding(max_tokens=512, max_model_len=2048)
     tokenizer = templates.load_tokenizer(str(aligned))
     rendered = [templates.render(tokenizer, p, "plain" if isinstance(p, str) else "chat") for p in prompts]
     if not rendered:

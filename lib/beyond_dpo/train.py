@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from beyond_dpo import cluster, dispersion, events, launch, lora, losses, precision, reference, scoring, templates
-from beyond_dpo import config as configuration
 from beyond_dpo.files import share_weights, sync, write_file
+from beyond_dpo.job_settings import FUSED, ConfigError, Train, check_batch
 from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length
 
 log = logging.getLogger("beyond_dpo.train")
@@ -52,7 +52,7 @@ def schedule(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
 
 
-def fusion(settings: configuration.Train, step: int, total: int) -> float:
+def fusion(settings: Train, step: int, total: int) -> float:
     """Return WRPO's α of a 0-based optimizer step: 0 at the first, then linearly towards settings.alpha, or constant.
 
     arXiv 2412.03187: α(t) = α_max t / T, with t the optimizer steps that are done. One step alone is DPO.
@@ -61,7 +61,7 @@ def fusion(settings: configuration.Train, step: int, total: int) -> float:
 
 
 def row_losses(
-    settings: configuration.Train, scores: dict, base: torch.Tensor | None, names: list[str],
+    settings: Train, scores: dict, base: torch.Tensor | None, names: list[str],
     weight: torch.Tensor | None = None, alpha: float = 0.0,
 ):  # fmt: skip
     """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of len(names) × rows, and
@@ -76,8 +76,8 @@ def row_losses(
         return -logps.sum(0), torch.zeros_like(logps[0]), torch.zeros_like(logps[0]), torch.zeros_like(logps)
     fuses = loss.startswith(("wrpo", "hybrid"))
     pair = len(names) == 2 and names[0].endswith("chosen") and names[1] == "rejected"
-    if (tuple(names) != configuration.FUSED) if fuses else not pair:
-        wanted = configuration.FUSED if fuses else "a chosen and the rejected one"
+    if (tuple(names) != FUSED) if fuses else not pair:
+        wanted = FUSED if fuses else "a chosen and the rejected one"
         raise ValueError(f"loss {loss!r} takes the responses {wanted}, in this order, got {names}")
     if base is None and not loss.endswith("simpo") or weight is None and loss.startswith("mallows"):
         raise ValueError(f"loss {loss!r} needs a reference file")
@@ -92,10 +92,10 @@ def row_losses(
     return *getattr(losses, loss)(*inputs, *weights, **given), settings.beta * inputs.detach()
 
 
-def engine_config(settings: configuration.Train, accumulation: int) -> dict:
+def engine_config(settings: Train, accumulation: int) -> dict:
     """Return DeepSpeed's configuration: no "auto", every number explicit. Weights are float32 in every stage."""
     if settings.offload and not settings.zero:
-        raise configuration.ConfigError("offload=True needs zero 1, 2 or 3; stage 0 keeps the optimizer on the device")
+        raise ConfigError("offload=True needs zero 1, 2 or 3; stage 0 keeps the optimizer on the device")
     zero = {"stage": settings.zero, "overlap_comm": False}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -120,9 +120,9 @@ def main(path: str) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    settings = configuration.Train(**{**job["settings"], "processes": world})
+    settings = Train(**{**job["settings"], "processes": world})
     precision.require_precision(settings.precision)
-    accumulation = configuration.check_batch(settings)
+    accumulation = check_batch(settings)
     engine_settings = engine_config(settings, accumulation)
     save_dtype = getattr(torch, settings.save_dtype)
     out, names = Path(job["out"]), job["names"]
@@ -132,7 +132,7 @@ def main(path: str) -> None:
     total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
     ends = {round(total * part / settings.parts): f"part{part}" for part in range(1, settings.parts)}
     if len({0, total, *ends}) != settings.parts + 1:
-        raise configuration.ConfigError(f"{total} steps cannot be cut into {settings.parts} parts")
+        raise ConfigError(f"{total} steps cannot be cut into {settings.parts} parts")
     base, dispersed, everyone = None, None, [r["id"] for r in rows]
     if job["reference"]:
         held = reference.load(job["reference"], rows, names)
