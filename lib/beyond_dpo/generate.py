@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from xxhash import xxh3_128
 
-from beyond_dpo import events, extrapolate, launch, lora, scoring, shards, templates
+from beyond_dpo import events, extrapolate, launch, lora, paths, scoring, shards, templates
 from beyond_dpo.files import write_file
 from beyond_dpo.job_settings import Decoding
 
