@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
 from transformers import AutoModelForCausalLM
 
-from beyond_dpo import assets, extrapolate, generate, launch, paths, scoring
+from beyond_dpo import assets, extrapolate, generate, launch, paths, precision, scoring
 from beyond_dpo.generate import Engine, StaleWeights, TransformersBackend
 
 DECODING = {
@@ -443,11 +443,19 @@ def left_out(part):
     return Forgetful
 
 
+BF16 = precision.computes_bf16(precision.CPUINFO) or torch.cuda.is_available()
+DTYPES = [
+    "float32",
+    pytest.param("bfloat16", marks=pytest.mark.skipif(not BF16, reason="bfloat16 is refused on this CPU")),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("part", ["embed_tokens", "layers.1.self_attn.o_proj", "mlp.down_proj", "norm.weight", ""])
-def test_tensors_that_a_swap_leaves_out_are_noticed_at_once(models, monkeypatch, part):
+def test_tensors_that_a_swap_leaves_out_are_noticed_at_once(models, monkeypatch, part, dtype):
     """Nothing to compare with is known yet, and the probe changes: transformers alone tells that it is wrong."""
     monkeypatch.setattr(generate, "TransformersBackend", left_out(part))
-    engine = Engine(str(models / "sft"), DECODING | {"backend": "transformers"})
+    engine = Engine(str(models / "sft"), DECODING | {"backend": "transformers", "dtype": dtype})
     for _ in range(2):
         with pytest.raises(StaleWeights, match="does not compute with all of the weights that a swap brings: .* nats"):
             engine.swap(str(models / "sft"), str(models / "aligned"), 0.0)
@@ -468,7 +476,7 @@ def test_an_engine_is_compared_with_transformers_once(models, monkeypatch):
     assert asked == [str(models / "sft")]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_small_step_is_no_false_alarm(models, tmp_path, dtype):
     """One weight of a token that the probe lacks moves by its last bit: other weights, the same probe."""
     weights = {n: t.to(getattr(torch, dtype)) for n, t in load_file(models / "sft" / "model.safetensors").items()}
@@ -484,6 +492,37 @@ def test_a_small_step_is_no_false_alarm(models, tmp_path, dtype):
     held = engine.backend.model.state_dict()["model.embed_tokens.weight"][50, 3]
     assert held == load_file(tmp_path / "zero" / "model.safetensors")["model.embed_tokens.weight"][50, 3]
     assert len(set(engine.digests.values())) == 4, "altered, 0, -1, 1"
+
+
+def test_sampling_stops_where_the_aligned_model_ends_too(models, tmp_path):
+    """Published pairs: prompts are rendered by the aligned model's tokenizer, which may close a turn otherwise."""
+    other = tmp_path / "other"
+    shutil.copytree(models / "aligned", other)
+    ends = [*range(100, 400)]
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (tmp_path / "prompts.json").write_text(json.dumps([{"id": "a", "prompt_ids": TEXT[:5]}]))
+    engine = Engine(str(models / "sft"), DECODING | {"backend": "transformers"})
+    first = {}
+    for aligned in (models / "aligned", other, None):
+        engine.swap(str(models / "sft"), aligned and str(aligned), 0.0)
+        engine.generate(str(tmp_path / "prompts.json"), str(tmp_path / "out.jsonl"), samples=8, seed=1)
+        said = [json.loads(line)["response_ids"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+        first[aligned] = [next((i for i, t in enumerate(ids) if t in ends), None) for ids in said], said
+    places, said = first[other]
+    assert all(place is None or place == len(ids) - 1 for place, ids in zip(places, said, strict=True))
+    assert any(place is not None for place in places), "the test means nothing without such an end"
+    for aligned in (models / "aligned", None):
+        places, said = first[aligned]
+        assert any(place is not None and place < len(ids) - 1 for place, ids in zip(places, said, strict=True))
+
+
+def test_bfloat16_is_refused_by_an_engine_on_a_cpu_that_would_emulate_it(models, tmp_path, monkeypatch):
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse2 avx avx2 fma\n")
+    monkeypatch.setattr(precision, "CPUINFO", str(tmp_path / "cpuinfo"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for backend in ("vllm", "transformers"):
+        with pytest.raises(ValueError, match="this one would emulate it"):
+            Engine(str(models / "sft"), DECODING | {"backend": backend, "dtype": "bfloat16"})
 
 
 def test_the_same_weights_under_another_name_are_no_old_weights(transformers_engine, models, tmp_path):

@@ -147,6 +147,29 @@ def test_scores_are_those_of_each_text_alone(shape, budget, head):
     assert reward.score([]).shape == (0,)
 
 
+@pytest.mark.parametrize("cap", [4.0, 50.0])
+def test_a_reward_model_computes_with_its_capped_attention(tmp_path, cap):
+    """sdpa leaves Gemma-2's cap out in silence."""
+    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 16}
+    config = transformers.Gemma2Config(
+        **shape, attn_logit_softcapping=cap, initializer_range=0.8, num_labels=1, pad_token_id=2
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        transformers.Gemma2ForSequenceClassification(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(assets.model_dir("tiny")).save_pretrained(tmp_path)
+    reward = Classifier(tmp_path)
+    found = {}
+    for kind in ("eager", "sdpa"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation=kind)
+        ids = torch.tensor([reward.tokenizer(TEXTS[0])["input_ids"]])
+        with torch.no_grad():
+            found[kind] = model.eval()(input_ids=ids).logits[0, 0].item()
+    assert reward.score(TEXTS[:1]) == pytest.approx([found["eager"]], rel=1e-4)
+    assert abs(found["eager"] - found["sdpa"]) > 1e-3, "the cap matters"
+
+
 def test_labels(head):
     """Two labels: the second logit minus the first; of more, or on request, the one that is named."""
     two, three = head(labels=2), head(labels=3)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from beyond_dpo import config, fit_reward, launch, lora, paths, precision, reference, score, scoring, templates, train
 from beyond_dpo.losses import mallows_link
@@ -624,11 +625,19 @@ def test_a_checkpoint_that_was_never_finished_is_no_damage(checkpoints, caplog):
 
 def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tmp_path, monkeypatch):
     """Every file and folder first; and the one before goes when it is on the disk what `latest` names."""
+    from deepspeed import comm
+
     saved, sync, events = tmp_path / "checkpoints" / "zero0-of1", os.fsync, []
-    for step in (2, 4):
-        (saved / f"step{step}").mkdir(parents=True)
-        (saved / f"step{step}" / "model.pt").write_bytes(b"weights")
+    (saved / "step2").mkdir(parents=True)
     (saved / "latest").write_text("step2")
+
+    class Writes:
+        """What DeepSpeed's engine does of a checkpoint: it writes files, which nobody brings to the disk."""
+
+        def save_checkpoint(self, folder, tag, state, **options):
+            (folder / tag).mkdir()
+            (folder / tag / "model.pt").write_bytes(b"weights")
+
     (tmp_path / "log.jsonl").write_text("{}\n")
 
     def watched(number):
@@ -637,7 +646,9 @@ def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tmp_path, monkeypatc
         events.append((file, (saved / "latest").read_text(), (saved / "step2").exists()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    train._name_checkpoint(saved / "step4", tmp_path / "log.jsonl")
+    monkeypatch.setattr(comm, "barrier", lambda: events.append(("all are here", "", True)))
+    train._save_checkpoint(Writes(), saved, 4, tmp_path / "log.jsonl", 0, True)
+    assert [file for file, *_ in events[:2]] == ["/checkpoints/zero0-of1/step4/model.pt", "all are here"]
     before = {file for file, named, _ in events if named == "step2"}
     places = {"", "/log.jsonl", "/checkpoints", "/checkpoints/zero0-of1", "/checkpoints/zero0-of1/step4"}
     assert places <= before
@@ -646,6 +657,18 @@ def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tmp_path, monkeypatc
 
 
 # ---- what is saved
+
+
+def test_a_model_that_lacks_a_tensor_is_not_trained(folder, tiny, tmp_path):
+    """transformers would draw it at random, and say so in a table among other lines."""
+    shutil.copytree(tiny, tmp_path / "lacking")
+    kept = weights(tiny)
+    name = next(name for name in kept if "layers.1.mlp.up_proj" in name)
+    del kept[name]
+    save_file(kept, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
+    job = a_job(folder, "untrained", tmp_path / "lacking")
+    with pytest.raises(launch.JobFailed, match=rf"no {re.escape(name)} for the model \(1 missing\): .* not whole"):
+        launch.run("beyond_dpo.train", job, tmp_path, desc="SFT")
 
 
 def test_persistent_buffers_and_weights_with_two_names_are_saved(tmp_path, tiny):

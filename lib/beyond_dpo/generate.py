@@ -22,6 +22,7 @@ from xxhash import xxh3_128
 from beyond_dpo import events, extrapolate, launch, lora, paths, scoring, shards, templates
 from beyond_dpo.files import write_file
 from beyond_dpo.job_settings import Decoding
+from beyond_dpo.precision import require_precision
 
 BLOCK = 256  # requests in the engine at one time
 PROBE = 16  # tokens whose log-probability tells one set of weights from another
@@ -47,6 +48,8 @@ class Engine:
         if backend is None:
             raise ValueError(f"unknown generation backend {decoding['backend']!r}; there are vllm and transformers")
         self.decoding, self.model = asdict(Decoding()) | decoding, model
+        if self.decoding["dtype"] == "bfloat16":
+            require_precision("bf16")
         self.backend = backend(model, self.decoding, seed)
         dtype = self.decoding["dtype"]
         self.precision = dtype if dtype in REPEATED else "bfloat16"  # vLLM knows more names, "auto" is one
@@ -73,6 +76,7 @@ class Engine:
             if not self.checked:
                 self._rehearse()
             digest = self.backend.swap(*given)
+            self.backend.stop_at(_end_tokens(*filter(None, given[:2])))
             probe = self._probe()
             self._compare(given, digest, probe)
             self._hold(given, digest, probe)
@@ -290,6 +294,9 @@ class VllmBackend:
             tensor_parallel_size=decoding["tensor_parallel"], **extra,
         )  # fmt: skip
 
+    def stop_at(self, ends: list[int]) -> None:
+        self.end = ends
+
     def swap(self, *weights) -> str:
         digests = self.llm.collective_rpc("swap_weights", args=weights)
         if len(set(digests)) > 1:
@@ -373,11 +380,15 @@ class TransformersBackend:
         self._hold(self.scorer.model)
 
     def _hold(self, model) -> None:
+        self.scorer.model = self.model = model
+        self.stop_at(self.end)
+
+    def stop_at(self, ends: list[int]) -> None:
         from transformers import GenerationConfig
 
-        self.scorer.model = self.model = model
+        self.end = ends
         # without the model's own sampling defaults, which vLLM does not follow either
-        self.model.generation_config = GenerationConfig(eos_token_id=self.end, pad_token_id=self.end[0])
+        self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
 
     def swap(self, *weights) -> str:
         """Load the weights that `Weights` iterates over as transformers loads a file; return their digest."""
@@ -433,16 +444,16 @@ class TransformersBackend:
         return self.scorer.score(rows, ["said"], self.end[0])["logps"].tolist()
 
 
-def _end_tokens(model: str) -> list[int]:
-    """Return the token ids at which sampling stops: all with which training may close a response.
+def _end_tokens(*models: str) -> list[int]:
+    """Return the token ids at which sampling stops: all with which any of these models may close a response.
 
-    Raises ValueError if the model's files name none.
+    Raises ValueError if the models' files name none.
     """
-    ends = templates.model_end_tokens(model)
+    ends = [end for model in models for end in templates.model_end_tokens(model)]
     if not ends:
         files = "its tokenizer, generation_config.json or config.json"
-        raise ValueError(f"{model} names no eos_token_id in {files}")
-    return ends
+        raise ValueError(f"{models[0]} names no eos_token_id in {files}")
+    return list(dict.fromkeys(ends))
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ class Classifier:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        from beyond_dpo import armorm
+        from beyond_dpo import armorm, scoring
 
         dtype = "auto" if torch.cuda.is_available() else torch.float32
         options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": dtype}
@@ -71,6 +71,8 @@ class Classifier:
             model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, **options)
         if loaded["missing_keys"]:  # transformers would only warn, and score with random numbers
             raise ValueError(f"{folder} is no finished reward model, it lacks {sorted(loaded['missing_keys'])[:3]}")
+        if hasattr(model, "set_attn_implementation"):  # armorm's own module has plain attention inside
+            scoring.compute_caps(model)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.label, labels = label, self.model.config.num_labels
         if labels > 2 if label is None else not 0 <= label < labels:

@@ -97,6 +97,12 @@ def caps_attention(config) -> bool:
     return any(value for name, value in config.to_dict().items() if ATTENTION_CAP.match(name))
 
 
+def compute_caps(model) -> None:
+    """Take a transformers model that caps its attention scores from sdpa, which leaves the cap out, to eager."""
+    if caps_attention(model.config.get_text_config()) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 class ResponseScorer(torch.nn.Module):
     """Wrap a causal language model so that `forward` scores responses; logits exist for response positions only.
 
@@ -115,8 +121,7 @@ class ResponseScorer(torch.nn.Module):
             raise ValueError(f"precision must be bf16 or fp32, got {precision!r}")
         self.config = model.config.get_text_config()
         self.window = getattr(self.config, "sliding_window", None) or math.inf
-        if caps_attention(self.config) and model.config._attn_implementation == "sdpa":
-            model.set_attn_implementation("eager")
+        compute_caps(model)
         # flash-attention knows neither float32 nor a mask in which several responses see one prompt
         self.shared = getattr(model.config, "_attn_implementation", "") != "flash_attention_2"
         self.model, self.bf16, self.chunk = model, not self.shared, chunk

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from beyond_dpo import launch, templates
 from beyond_dpo.job_settings import Decoding
@@ -34,7 +35,9 @@ def search_alpha(
         ValueError for a bad bracket, no prompt, or rewards that are not finite; launch.JobFailed from the engine,
         as extrapolate.check() does for models that do not fit.
     """
-    decoding = decoding or Decoding(max_tokens=512, max_model_len=2048)
+    if decoding is None:
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        decoding = Decoding(max_tokens=512, max_model_len=2048, dtype=dtype)
     tokenizer = templates.load_tokenizer(str(aligned))
     rendered = [templates.render(tokenizer, p, "plain" if isinstance(p, str) else "chat") for p in prompts]
     if not rendered:

@@ -147,14 +147,13 @@ def main(path: str) -> None:
     os.environ.pop("LOCAL_SIZE", None)  # by it DeepSpeed on a CPU leaves 66 MiB in /dev/shm, for inference only
     import deepspeed
     from deepspeed import comm as dist
-    from transformers import AutoModelForCausalLM
 
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
     device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
     tokenizer = templates.load_tokenizer(job["model"])
     torch.manual_seed(job["seed"])
-    how = {"attn_implementation": scoring.attention(settings.precision, settings.attention)}
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, use_safetensors=True, **how)
+    attention = scoring.attention(settings.precision, settings.attention)
+    model = scoring.load_model(job["model"], attention, torch.float32)
     if settings.lora_rank:
         lora.inject(model, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
@@ -240,14 +239,7 @@ def main(path: str) -> None:
         if step + 1 in ends:
             _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
         if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-            folder, at = saved / f"step{step + 1}", {"step": step + 1}
-            parts = {"save_latest": False, "exclude_frozen_parameters": not whole}
-            engine.save_checkpoint(saved, folder.name, at, **parts)
-            for file in folder.iterdir():  # each process brings what it wrote to the disk
-                sync(file)
-            dist.barrier()
-            if rank == 0:
-                _name_checkpoint(folder, log_file)
+            _save_checkpoint(engine, saved, step + 1, log_file, rank, whole)
     _save(model, tokenizer, out, save_dtype, rank)
     if rank == 0:
         write_file(checkpoints / "finished", "")
@@ -258,6 +250,23 @@ def _steps(tag: str) -> int:
     """Return after how many steps the checkpoint of this name was written, 0 for any other name."""
     number = re.fullmatch(r"step(\d+)", tag)
     return int(number[1]) if number else 0
+
+
+def _save_checkpoint(engine, saved: Path, step: int, log_file: Path, rank: int, whole: bool) -> None:
+    """Write the checkpoint after `step` steps; `latest` names it once the files of all processes are on the disk.
+
+    whole: with the weights that are not trained.
+    """
+    from deepspeed import comm as dist
+
+    folder = saved / f"step{step}"
+    options = {"save_latest": False, "exclude_frozen_parameters": not whole}
+    engine.save_checkpoint(saved, folder.name, {"step": step}, **options)
+    for file in folder.iterdir():  # each process brings what it wrote to the disk
+        sync(file)
+    dist.barrier()
+    if rank == 0:
+        _name_checkpoint(folder, log_file)
 
 
 def _name_checkpoint(folder: Path, log_file: Path) -> None:
