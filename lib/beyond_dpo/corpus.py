@@ -8,15 +8,11 @@ import csv
 import io
 import json
 import random
-import re
 from pathlib import Path
 
-from beyond_dpo import assets, config, paths, preferences, templates
+from beyond_dpo import assets, config, openings, paths, preferences, templates
 from beyond_dpo.rows import write_rows
 
-SENTENCE = re.compile(r"(?<=[.!?])\s+")
-HELD_OUT = 2000  # labelled reviews that no reward is trained on
-SHORTEST = 8  # tokens of a continuation worth training on
 IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
 EMBEDDED = ("fixtures", "imdb")  # reviews in two halves; all else is read by preferences
 RATED = ("movie", "amazon")  # review sentences that people have rated
@@ -62,16 +58,16 @@ def split(world: config.World, out: Path) -> dict:
     for i, (text, _) in enumerate(half_a):
         if len(sft_rows) == world.sft_rows:
             break
-        ids = opening(tokenizer, text, world.sft_tokens)
-        made = begun(tokenizer, ids[: rng.randint(*world.prompt_tokens)], world.template)
-        if responses := continued(tokenizer, ids, made, world.template):
+        ids = openings.opening(tokenizer, text, world.sft_tokens)
+        made = openings.begun(tokenizer, ids[: rng.randint(*world.prompt_tokens)], world.template)
+        if responses := openings.continued(tokenizer, ids, made, world.template):
             row = {"id": f"A{i}", "prompt_ids": made["prompt_ids"], "responses": responses}
             sft_rows.append(row)
     write_rows(out / "sft.jsonl", sft_rows)
 
     first_a, first_b = ([" ".join(text.split()[: world.reward_words]) for text, _ in half] for half in (half_a, half_b))
     start = world.reward_rows
-    held = min(HELD_OUT, len(half_b) - start)
+    held = min(openings.HELD_OUT, len(half_b) - start)
     place = 0 if world.dataset == "fixtures" else start + held  # too few invented reviews to keep them apart
     if len(sft_rows) < world.sft_rows or place + sum(getattr(world, name) for name in SPLITS) > len(half_b):
         raise config.ConfigError(f"{world.dataset} has {len(half_a)} + {len(half_b)} reviews, too few for {world}")
@@ -84,63 +80,10 @@ def split(world: config.World, out: Path) -> dict:
     for name in SPLITS:
         rows = []
         for i in range(place, place + getattr(world, name)):
-            rows.append({"id": f"B{i}"} | beginning(tokenizer, half_b[i][0], world, rng))
+            rows.append({"id": f"B{i}"} | openings.beginning(tokenizer, half_b[i][0], world, rng))
         (out / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
         place += len(rows)
     return {"sft_rows": len(sft_rows), "held_out": held}
-
-
-def beginning(tokenizer, text: str, world: config.World, rng: random.Random) -> dict:
-    """Return the prompt of a review's first tokens, as many as world.prompt_tokens say."""
-    ids = templates.render(tokenizer, text, "plain")[: rng.randint(*world.prompt_tokens)]
-    return begun(tokenizer, ids, world.template)
-
-
-def begun(tokenizer, ids: list[int], template: str) -> dict:
-    """Return {"prompt_ids"} of the first tokens of a review; in a chat, asked.
-
-    There "text" is what is asked, and the template stands around it whole.
-    """
-    if template == "plain":
-        return {"prompt_ids": ids}
-    asked = tokenizer.decode(ids, skip_special_tokens=True)
-    return {"prompt_ids": templates.render(tokenizer, asked, "chat"), "text": asked}
-
-
-def continued(tokenizer, ids: list[int], made: dict, template: str) -> dict[str, list[int]]:
-    """Return {"chosen"}, how a review of these tokens goes on after its beginning, with an end.
-
-    made: the beginning, as of begun(). Returns {} where less than `SHORTEST` tokens are left.
-    """
-    if template == "plain":
-        cut = len(made["prompt_ids"])
-        if len(ids) < cut + SHORTEST:
-            return {}
-        end = templates.encode_response(tokenizer, "", template="plain")
-        return {"chosen": [*ids[cut:], *end]}
-    asked = made["text"]
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    left = len(ids) - len(templates.render(tokenizer, asked, "plain"))
-    if left < SHORTEST or not text.startswith(asked):
-        return {}
-    rest = text[len(asked) :].strip()
-    return {"chosen": templates.encode_response(tokenizer, rest, prompt=asked, template="chat")}
-
-
-def opening(tokenizer, text: str, most: int) -> list[int]:
-    """Return the tokens of a review's first whole sentences, fewer than `most`.
-
-    So it is a text with a natural end.
-    """
-    kept = []
-    ids = []
-    for sentence in SENTENCE.split(text):
-        kept.append(sentence)
-        longer = templates.render(tokenizer, " ".join(kept), "plain")
-        if len(longer) >= most:
-            break
-        ids = longer
-    return ids
 
 
 def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, gather, preferences, stages, stats, templates
+from beyond_dpo import assets, config, corpus, gather, openings, preferences, stages, stats, templates
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.files import write_file
 from beyond_dpo.rows import write_rows
@@ -90,7 +90,7 @@ def raters(cfg) -> Artifact:
         reader = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
         for i, (text, ratings) in enumerate(sentences):
             ids = templates.render(reader, text, "plain")
-            if len(ids) >= corpus.SHORTEST and len(rows) < cfg.rated_rows:
+            if len(ids) >= openings.SHORTEST and len(rows) < cfg.rated_rows:
                 cut = min(len(ids) // 2, cfg.train.max_prompt)
                 rows.append({"id": str(i), "prompt_ids": ids[:cut], "responses": {"said": ids[cut:]}})
                 said.append(ratings)
@@ -175,7 +175,7 @@ def elsewhere(cfg, source: str) -> Artifact:
             ids = templates.render(tokenizer, text, "plain")
             cut = generator.randint(*world.prompt_tokens)
             if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
-                rows.append({"id": f"E{i}"} | corpus.begun(tokenizer, ids[:cut], world.template))
+                rows.append({"id": f"E{i}"} | openings.begun(tokenizer, ids[:cut], world.template))
         if len(rows) < cfg.elsewhere_prompts:
             raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
         write_file(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file

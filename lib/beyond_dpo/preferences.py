@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from beyond_dpo import assets, config, templates
+from beyond_dpo import assets, config, openings, templates
 from beyond_dpo.rows import write_rows
 
 TURN, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "assistant"}
@@ -345,10 +345,8 @@ def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) ->
 
     "text" is one user's words or several turns, also for a plain model, as a reward model may read turns.
     """
-    from beyond_dpo import corpus
-
     if "text" in row:
-        return corpus.beginning(tokenizer, row["text"], world, rng)
+        return openings.beginning(tokenizer, row["text"], world, rng)
     prompt, chat = row["prompt"], world.template == "chat"
     made = {"prompt_ids": templates.render(tokenizer, prompt if chat else dialogue(prompt), world.template)}
     if chat and isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]:
@@ -387,8 +385,6 @@ def split(world: config.World, out: Path) -> dict:
     beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too
     small.
     """
-    from beyond_dpo import corpus
-
     if world.gold_rows or world.reward_rows:
         raise config.ConfigError(f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows")
     draw = _Draw(world, templates.load_tokenizer(assets.tokenizer_dir(world.target)))
@@ -417,7 +413,7 @@ def split(world: config.World, out: Path) -> dict:
 
     held = []  # labelled reviews that a reward is measured on
     if train and "label" in train[0][1]:
-        more = islice(draw.pool(world.test_dataset or world.dataset), corpus.HELD_OUT)
+        more = islice(draw.pool(world.test_dataset or world.dataset), openings.HELD_OUT)
         held = [row for _, row in more if not reason(row) and _key(row) not in draw.seen]
     texts = [" ".join(row["text"].split()[: world.reward_words]) for row in held]
     labelled = {"gold": [[], []], "reward": [[], []], "held_out": [texts, [row["label"] for row in held]]}
@@ -498,11 +494,9 @@ class _Draw:
 
 def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, list[int]]:
     """Return a row's responses as token ids; of a review how it goes on, if it does."""
-    from beyond_dpo import corpus
-
     if "text" in row:
-        ids = corpus.opening(tokenizer, row["text"], world.sft_tokens)
-        return corpus.continued(tokenizer, ids, made, world.template)
+        ids = openings.opening(tokenizer, row["text"], world.sft_tokens)
+        return openings.continued(tokenizer, ids, made, world.template)
     prompt = row["prompt"]
     texts = {name: text for name, text in row["responses"].items() if text}
     if world.template == "plain" and isinstance(prompt, list):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, endpoint, preferences, stages, templates
+from beyond_dpo import assets, config, corpus, endpoint, openings, preferences, stages, templates
 from beyond_dpo.artifacts import Artifact
 
 log = logging.getLogger("beyond_dpo")
@@ -174,8 +174,8 @@ def _written(cfg, prompts: list[dict]) -> dict:
         else:
             begun = row["prompt_ids"]
         most = len(begun) + cfg.sampling.max_tokens
-        ids = corpus.opening(tokenizer, review, most)
-        whole = len(ids) >= len(begun) + corpus.SHORTEST
+        ids = openings.opening(tokenizer, review, most)
+        whole = len(ids) >= len(begun) + openings.SHORTEST
         if not whole:
             ids = templates.render(tokenizer, review, "plain")[:most]
         before = tokenizer.decode(begun, skip_special_tokens=True)
