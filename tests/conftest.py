@@ -29,8 +29,16 @@ for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)  # what the caller (or make) set for itself is not part of a test
 
 
+# fixtures of tests that train, sample, serve or run notebooks for real: they count as slow
+SLOW = {"store", "engine", "transformers_engine", "served", "gate", "endpoint", "project"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by the marks
 def pytest_collection_modifyitems(items):
-    """Begin with the files that take longest, so that two processes end at about the same time."""
+    """Mark the slow tests, and begin with the files that take longest, so that two processes end at about one time."""
+    for item in items:
+        if SLOW & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
     longest = ("test_cold.py", "test_faults.py", "test_shards.py", "test_wrpo.py", "test_notebooks.py", "test_judge.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 

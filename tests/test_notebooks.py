@@ -116,6 +116,7 @@ def test_opening_and_saving_in_jupyterlab_changes_nothing(path):
     assert path.read_text(encoding="utf-8") == nbformat.writes(nbformat.read(path, 4)) + "\n"
 
 
+@pytest.mark.slow
 def test_committed_notebooks_say_what_they_said(tmp_path):
     """nbval, strictly: all committed outputs come again from the frozen results, computing nothing.
 
@@ -259,6 +260,7 @@ def test_unchanged_parameters_give_the_committed_files_again(project):
     assert not (root / "artifacts/figures").exists()
 
 
+@pytest.mark.slow
 def test_readme_examples_run(tmp_path, monkeypatch):
     """Each Python block of the README, on two tiny models and a tiny reward model."""
     import torch
