@@ -37,7 +37,8 @@ SLOW = {"store", "engine", "transformers_engine", "served", "gate", "endpoint", 
 def pytest_collection_modifyitems(items):
     """Mark the slow tests, and begin with the files that take longest, so that two processes end at about one time."""
     for item in items:
-        if SLOW & set(item.fixturenames):
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if SLOW & set(item.fixturenames) or "vllm" in parameters:
             item.add_marker(pytest.mark.slow)
     longest = ("test_cold.py", "test_faults.py", "test_shards.py", "test_wrpo.py", "test_notebooks.py", "test_judge.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))

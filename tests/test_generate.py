@@ -617,6 +617,7 @@ if __name__ == "__main__":
     launch.serve(Sabotaged)
 
 
+@pytest.mark.slow
 def test_a_model_spread_over_two_devices_is_the_same_model(models, tmp_path, monkeypatch):
     """Tensor parallelism: the probe of swapped weights is that of one device, and a seed repeats in all workers."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")

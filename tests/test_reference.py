@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from beyond_dpo import launch, reference, scoring
-from beyond_dpo.reference import ResponseScorer
 from beyond_dpo.rows import prepare, row_length, write_rows
+from beyond_dpo.scoring import ResponseScorer
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_a_reward_that_is_not_finite_names_prompt_and_alpha():
         golden_section(lambda a: np.array([0.0, 1, 2, np.nan]), (0.0, 1.0), 4, seed=0)
 
 
+@pytest.mark.slow
 def test_one_call_searches_two_models(tiny, tmp_path):
     """A reward for one letter, on an "aligned" model moved towards it: its rewards are those of the sampled texts."""
     from transformers import AutoModelForCausalLM

@@ -19,6 +19,7 @@ def job(tmp_path, monkeypatch, tiny, rows):
     workers.close()
 
 
+@pytest.mark.slow
 def test_jobs_share_a_process_until_one_fails(tmp_path, job):
     out = tmp_path / "a"
     out.mkdir()
