@@ -212,6 +212,6 @@ def test_a_trained_adapter_is_sampled_at_each_alpha(store, tiny):
             for prompt, ids in zip(prompts, said[alpha], strict=True)
         ]
         scores = scoring.ResponseScorer(model).score(rows, ["said"], 2)
-        np.testing.assert_allclose(scores["logps"].flatten().numpy(), table["logp"], atol=1e-3)
+        np.testing.assert_allclose(scores["logps"].detach().flatten().numpy(), table["logp"], atol=1e-3)
     assert said[0.0] != said[2.0] and len(said[0.0]) == 6
     workers.close()

@@ -832,7 +832,7 @@ def test_what_a_processor_says_of_bfloat16(tmp_path, text, computes):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("module", ["train", "rewards", "reference", "assets"])
+@pytest.mark.parametrize("module", ["train", "fit_reward", "reference", "assets"])
 def test_help_says_how_and_starts_nothing(tmp_path, monkeypatch, capsys, module):
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(sys, "argv", [module, "--help"])
