@@ -473,9 +473,11 @@ def test_a_server_that_ignores_the_number_of_samples_is_asked_again(scripted, st
 
 def test_samples_that_a_server_refuses_when_asked_again_are_counted(scripted, store, caplog):
     server = scripted(*[reply("it was good")] * 20, (400, {}))
-    sources.answers(served_source(server, said="Refused: {prompt}"), "one").get()
+    made = sources.answers(served_source(server, said="Refused: {prompt}"), "one")
+    facts = made.json("manifest.json")["facts"]
     prompts = len({one["messages"][0]["content"] for one in server.asked})
     assert f"m: {3 * prompts - 20} responses fewer than asked for, also when asked again" in caplog.text
+    assert facts["short"] == 3 * prompts - 20, "in the manifest too: a log is gone when the result is read"
 
 
 def test_a_source_that_was_broken_is_asked_again(scripted, store):
