@@ -632,6 +632,34 @@ def test_a_date_is_in_the_key_only_where_a_template_writes_it(tmp_path, tiny):
     assert "date" not in sources._put(WRPO, config.Source(kind="model", ref=dated)).inputs
 
 
+def test_the_date_that_a_reward_models_template_writes_is_in_the_key_of_its_scores(tmp_path, tiny):
+    """Its own template, whatever the target's: the same responses had other rewards on another day."""
+    dated = with_template(tiny, tmp_path / "dated", "{{ strftime_now('%d %b %Y') }}" + assets.CHAT_TEMPLATE)
+    other = with_template(tiny, tmp_path / "other", assets.CHAT_TEMPLATE)
+
+    def inputs(judges=("reward",), **changes):
+        cfg = dataclasses.replace(SMOKE, world=dataclasses.replace(SMOKE.world, **changes))
+        said = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=2)
+        return stages.scores(cfg, said, "dev_prompts", judges=judges).inputs
+
+    finished = {"reward_model": dated, "reward_rows": 0}
+    assert inputs(**finished)["date"] == "2024-07-26"
+    assert "date" not in inputs(("gold", "vader"), **finished), "it does not judge"
+    for changes in ({"reward_model": other, "reward_rows": 0}, {}):
+        assert "date" not in inputs(**changes)
+
+
+def test_present_keys_with_a_finished_reward_model_stay(monkeypatch):
+    """The profiles' own write no date; of another one on the hub that is not known."""
+    monkeypatch.setenv("COMPUTE", "plan")
+    shipped = [("expo", "", "paper"), ("expo", "hub", "gpu"), ("wrpo", "", "paper")]
+    shipped += [("mallows", name, "paper") for name in ("", "llama3", "hh")]
+    for paper, experiment, profile in shipped:
+        cfg = config.load(paper, profile, experiment)
+        assert not cfg.world.reward_rows and cfg.world.reward_model in corpus.DATELESS
+    assert corpus.rendering("org/reward", "chat") == {"date": "2024-07-26"}
+
+
 def test_paper_profiles_have_the_data_of_the_papers(monkeypatch):
     """ExPO: 61,135 given pairs, α on test_gen's 1,000; MallowsPO: given pairs; AlpacaEval's or HH's prompts."""
     monkeypatch.setenv("COMPUTE", "plan")
