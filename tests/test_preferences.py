@@ -463,8 +463,8 @@ def test_rows_that_a_template_refuses_drop_and_are_counted(tmp_path, tiny):
     facts, prompts, lines, _ = split(world(jsonl(rows), target=target, prompts=22), tmp_path)
     assert facts["dropped"] == {"the chat template refuses it (System role not supported)": 10}
     assert len(lines["pairs"]) == 12 and len(prompts["dev_"]) == len(prompts["test_"]) == 4
-    drawn = preferences.prompts("rows.jsonl", world("rows.jsonl"), templates.load_tokenizer(target), 99)
-    assert len(drawn) == 20, "prompts from elsewhere are passed over"
+    drawn, dropped = preferences.prompts("rows.jsonl", world("rows.jsonl"), templates.load_tokenizer(target), 99)
+    assert len(drawn) == 20 and dropped == facts["dropped"], "of prompts from elsewhere too"
     all_refused = jsonl([row | {"prompt": [system("Be kind."), user("a")]} for row in pairs(9)], "refused.jsonl")
     with pytest.raises(ConfigError, match="refused.jsonl: 0 of 4 test rows; dropped: .*System role not supported.*: 9"):
         split(world(all_refused, target=target), tmp_path)
@@ -575,8 +575,21 @@ def test_prompts_from_elsewhere(store):
     assert len(made) == 8 == len({row["text"][0]["content"] for row in made})
     decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     assert decode(made[0]["prompt_ids"]) == f"<s>\n\nHuman: {made[0]['text'][0]['content']}\n\nAssistant:"
-    with pytest.raises(ConfigError, match="elsewhere_prompts=11, but rows.jsonl has only 10"):
+    few = "elsewhere_prompts=11, but rows.jsonl has only 10; dropped: {'repeated prompt': 10}"
+    with pytest.raises(ConfigError, match=few):
         mallows.elsewhere(dataclasses.replace(cfg, elsewhere_prompts=11), "rows.jsonl").get()
+
+
+def test_rows_of_prompts_from_elsewhere_that_drop_are_counted(store):
+    """They were passed over in silence: here eight repeat a prompt, one is too long, two ask nothing."""
+    rows = [{"prompt": f"What is {i}?"} for i in range(8)] * 2
+    rows += [{"prompt": "long " * 90}, {"prompt": " "}, {"prompt": None}]
+    cfg = config.load("mallows", "smoke", world__prompt_tokens=[1, 64], elsewhere_prompts=8)
+    drawn, dropped = preferences.prompts(jsonl(rows), cfg.world, templates.load_tokenizer(assets.model_dir("tiny")), 99)
+    assert len(drawn) == 8
+    assert dropped == {"repeated prompt": 8, "prompt above world.prompt_tokens": 1, "no question": 2}
+    facts = mallows.elsewhere(cfg, "rows.jsonl").json("manifest.json")["facts"]
+    assert facts["dropped"].keys() <= dropped.keys()
 
 
 def test_reviews_go_on_as_an_answer_in_a_chat(store, tmp_path, tiny):

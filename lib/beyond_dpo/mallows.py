@@ -159,16 +159,21 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
 
 
 def elsewhere(cfg, source: str) -> Artifact:
-    """Take prompts from another domain, of texts their beginning; <source>.json as the world's own prompts."""
+    """Take prompts from another domain, of texts their beginning; <source>.json as the world's own prompts.
+
+    The facts hold how many rows of a data set were dropped, and why.
+    """
     world = cfg.world
     recipe = {"source": corpus.source(source), "kind": source, "tokenizer": assets.resolve(world.target)}
     recipe |= {"rows": cfg.elsewhere_prompts, "prompt_tokens": world.prompt_tokens, "template": world.template}
     recipe |= corpus.rendering(world.target, world.template)
 
-    def make(out: Path) -> None:
+    def make(out: Path) -> dict:
         tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
         known = source in (*corpus.RATED, "fixtures")
-        rows = [] if known else preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
+        rows, dropped = [], {}
+        if not known:
+            rows, dropped = preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
         generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
         generator.shuffle(texts)
         for i, text in enumerate(texts):
@@ -177,8 +182,10 @@ def elsewhere(cfg, source: str) -> Artifact:
             if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
                 rows.append({"id": f"E{i}"} | corpus.begun(tokenizer, ids[:cut], world.template))
         if len(rows) < cfg.elsewhere_prompts:
-            raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
+            found = f"{source} has only {len(rows)}; dropped: {dict(dropped)}"
+            raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {found}")
         write_file(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
+        return {"dropped": dict(dropped)}
 
     return Artifact("elsewhere", 1, recipe, make)
 

@@ -356,24 +356,39 @@ def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) ->
     return made | ({"text": prompt} if chat or isinstance(prompt, list) else {})
 
 
-def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
-    """Return up to `most` different prompts of another data set, made as those of `world`.
+def prompts(ref: str, world: config.World, tokenizer, most: int) -> tuple[list[dict], Counter]:
+    """Return up to `most` different prompts of another data set, and why other rows were dropped.
 
-    They come out of 20 rows for each; those that the chat template refuses are passed over.
+    They are made as those of `world`, and come out of 20 rows for each. The reasons, with how many
+    rows each has, are those of split(), the chat template's refusals among them.
     """
     rows, rng = {}, random.Random(SEED)
+    dropped: Counter = Counter()
     for n, row in islice(read(ref, streaming=place(ref)[0].startswith("datasets:")), 20 * most):
         if len(rows) == most:
             break
-        if reason(row):
-            continue
+        why = reason(row)
         try:
-            made = prompt_row(tokenizer, row, world, rng)
-        except templates.RowError:
+            if not why:
+                made = prompt_row(tokenizer, row, world, rng)
+                why = _unfit(made, row, world, rows)
+        except templates.RowError as error:
+            why = error.reason
+        if why:
+            dropped[why] += 1
             continue
-        if "text" in row or len(made["prompt_ids"]) <= world.prompt_tokens[1]:
-            rows.setdefault(_key(row), {"id": f"E{n}"} | made)
-    return list(rows.values())
+        rows[_key(row)] = {"id": f"E{n}"} | made
+    return list(rows.values()), dropped
+
+
+def _unfit(made: dict, row: dict, world: config.World, taken, paired: bool = False) -> str:
+    """Return why a prompt is not drawn, or ""; those of given pairs may have any length."""
+    if _key(row) in taken:
+        return "repeated prompt"
+    whole = "text" not in row and not paired
+    if whole and len(made["prompt_ids"]) > world.prompt_tokens[1]:
+        return "prompt above world.prompt_tokens"
+    return ""
 
 
 def split(world: config.World, out: Path) -> dict:
@@ -461,7 +476,7 @@ class _Draw:
             try:
                 if not why:
                     made = prompt_row(self.tokenizer, row, self.world, self.rng)
-                    why = self._unfit(made, row, taken, paired)
+                    why = _unfit(made, row, self.world, taken, paired)
                 if not why:
                     said = self._responses(made, row, use)
             except templates.RowError as error:
@@ -477,15 +492,6 @@ class _Draw:
             found = f"{len(rows)} of {most} {part} rows; dropped: {dict(self.dropped)}"
             raise config.ConfigError(f"{ref}: {found}")
         return rows
-
-    def _unfit(self, made: dict, row: dict, taken: set[str], paired: bool) -> str:
-        """Return why a prompt is not drawn, or ""."""
-        if _key(row) in taken:
-            return "repeated prompt"
-        whole = "text" not in row and not paired
-        if whole and len(made["prompt_ids"]) > self.world.prompt_tokens[1]:
-            return "prompt above world.prompt_tokens"
-        return ""
 
     def _responses(self, made: dict, row: dict, use: str) -> dict[str, list[int]]:
         """Return the responses to train on: all of a pair, the first for SFT, none of a prompt."""
