@@ -212,15 +212,61 @@ def test_words_that_nothing_reads_are_refused(columns, says):
     with pytest.raises(ConfigError, match=rf"rows.jsonl: row 0 is not as trl\(\) expects it: .*{says}"):
         found(jsonl([ANSWERS | columns]))
     alone = {"prompt": "Which?"} | {name: value for name, value in columns.items() if name not in ANSWERS}
-    if "context" in columns or "tools" in columns:
+    if {"context", "tools", "task", "source_text"} & columns.keys():
         with pytest.raises(ConfigError, match=r"row 0 is not as asked\(\) expects it"):
             found(jsonl([alone]))
+
+
+@pytest.mark.parametrize("column, value", [
+    ("article", "A long one."), ("passage", ["First.", "Second."]), ("post_1", {"title": "", "body": "Words."}),
+    ("response_context", "Words."),
+])  # fmt: skip
+def test_an_article_beside_a_prompt_is_refused_and_not_left_out(column, value):
+    """A model was trained to answer "Summarise" without what it should summarise."""
+    says = f"the column {column} would be left out: put it into the prompt"
+    chats = {name: [user("Summarise"), assistant(text)] for name, text in ANSWERS.items()}
+    dialogues = {name: f"\n\nHuman: Summarise\n\nAssistant: {text}" for name, text in ANSWERS.items()}
+    for row in (
+        {"prompt": "Summarise", **ANSWERS}, {"prompt": [user("Summarise")], **ANSWERS}, {"prompt": "Summarise"},
+        {"prompt": "Summarise", **chats}, chats, dialogues,
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            found(jsonl([row | {column: value}]))
+    empty = {"prompt": "Summarise", column: None, **ANSWERS}
+    assert found(jsonl([empty, empty | {column: " "}]))[0]["prompt"] == "Summarise"
 
 
 def test_columns_about_a_row_are_none_that_ask():
     about = {"id": "7", "source": "web", "chosen-model": "a", "score_rejected": "3", "question_type": "b", "n": 4}
     row = {"chosen": "The sky is blue.", "rejected": "The sky is black."} | about
     assert found(jsonl([row]))[0]["prompt"] == "The sky is"
+    more = {"prompt": "The sky is", "safe": True, "all_rm_scores": [0.1], "embedding": [[0.5]], "marks": {"help": 4}}
+    assert found(jsonl([row | more]))[0]["prompt"] == "The sky is"
+
+
+BESIDE_A_PROMPT = {  # other answers, chats and marks, as public data sets have them
+    "UltraFeedback": {"prompt_id": "ab", "messages": [user("a"), assistant("b")], "score_chosen": 8.0},
+    "of a rater": {"source": "x", "chosen-rating": 5.0, "chosen-model": "m", "rejected-rating": 1.0},
+    "ArmoRM": {"prompt_id": "ab", "all_generated_responses": ["b", "c"], "all_rm_scores": [0.2, 0.1]},
+    "PKU-SafeRLHF": {
+        "prompt_source": "Alpaca", "response_0": "b", "response_1": "c", "response_0_source": "m",
+        "is_response_0_safe": True, "response_0_harm_category": {"Theft": False}, "better_response_id": 1,
+        "response_0_sha256": "0f",
+    },
+    "AlpacaEval": {"output": "b", "generator": "g", "dataset": "helpful_base"},
+    "Orca pairs": {
+        "generations": ["b", "c"], "order": ["chosen", "rejected"], "labelling_model": "m", "rating": [9.0, 1.0],
+        "raw_labelling_response": "9 and 1", "rationale": "b is better.", "status": "tie", "original_chosen": "b",
+    },
+    "no_robots": {"prompt_id": "ab", "messages": [user("a"), assistant("b")], "category": "Coding"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE_A_PROMPT)
+def test_other_answers_beside_a_prompt_are_no_text_to_read(name):
+    for answers in (ANSWERS, {}):
+        rows = [{"prompt": "Which capital?", **BESIDE_A_PROMPT[name], **answers}]
+        assert found(jsonl(rows)) == [{"prompt": "Which capital?", "responses": answers}]
 
 
 @pytest.mark.parametrize(

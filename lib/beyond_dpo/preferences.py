@@ -30,7 +30,11 @@ CONTEXTS = ("context", "documents", "history", "tools", "image", "images")
 ABOUT = set(  # last words in the names of columns that say something about a row
     "id ids uuid idx index source dataset subset split category type topic domain tag tags label "
     "language lang name model models generator annotator author score scores rating ratings rank "
-    "date time url license version".split()
+    "date time url license version hash sha order status difficulty metadata rationale".split()
+)
+ANSWERS = set(  # last words in the names of columns that hold a prompt's answers, or its whole chat
+    "messages response responses completion completions answer answers output outputs generation "
+    "generations".split()
 )
 
 
@@ -45,10 +49,9 @@ def question(row: dict) -> str | list[dict] | None:
     if len({json.dumps(value) for value in asking.values()}) > 1:
         names = " and ".join(asking)
         raise ValueError(f"the columns {names} ask different things: join them in one, `prompt`")
-    unread = [name for name in CONTEXTS if row.get(name)]
-    if unread:
-        todo = "put it into the prompt, or take it out"
-        raise ValueError(f"the column {unread[0]} would be left out: {todo}")
+    _refuse_unread([name for name in CONTEXTS if row.get(name)])
+    if asking:
+        _refuse_unread(_besides(row))
     asked = next(iter((asking or given).values()), None)
     if isinstance(asked, dict | list):
         asked = _turns(asked)
@@ -81,19 +84,52 @@ def _turns(prompt: str | dict | list | None) -> list[dict]:
     return turns
 
 
+def _refuse_unread(columns: list[str]) -> None:
+    """Raise ValueError if there are columns whose words would be left out of the prompt."""
+    if columns:
+        todo = "put it into the prompt, or take it out"
+        raise ValueError(f"the column {columns[0]} would be left out: {todo}")
+
+
+def _besides(row: dict) -> list[str]:
+    """Return the columns of words beside a prompt that may belong to it: no other answers, no whole chat."""
+    return [name for name in _unnamed(row) if _last_word(name) not in ANSWERS]
+
+
 def _refuse_unnamed(row: dict) -> None:
     """Raise ValueError if a row without a prompt has another column that may hold its question."""
-    unread = []
-    for name, value in row.items():
-        words = re.split(r"[\W_]+", name.lower())
-        if "chosen" in words or "rejected" in words or words[-1] in ABOUT:
-            continue
-        if value and isinstance(value, str | list | dict):
-            unread.append(name)
+    unread = _unnamed(row)
     if unread:
         names = ", ".join(unread)
         todo = "rename what asks to `prompt`, drop the rest"
         raise ValueError(f"no column `prompt`, and nothing reads {names}: {todo}")
+
+
+def _unnamed(row: dict) -> list[str]:
+    """Return the columns of words that neither ask, nor are chosen, rejected or about the row."""
+    unread = []
+    for name, value in row.items():
+        parts = re.split(r"[\W_]+", name.lower())
+        if name in (*QUESTIONS, *SYSTEMS, *CONTEXTS) or "chosen" in parts or "rejected" in parts:
+            continue
+        if _last_word(name) not in ABOUT and _holds_words(value):
+            unread.append(name)
+    return unread
+
+
+def _last_word(name: str) -> str:
+    """Return the last word of a column's name, as "response" of "response_0" or "response_b"."""
+    words = re.findall(r"[^\W\d_]{2,}", name.lower())
+    return words[-1] if words else ""
+
+
+def _holds_words(value) -> bool:
+    """Return whether a value is text, or holds any: not a number, nor a list of scores."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(map(_holds_words, value))
+    return isinstance(value, str) and bool(value.strip())
 
 
 def trl(row: dict) -> dict | str:
@@ -111,8 +147,11 @@ def trl(row: dict) -> dict | str:
         return wrpo(row | {"prompt": prompt})
     asked = _turns(prompt) if prompt else []
     answers = _turns(chosen), _turns(rejected)
-    if not asked and answers[0] and answers[0][0]["role"] == "assistant":
-        _refuse_unnamed(row)
+    if not asked and answers[0]:
+        if answers[0][0]["role"] == "assistant":
+            _refuse_unnamed(row)
+        else:
+            _refuse_unread(_besides(row))
     chats = [_chat(asked, turns, whole=isinstance(prompt, str)) for turns in answers]
     if None in chats and all(answers):
         return "the chat does not hold the prompt"
@@ -135,6 +174,7 @@ def _texts(row: dict, prompt: str | list | None, chosen: str, rejected: str) -> 
     if prompt is not None:
         return {"prompt": prompt, "responses": {"chosen": chosen, "rejected": rejected}}
     if TURN.match(chosen):
+        _refuse_unread(_besides(row))
         return hh(row)
     _refuse_unnamed(row)
     same = os.path.commonprefix([chosen, rejected])
