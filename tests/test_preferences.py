@@ -280,6 +280,12 @@ def test_other_answers_beside_a_prompt_are_no_text_to_read(name):
         ("Why?", TURNS, TURNS),
         ("How?", [system("Be kind."), user("How?")], [system("Be kind."), user("How?")]),
         (user("How?"), [], [user("How?")]),
+        ([user("How?")], [system("Be kind."), user("How?")], [system("Be kind."), user("How?")]),
+        ([user("How?")], TURNS, TURNS),
+        ([system("Be kind."), user("How?")], TURNS, [system("Be kind."), *TURNS]),
+        ([user("How?")], [assistant("Hello!"), user("How?")], [assistant("Hello!"), user("How?")]),
+        (TURNS[:2], TURNS[1:], TURNS),
+        (TURNS[:2], [user("Why?")], [*TURNS[:2], user("Why?")]),
     ],
 )  # fmt: skip
 def test_turns_before_the_chosen_are_kept_once(prompt, turns, wanted):
@@ -291,6 +297,14 @@ def test_turns_before_the_chosen_are_kept_once(prompt, turns, wanted):
 def test_a_prompt_that_its_chat_does_not_hold_drops():
     row = {"prompt": "Why?", "chosen": [user("How?"), assistant("a")], "rejected": [user("How?"), assistant("b")]}
     assert found(jsonl([row])) == ["the chat does not hold the prompt"]
+    other = [TURNS[0], assistant("Perhaps."), TURNS[2]]
+    for prompt, turns in {
+        "another question": ([user("Why?")], [user("How?")]),
+        "another answer before it": (TURNS, other),
+        "another system": ([system("Be kind."), user("How?")], [system("Be rude."), user("How?")]),
+    }.values():
+        row = {"prompt": prompt, "chosen": [*turns, assistant("a")], "rejected": [*turns, assistant("b")]}
+        assert found(jsonl([row])) == ["the chat does not hold the prompt"]
     spoken = "Be kind.\n\nHuman: Why?\n\nAssistant: a"
     assert preferences.hh({"chosen": spoken, "rejected": spoken[:-1] + "b"}) == "words before the first turn"
 

@@ -152,7 +152,7 @@ def trl(row: dict) -> dict | str:
             _refuse_unnamed(row)
         else:
             _refuse_unread(_besides(row))
-    chats = [_chat(asked, turns, whole=isinstance(prompt, str)) for turns in answers]
+    chats = [_chat(asked, turns) for turns in answers]
     if None in chats and all(answers):
         return "the chat does not hold the prompt"
     pair = "no answer" if None in chats else _shared(*chats)
@@ -184,21 +184,37 @@ def _texts(row: dict, prompt: str | list | None, chosen: str, rejected: str) -> 
     return {"prompt": chosen[:cut], "responses": said}
 
 
-def _chat(asked: list[dict], turns: list[dict], whole: bool) -> list[dict] | None:
+def _chat(asked: list[dict], turns: list[dict]) -> list[dict] | None:
     """Return the whole chat of a prompt and an answer's turns, which may repeat the prompt's.
 
-    whole: the prompt was a text; where the answer has a user's turns, one of them holds it, else
-    None is returned.
+    The system's turn stands in front, whichever of the two has it. None is returned where both have
+    one and they differ, and where the answer has a user's turns, but not those of the prompt that
+    it should answer: side by side they would ask twice.
     """
-    if not turns or turns[0]["role"] == "assistant":
-        return asked + turns
-    if whole and len(asked) == 1:
-        told = [_words_of(turn) for turn in turns[:-1]]
-        return turns if _words_of(asked[0]) in told else None
-    for size in range(min(len(asked), len(turns)), 0, -1):
-        if [*map(_words_of, asked[-size:])] == [*map(_words_of, turns[:size])]:
-            return asked + turns[size:]
-    return asked + turns
+    if not turns:
+        return asked
+    front, asked = _system_first(asked)
+    theirs, turns = _system_first(turns)
+    if front and theirs and _words_of(front[0]) != _words_of(theirs[0]):
+        return None
+    front = front or theirs
+    before = [_words_of(turn) for turn in turns[:-1]]
+    told = [_words_of(turn) for turn in asked]
+    starts = range(len(before) - len(told) + 1)
+    if any(before[start : start + len(told)] == told for start in starts):  # the whole chat is there
+        return front + turns
+    for size in range(min(len(told), len(before)), 0, -1):
+        if told[-size:] == before[:size]:
+            return front + asked + turns[size:]
+    if asked[-1]["role"] == "user" and turns[:1] and turns[0]["role"] == "user":
+        return None
+    return front + asked + turns
+
+
+def _system_first(turns: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Return the system's turn in front, if there is one, and the other turns."""
+    first = 1 if turns and turns[0]["role"] == "system" else 0
+    return turns[:first], turns[first:]
 
 
 def _words_of(turn: dict) -> tuple[str, str]:
