@@ -285,6 +285,22 @@ def test_values_of_other_kinds_are_taken_or_refused_in_words():
         load("expo", "smoke", train__lr=1j)
     with pytest.raises(ConfigError, match=r"^world\.x: a set cannot be a setting"):
         load("expo", "smoke", world={"x": {1}})
+    grids = {np.int64(1): [np.float64(0.5)], np.float32(0.5): np.array([0.1, 0.2], np.float32)}
+    assert load("expo", "smoke", alphas=grids).alphas == {1.0: (0.5,), 0.5: (0.1, 0.2)}
+    for dtype in (np.float16, np.float32, np.float64, np.longdouble):
+        grid, single = np.array([0.1, 0.3], dtype), np.array(dtype(0.1))
+        cfg = load("expo", "smoke", recipe_alphas=grid, pair_alphas=[dtype(0.1)], train__lr=single)
+        assert (cfg.recipe_alphas, cfg.pair_alphas, cfg.train.lr) == ((0.1, 0.3), (0.1,), 0.1), "as the scalar"
+    column = pd.Series([0.1], dtype="float32")
+    assert load("expo", "smoke", recipe_alphas=column).recipe_alphas == (0.1,)
+    assert load("expo", "smoke", train__offload=np.bool_(True)).train.offload is True
+    for wrong, said in {(1, 2): r"\[1, 2\]", None: "None"}.items():
+        with pytest.raises(ConfigError, match=rf"^alphas: {said} cannot be the name of a setting"):
+            load("expo", "smoke", alphas={wrong: [1]})
+    with pytest.raises(ConfigError, match=r"^alphas\.0\.1 is given twice"):
+        load("expo", "smoke", alphas={0.1: [1], np.float32(0.1): [2]})
+    with pytest.raises(ConfigError, match="^train.lr: a datetime cannot be a setting"):
+        load("expo", "smoke", train__lr=np.datetime64("2024-01-01T00:00:00"))
 
 
 def test_a_target_of_ones_own_does_not_need_what_the_papers_model_needs():

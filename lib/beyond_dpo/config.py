@@ -27,7 +27,7 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
 
     overrides: `train.lr`, or `train__lr`. A key set to None keeps the profile's value, so that a
         notebook can list what may be changed; a tuple or a grid is replaced whole. NumPy numbers
-        and paths are taken as plain ones.
+        and paths are taken as plain ones; a float32 is the decimal number that it prints.
     experiment: one with models of its own at some profile, as `paper/llama3`.
 
     Where nothing is overridden and results are read (COMPUTE is auto or never), the overlay
@@ -73,18 +73,53 @@ def _overrides(given: dict) -> dict:
 def _plain(key: str, value):
     """Return a value as JSON knows it: NumPy numbers and arrays, and paths, become plain ones."""
     if isinstance(value, dict):
-        return {name: _plain(f"{key}.{name}", inner) for name, inner in value.items()}
+        return _plain_dict(key, value)
     if isinstance(value, list | tuple):
         return [_plain(f"{key}.{i}", inner) for i, inner in enumerate(value)]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str | int | float | None):
         return value
-    if hasattr(value, "tolist"):  # NumPy: an array, or a number, of which float32 has 7 digits
-        short = type(value).__name__ == "float32"
-        return float(str(value)) if short else _plain(key, value.tolist())
+    if hasattr(value, "__array__"):
+        return _plain_array(key, value)
+    raise _unusable(key, value)
+
+
+def _plain_dict(key: str, value: dict) -> dict:
+    """Return a dict as JSON knows it; its names may be NumPy numbers or paths, as fractions are."""
+    plain = {}
+    for name, inner in value.items():
+        name = _plain(key, name)
+        if not isinstance(name, str | int | float):
+            raise ConfigError(f"{key}: {name!r:.80} cannot be the name of a setting")
+        if name in plain:
+            raise ConfigError(f"{key}.{name} is given twice")
+        plain[name] = _plain(f"{key}.{name}", inner)
+    return plain
+
+
+def _plain_array(key: str, value):
+    """Return a NumPy number or array, or what becomes one, as plain numbers.
+
+    Of each float of 2 or 4 bytes that is the shortest decimal number that it stands for: 0.1, where
+    its exact value is 0.10000000149.
+    """
+    import numpy  # no start-up cost: who has such a value has it loaded
+
+    try:
+        array = numpy.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of another device, or of no dtype of NumPy's
+        raise _unusable(key, value) from None
+    if array.ndim:
+        return [_plain(f"{key}.{i}", inner) for i, inner in enumerate(array)]
+    if isinstance(array[()], numpy.floating):
+        return float(str(array[()]))
+    return _plain(key, array.item())
+
+
+def _unusable(key: str, value) -> ConfigError:
     kind = type(value).__name__
-    raise ConfigError(f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value")
+    return ConfigError(f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value")
 
 
 def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
