@@ -124,8 +124,11 @@ def frontier(cfg) -> Artifact:
 def plug_in(cfg) -> Artifact:
     """Judge every plug-in with and without weights on test prompts and elsewhere, and a grid of β and learning rate.
 
-    Table 1: the settings of cfg.plug_ins. Table 6: DPO and MallowsPO-θ, on test prompts only.
+    Table 1: the settings of cfg.plug_ins. Table 6: DPO and MallowsPO-θ, on test prompts only. Raises ConfigError where
+    there are neither.
     """
+    if not cfg.plug_ins and not cfg.grid_betas:
+        raise config.ConfigError("plug_ins and grid_betas are empty: nothing would be trained; set one of them")
     shared = {"seed": cfg.seeds[0], "lr": cfg.train.lr}
     plugs = [{"loss": name, **shared, **settings}
              for loss, settings in cfg.plug_ins.items() for name in (loss, WEIGHTED[loss])]  # fmt: skip
@@ -144,6 +147,7 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
     walk: (loss, seed and settings of cfg.train; split; its prompts, None for the world's own; part, "" for the end).
     As gather.judged, with the columns of the runs, split and part; loss "sft" is the SFT model.
     """
+    config.require_prompts(cfg.world, "test_prompts")
     start, points = stages.sft(cfg), []
     for run, split, prompts, part in walk:
         model = stages.aligned(cfg, cfg.fraction, **run)
