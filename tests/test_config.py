@@ -10,13 +10,18 @@ import re
 import subprocess
 import sys
 import types
+import typing
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from beyond_dpo import assets, config, needs, paths, report
-from beyond_dpo.config import ConfigError, Train, load
+from beyond_dpo import assets, config, expo, mallows, needs, paths, report, wrpo
+from beyond_dpo.config import ConfigError, Decoding, Source, Train, World, load
+from beyond_dpo.job_settings import Grid
+from beyond_dpo.published import off_the_shelf
+from beyond_dpo.settings import Expo, Mallows, Needs, Recipe, Wrpo
 
 SMOKE = load("expo", "smoke")
 PAPER = load("expo", "paper")
@@ -96,7 +101,8 @@ def test_overrides():
 def test_a_grid_is_replaced_whole_and_a_section_key_by_key():
     cfg = load("expo", "smoke", alphas={1: [3], 0.5: [1, 2]})
     assert cfg.alphas == {1.0: (3.0,), 0.5: (1.0, 2.0)}
-    assert load("expo", "smoke", fractions=[1.0], alphas={1.0: [3]}).alphas == {1.0: (3.0,)}
+    one = {"fractions": [1.0], "alphas": {1.0: [3]}, "seed_fractions": []}
+    assert load("expo", "smoke", **one).alphas == {1.0: (3.0,)}
 
 
 def test_profiles_differ_from_base_only_where_they_say_so():
@@ -263,18 +269,165 @@ def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monke
         ("expo", {"seeds": [-1]}, r"seeds\.0: .* greater than or equal to 0"),
         ("expo", {"search_evaluations": 3}, "search_evaluations: .* greater than or equal to 4"),
         ("expo", {"train.zero": 4}, "train.zero: .* less than or equal to 3"),
-        ("mallows", {"plug_ins": {"dpoo": {}}}, "plug_ins.dpoo: loss: .*'dpo'"),
+        ("mallows", {"plug_ins": {"dpoo": {}}}, "plug_ins.dpoo: unknown loss 'dpoo'; did you mean 'dpo'"),
+        ("mallows", {"plug_ins": {"mallows_phi": {}}}, "plug_ins.mallows_phi: unknown loss"),
+        ("mallows", {"plug_ins": {"dpo": {"loss": 1.0}}}, "plug_ins.dpo: loss: .*got 1.0"),
         ("mallows", {"plug_ins": {"dpo": {"bta": 1.0}}}, "plug_ins.dpo: unknown key 'bta'.*'beta'"),
         ("mallows", {"betas": [0.0]}, r"betas\.0: .* greater than 0"),
         ("wrpo", {"objectives": {"ipo": {"beta": -1.0}}}, "objectives.ipo: beta: .* than 0"),
         ("wrpo", {"alphas": [1.1]}, r"alphas\.0: .* less than or equal to 1"),
         ("wrpo", {"sampling.max_tokens": 256}, "sampling.max_tokens=256 leaves no room"),
         ("wrpo", {"sft_share": 1.0}, "sft_share: .* less than 1"),
+        ("expo", {"seeds": [2**32]}, r"seeds\.0: .* less than 4294967296"),
+        ("expo", {"alphas": {0.5: [1], 1.0: [1], 1.5: [1]}}, r"alphas\.1\.5.*less than or equal to 1"),
+        ("expo", {"layers": 1}, "layers: .* greater than or equal to 2"),
+        ("expo", {"recipes": ["4 epochs"]}, r"recipes\.0: .*'2 epochs'"),
+        ("expo", {"train.loss": "wrpo"}, "train.loss: 'wrpo' does not learn from pairs; valid: dpo, "),
+        ("wrpo", {"sft.loss": "dpo"}, "sft.loss: 'dpo' compares responses"),
+        ("mallows", {"methods": ["dpoo"]}, r"methods\.0: .*'dpo'.*got 'dpoo'"),
+        ("mallows", {"grid_methods": ["dpo", "wrpo"]}, r"grid_methods\.1: .*got 'wrpo'"),
+        ("mallows", {"rated": "imdb"}, "rated: .*'movie', 'amazon' or 'fixtures'"),
     ],
 )
 def test_numbers_out_of_range_are_refused_when_loaded(paper, changes, message):
     with pytest.raises(ConfigError, match=message):
         load(paper, "smoke", **changes)
+
+
+@pytest.mark.parametrize(
+    "paper, changes, message",
+    [
+        ("expo", {"fractions": []}, "fractions: .* at least 1 item"),
+        ("expo", {"alphas": {0.5: [], 1.0: [1]}}, r"alphas\.0\.5: .* at least 1 item"),
+        ("expo", {"interpolation": []}, "interpolation: .* at least 1 item"),
+        ("expo", {"recipe_alphas": []}, "recipe_alphas: .* at least 1 item"),
+        ("expo", {"pair_alphas": []}, "pair_alphas: .* at least 1 item"),
+        ("expo", {"module_alphas": []}, "module_alphas: .* at least 1 item"),
+        ("expo", {"published_alphas": []}, "published_alphas: .* at least 1 item"),
+        ("expo", {"seed_fractions": [0.3]}, r"seed_fractions: 0.3 is none of the fractions \(0.5, 1.0\)"),
+        ("expo", {"fractions": [1.0]}, r"seed_fractions: 0.5 is none .* seed_fractions=\[\]"),
+        ("expo", {"world.dev_prompts": 0}, "world.dev_prompts=0, but"),
+        ("expo", {"world.test_prompts": 0}, "world.test_prompts=0, but"),
+        ("mallows", {"world.prompts": 0}, "world.prompts=0, but"),
+        ("mallows", {"world.test_prompts": 0}, "world.test_prompts=0, but"),
+        ("mallows", {"betas": []}, "betas: .* at least 1 item"),
+        ("mallows", {"bandit_betas": []}, "bandit_betas: .* at least 1 item"),
+        ("mallows", {"methods": []}, "methods: .* at least 1 item"),
+        ("mallows", {"grid_betas": []}, "grid_betas is empty, and with it the grid"),
+        ("mallows", {"grid_lrs": []}, "grid_lrs is empty, and with it the grid"),
+        ("wrpo", {"world.test_prompts": 0}, "world.test_prompts=0, but"),
+        ("wrpo", {"sources": []}, "sources: .* at least 1 item"),
+        ("wrpo", {"source_sets": [["human"], []]}, r"source_sets\.1: .* at least 1 item"),
+        ("wrpo", {"alphas": []}, "alphas: .* at least 1 item"),
+    ],
+)
+def test_lists_that_would_do_nothing_or_fail_late_are_refused_when_loaded(paper, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load(paper, "smoke", **changes)
+
+
+def test_experiments_refuse_what_they_lack_before_any_work(monkeypatch):
+    """Where a configuration may be without: of given pairs, or of an experiment that others do not need."""
+    monkeypatch.setenv("COMPUTE", "plan")
+    given = {"world": {"pairs": "given", "dev_prompts": 0, "test_prompts": 0}}
+    for paper, experiments in {
+        "expo": [expo.curves, expo.searches, off_the_shelf, lambda cfg: expo.sweep(cfg, {})],
+        "mallows": [mallows.frontier],
+        "wrpo": [wrpo.main_result],
+    }.items():
+        cfg = load(paper, "smoke", **given)
+        for experiment in experiments:
+            with pytest.raises(ConfigError, match="world.(dev|test)_prompts=0, but the experiments need some"):
+                experiment(cfg)
+    with pytest.raises(ConfigError, match="alphas has no grid for fraction 0.1, only for 0.5, 1.0"):
+        expo.data_quality(load("expo", "smoke", quality_fraction=0.1))
+    with pytest.raises(ConfigError, match="alphas.0.5: a search needs an α above 0"):
+        expo.searches(load("expo", "smoke", alphas={0.5: [0], 1.0: [0, 1]}))
+    without = dataclasses.replace(load("mallows", "smoke"), plug_ins={}, grid_betas=(), grid_lrs=())
+    with pytest.raises(ConfigError, match="plug_ins and grid_betas are empty"):
+        mallows.plug_in(without)
+
+
+# Fields without a bound of their own, and why; any α of a Grid is a point on the line through two models.
+UNBOUNDED = {
+    "Train.global_batch": "check_batch says which number fits",
+    "Train.micro_batch": "check_batch says which number fits",
+    "Train.processes": "check_batch says which number fits",
+    "Mallows.plug_ins": "checked as settings of Train",
+    "Wrpo.objectives": "checked as settings of Train",
+}
+MAY_BE_EMPTY = {
+    "World.trust_remote_code": "no code of others runs",
+    "Expo.alphas": "checked against the fractions",
+    "Expo.seed_fractions": "only the first seed is trained",
+    "Expo.recipes": "the default one alone",
+    "Expo.pairs": "none are published",
+    "Expo.wrong_pairs": "lines of the profile's own models",
+    "Mallows.plug_ins": "an experiment without; its function says so",
+    "Mallows.grid_betas": "an experiment without; checked against the other",
+    "Mallows.grid_lrs": "an experiment without; checked against the other",
+    "Mallows.elsewhere": "test prompts alone",
+    "Wrpo.known_sources": "checked against the sources",
+    "Wrpo.source_sets": "the sources alone",
+    "Wrpo.objectives": "merged with those of the profile",
+}
+SETTINGS = [Train, Decoding, World, Needs, Expo, Mallows, Source, Wrpo]
+
+
+def constrained(fields, names):
+    """Return whether one of pydantic's fields has one of these constraints."""
+    return any(hasattr(part, name) for field in fields for part in field.metadata for name in names)
+
+
+def unbounded(annotation, where):
+    """Yield the places in an annotation that hold a number without a bound, or a list that may be empty."""
+    if annotation == Grid:
+        return
+    fields = []
+    if typing.get_origin(annotation) is typing.Annotated:
+        annotation, *fields = typing.get_args(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation in (int, float) and not constrained(fields, ("ge", "gt", "le", "lt")):
+        yield "number", where
+    if origin in (tuple, dict):
+        fixed = origin is tuple and ... not in arguments
+        if not fixed and not constrained(fields, ("min_length",)):
+            yield "list", where
+        for argument in arguments:
+            yield from unbounded(argument, where)
+
+
+def test_every_number_of_the_settings_has_a_bound_and_every_list_an_element():
+    """Or stands in the lists above, with the reason."""
+    found = {"number": set(), "list": set()}
+    fields = 0
+    for schema in SETTINGS:
+        for name, annotation in typing.get_type_hints(schema, include_extras=True).items():
+            if name == "MACHINE":
+                continue
+            fields += 1
+            for kind, place in unbounded(annotation, f"{schema.__name__}.{name}"):
+                found[kind].add(place)
+    assert fields > 120
+    assert found == {"number": set(UNBOUNDED), "list": set(MAY_BE_EMPTY)}
+
+
+def test_a_recipe_of_the_settings_is_one_that_can_be_trained(monkeypatch):
+    monkeypatch.setenv("COMPUTE", "plan")
+    names = list(typing.get_args(Recipe))
+    assert list(expo.recipes(load("expo", "smoke", recipes=names))) == ["default", *names]
+
+
+@pytest.mark.parametrize("paper", config.SCHEMAS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_every_shipped_profile_and_experiment_loads(monkeypatch, paper, frozen):
+    monkeypatch.setenv("COMPUTE", "never" if frozen else "cold")
+    layers = (paths.ROOT / "lib/beyond_dpo/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
+    names = [name for name in re.findall(r"^([\w/]+):", layers, re.M) if name != "base"]
+    assert set(config.PROFILES) <= set(names)
+    for name in names:
+        profile, _, experiment = name.partition("/")
+        load(paper, profile, "" if experiment == "frozen" else experiment)
 
 
 def test_values_of_other_kinds_are_taken_or_refused_in_words():
@@ -285,6 +438,22 @@ def test_values_of_other_kinds_are_taken_or_refused_in_words():
         load("expo", "smoke", train__lr=1j)
     with pytest.raises(ConfigError, match=r"^world\.x: a set cannot be a setting"):
         load("expo", "smoke", world={"x": {1}})
+    grids = {np.int64(1): [np.float64(0.5)], np.float32(0.5): np.array([0.1, 0.2], np.float32)}
+    assert load("expo", "smoke", alphas=grids).alphas == {1.0: (0.5,), 0.5: (0.1, 0.2)}
+    for dtype in (np.float16, np.float32, np.float64, np.longdouble):
+        grid, single = np.array([0.1, 0.3], dtype), np.array(dtype(0.1))
+        cfg = load("expo", "smoke", recipe_alphas=grid, pair_alphas=[dtype(0.1)], train__lr=single)
+        assert (cfg.recipe_alphas, cfg.pair_alphas, cfg.train.lr) == ((0.1, 0.3), (0.1,), 0.1), "as the scalar"
+    column = pd.Series([0.1], dtype="float32")
+    assert load("expo", "smoke", recipe_alphas=column).recipe_alphas == (0.1,)
+    assert load("expo", "smoke", train__offload=np.bool_(True)).train.offload is True
+    for wrong, said in {(1, 2): r"\[1, 2\]", None: "None"}.items():
+        with pytest.raises(ConfigError, match=rf"^alphas: {said} cannot be the name of a setting"):
+            load("expo", "smoke", alphas={wrong: [1]})
+    with pytest.raises(ConfigError, match=r"^alphas\.0\.1 is given twice"):
+        load("expo", "smoke", alphas={0.1: [1], np.float32(0.1): [2]})
+    with pytest.raises(ConfigError, match="^train.lr: a datetime cannot be a setting"):
+        load("expo", "smoke", train__lr=np.datetime64("2024-01-01T00:00:00"))
 
 
 def test_a_target_of_ones_own_does_not_need_what_the_papers_model_needs():

@@ -407,6 +407,35 @@ def test_replies_of_no_use_are_asked_again_by_a_run_that_goes_on(scripted, store
     assert [row["preference"] in (1, 2) for row in ask.rows(made)] == [True] * 3 and len(server.asked) == 5
 
 
+@pytest.mark.parametrize("good", [1, 2])
+def test_one_reply_without_log_probabilities_is_an_error_and_only_it_is_asked_again(scripted, store, good):
+    """With one good reply of 805 it published 804 preferences that were null."""
+    mended = reply("m")
+    mended["choices"][0]["logprobs"] = ODDS
+    server = scripted(*[mended] * good, reply("m"), (400, {}), mended)
+    questions = [{"instruction": name, "output": f"Theirs, {good} good."} for name in "abcd"[: good + 2]]
+    by = endpoint.Endpoint("m", server.url, at_once=1)
+    outputs = {question["instruction"]: "Ours." for question in questions}
+    made = ask.alpaca_eval(outputs, by, model="ours", questions=questions, prompt=PROMPT)
+    words = f"m: 1 of {good + 1} replies lack log-probabilities .*; mend the judge, .* the other replies are kept"
+    with pytest.raises(endpoint.EndpointError, match=words):
+        made.get()
+    assert all(row["preference"] in (1, 2) for row in ask.rows(made))
+    assert len(server.asked) == len(questions) + 2, "the useless one and the refused one"
+
+
+def test_a_refused_question_has_no_preference_and_is_no_error(scripted, store):
+    """One of 805 may be too long, or against a rule; it is counted."""
+    fine = reply("m")
+    fine["choices"][0]["logprobs"] = ODDS
+    server = scripted(fine, (400, {}))
+    questions = [{"instruction": name, "output": "Theirs, of which one is refused."} for name in "ab"]
+    by = endpoint.Endpoint("m", server.url, at_once=1)
+    made = ask.alpaca_eval({"a": "Ours.", "b": "Ours."}, by, model="ours", questions=questions, prompt=PROMPT)
+    assert [row["preference"] is None for row in ask.rows(made)] == [False, True]
+    assert made.manifest["facts"]["refused"] == 1
+
+
 def test_judgments_without_a_word_are_no_result(scripted, store):
     archive("mt_bench")
     server = scripted(reply(None), reply(" \n"), reply("Rating: [[7]]"))
@@ -444,9 +473,11 @@ def test_a_server_that_ignores_the_number_of_samples_is_asked_again(scripted, st
 
 def test_samples_that_a_server_refuses_when_asked_again_are_counted(scripted, store, caplog):
     server = scripted(*[reply("it was good")] * 20, (400, {}))
-    sources.answers(served_source(server, said="Refused: {prompt}"), "one").get()
+    made = sources.answers(served_source(server, said="Refused: {prompt}"), "one")
+    facts = made.json("manifest.json")["facts"]
     prompts = len({one["messages"][0]["content"] for one in server.asked})
     assert f"m: {3 * prompts - 20} responses fewer than asked for, also when asked again" in caplog.text
+    assert facts["short"] == 3 * prompts - 20, "in the manifest too: a log is gone when the result is read"
 
 
 def test_a_source_that_was_broken_is_asked_again(scripted, store):

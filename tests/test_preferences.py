@@ -212,15 +212,61 @@ def test_words_that_nothing_reads_are_refused(columns, says):
     with pytest.raises(ConfigError, match=rf"rows.jsonl: row 0 is not as trl\(\) expects it: .*{says}"):
         found(jsonl([ANSWERS | columns]))
     alone = {"prompt": "Which?"} | {name: value for name, value in columns.items() if name not in ANSWERS}
-    if "context" in columns or "tools" in columns:
+    if {"context", "tools", "task", "source_text"} & columns.keys():
         with pytest.raises(ConfigError, match=r"row 0 is not as asked\(\) expects it"):
             found(jsonl([alone]))
+
+
+@pytest.mark.parametrize("column, value", [
+    ("article", "A long one."), ("passage", ["First.", "Second."]), ("post_1", {"title": "", "body": "Words."}),
+    ("response_context", "Words."),
+])  # fmt: skip
+def test_an_article_beside_a_prompt_is_refused_and_not_left_out(column, value):
+    """A model was trained to answer "Summarise" without what it should summarise."""
+    says = f"the column {column} would be left out: put it into the prompt"
+    chats = {name: [user("Summarise"), assistant(text)] for name, text in ANSWERS.items()}
+    dialogues = {name: f"\n\nHuman: Summarise\n\nAssistant: {text}" for name, text in ANSWERS.items()}
+    for row in (
+        {"prompt": "Summarise", **ANSWERS}, {"prompt": [user("Summarise")], **ANSWERS}, {"prompt": "Summarise"},
+        {"prompt": "Summarise", **chats}, chats, dialogues,
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=says):
+            found(jsonl([row | {column: value}]))
+    empty = {"prompt": "Summarise", column: None, **ANSWERS}
+    assert found(jsonl([empty, empty | {column: " "}]))[0]["prompt"] == "Summarise"
 
 
 def test_columns_about_a_row_are_none_that_ask():
     about = {"id": "7", "source": "web", "chosen-model": "a", "score_rejected": "3", "question_type": "b", "n": 4}
     row = {"chosen": "The sky is blue.", "rejected": "The sky is black."} | about
     assert found(jsonl([row]))[0]["prompt"] == "The sky is"
+    more = {"prompt": "The sky is", "safe": True, "all_rm_scores": [0.1], "embedding": [[0.5]], "marks": {"help": 4}}
+    assert found(jsonl([row | more]))[0]["prompt"] == "The sky is"
+
+
+BESIDE_A_PROMPT = {  # other answers, chats and marks, as public data sets have them
+    "UltraFeedback": {"prompt_id": "ab", "messages": [user("a"), assistant("b")], "score_chosen": 8.0},
+    "of a rater": {"source": "x", "chosen-rating": 5.0, "chosen-model": "m", "rejected-rating": 1.0},
+    "ArmoRM": {"prompt_id": "ab", "all_generated_responses": ["b", "c"], "all_rm_scores": [0.2, 0.1]},
+    "PKU-SafeRLHF": {
+        "prompt_source": "Alpaca", "response_0": "b", "response_1": "c", "response_0_source": "m",
+        "is_response_0_safe": True, "response_0_harm_category": {"Theft": False}, "better_response_id": 1,
+        "response_0_sha256": "0f",
+    },
+    "AlpacaEval": {"output": "b", "generator": "g", "dataset": "helpful_base"},
+    "Orca pairs": {
+        "generations": ["b", "c"], "order": ["chosen", "rejected"], "labelling_model": "m", "rating": [9.0, 1.0],
+        "raw_labelling_response": "9 and 1", "rationale": "b is better.", "status": "tie", "original_chosen": "b",
+    },
+    "no_robots": {"prompt_id": "ab", "messages": [user("a"), assistant("b")], "category": "Coding"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE_A_PROMPT)
+def test_other_answers_beside_a_prompt_are_no_text_to_read(name):
+    for answers in (ANSWERS, {}):
+        rows = [{"prompt": "Which capital?", **BESIDE_A_PROMPT[name], **answers}]
+        assert found(jsonl(rows)) == [{"prompt": "Which capital?", "responses": answers}]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +280,12 @@ def test_columns_about_a_row_are_none_that_ask():
         ("Why?", TURNS, TURNS),
         ("How?", [system("Be kind."), user("How?")], [system("Be kind."), user("How?")]),
         (user("How?"), [], [user("How?")]),
+        ([user("How?")], [system("Be kind."), user("How?")], [system("Be kind."), user("How?")]),
+        ([user("How?")], TURNS, TURNS),
+        ([system("Be kind."), user("How?")], TURNS, [system("Be kind."), *TURNS]),
+        ([user("How?")], [assistant("Hello!"), user("How?")], [assistant("Hello!"), user("How?")]),
+        (TURNS[:2], TURNS[1:], TURNS),
+        (TURNS[:2], [user("Why?")], [*TURNS[:2], user("Why?")]),
     ],
 )  # fmt: skip
 def test_turns_before_the_chosen_are_kept_once(prompt, turns, wanted):
@@ -245,6 +297,14 @@ def test_turns_before_the_chosen_are_kept_once(prompt, turns, wanted):
 def test_a_prompt_that_its_chat_does_not_hold_drops():
     row = {"prompt": "Why?", "chosen": [user("How?"), assistant("a")], "rejected": [user("How?"), assistant("b")]}
     assert found(jsonl([row])) == ["the chat does not hold the prompt"]
+    other = [TURNS[0], assistant("Perhaps."), TURNS[2]]
+    for prompt, turns in {
+        "another question": ([user("Why?")], [user("How?")]),
+        "another answer before it": (TURNS, other),
+        "another system": ([system("Be kind."), user("How?")], [system("Be rude."), user("How?")]),
+    }.values():
+        row = {"prompt": prompt, "chosen": [*turns, assistant("a")], "rejected": [*turns, assistant("b")]}
+        assert found(jsonl([row])) == ["the chat does not hold the prompt"]
     spoken = "Be kind.\n\nHuman: Why?\n\nAssistant: a"
     assert preferences.hh({"chosen": spoken, "rejected": spoken[:-1] + "b"}) == "words before the first turn"
 
@@ -463,8 +523,8 @@ def test_rows_that_a_template_refuses_drop_and_are_counted(tmp_path, tiny):
     facts, prompts, lines, _ = split(world(jsonl(rows), target=target, prompts=22), tmp_path)
     assert facts["dropped"] == {"the chat template refuses it (System role not supported)": 10}
     assert len(lines["pairs"]) == 12 and len(prompts["dev_"]) == len(prompts["test_"]) == 4
-    drawn = preferences.prompts("rows.jsonl", world("rows.jsonl"), templates.load_tokenizer(target), 99)
-    assert len(drawn) == 20, "prompts from elsewhere are passed over"
+    drawn, dropped = preferences.prompts("rows.jsonl", world("rows.jsonl"), templates.load_tokenizer(target), 99)
+    assert len(drawn) == 20 and dropped == facts["dropped"], "of prompts from elsewhere too"
     all_refused = jsonl([row | {"prompt": [system("Be kind."), user("a")]} for row in pairs(9)], "refused.jsonl")
     with pytest.raises(ConfigError, match="refused.jsonl: 0 of 4 test rows; dropped: .*System role not supported.*: 9"):
         split(world(all_refused, target=target), tmp_path)
@@ -575,8 +635,21 @@ def test_prompts_from_elsewhere(store):
     assert len(made) == 8 == len({row["text"][0]["content"] for row in made})
     decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
     assert decode(made[0]["prompt_ids"]) == f"<s>\n\nHuman: {made[0]['text'][0]['content']}\n\nAssistant:"
-    with pytest.raises(ConfigError, match="elsewhere_prompts=11, but rows.jsonl has only 10"):
+    few = "elsewhere_prompts=11, but rows.jsonl has only 10; dropped: {'repeated prompt': 10}"
+    with pytest.raises(ConfigError, match=few):
         mallows.elsewhere(dataclasses.replace(cfg, elsewhere_prompts=11), "rows.jsonl").get()
+
+
+def test_rows_of_prompts_from_elsewhere_that_drop_are_counted(store):
+    """They were passed over in silence: here eight repeat a prompt, one is too long, two ask nothing."""
+    rows = [{"prompt": f"What is {i}?"} for i in range(8)] * 2
+    rows += [{"prompt": "long " * 90}, {"prompt": " "}, {"prompt": None}]
+    cfg = config.load("mallows", "smoke", world__prompt_tokens=[1, 64], elsewhere_prompts=8)
+    drawn, dropped = preferences.prompts(jsonl(rows), cfg.world, templates.load_tokenizer(assets.model_dir("tiny")), 99)
+    assert len(drawn) == 8
+    assert dropped == {"repeated prompt": 8, "prompt above world.prompt_tokens": 1, "no question": 2}
+    facts = mallows.elsewhere(cfg, "rows.jsonl").json("manifest.json")["facts"]
+    assert facts["dropped"].keys() <= dropped.keys()
 
 
 def test_reviews_go_on_as_an_answer_in_a_chat(store, tmp_path, tiny):
@@ -630,6 +703,34 @@ def test_a_date_is_in_the_key_only_where_a_template_writes_it(tmp_path, tiny):
     source = config.Source(kind="model", ref=dated, ask="{prompt}")
     assert sources._put(WRPO, source).inputs["date"] == "2024-07-26"
     assert "date" not in sources._put(WRPO, config.Source(kind="model", ref=dated)).inputs
+
+
+def test_the_date_that_a_reward_models_template_writes_is_in_the_key_of_its_scores(tmp_path, tiny):
+    """Its own template, whatever the target's: the same responses had other rewards on another day."""
+    dated = with_template(tiny, tmp_path / "dated", "{{ strftime_now('%d %b %Y') }}" + assets.CHAT_TEMPLATE)
+    other = with_template(tiny, tmp_path / "other", assets.CHAT_TEMPLATE)
+
+    def inputs(judges=("reward",), **changes):
+        cfg = dataclasses.replace(SMOKE, world=dataclasses.replace(SMOKE.world, **changes))
+        said = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=2)
+        return stages.scores(cfg, said, "dev_prompts", judges=judges).inputs
+
+    finished = {"reward_model": dated, "reward_rows": 0}
+    assert inputs(**finished)["date"] == "2024-07-26"
+    assert "date" not in inputs(("gold", "vader"), **finished), "it does not judge"
+    for changes in ({"reward_model": other, "reward_rows": 0}, {}):
+        assert "date" not in inputs(**changes)
+
+
+def test_present_keys_with_a_finished_reward_model_stay(monkeypatch):
+    """The profiles' own write no date; of another one on the hub that is not known."""
+    monkeypatch.setenv("COMPUTE", "plan")
+    shipped = [("expo", "", "paper"), ("expo", "hub", "gpu"), ("wrpo", "", "paper")]
+    shipped += [("mallows", name, "paper") for name in ("", "llama3", "hh")]
+    for paper, experiment, profile in shipped:
+        cfg = config.load(paper, profile, experiment)
+        assert not cfg.world.reward_rows and cfg.world.reward_model in corpus.DATELESS
+    assert corpus.rendering("org/reward", "chat") == {"date": "2024-07-26"}
 
 
 def test_paper_profiles_have_the_data_of_the_papers(monkeypatch):

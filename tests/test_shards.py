@@ -18,7 +18,8 @@ from beyond_dpo import config, expo, extrapolate, launch, lora, paths, scoring, 
 
 def cut(**changes):
     """Smoke with shards of two prompts: three for its six dev prompts, eight for the sixteen that make pairs."""
-    return config.load("expo", "smoke", decoding__shard=2, fractions=[1.0], alphas={1.0: [0, 2]}, seeds=[0], **changes)
+    one = {"fractions": [1.0], "alphas": {1.0: [0, 2]}, "seeds": [0], "seed_fractions": []}
+    return config.load("expo", "smoke", decoding__shard=2, **one, **changes)
 
 
 def test_parts_by_hand(tmp_path):

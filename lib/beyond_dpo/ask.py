@@ -2,8 +2,9 @@
 
 Questions, the baselines' answers and the judges' prompts come from pinned archives, read in place, or are given. Each
 benchmark returns an Artifact of rows.jsonl, cached by all that is asked and resumed where it was interrupted;
-`rows(artifact)` is what the functions of `judge` score. A judge that refuses every request, or whose replies all lack
-what is read of them, is an EndpointError: nothing is cached, and it is asked again once it is mended.
+`rows(artifact)` is what the functions of `judge` score. A judge that refuses every request, whose replies all lack what
+is read of them, or that gives any reply without log-probabilities where a preference is made of these, is an
+EndpointError: nothing is cached, and what is missing is asked again once it is mended.
 """
 
 import ast
@@ -50,8 +51,9 @@ def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prom
     outputs: {instruction: our answer}. questions: rows of instruction and output (the baseline's answer); default the
     805 of AlpacaEval 2.0 with GPT-4's. prompt: the annotator's; default alpaca-eval's own. The two answers change
     places by alpaca-eval's own seed; equal ones are a tie and not asked about. Rows as AlpacaEval's annotations; a
-    preference is None where the judge's likeliest tokens hold neither name. Raises ValueError for a missing output, and
-    for a prompt that does not show both outputs in turns of a chat.
+    preference is None where the judge refused, or its likeliest tokens hold neither name. Raises ValueError for a
+    missing output, and for a prompt that does not show both outputs in turns of a chat; its get() raises EndpointError
+    for any reply without log-probabilities.
     """
     questions = questions or alpaca_questions()
     turns = _turns(prompt or assets.member("alpaca_eval", ALPACA_PROMPT).decode())
@@ -71,7 +73,7 @@ def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prom
     def score(top: dict | None, row: dict) -> dict:
         return {"preference": judge.preference(top or {}, row["swapped"])}
 
-    return _judged("alpaca_eval", items, by, _likeliest, score, ODDS)
+    return _judged("alpaca_eval", items, by, _likeliest, score, ODDS, every=True)
 
 
 def alpaca_questions(answered=None) -> list[dict]:
@@ -146,10 +148,12 @@ def mt_bench(outputs: dict, by: Endpoint, *, model: str, questions=None, max_tok
     return _judged("mt_bench", items, by, _said, _judgment, WORDS)
 
 
-def _judged(benchmark: str, items: dict, by: Endpoint, read, score, wanted: str) -> Artifact:
+def _judged(
+    benchmark: str, items: dict, by: Endpoint, read, score, wanted: str, *, every: bool = False
+) -> Artifact:
     """Ask what is to be asked; items: {id: (request or None, row)}. The key holds all that is asked, and of whom.
 
-    wanted: what `read` looks for in a reply, in words.
+    wanted: what `read` looks for in a reply, in words. every: each reply has to hold it, not only one.
     """
 
     def make(out: Path) -> dict:
@@ -157,16 +161,7 @@ def _judged(benchmark: str, items: dict, by: Endpoint, read, score, wanted: str)
         kept = out / "checkpoints" / "replies.jsonl"
         replies, used = endpoint.ask(by, requests, kept, read)
         useful = sum(bool(value) for value in replies.values())
-        if requests and not useful:
-            kept.unlink()
-            if used.replies:
-                raise endpoint.EndpointError(f"{by.model}: none of {used.replies} replies holds {wanted}")
-            raise endpoint.EndpointError(
-                f"{by.model} refused all {len(requests)} requests (HTTP 400): see the log"
-            )
-        if useful < len(requests):
-            lacking = len(requests) - useful
-            log.warning("%s: %d of %d replies lack %s", by.model, lacking, len(requests), wanted)
+        _check_replies(by.model, used, useful, wanted, every)
         tie = {"preference": 1.5}
         found = [row | (score(replies[i], row) if i in replies else tie) for i, (_, row) in items.items()]
         (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
@@ -174,6 +169,24 @@ def _judged(benchmark: str, items: dict, by: Endpoint, read, score, wanted: str)
 
     inputs = {"benchmark": benchmark, "judge": by.model, "asked": artifacts.digest(items)}
     return Artifact("judged-by", 1, inputs, make, f"{len(items)} rows of {benchmark}, judged by {by.model}")
+
+
+def _check_replies(model: str, used: endpoint.Used, useful: int, wanted: str, every: bool) -> None:
+    """Raise EndpointError if no reply is useful or, with `every`, one is not; warn of single ones.
+
+    Nothing is removed: a later run asks again for what was refused or useless, and for no more.
+    """
+    if used.refused and not used.replies:
+        raise endpoint.EndpointError(f"{model} refused all {used.refused} requests (HTTP 400): see the log")
+    useless = used.replies - useful
+    if used.replies and not useful:
+        raise endpoint.EndpointError(f"{model}: none of {used.replies} replies holds {wanted}")
+    if useless and every:
+        todo = "mend the judge, or take another, and run again: the other replies are kept"
+        raise endpoint.EndpointError(f"{model}: {useless} of {used.replies} replies lack {wanted}; {todo}")
+    if useless or used.refused:
+        asked = used.replies + used.refused
+        log.warning("%s: %d of %d replies lack %s", model, useless + used.refused, asked, wanted)
 
 
 def _filled(template: str, values: dict) -> str:

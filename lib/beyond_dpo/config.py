@@ -7,12 +7,21 @@ import json
 import os
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from beyond_dpo import cluster
-from beyond_dpo.job_settings import FUSED, ConfigError, Decoding, Train, check_batch
+from beyond_dpo.job_settings import (
+    FUSED,
+    ConfigError,
+    Decoding,
+    PairLosses,
+    PlainLosses,
+    Train,
+    check_batch,
+)
 from beyond_dpo.settings import Expo, Mallows, Source, World, Wrpo
 
 # of the settings, for users of this module
@@ -27,7 +36,7 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
 
     overrides: `train.lr`, or `train__lr`. A key set to None keeps the profile's value, so that a
         notebook can list what may be changed; a tuple or a grid is replaced whole. NumPy numbers
-        and paths are taken as plain ones.
+        and paths are taken as plain ones; a float32 is the decimal number that it prints.
     experiment: one with models of its own at some profile, as `paper/llama3`.
 
     Where nothing is overridden and results are read (COMPUTE is auto or never), the overlay
@@ -35,7 +44,8 @@ def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | 
     A target or data set that is not the profile's has needs that the profile does not know: then
     `needs` asks for nothing, unless it is given.
     Raises ConfigError for an unknown name or key, a wrong type or a value out of range, settings
-    that contradict each other, an impossible batch split or a missing α grid.
+    that contradict each other, an impossible batch split, a missing α grid, or a world without the
+    prompts that its experiments need.
     """
     changed = _overrides(overrides)
     values = _profile(paper, profile, experiment, frozen=not changed and _reads_frozen())
@@ -73,18 +83,53 @@ def _overrides(given: dict) -> dict:
 def _plain(key: str, value):
     """Return a value as JSON knows it: NumPy numbers and arrays, and paths, become plain ones."""
     if isinstance(value, dict):
-        return {name: _plain(f"{key}.{name}", inner) for name, inner in value.items()}
+        return _plain_dict(key, value)
     if isinstance(value, list | tuple):
         return [_plain(f"{key}.{i}", inner) for i, inner in enumerate(value)]
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str | int | float | None):
         return value
-    if hasattr(value, "tolist"):  # NumPy: an array, or a number, of which float32 has 7 digits
-        short = type(value).__name__ == "float32"
-        return float(str(value)) if short else _plain(key, value.tolist())
+    if hasattr(value, "__array__"):
+        return _plain_array(key, value)
+    raise _unusable(key, value)
+
+
+def _plain_dict(key: str, value: dict) -> dict:
+    """Return a dict as JSON knows it; its names may be NumPy numbers or paths, as fractions are."""
+    plain = {}
+    for name, inner in value.items():
+        name = _plain(key, name)
+        if not isinstance(name, str | int | float):
+            raise ConfigError(f"{key}: {name!r:.80} cannot be the name of a setting")
+        if name in plain:
+            raise ConfigError(f"{key}.{name} is given twice")
+        plain[name] = _plain(f"{key}.{name}", inner)
+    return plain
+
+
+def _plain_array(key: str, value):
+    """Return a NumPy number or array, or what becomes one, as plain numbers.
+
+    Of each float of 2 or 4 bytes that is the shortest decimal number that it stands for: 0.1, where
+    its exact value is 0.10000000149.
+    """
+    import numpy  # no start-up cost: who has such a value has it loaded
+
+    try:
+        array = numpy.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of another device, or of no dtype of NumPy's
+        raise _unusable(key, value) from None
+    if array.ndim:
+        return [_plain(f"{key}.{i}", inner) for i, inner in enumerate(array)]
+    if isinstance(array[()], numpy.floating):
+        return float(str(array[()]))
+    return _plain(key, array.item())
+
+
+def _unusable(key: str, value) -> ConfigError:
     kind = type(value).__name__
-    raise ConfigError(f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value")
+    return ConfigError(f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value")
 
 
 def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
@@ -157,9 +202,12 @@ def _check_names(config, schema, overrides: dict) -> None:
         if name not in config.known_sources:
             raise ConfigError(_unknown("source", name, config.known_sources))
     for fraction in getattr(config, "fractions", ()):
-        if fraction not in config.alphas:
-            grids = ", ".join(map(str, config.alphas))
-            raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {grids}")
+        check_grid(config, fraction)
+    for fraction in getattr(config, "seed_fractions", ()):
+        if fraction not in config.fractions:
+            trained = ", ".join(map(str, config.fractions))
+            todo = "nothing is trained with it; give others, or seed_fractions=[]"
+            raise ConfigError(f"seed_fractions: {fraction} is none of the fractions ({trained}): {todo}")
 
 
 def _check_settings(config) -> None:
@@ -182,15 +230,51 @@ def _check_settings(config) -> None:
         raise ConfigError(
             "sft.lora_rank: the SFT model, where all others start, must be whole; use train.lora_rank"
         )
+    if config.world.pairs == "sampled":
+        require_prompts(config.world, "prompts", *_judged_on(config))
+    _check_losses(config)
+
+
+def _judged_on(config) -> list[str]:
+    """Return the prompts that a paper's experiments need besides those to train on."""
+    return ["dev_prompts", "test_prompts"] if isinstance(config, Expo) else ["test_prompts"]
+
+
+def require_prompts(world: World, *names: str) -> None:
+    """Raise ConfigError if a world has none of the named prompts."""
+    for name in names:
+        if not getattr(world, name):
+            raise ConfigError(f"world.{name}=0, but the experiments need some: set it to 1 or more")
+
+
+def check_grid(config: Expo, fraction: float) -> None:
+    """Raise ConfigError if no α grid is set for a fraction of the pairs."""
+    if fraction not in config.alphas:
+        grids = ", ".join(map(str, config.alphas))
+        raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {grids}")
+
+
+def _check_losses(config) -> None:
+    """Raise ConfigError for a loss where it cannot be trained, and for half of MallowsPO's grid."""
+    if config.sft.loss != "sft":
+        raise ConfigError(f"sft.loss: {config.sft.loss!r} compares responses, of which SFT has one: use 'sft'")
+    if not isinstance(config, Wrpo) and config.train.loss not in get_args(PairLosses):
+        valid = ", ".join(get_args(PairLosses))
+        raise ConfigError(f"train.loss: {config.train.loss!r} does not learn from pairs; valid: {valid}")
     for name in ("plug_ins", "objectives"):
         for loss, settings in getattr(config, name, {}).items():
             _check_loss(config.train, f"{name}.{loss}", loss, settings)
+    if isinstance(config, Mallows) and bool(config.grid_betas) != bool(config.grid_lrs):
+        empty = "grid_lrs" if config.grid_betas else "grid_betas"
+        raise ConfigError(f"{empty} is empty, and with it the grid of β and learning rate: fill both, or none")
 
 
 def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
     """Raise ConfigError for a loss, or settings of it, that `train` could not take."""
+    if loss not in get_args(PlainLosses):
+        raise ConfigError(f"{where}: {_unknown('loss', loss, get_args(PlainLosses))}")
     try:
-        replace(train, loss=loss, **settings)
+        replace(train, **{"loss": loss} | settings)
     except ValidationError as error:
         raise ConfigError(f"{where}: {_told(error, Train)}") from None
 

@@ -17,6 +17,11 @@ IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
 EMBEDDED = ("fixtures", "imdb")  # reviews in two halves; all else is read by preferences
 RATED = ("movie", "amazon")  # review sentences that people have rated
 SPLITS = ("prompts", "dev_prompts", "test_prompts")
+DATELESS = (  # reward models on the hub whose chat templates, where they have one, write no date
+    "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+    "siebert/sentiment-roberta-large-english",
+    "weqweasdas/RM-Mistral-7B",
+)
 
 
 def source(dataset: str) -> list:
@@ -30,7 +35,7 @@ def rendering(ref: str, template: str) -> dict:
     """Return what the tokens of a model's chats depend on besides its files, for keys.
 
     That is a date, where its chat template writes one. Of a model on the hub that is not known
-    before it is fetched, so its chats have the date in their keys.
+    before it is fetched, so its chats have the date in their keys, but for those in DATELESS.
     """
     if template != "chat" or ref in assets.BUILDERS:
         return {}
@@ -39,7 +44,8 @@ def rendering(ref: str, template: str) -> dict:
         files = [*folder.glob("tokenizer_config.json"), *folder.rglob("*.jinja")]
         if not any("strftime_now" in file.read_text(encoding="utf-8") for file in files):
             return {}
-
+    elif ref in DATELESS:
+        return {}
     return {"date": templates.DATE.isoformat()}
 
 

@@ -52,6 +52,7 @@ def curves(cfg) -> Artifact:
     responses.csv.gz: one line a response (split, fraction, seed, alpha, prompt, sample, every score, logratio in nats);
     points.json: distinct-2 of each (split, fraction, seed, alpha); best.json: the chosen α. Fraction 0: the SFT model.
     """
+    config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
     dev = [(f, s, alpha) for f, s in runs(cfg) for alpha in cfg.alphas[f]] + [(0.0, cfg.seeds[0], 0.0)]
     recipe = {"dev": [point(cfg, *place, "dev_prompts") for place in dev]}
     recipe |= {"test_samples": cfg.test_samples, "test": stages.texts(cfg.world)}
@@ -84,6 +85,7 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
 
     responses.csv.gz and points.json as in curves(), with the line's name as `model`; the SFT model is "SFT".
     """
+    config.require_prompts(cfg.world, "dev_prompts")
     start = Line(stages.sft(cfg), stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0]), (-1.0,))
     walk = [({"model": name, "alpha": alpha}, line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples))
             for name, line in {"SFT": start, **lines}.items() for alpha in line.alphas]  # fmt: skip
@@ -118,8 +120,12 @@ def recipes(cfg) -> dict[str, Line]:
 
 
 def data_quality(cfg) -> dict[str, Line]:
-    """Return the lines of models trained on random pairs, and on those with the longest chosen responses (Table 3)."""
+    """Return the lines of models trained on random pairs, and on those with the longest chosen responses (Table 3).
+
+    Raises ConfigError without an α grid for this fraction.
+    """
     f, seed = cfg.quality_fraction, cfg.seeds[0]
+    config.check_grid(cfg, f)
     models = {"random": stages.aligned(cfg, f, seed), "length-biased": stages.aligned(cfg, f, seed, longest=True)}
     return {name: Line(stages.sft(cfg), model, cfg.alphas[f]) for name, model in models.items()}
 
@@ -244,8 +250,13 @@ def searches(cfg) -> Artifact:
     """Search α by golden section for every fraction, in the bracket of its hand-made grid; dev prompts.
 
     searches.json: per fraction the chosen α with its interval and the α in the order they were tried, beside the
-    grid's choice. responses.csv.gz and points.json as in curves(), of both.
+    grid's choice. responses.csv.gz and points.json as in curves(), of both. Raises ConfigError for a grid that reaches
+    no α above 0.
     """
+    config.require_prompts(cfg.world, "dev_prompts")
+    for fraction in cfg.fractions:
+        if max(cfg.alphas[fraction]) <= 0:
+            raise config.ConfigError(f"alphas.{fraction}: a search needs an α above 0, where it ends")
     seed, most = cfg.seeds[0], cfg.search_evaluations
 
     def mean_rewards(f: float, alpha: float):

@@ -6,7 +6,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)  # an int is a float, "1" and True are not
+# an int is a float, "1" and True are not; a default may be out of range, where a profile has to give the value
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+PlainLosses = Literal["dpo", "ipo", "simpo"]  # each has a weighted form (MallowsPO) and a fused one (WRPO)
+PairLosses = Literal["dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"]
 Losses = Literal["sft", "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo",
                  "wrpo", "wrpo_ipo", "wrpo_simpo", "hybrid"]  # fmt: skip
 FUSED = ("source_chosen", "target_chosen", "rejected")  # WRPO's responses, in the order that its losses take them
@@ -19,7 +22,11 @@ NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Seeds = Annotated[tuple[Count, ...], Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+NotEmpty = Field(min_length=1)
+Seeds = Annotated[tuple[Seed, ...], NotEmpty]
+Grid = Annotated[tuple[float, ...], NotEmpty]  # of α, any of which is a point on the line
+Fractions = Annotated[tuple[PositiveShare, ...], NotEmpty]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Precision = Literal["bf16", "fp32"]
 

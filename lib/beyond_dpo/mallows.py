@@ -124,8 +124,11 @@ def frontier(cfg) -> Artifact:
 def plug_in(cfg) -> Artifact:
     """Judge every plug-in with and without weights on test prompts and elsewhere, and a grid of β and learning rate.
 
-    Table 1: the settings of cfg.plug_ins. Table 6: DPO and MallowsPO-θ, on test prompts only.
+    Table 1: the settings of cfg.plug_ins. Table 6: DPO and MallowsPO-θ, on test prompts only. Raises ConfigError where
+    there are neither.
     """
+    if not cfg.plug_ins and not cfg.grid_betas:
+        raise config.ConfigError("plug_ins and grid_betas are empty: nothing would be trained; set one of them")
     shared = {"seed": cfg.seeds[0], "lr": cfg.train.lr}
     plugs = [{"loss": name, **shared, **settings}
              for loss, settings in cfg.plug_ins.items() for name in (loss, WEIGHTED[loss])]  # fmt: skip
@@ -144,6 +147,7 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
     walk: (loss, seed and settings of cfg.train; split; its prompts, None for the world's own; part, "" for the end).
     As gather.judged, with the columns of the runs, split and part; loss "sft" is the SFT model.
     """
+    config.require_prompts(cfg.world, "test_prompts")
     start, points = stages.sft(cfg), []
     for run, split, prompts, part in walk:
         model = stages.aligned(cfg, cfg.fraction, **run)
@@ -159,16 +163,21 @@ def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
 
 
 def elsewhere(cfg, source: str) -> Artifact:
-    """Take prompts from another domain, of texts their beginning; <source>.json as the world's own prompts."""
+    """Take prompts from another domain, of texts their beginning; <source>.json as the world's own prompts.
+
+    The facts hold how many rows of a data set were dropped, and why.
+    """
     world = cfg.world
     recipe = {"source": corpus.source(source), "kind": source, "tokenizer": assets.resolve(world.target)}
     recipe |= {"rows": cfg.elsewhere_prompts, "prompt_tokens": world.prompt_tokens, "template": world.template}
     recipe |= corpus.rendering(world.target, world.template)
 
-    def make(out: Path) -> None:
+    def make(out: Path) -> dict:
         tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
         known = source in (*corpus.RATED, "fixtures")
-        rows = [] if known else preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
+        rows, dropped = [], {}
+        if not known:
+            rows, dropped = preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
         generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
         generator.shuffle(texts)
         for i, text in enumerate(texts):
@@ -177,8 +186,10 @@ def elsewhere(cfg, source: str) -> Artifact:
             if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
                 rows.append({"id": f"E{i}"} | openings.begun(tokenizer, ids[:cut], world.template))
         if len(rows) < cfg.elsewhere_prompts:
-            raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {source} has only {len(rows)}")
+            found = f"{source} has only {len(rows)}; dropped: {dict(dropped)}"
+            raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {found}")
         write_file(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
+        return {"dropped": dict(dropped)}
 
     return Artifact("elsewhere", 1, recipe, make)
 

@@ -30,7 +30,11 @@ CONTEXTS = ("context", "documents", "history", "tools", "image", "images")
 ABOUT = set(  # last words in the names of columns that say something about a row
     "id ids uuid idx index source dataset subset split category type topic domain tag tags label "
     "language lang name model models generator annotator author score scores rating ratings rank "
-    "date time url license version".split()
+    "date time url license version hash sha order status difficulty metadata rationale".split()
+)
+ANSWERS = set(  # last words in the names of columns that hold a prompt's answers, or its whole chat
+    "messages response responses completion completions answer answers output outputs generation "
+    "generations".split()
 )
 
 
@@ -45,10 +49,9 @@ def question(row: dict) -> str | list[dict] | None:
     if len({json.dumps(value) for value in asking.values()}) > 1:
         names = " and ".join(asking)
         raise ValueError(f"the columns {names} ask different things: join them in one, `prompt`")
-    unread = [name for name in CONTEXTS if row.get(name)]
-    if unread:
-        todo = "put it into the prompt, or take it out"
-        raise ValueError(f"the column {unread[0]} would be left out: {todo}")
+    _refuse_unread([name for name in CONTEXTS if row.get(name)])
+    if asking:
+        _refuse_unread(_besides(row))
     asked = next(iter((asking or given).values()), None)
     if isinstance(asked, dict | list):
         asked = _turns(asked)
@@ -81,19 +84,52 @@ def _turns(prompt: str | dict | list | None) -> list[dict]:
     return turns
 
 
+def _refuse_unread(columns: list[str]) -> None:
+    """Raise ValueError if there are columns whose words would be left out of the prompt."""
+    if columns:
+        todo = "put it into the prompt, or take it out"
+        raise ValueError(f"the column {columns[0]} would be left out: {todo}")
+
+
+def _besides(row: dict) -> list[str]:
+    """Return the columns of words beside a prompt that may belong to it: no other answers, no whole chat."""
+    return [name for name in _unnamed(row) if _last_word(name) not in ANSWERS]
+
+
 def _refuse_unnamed(row: dict) -> None:
     """Raise ValueError if a row without a prompt has another column that may hold its question."""
-    unread = []
-    for name, value in row.items():
-        words = re.split(r"[\W_]+", name.lower())
-        if "chosen" in words or "rejected" in words or words[-1] in ABOUT:
-            continue
-        if value and isinstance(value, str | list | dict):
-            unread.append(name)
+    unread = _unnamed(row)
     if unread:
         names = ", ".join(unread)
         todo = "rename what asks to `prompt`, drop the rest"
         raise ValueError(f"no column `prompt`, and nothing reads {names}: {todo}")
+
+
+def _unnamed(row: dict) -> list[str]:
+    """Return the columns of words that neither ask, nor are chosen, rejected or about the row."""
+    unread = []
+    for name, value in row.items():
+        parts = re.split(r"[\W_]+", name.lower())
+        if name in (*QUESTIONS, *SYSTEMS, *CONTEXTS) or "chosen" in parts or "rejected" in parts:
+            continue
+        if _last_word(name) not in ABOUT and _holds_words(value):
+            unread.append(name)
+    return unread
+
+
+def _last_word(name: str) -> str:
+    """Return the last word of a column's name, as "response" of "response_0" or "response_b"."""
+    words = re.findall(r"[^\W\d_]{2,}", name.lower())
+    return words[-1] if words else ""
+
+
+def _holds_words(value) -> bool:
+    """Return whether a value is text, or holds any: not a number, nor a list of scores."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return any(map(_holds_words, value))
+    return isinstance(value, str) and bool(value.strip())
 
 
 def trl(row: dict) -> dict | str:
@@ -111,9 +147,12 @@ def trl(row: dict) -> dict | str:
         return wrpo(row | {"prompt": prompt})
     asked = _turns(prompt) if prompt else []
     answers = _turns(chosen), _turns(rejected)
-    if not asked and answers[0] and answers[0][0]["role"] == "assistant":
-        _refuse_unnamed(row)
-    chats = [_chat(asked, turns, whole=isinstance(prompt, str)) for turns in answers]
+    if not asked and answers[0]:
+        if answers[0][0]["role"] == "assistant":
+            _refuse_unnamed(row)
+        else:
+            _refuse_unread(_besides(row))
+    chats = [_chat(asked, turns) for turns in answers]
     if None in chats and all(answers):
         return "the chat does not hold the prompt"
     pair = "no answer" if None in chats else _shared(*chats)
@@ -135,6 +174,7 @@ def _texts(row: dict, prompt: str | list | None, chosen: str, rejected: str) -> 
     if prompt is not None:
         return {"prompt": prompt, "responses": {"chosen": chosen, "rejected": rejected}}
     if TURN.match(chosen):
+        _refuse_unread(_besides(row))
         return hh(row)
     _refuse_unnamed(row)
     same = os.path.commonprefix([chosen, rejected])
@@ -144,21 +184,37 @@ def _texts(row: dict, prompt: str | list | None, chosen: str, rejected: str) -> 
     return {"prompt": chosen[:cut], "responses": said}
 
 
-def _chat(asked: list[dict], turns: list[dict], whole: bool) -> list[dict] | None:
+def _chat(asked: list[dict], turns: list[dict]) -> list[dict] | None:
     """Return the whole chat of a prompt and an answer's turns, which may repeat the prompt's.
 
-    whole: the prompt was a text; where the answer has a user's turns, one of them holds it, else
-    None is returned.
+    The system's turn stands in front, whichever of the two has it. None is returned where both have
+    one and they differ, and where the answer has a user's turns, but not those of the prompt that
+    it should answer: side by side they would ask twice.
     """
-    if not turns or turns[0]["role"] == "assistant":
-        return asked + turns
-    if whole and len(asked) == 1:
-        told = [_words_of(turn) for turn in turns[:-1]]
-        return turns if _words_of(asked[0]) in told else None
-    for size in range(min(len(asked), len(turns)), 0, -1):
-        if [*map(_words_of, asked[-size:])] == [*map(_words_of, turns[:size])]:
-            return asked + turns[size:]
-    return asked + turns
+    if not turns:
+        return asked
+    front, asked = _system_first(asked)
+    theirs, turns = _system_first(turns)
+    if front and theirs and _words_of(front[0]) != _words_of(theirs[0]):
+        return None
+    front = front or theirs
+    before = [_words_of(turn) for turn in turns[:-1]]
+    told = [_words_of(turn) for turn in asked]
+    starts = range(len(before) - len(told) + 1)
+    if any(before[start : start + len(told)] == told for start in starts):  # the whole chat is there
+        return front + turns
+    for size in range(min(len(told), len(before)), 0, -1):
+        if told[-size:] == before[:size]:
+            return front + asked + turns[size:]
+    if asked[-1]["role"] == "user" and turns[:1] and turns[0]["role"] == "user":
+        return None
+    return front + asked + turns
+
+
+def _system_first(turns: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Return the system's turn in front, if there is one, and the other turns."""
+    first = 1 if turns and turns[0]["role"] == "system" else 0
+    return turns[:first], turns[first:]
 
 
 def _words_of(turn: dict) -> tuple[str, str]:
@@ -354,24 +410,39 @@ def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) ->
     return made | ({"text": prompt} if chat or isinstance(prompt, list) else {})
 
 
-def prompts(ref: str, world: config.World, tokenizer, most: int) -> list[dict]:
-    """Return up to `most` different prompts of another data set, made as those of `world`.
+def prompts(ref: str, world: config.World, tokenizer, most: int) -> tuple[list[dict], Counter]:
+    """Return up to `most` different prompts of another data set, and why other rows were dropped.
 
-    They come out of 20 rows for each; those that the chat template refuses are passed over.
+    They are made as those of `world`, and come out of 20 rows for each. The reasons, with how many
+    rows each has, are those of split(), the chat template's refusals among them.
     """
     rows, rng = {}, random.Random(SEED)
+    dropped: Counter = Counter()
     for n, row in islice(read(ref, streaming=place(ref)[0].startswith("datasets:")), 20 * most):
         if len(rows) == most:
             break
-        if reason(row):
-            continue
+        why = reason(row)
         try:
-            made = prompt_row(tokenizer, row, world, rng)
-        except templates.RowError:
+            if not why:
+                made = prompt_row(tokenizer, row, world, rng)
+                why = _unfit(made, row, world, rows)
+        except templates.RowError as error:
+            why = error.reason
+        if why:
+            dropped[why] += 1
             continue
-        if "text" in row or len(made["prompt_ids"]) <= world.prompt_tokens[1]:
-            rows.setdefault(_key(row), {"id": f"E{n}"} | made)
-    return list(rows.values())
+        rows[_key(row)] = {"id": f"E{n}"} | made
+    return list(rows.values()), dropped
+
+
+def _unfit(made: dict, row: dict, world: config.World, taken, paired: bool = False) -> str:
+    """Return why a prompt is not drawn, or ""; those of given pairs may have any length."""
+    if _key(row) in taken:
+        return "repeated prompt"
+    whole = "text" not in row and not paired
+    if whole and len(made["prompt_ids"]) > world.prompt_tokens[1]:
+        return "prompt above world.prompt_tokens"
+    return ""
 
 
 def split(world: config.World, out: Path) -> dict:
@@ -457,7 +528,7 @@ class _Draw:
             try:
                 if not why:
                     made = prompt_row(self.tokenizer, row, self.world, self.rng)
-                    why = self._unfit(made, row, taken, paired)
+                    why = _unfit(made, row, self.world, taken, paired)
                 if not why:
                     said = self._responses(made, row, use)
             except templates.RowError as error:
@@ -473,15 +544,6 @@ class _Draw:
             found = f"{len(rows)} of {most} {part} rows; dropped: {dict(self.dropped)}"
             raise config.ConfigError(f"{ref}: {found}")
         return rows
-
-    def _unfit(self, made: dict, row: dict, taken: set[str], paired: bool) -> str:
-        """Return why a prompt is not drawn, or ""."""
-        if _key(row) in taken:
-            return "repeated prompt"
-        whole = "text" not in row and not paired
-        if whole and len(made["prompt_ids"]) > self.world.prompt_tokens[1]:
-            return "prompt above world.prompt_tokens"
-        return ""
 
     def _responses(self, made: dict, row: dict, use: str) -> dict[str, list[int]]:
         """Return the responses to train on: all of a pair, the first for SFT, none of a prompt."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import ask, assets, expo, gather, judge, needs, stages, templates
+from beyond_dpo import ask, assets, config, expo, gather, judge, needs, stages, templates
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.endpoint import Endpoint
 
@@ -16,6 +16,7 @@ def off_the_shelf(cfg) -> Artifact:
     As sweep(), with the column split and the pair's name as `model`; wins.json: with a judge, AlpacaEval's win rate in
     percent with its standard error, and its length-controlled estimate with its interval, of each (model, alpha).
     """
+    config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
     lines = {name: expo.published(pair, cfg.published_alphas) for name, pair in cfg.pairs.items()}
 
     def place(name: str, alpha: float, split: str) -> tuple[dict, Artifact]:

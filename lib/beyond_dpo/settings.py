@@ -11,7 +11,11 @@ from beyond_dpo.job_settings import (
     AtLeastOne,
     Count,
     Decoding,
+    Fractions,
+    Grid,
+    NotEmpty,
     NotNegative,
+    PairLosses,
     Positive,
     PositiveShare,
     Precision,
@@ -19,6 +23,13 @@ from beyond_dpo.job_settings import (
     Share,
     Train,
 )
+
+Recipe = Literal["2 epochs", "3 epochs", "learning rate × 2", "learning rate × 4", "AdaGrad", "RMSprop", "β × 0.1",
+                 "β × 10"]  # fmt: skip
+Names = Annotated[tuple[str, ...], NotEmpty]
+Betas = Annotated[tuple[Positive, ...], NotEmpty]
+FusionWeights = Annotated[tuple[Share, ...], NotEmpty]
+Methods = Annotated[tuple[PairLosses, ...], NotEmpty]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -73,24 +84,24 @@ class Paper:
 class Expo(Paper):
     """Settings of the ExPO experiments (arXiv 2404.16792)."""
 
-    fractions: tuple[PositiveShare, ...] = (0.05, 0.1, 0.2, 0.4, 1.0)
-    alphas: dict[float, tuple[float, ...]] = field(default_factory=dict)  # fraction -> α grid of the search
-    interpolation: tuple[float, ...] = (0.0, 0.3, 0.5, 0.7, 1.0)  # γ = 1 + α between SFT and aligned
+    fractions: Fractions = (0.05, 0.1, 0.2, 0.4, 1.0)
+    alphas: dict[PositiveShare, Grid] = field(default_factory=dict)  # fraction -> α grid of the search
+    interpolation: Grid = (0.0, 0.3, 0.5, 0.7, 1.0)  # γ = 1 + α between SFT and aligned
     seeds: Seeds = (0,)  # training seeds; the first is drawn as the curve
-    seed_fractions: tuple[float, ...] = ()  # fractions trained with every seed (the others: first seed only)
+    seed_fractions: tuple[PositiveShare, ...] = ()  # fractions trained with every seed (the others: first seed only)
     dev_samples: AtLeastOne = 1  # responses per prompt for each α of the search
     test_samples: AtLeastOne = 2
-    recipes: tuple[str, ...] = ()  # training recipes to compare with the default one, see expo.recipes
+    recipes: tuple[Recipe, ...] = ()  # training recipes to compare with the default one, see expo.recipes
     recipe_fraction: PositiveShare = 0.2  # of the pairs, for the training recipes (epochs, learning rate, optimizer, β)
-    recipe_alphas: tuple[float, ...] = ()  # α grid of every recipe
+    recipe_alphas: Grid = ()  # α grid of every recipe
     quality_fraction: PositiveShare = 0.1  # of the pairs, random against the longest chosen responses
-    pair_alphas: tuple[float, ...] = ()  # α grid of the lines that ExPO should not be applied to
-    layers: AtLeastOne = 30  # of the target, which the module grid halves
-    module_alphas: tuple[float, ...] = ()  # α grid of attention, MLP and layer ranges
+    pair_alphas: Grid = ()  # α grid of the lines that ExPO should not be applied to
+    layers: Annotated[int, Field(ge=2)] = 30  # of the target, which the module grid halves
+    module_alphas: Grid = ()  # α grid of attention, MLP and layer ranges
     search_evaluations: Annotated[int, Field(ge=4)] = 7  # α that a golden-section search may sample, 0 included
     pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # published models: SFT, and aligned from it
     wrong_pairs: dict[str, tuple[str, str]] = field(default_factory=dict)  # that ExPO should not be applied to
-    published_alphas: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # α grid of each of them
+    published_alphas: Grid = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # α grid of each of them
     judge: str = ""  # model that compares their answers with AlpacaEval's baseline; "": the reward model alone
     judge_url: str = ""  # of its OpenAI-compatible endpoint, "": OpenAI's (machine)
     kl_prompts: Count = 32  # prompts of each split whose responses the SFT model scores too, for the KL
@@ -101,19 +112,19 @@ class Mallows(Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
     fraction: PositiveShare = 1.0  # of the pairs that every model is trained on
-    methods: tuple[str, ...] = ("dpo", "mallows_theta", "mallows_phi")  # losses of the controlled-sentiment frontier
-    betas: tuple[Positive, ...] = ()  # of the frontier
+    methods: Methods = ("dpo", "mallows_theta", "mallows_phi")  # losses of the controlled-sentiment frontier
+    betas: Betas = ()  # of the frontier
     seeds: Seeds = (0, 1, 2)  # training seeds of the frontier; the first is the one of the other tables
     plug_ins: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings, with and without weight
-    grid_methods: tuple[str, ...] = ("dpo", "mallows_theta")
+    grid_methods: Methods = ("dpo", "mallows_theta")
     grid_betas: tuple[Positive, ...] = ()
     grid_lrs: tuple[Positive, ...] = ()
     grid_elsewhere: bool = False  # judged on prompts from elsewhere too
     elsewhere: tuple[str, ...] = ("amazon",)  # other domains of the same task
     elsewhere_prompts: AtLeastOne = 64  # from each of them
-    rated: str = "movie"  # sentences with human ratings
+    rated: Literal["movie", "amazon", "fixtures"] = "movie"  # sentences with human ratings
     rated_rows: AtLeastOne = 1000
-    bandit_betas: tuple[Positive, ...] = ()
+    bandit_betas: Betas = ()
     bandit_steps: AtLeastOne = 500_000
 
 
@@ -133,12 +144,12 @@ class Wrpo(Paper):
     """Settings of the WRPO experiments (arXiv 2412.03187); `sft` is also how Target-SFT learns the best responses."""
 
     known_sources: dict[str, Source]
-    sources: tuple[str, ...]  # those that are fused
-    source_sets: tuple[tuple[str, ...], ...]  # other choices of them, to compare
+    sources: Names  # those that are fused
+    source_sets: tuple[Names, ...]  # other choices of them, to compare
     sampling: Decoding  # of sources and target for the training data; `decoding` is for what is judged
     sft_share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3  # of the prompts, for Target-SFT
     fraction: PositiveShare = 1.0  # of the quadruples that every model is trained on, another draw with each seed
     seeds: Seeds = (0, 1, 2)
     objectives: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings
-    alphas: tuple[Share, ...] = (0.1, 0.3, 0.5, 0.7, 1.0)  # largest fusion coefficients, dynamic and static
+    alphas: FusionWeights = (0.1, 0.3, 0.5, 0.7, 1.0)  # largest fusion coefficients, dynamic and static
     test_samples: AtLeastOne = 1

@@ -35,7 +35,8 @@ def answers(cfg, name: str) -> Artifact:
     """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
 
     They are cut after cfg.sampling.max_tokens; those without a word are left out, and those that
-    the target's chat template does not take (templates.encode_response), which are counted.
+    the target's chat template does not take (templates.encode_response), which are counted. So are
+    those that an endpoint still lacks when it was asked again, as `short`.
     Raises ConfigError for a source without any answer or with an `ask` that asks the same of all
     prompts, and what the engine or the endpoint raises.
     """
@@ -54,12 +55,16 @@ def answers(cfg, name: str) -> Artifact:
     def make(out: Path) -> dict:
         tokenizer, rows = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), texts.json("prompts.json")
         wording = {row["id"]: _wording(row, tokenizer) for row in rows}
+        short = 0
         if source.kind == "human":
             found = _written(cfg, rows)
         elif source.kind == "model":
             found = _decoded(assets.tokenizer_dir(source.ref), prompts.json("prompts.json"), said)
         else:
-            given = _recorded(source) if source.kind == "recorded" else _replies(cfg, source, wording, out)
+            if source.kind == "recorded":
+                given = _recorded(source)
+            else:
+                given, short = _replies(cfg, source, wording, out)
             plain = cfg.world.template == "plain"
             found = {i: [(_after(text, answer) if plain else answer, ended) for answer, ended in given.get(text, ())]
                      for i, text in wording.items()}  # fmt: skip
@@ -72,6 +77,8 @@ def answers(cfg, name: str) -> Artifact:
         facts = {"responses": len(lines), "unanswered": unanswered}
         if refused:
             facts["refused"] = refused
+        if short:
+            facts["short"] = short
         return facts
 
     recipe = {"kind": source.kind, "texts": texts, "max_tokens": cfg.sampling.max_tokens, **made_of}
@@ -248,13 +255,14 @@ def _text(turns: str | dict | list) -> str:
     return _text(turns[-1])
 
 
-def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
-    """Ask an endpoint for every prompt; each reply is kept as it comes, so that nothing is asked for twice.
+def _replies(cfg, source: config.Source, wording: dict, out: Path) -> tuple[dict, int]:
+    """Ask an endpoint for every prompt; return its responses, and how many of those asked for lack.
 
-    Temperature, top-p and the number of tokens and samples are sent, no seed: an endpoint repeats nothing exactly. What
-    it refuses to answer (HTTP 400) counts as unanswered. A server that ignores the number of samples, and returns
-    fewer, is asked again for those that lack; a warning counts what it does not answer then. Raises EndpointError where
-    no reply holds a word; then none is kept.
+    Each reply is kept as it comes, so that nothing is asked for twice. Temperature, top-p and the number of tokens and
+    samples are sent, no seed: an endpoint repeats nothing exactly. What it refuses to answer (HTTP 400) counts as
+    unanswered. A server that ignores the number of samples, and returns fewer, is asked again for those that lack; what
+    it does not answer then is counted, and warned of. Raises EndpointError where no reply holds a word; then none is
+    kept.
     """
     samples = cfg.world.samples
     asked = endpoint.Endpoint(source.ref, source.url)
@@ -281,7 +289,7 @@ def _replies(cfg, source: config.Source, wording: dict, out: Path) -> dict:
     short = sum(samples - len(responses) for responses in found.values() if responses)
     if short:
         log.warning("%s: %d responses fewer than asked for, also when asked again", source.ref, short)
-    return found
+    return found, short
 
 
 def _request(cfg, source: config.Source, text: str, samples: int) -> dict:

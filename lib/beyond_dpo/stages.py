@@ -152,6 +152,8 @@ def scores(
         return facts or workers.get("score", "beyond_dpo.score", settings).call("score", **job, **files)
 
     recipe = {"responses": answers, "judges": list(judges), "trained": trained, "kl_prompts": kl_prompts}
+    if "reward" in judges and not cfg.world.reward_rows:  # a finished one reads turns by its own template
+        recipe |= corpus.rendering(cfg.world.reward_model, "chat")
     if cfg.world.precision == "fp32":
         recipe["precision"] = cfg.world.precision
     return Artifact("scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.score --serve")

@@ -217,6 +217,7 @@ def by_objective(cfg) -> Artifact:
 
 def judged(cfg, walk: list[tuple[dict, Artifact | None]]) -> Artifact:
     """Sample every model's responses to the test prompts and score them; None is the target itself."""
+    config.require_prompts(cfg.world, "test_prompts")
     start, points = stages.sft(cfg), []
     how = {"judges": ("gold",) * bool(cfg.world.gold_rows) + ("reward", "vader"), "kl_prompts": cfg.world.test_prompts}
     for place, model in walk:
