@@ -747,3 +747,33 @@ def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
     finally:
         os.killpg(lab.pid, signal.SIGKILL)
         lab.wait()
+
+
+WATCHED = """
+from beyond_dpo import gather
+list(gather.watched(range(3), "points"));
+"""
+
+
+def test_the_bar_of_a_long_cell_is_a_widget_in_jupyterlab(tmp_path, monkeypatch):
+    """A text bar would be left in the saved outputs."""
+    nb = executed(tmp_path, monkeypatch, WATCHED)
+    assert [list(out.data)[-1] for cell in nb.cells for out in cell.outputs] == [run.WIDGET]
+
+
+def test_the_bar_of_a_long_cell_ends_no_work_on_a_full_disk():
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    code = "from beyond_dpo import gather\nprint(*gather.watched(range(3), 'points'))"
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 1 2\n")
+
+
+def test_only_one_module_draws_progress_bars():
+    """It knows where a bar is a widget, where there is none, and that its errors end no work."""
+    files = sorted((paths.LIBRARY / "beyond_dpo").rglob("*.py"))
+    assert len(files) > 40
+    assert [file.stem for file in files if re.search("import.* tqdm", file.read_text(encoding="utf-8"))] == ["events"]
+
+

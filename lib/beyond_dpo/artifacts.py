@@ -87,7 +87,7 @@ class Artifact:
                 f"{mode} forbids computing it; run `make reproduce` or `python -m beyond_dpo.run NB --profile P`"
             )
         if folder is None:
-            if not _upstream and events.interactive():  # of all that a cell asks for, what it shows
+            if not _upstream and not events.quiet():  # of all that a cell or a script asks for, what it shows
                 expect(self)
             with _lock(self):  # look again: another process may have finished it meanwhile
                 folder = self._find(mode, discard_damaged=True) or self._compute()

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -264,7 +263,7 @@ def _signal(child, number) -> None:
 
 @contextmanager
 def _bar(desc: str, progress_file: Path):
-    """Yield show(), which passes on what a child's progress file says: to a tqdm bar here, and to the batch runner.
+    """Yield show(), which passes on what a child's progress file says: to a bar here, and to the batch runner.
 
     What cannot be read or shown is left out: no work ends because nobody can see how far it is.
     """
@@ -279,10 +278,9 @@ def _bar(desc: str, progress_file: Path):
             return
         last = counted
         done, total = counted
-        with suppress(Exception):  # a full disk behind stderr, a notebook that is closed: each has errors of its own
-            if bar is None:
-                bar = _tqdm()(total=total, desc=desc, leave=False)
-            bar.update(done - bar.n)
+        if bar is None:
+            bar = events.Bar(total, desc)
+        bar.update(done - bar.done)
         events.announce(desc, done, total, time.monotonic() - start)
 
     try:
@@ -290,8 +288,7 @@ def _bar(desc: str, progress_file: Path):
         show()
     finally:
         if bar is not None:
-            with suppress(Exception):
-                bar.close()
+            bar.close()
 
 
 def _counted(progress_file: Path) -> tuple[int, int] | None:
@@ -305,18 +302,6 @@ def _counted(progress_file: Path) -> tuple[int, int] | None:
         return None
     done, total = map(int, words)
     return (done, total) if total else None
-
-
-def _tqdm():
-    """Return the kind of bar that fits: a widget in a notebook, else text."""
-    if os.environ.get("TQDM_DISABLE"):  # which the widget does not look at
-        from tqdm import tqdm
-
-        return tqdm
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without ipywidgets has the text
-        from tqdm.auto import tqdm
-    return tqdm
 
 
 def _tail(log: Path, begin: int = 0) -> str:
