@@ -85,8 +85,9 @@ render: $(READY)  ## execute the committed notebooks in place and update the REA
 	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --in-place
 	@$(RUN) -m beyond_dpo.report --readme
 
-freeze: $(READY)  ## copy small finished results into data/frozen
-	@$(RUN) -m beyond_dpo.run --all --profile cpu --freeze
+# Cold, as `reproduce`: with COMPUTE=auto it would find the results that are frozen, and keep those.
+freeze: $(READY)  ## compute what is missing at profile cpu; copy small results into data/frozen, figures into figures
+	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run --all --profile cpu --freeze
 
 lint: $(READY)  ## check the style
 	@$(RUN) -m ruff check lib tests notebooks benchmarks

@@ -382,3 +382,25 @@ def test_import_is_light():
     env = os.environ | {"PYTHONPATH": str(LIB)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_precision_is_told_by_what_a_result_was_made_from():
+    """By its own recipe or by that of anything below it; the dtype of the saved weights says nothing."""
+
+    def train(precision):
+        settings = {"precision": precision, "save_dtype": "float32"}
+        return Artifact("train", 1, {"settings": settings}, lambda folder: None)
+
+    def above(stage, one):
+        return Artifact(stage, 1, {"of": [one]}, lambda folder: one.get() and None)
+
+    single, double = (Artifact("responses", 1, {"decoding": {"dtype": d}}, lambda folder: None)
+                      for d in ("float32", "bfloat16"))  # fmt: skip
+    for one in (train("fp32"), train("bf16"), single, double):
+        one.get()
+    assert artifacts.in_float32([train("fp32").key]) and artifacts.in_float32([single.key])
+    assert not artifacts.in_float32([train("bf16").key, double.key, "train-0123456789abcdef"])
+    for precision, told in {"fp32": True, "bf16": False}.items():
+        whole = above("curves", above("scores", train(precision)))
+        whole.get()
+        assert artifacts.in_float32([whole.key]) is told

@@ -259,6 +259,25 @@ def test_unchanged_parameters_give_the_committed_files_again(project):
     assert not (root / "artifacts/figures").exists()
 
 
+DRAWS = "19_expo_controlled"  # recomputes published tables, whatever COMPUTE says
+
+
+def test_a_cold_run_by_hand_overwrites_no_committed_figure(project):
+    """JupyterLab or papermill under COMPUTE=cold, with all parameters as committed."""
+    root, environment = project
+    shutil.copy(paths.NOTEBOOKS / f"{DRAWS}.ipynb", root / "notebooks")
+    drawn = sorted((root / "figures").glob("expo_*.svg"))
+    for figure in drawn:
+        figure.write_text("kept")  # the numbers are the same: the bytes would tell nothing
+    before = committed(root)
+    nb = nbformat.read(root / "notebooks" / f"{DRAWS}.ipynb", 4)
+    said = execute(root, environment | {"COMPUTE": "cold"}, nb)
+    assert committed(root) == before
+    (figure,) = (root / "artifacts/figures").glob("*.svg")
+    assert f"{figure.stem}: drawn from results computed anew; it is in {root}/artifacts/figures" in said
+    assert "float32" not in json.loads(figure.with_suffix(".json").read_text())["stamp"], "no model computed it"
+
+
 def test_readme_examples_run(tmp_path, monkeypatch):
     """Each Python block of the README, on two tiny models and a tiny reward model."""
     import torch

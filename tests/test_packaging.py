@@ -242,6 +242,8 @@ def test_makefile_has_every_target_and_prints_them():
         (["smoke"], "-m beyond_dpo.run --all --profile smoke"),
         (["render"], "COMPUTE=never"),
         (["freeze"], "--profile cpu --freeze"),
+        (["freeze"], "COMPUTE=cold"),  # with auto it would freeze once more what is frozen
+        (["freeze", "COMPUTE=auto"], "COMPUTE=auto"),
         (["test"], "-m pytest"),
         (["faults"], "FAULT_ROUNDS=2 FAULTS_TO=artifacts/faults.json"),
         (["lab"], "notebooks/00_start_here.ipynb"),

@@ -749,6 +749,35 @@ def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
         lab.wait()
 
 
+def cpu_notebook(project, *cells):
+    """Write notebook 12 with profile cpu as its default: smoke draws elsewhere anyway."""
+    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", *cells)
+    path.write_text(path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu'))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["auto", "cold"])
+def test_a_run_that_is_not_to_be_committed_leaves_the_projects_figures_alone(project, mode):
+    """`make reproduce` at default parameters drew float32 over the committed figures, under the same stamp."""
+    cpu_notebook(project, DRAWN, CLAIM)
+    assert start(project, "12", COMPUTE=mode).wait(60) == 0
+    assert not (project / "figures").exists() and not (project / "data").exists()
+    assert (project / "artifacts/figures/expo_fig2_x.svg").is_file()
+    assert (project / "artifacts/runs/claims/12_expo_drawn.cpu.json").is_file(), "its claims are of the profile"
+
+
+FLOAT32 = DRAWN.replace('{"seed": seed}', '{"seed": seed, "precision": "fp32"}')
+
+
+def test_a_cold_freeze_draws_the_projects_figures_and_says_float32(project):
+    cpu_notebook(project, FLOAT32)
+    assert start(project, "12", "--freeze", COMPUTE="cold").wait(60) == 0
+    content = json.loads((project / "figures/expo_fig2_x.json").read_text())
+    assert content["stamp"] == "profile smoke · float32"
+    assert (project / "data/frozen" / content["keys"][0] / "s.csv").is_file()
+    assert not (project / "artifacts/figures").exists()
+
+
 WATCHED = """
 from beyond_dpo import gather
 list(gather.watched(range(3), "points"));

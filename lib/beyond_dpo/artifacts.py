@@ -17,8 +17,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -34,6 +34,9 @@ MODES = {  # of COMPUTE: what a miss means
     "cold": "compute also what is frozen",
     "plan": "find and compute nothing; of a plan of COMPUTE=cold it is `plan cold`",
 }
+LARGE = 100_000_000  # bytes of a file whose hash may take seconds
+KEY = re.compile(r'"([a-z-]+-[0-9a-f]{16})"')  # in a recipe
+FLOAT32 = ('"precision": "fp32"', '"dtype": "float32"')  # of trainings and rewards, and of samplings, in a recipe
 _hashes: dict[tuple, str] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
 _upstream: list[float] = []  # for each running `make`: seconds spent inside get() of other artifacts
 
@@ -236,6 +239,28 @@ def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
             os.rename(copy, target)
     _verify(target, key)
     return target
+
+
+def in_float32(keys: Iterable[str]) -> bool:
+    """Say whether a model behind these results was trained, sampled or judged in float32.
+
+    Of results and what they are made from, as far as it is in `paths.ARTIFACTS`, the manifests tell.
+    """
+    waiting, seen = list(keys), set()
+    while waiting:
+        key = waiting.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            manifest = json.loads((paths.ARTIFACTS / key / "manifest.json").read_text(encoding="utf-8"))
+            recipe = json.dumps(manifest["inputs"])
+        except (OSError, ValueError, LookupError, TypeError):  # not computed here, or damaged
+            continue
+        if any(words in recipe for words in FLOAT32):
+            return True
+        waiting += KEY.findall(recipe)
+    return False
 
 
 def compute_mode() -> str:

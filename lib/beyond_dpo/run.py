@@ -232,10 +232,11 @@ def _main(arguments: list[str] | None) -> int:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that we can end them
     changed = any(set(values) - {"profile"} for _, _, values, _ in plan)
-    if changed or any(profile == "smoke" for *_, profile in plan):  # neither a figure nor a claim of the project
+    renew = options.in_place or options.freeze  # what is drawn and claimed now is what will be committed
+    if not renew or any(profile == "smoke" for *_, profile in plan):  # no figure of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
-    if options.in_place or options.freeze:  # what is drawn and claimed now is what will be committed
+    if renew:
         os.environ[RENEW] = "1"
     cluster.head()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of an interrupt it tells tasks that nobody asks for
