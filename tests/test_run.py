@@ -806,3 +806,34 @@ def test_only_one_module_draws_progress_bars():
     assert [file.stem for file in files if re.search("import.* tqdm", file.read_text(encoding="utf-8"))] == ["events"]
 
 
+def test_an_expectation_without_the_like_is_what_the_profile_says(project, capsys):
+    """A fresh clone has no training behind it: data/frozen holds none."""
+
+    def made(seed):
+        recipe = {"settings": {"lr": 1}, "seed": seed}
+        return artifacts.Artifact("train", 1, recipe, lambda out: None, f"DPO seed {seed} (x): y")
+
+    both = artifacts.Artifact("sweep", 1, {"of": [made(0), made(1)]}, None, hours=0.5)
+    artifacts.expect(both)
+    said = capsys.readouterr().err
+    assert "trainings: DPO seed 0, DPO seed 1; a whole notebook takes about 0.5 h by its profile (logs: " in said
+    made(0).get()  # of which nobody says that it took no time: there is a like one now
+    artifacts.expect(both)
+    said = capsys.readouterr().err
+    assert "; 1 like these took " in said and "by its profile" not in said
+    quick = artifacts.Artifact("table", 1, {}, None, hours=0.5)
+    artifacts.expect(quick)
+    assert " h by its profile" not in capsys.readouterr().err, "nothing that takes long is missing"
+
+
+def test_every_experiment_knows_what_its_profile_says_of_the_time():
+    files, known = sorted(paths.NOTEBOOKS.glob("*.ipynb")), 0
+    for path in files:
+        nb = nbformat.read(path, 4)
+        cfg, named = progress.planned(nb, run.parameters(nb, path.stem))
+        for one in [one for one in named if any(job.stage == "train" for job in one.upstream.values())]:
+            assert one.hours == cfg.needs.hours > 0, (path.stem, one.stage)
+            known += 1
+    assert known > 15
+
+

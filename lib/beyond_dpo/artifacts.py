@@ -57,7 +57,8 @@ class Artifact:
     and other Artifacts, which enter as their keys. make(folder): writes its files into `folder`, which still holds
     what an interrupted attempt left there, and may return a dict of facts for the manifest; what it puts under
     `folder`/checkpoints or under names that begin with a dot is deleted on success. does: the work in words and its
-    command, for who plans a run; {job} stands for its job file. It is not in the key.
+    command, for who plans a run; {job} stands for its job file. hours: about how long a whole notebook takes by its
+    profile, 0 where that is not known. Neither is in the key.
     Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on the order of dict
     keys nor on whether a number is written 1 or 1.0.
     """
@@ -67,6 +68,7 @@ class Artifact:
     inputs: dict = field(repr=False)
     make: Callable[[Path], dict | None] = field(repr=False)
     does: str = field(default="", repr=False)
+    hours: float = field(default=0.0, repr=False)
     recipe: dict = field(init=False, repr=False)
     key: str = field(init=False)
 
@@ -191,7 +193,10 @@ class Artifact:
 
 
 def expect(artifact: Artifact) -> None:
-    """Say in one line what is about to be computed, and how long the like took on whatever machine made it."""
+    """Say in one line what is about to be computed, and how long that takes.
+
+    That is how long the like took on whatever machine made it, or else what the profile says of a whole notebook.
+    """
     missing = list(artifact.missing().values())
     working = [one for one in missing if one.does]  # in a child process; the others take seconds
     line = f"computing {artifact.key}"
@@ -203,6 +208,8 @@ def expect(artifact: Artifact) -> None:
     known = [seconds for one in working if (seconds := _took(one)) is not None]
     if known:
         line += f"; {len(known)} like these took {events.duration(sum(known))}"
+    if artifact.hours and len(known) < len(working):
+        line += f"; a whole notebook takes about {artifact.hours:g} h by its profile"
     events.say(f"{line} (logs: {paths.ARTIFACTS / 'logs'} and {paths.ARTIFACTS / '*.partial/checkpoints'})")
 
 

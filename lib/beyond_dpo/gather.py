@@ -49,7 +49,8 @@ def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
         needs.check(cfg)
         write(out, *scored(points, "trained models"))
 
-    return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
+    inputs = {"places": [p for p, _ in points], "points": [s for _, s in points]}
+    return Artifact("judged", 1, inputs, make, hours=cfg.needs.hours)
 
 
 def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:

@@ -55,7 +55,7 @@ def dispersed(cfg) -> Artifact:
         table.round(6).to_csv(out / "dispersion.csv", index=False)
         return {"phi_star": round(phi_star, 6)}
 
-    return Artifact("dispersion", 1, {"reference": held}, make)
+    return Artifact("dispersion", 1, {"reference": held}, make, hours=cfg.needs.hours)
 
 
 def rated(source: str) -> list[tuple[str, list[int]]]:
@@ -110,7 +110,7 @@ def raters(cfg) -> Artifact:
         table["strength"] = [abs(said.mean()) for said in ratings]
         table.round(6).to_csv(out / "raters.csv", index=False)
 
-    return Artifact("raters", 1, {"reference": held, "rated": rows}, make)
+    return Artifact("raters", 1, {"reference": held, "rated": rows}, make, hours=cfg.needs.hours)
 
 
 def frontier(cfg) -> Artifact:
