@@ -384,6 +384,24 @@ def test_import_is_light():
     assert done.stdout.strip() == "[]", done.stderr
 
 
+def test_the_hash_of_a_large_file_says_what_is_read(tmp_path, monkeypatch, capsys):
+    """A model's folder of many gigabytes was read without a word."""
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(events, "SLOW", 0.1)
+    of = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: time.sleep(0.4) or of(*given))
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"x")
+    large.write_bytes(b"x")
+    os.truncate(large, artifacts.LARGE)
+    artifacts.sha256(small)
+    assert capsys.readouterr().err == ""
+    found = artifacts.sha256(large)
+    assert capsys.readouterr().err == f"reading {large} for its hash, 0.1 GB\n"
+    assert found == hashlib.sha256(large.read_bytes()).hexdigest() == artifacts.sha256(large)
+    assert capsys.readouterr().err == ""
+
+
 def test_precision_is_told_by_what_a_result_was_made_from():
     """By its own recipe or by that of anything below it; the dtype of the saved weights says nothing."""
 

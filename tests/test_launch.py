@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -46,7 +47,8 @@ import os, time
 from beyond_dpo import events, launch
 
 class Counter:
-    def __init__(self, start):
+    def __init__(self, start, wait=0):
+        time.sleep(wait)
         self.value = 10 // start
     def add(self, n):
         self.value += n
@@ -330,6 +332,32 @@ def test_a_second_worker_of_one_name_keeps_the_first_ones_log(tmp_path):
         second.call("die")
     assert "words of the first" not in str(failure.value)
     assert first.log.read_text().split("\n")[:2] == ["words of the first", "about to die"]
+
+
+def test_a_worker_that_starts_slowly_says_so(tmp_path, monkeypatch, capsys):
+    """One line, on stderr or to the batch runner; nothing was said for as long as an engine took to load."""
+    slow = {"start": 2, "wait": 3}
+    monkeypatch.delenv("TQDM_DISABLE")
+    with launch.Worker("a_worker", slow, tmp_path / "logs", desc="counter") as counter:
+        assert counter.call("add", n=3) == {"value": 8}
+    assert capsys.readouterr().err == "starting counter ...\n"
+    reports = tmp_path / "reports"
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
+    launch.Worker("a_worker", slow, tmp_path / "logs", desc="counter").close()
+    assert [json.loads(line) for line in reports.read_text().splitlines()] == [
+        {"event": "progress", "stage": "starting counter ..."}
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_quick_says_nothing(monkeypatch, capsys):
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(events, "SLOW", 0.3)
+    with events.slow("quick"):
+        pass
+    with events.slow("slow"):
+        time.sleep(0.6)
+    assert capsys.readouterr().err == "slow\n"
 
 
 # ---- what children get to know of this process

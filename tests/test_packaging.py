@@ -248,6 +248,7 @@ def test_makefile_has_every_target_and_prints_them():
         (["faults"], "FAULT_ROUNDS=2 FAULTS_TO=artifacts/faults.json"),
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),
+        (["lab"], "trusting the notebooks"),
     ],
 )
 def test_makefile_commands(arguments, want):

@@ -778,6 +778,14 @@ def test_a_cold_freeze_draws_the_projects_figures_and_says_float32(project):
     assert not (project / "artifacts/figures").exists()
 
 
+def test_planning_that_takes_a_while_says_so(project, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(events, "SLOW", 0.1)
+    monkeypatch.setattr(run, "_plan", lambda options: time.sleep(0.5) or [])
+    assert run.main(["--all", "--dry-run"]) == 0
+    assert capsys.readouterr().err == "planning: looking at what is there for each notebook\n"
+
+
 WATCHED = """
 from beyond_dpo import gather
 list(gather.watched(range(3), "points"));
@@ -837,3 +845,16 @@ def test_every_experiment_knows_what_its_profile_says_of_the_time():
     assert known > 15
 
 
+SCRIPT = """
+from beyond_dpo.artifacts import Artifact
+made = Artifact("train", 1, {"seed": 0}, lambda out: None, "DPO seed 0 (x): y")
+made.get(), made.get()
+"""
+
+
+def test_a_plain_script_is_told_what_is_computed(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    environment |= {"BEYOND_DPO_ARTIFACTS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert re.match(r"computing train-\w{16}, trainings: DPO seed 0 \(logs: ", done.stderr)

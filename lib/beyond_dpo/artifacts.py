@@ -291,7 +291,9 @@ def sha256(path: Path) -> str:
     stat = path.stat()
     seen = (str(path), stat.st_mtime_ns, stat.st_size)
     if seen not in _hashes:
-        with open(path, "rb") as file:
+        size = f"{stat.st_size / 1e9:.1f} GB"
+        told = events.slow(f"reading {path} for its hash, {size}") if stat.st_size >= LARGE else nullcontext()
+        with told, open(path, "rb") as file:
             _hashes[seen] = hashlib.file_digest(file, "sha256").hexdigest()
     return _hashes[seen]
 

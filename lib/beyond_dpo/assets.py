@@ -141,7 +141,8 @@ def tokenizer_dir(ref: str) -> Path:
 
         repo, commit = resolve(ref).values()
         try:
-            folder = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
+            with events.slow(f"fetching {repo} from the hub"):
+                folder = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
         except Exception as error:  # the hub's client has many, none of which says what to do
             raise AssetError(f"{ref}: cannot be fetched from the hub ({error}); give a local folder") from error
     if not folder.is_dir():
@@ -240,7 +241,8 @@ def _hub(ref: str) -> dict:
     import huggingface_hub
 
     try:
-        found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha
+        with events.slow(f"asking the hub for {repo}"):
+            found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha
         log.warning("%s is not pinned: taken at %s@%s", ref, repo, found)
         return {"repo": repo, "commit": found}
     except Exception as error:
@@ -270,7 +272,8 @@ def _built(name: str) -> Path:
                 ready.mkdir()
                 if not folder.is_dir():  # no other process was faster
                     log.info("preparing %s in %s", name, folder)
-                    BUILDERS[name](ready)
+                    with events.slow(f"preparing {name} in {folder}"):
+                        BUILDERS[name](ready)
                     share_weights(ready)
                     Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
                     os.rename(ready, folder)

@@ -112,7 +112,8 @@ class Worker(AbstractContextManager):
             arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
             self.child = _start(arguments, out, self.progress_file, 1, environment, pass_fds=[other_end.fileno()])
         try:
-            self._ask(config, "start")
+            with events.slow(f"starting {desc} ..."):
+                self._ask(config, "start")
         except JobFailed:  # nobody will hold a worker whose object could not be built
             self.close()
             raise

@@ -213,7 +213,8 @@ def _main(arguments: list[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs")
     options = parser.parse_args(arguments)
     try:
-        plan = _plan(options)
+        with events.slow("planning: looking at what is there for each notebook"):
+            plan = _plan(options)
     except Refused as reason:
         print(f"refused: {reason}", file=sys.stderr)
         return 2
