@@ -778,6 +778,36 @@ def test_a_cold_freeze_draws_the_projects_figures_and_says_float32(project):
     assert not (project / "artifacts/figures").exists()
 
 
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_number_of_nodes_that_is_none_is_refused_in_one_line(project, capsys, monkeypatch, launcher):
+    notebook(project / "notebooks" / "11_expo_a.ipynb", SETUP, parameters=FREE)
+    monkeypatch.setenv("BEYOND_DPO_NODES", "two")
+    monkeypatch.setenv("BEYOND_DPO_LAUNCHER", launcher)
+    assert run.main(["11"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "refused: BEYOND_DPO_NODES=two is not a whole number above 0\n" and not said.out
+
+
+def test_what_needs_asks_of_the_environment_is_refused_in_one_line(project, capsys, monkeypatch):
+    """The number of nodes is asked for the launcher of the profile, after the configuration was loaded."""
+    notebook(project / "notebooks" / "11_expo_a.ipynb", SETUP.replace("import nothing_that_is_installed\n", ""))
+
+    def wrong(cfg):
+        raise ValueError("SLURM_NNODES=x is not a whole number above 0")
+
+    monkeypatch.setattr(needs, "check", wrong)
+    assert run.main(["11"]) == 2
+    assert capsys.readouterr().err == "refused: 11_expo_a: SLURM_NNODES=x is not a whole number above 0\n"
+
+
+def test_a_dry_run_tells_of_a_hostfile_that_is_not_there(project, capsys, monkeypatch):
+    setup = "from beyond_dpo import config\ncfg = config.load('expo', profile)"
+    notebook(project / "notebooks" / "11_expo_a.ipynb", setup)
+    monkeypatch.setenv("BEYOND_DPO_HOSTFILE", str(project / "none"))
+    assert run.main(["11", "--dry-run"]) == 0
+    assert "  is refused: BEYOND_DPO_HOSTFILE=" in capsys.readouterr().out
+
+
 def test_planning_that_takes_a_while_says_so(project, capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.setattr(events, "SLOW", 0.1)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, gather, preferences, stages, stats, templates
+from beyond_dpo import assets, config, corpus, gather, needs, preferences, stages, stats, templates
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.files import write_file
 from beyond_dpo.rows import write_rows
@@ -49,6 +49,7 @@ def dispersed(cfg) -> Artifact:
     def make(out: Path) -> dict:
         from beyond_dpo import dispersion
 
+        needs.check(cfg)
         chosen, rejected = stages.of_reference(held, "entropies")
         weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
         table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
@@ -101,6 +102,7 @@ def raters(cfg) -> Artifact:
     held = stages.reference(cfg, rows=rows, names=("said",))
 
     def make(out: Path) -> None:
+        needs.check(cfg)
         entropies, tokens = (stages.of_reference(held, what)[0] for what in ("entropies", "tokens"))
         table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
         ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text(encoding="utf-8"))]

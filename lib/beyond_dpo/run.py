@@ -216,7 +216,7 @@ def _main(arguments: list[str] | None) -> int:
         with events.slow("planning: looking at what is there for each notebook"):
             plan = _plan(options)
     except Refused as reason:
-        print(f"refused: {reason}", file=sys.stderr)
+        events.say(f"refused: {reason}")
         return 2
     if options.dry_run:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asks nobody
@@ -296,9 +296,10 @@ def _opened(path: Path):
 
 
 def _check_mode() -> None:
-    """Refuse a COMPUTE with which no notebook could run."""
+    """Refuse a COMPUTE, or a number of nodes, with which no notebook could run."""
     try:
         mode = artifacts.compute_mode()
+        cluster.nodes("torchrun")
     except ValueError as error:
         raise Refused(str(error)) from None
     if mode == "plan":
@@ -321,6 +322,8 @@ def _check_setup(name: str, nb, values: dict, options) -> None:
     except config.ConfigError as lack:
         if progress.lacks_results(nb, values):
             raise Refused(f"{name}: {lack} (--force runs it all the same)") from None
+    except ValueError as error:  # of the variables that describe a cluster
+        raise Refused(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager
