@@ -808,6 +808,20 @@ def test_a_dry_run_tells_of_a_hostfile_that_is_not_there(project, capsys, monkey
     assert "  is refused: BEYOND_DPO_HOSTFILE=" in capsys.readouterr().out
 
 
+def test_a_run_whose_table_has_no_place_ends_as_ever(project):
+    """`make reproduce > log` on a full disk: no traceback, and the status is that of the notebooks."""
+    notebook(project / "notebooks" / "11_expo_a.ipynb", "1")
+    environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
+    command = [sys.executable, "-m", "beyond_dpo.run", "11"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == "the output cannot be written: No space left on device"
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+        done = subprocess.run([*command, "--dry-run"], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == "the output cannot be written: No space left on device\n"
+
+
 def test_planning_that_takes_a_while_says_so(project, capsys, monkeypatch):
     monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.setattr(events, "SLOW", 0.1)

@@ -364,7 +364,9 @@ if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m beyond_dpo.assets", description=told).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(*fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in]), sep="\n")
+        places = fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in])
+        if not events.show("\n".join(map(str, places))):
+            sys.exit(1)
     except AssetError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

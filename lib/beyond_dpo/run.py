@@ -221,8 +221,11 @@ def _main(arguments: list[str] | None) -> int:
     if options.dry_run:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asks nobody
         for path, nb, values, _ in plan:
-            print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
-            print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
+            head = " ".join([path.stem, *(f"{key}={value!r}" for key, value in values.items())])
+            with events.slow(f"looking at what {path.stem} would run"):
+                lines = progress.said(nb, parameters(nb, path.stem) | values)
+            if not events.show("\n  ".join([head, *lines])):
+                return 1
         return 0
     package = str(paths.LIBRARY)  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -254,7 +257,7 @@ def _main(arguments: list[str] | None) -> int:
 
     total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
     total |= {name: sum(row[name] for row in rows) for name in ("seconds", "computed", "found")}
-    print(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
+    events.show(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
     return int(any(row["status"] != "ok" for row in rows))
 
 
