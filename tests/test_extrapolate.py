@@ -711,6 +711,15 @@ def test_a_full_disk_behind_the_bar_ends_no_work(pair, tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
 
 
+def test_an_interrupted_extrapolation_is_one_line():
+    code = "import os, signal\nfrom beyond_dpo import extrapolate as module\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "module.extrapolate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "module.main(['sft', 'aligned', 'out', '--alpha', '1'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.startswith("interrupted; ") and done.stderr.count("\n") == 1
+
+
 def test_loads_in_transformers(tmp_path):
     """A tied, sharded Llama from the output computes the logits of a model whose parameters were set by hand."""
     from transformers import LlamaConfig, LlamaForCausalLM

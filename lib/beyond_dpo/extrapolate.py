@@ -440,7 +440,10 @@ def main(argv: list[str] | None = None) -> None:
         extrapolate(args.sft, args.aligned, outputs, modules=modules)
     except (ValueError, OSError, re.error) as error:
         raise SystemExit(f"error: {error}") from None
-    print(*outputs.values(), sep="\n")
+    except KeyboardInterrupt:
+        events.say("interrupted; nothing half written stays, the same command begins again")
+        raise SystemExit(130) from None
+    events.show("\n".join(map(str, outputs.values())))
 
 
 if __name__ == "__main__":
