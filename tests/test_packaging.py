@@ -241,6 +241,8 @@ def test_makefile_has_every_target_and_prints_them():
         (["reproduce", "COMPUTE=auto"], "COMPUTE=auto"),
         (["smoke"], "-m beyond_dpo.run --all --profile smoke"),
         (["render"], "COMPUTE=never"),
+        (["reproduce"], "-m beyond_dpo.report --local"),
+        (["reproduce", "NB=11"], "-m beyond_dpo.report --local 11"),
         (["freeze"], "--profile cpu --freeze"),
         (["freeze"], "COMPUTE=cold"),  # with auto it would freeze once more what is frozen
         (["freeze", "COMPUTE=auto"], "COMPUTE=auto"),
