@@ -123,6 +123,17 @@ def test_in_committed_tables_numbers_stand_right_and_texts_left():
     assert tables == 88 and left > 150 and right > 300
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_kernel_without_the_package_is_told_which_one_has_it(path):
+    """Its first import fails with ModuleNotFoundError; what to do stands directly above."""
+    cells = nbformat.read(path, 4).cells
+    first = next(i for i, cell in enumerate(cells) if cell.cell_type == "code" and "from beyond_dpo" in cell.source)
+    above = cells[first - 1]
+    assert above.cell_type == "markdown" and above.id == "kernel" and above.source.count("\n") == 0
+    assert above.source.startswith("If `beyond_dpo` is not found below, this kernel is another Python: ")
+    assert "`make lab`" in above.source and "`.venv/bin/python`" in above.source
+
+
 def test_nbconvert_to_script_writes_a_python_file():
     from nbconvert import ScriptExporter
 
