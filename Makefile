@@ -74,6 +74,7 @@ smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, n
 # JUPYTER_PATH comes first where kernels are looked for: its `python3` is then this environment's, which has the
 # package, whatever kernels the user has installed. As root JupyterLab wants to be told that this is meant.
 lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 8889 --no-browser": its options)
+	@echo "trusting the notebooks, so that JupyterLab shows their figures as SVG"
 	@$(RUN) -m jupyter trust notebooks/*.ipynb > /dev/null
 	@prefix="$$($(PY) -c 'import sys; print(sys.prefix)')"; \
 	  echo "kernel: Python 3 (ipykernel) of $$prefix; another Jupyter needs a kernel of that interpreter"; \
@@ -85,8 +86,9 @@ render: $(READY)  ## execute the committed notebooks in place and update the REA
 	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --in-place
 	@$(RUN) -m beyond_dpo.report --readme
 
-freeze: $(READY)  ## copy small finished results into data/frozen
-	@$(RUN) -m beyond_dpo.run --all --profile cpu --freeze
+# Cold, as `reproduce`: with COMPUTE=auto it would find the results that are frozen, and keep those.
+freeze: $(READY)  ## compute what is missing at profile cpu; copy small results into data/frozen, figures into figures
+	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run --all --profile cpu --freeze
 
 lint: $(READY)  ## check the style
 	@$(RUN) -m ruff check lib tests notebooks benchmarks

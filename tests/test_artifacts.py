@@ -382,3 +382,43 @@ def test_import_is_light():
     env = os.environ | {"PYTHONPATH": str(LIB)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_hash_of_a_large_file_says_what_is_read(tmp_path, monkeypatch, capsys):
+    """A model's folder of many gigabytes was read without a word."""
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(events, "SLOW", 0.1)
+    of = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: time.sleep(0.4) or of(*given))
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(b"x")
+    large.write_bytes(b"x")
+    os.truncate(large, artifacts.LARGE)
+    artifacts.sha256(small)
+    assert capsys.readouterr().err == ""
+    found = artifacts.sha256(large)
+    assert capsys.readouterr().err == f"reading {large} for its hash, 0.1 GB\n"
+    assert found == hashlib.sha256(large.read_bytes()).hexdigest() == artifacts.sha256(large)
+    assert capsys.readouterr().err == ""
+
+
+def test_precision_is_told_by_what_a_result_was_made_from():
+    """By its own recipe or by that of anything below it; the dtype of the saved weights says nothing."""
+
+    def train(precision):
+        settings = {"precision": precision, "save_dtype": "float32"}
+        return Artifact("train", 1, {"settings": settings}, lambda folder: None)
+
+    def above(stage, one):
+        return Artifact(stage, 1, {"of": [one]}, lambda folder: one.get() and None)
+
+    single, double = (Artifact("responses", 1, {"decoding": {"dtype": d}}, lambda folder: None)
+                      for d in ("float32", "bfloat16"))  # fmt: skip
+    for one in (train("fp32"), train("bf16"), single, double):
+        one.get()
+    assert artifacts.in_float32([train("fp32").key]) and artifacts.in_float32([single.key])
+    assert not artifacts.in_float32([train("bf16").key, double.key, "train-0123456789abcdef"])
+    for precision, told in {"fp32": True, "bf16": False}.items():
+        whole = above("curves", above("scores", train(precision)))
+        whole.get()
+        assert artifacts.in_float32([whole.key]) is told

@@ -440,3 +440,27 @@ def test_import_is_light():
     env = os.environ | {"PYTHONPATH": str(LIB)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_neither_pip_nor_a_conversion_gets_a_key_or_a_token(cache, monkeypatch, tmp_path):
+    """Pip keeps what says which index it asks; what either prints is read as UTF-8."""
+    for name in ("OPENAI_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "sk-secret")
+    kept = {"PIP_INDEX_URL": "https://index", "PIP_A_TOKEN": "of the index", "HTTPS_PROXY": "proxy"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+    started = []
+
+    def run(command, **options):
+        started.append(options)
+        return subprocess.CompletedProcess(command, 1, "", "α")
+
+    monkeypatch.setattr(assets.subprocess, "run", run)
+    assert assets._download(ASSETS["vader"]) == "α"
+    with pytest.raises(AssetError, match="not converted:\nα"):
+        assets._convert(b"", tmp_path / "model")
+    assert len(started) == 2
+    for options in started:
+        assert "sk-secret" not in options["env"].values() and options["env"]["HTTPS_PROXY"] == "proxy"
+        assert (options["encoding"], options["errors"]) == ("utf-8", "replace") and "text" not in options
+    assert kept.items() <= started[0]["env"].items()

@@ -20,9 +20,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
+from beyond_dpo import events, lora
 from beyond_dpo import extrapolate as module
-from beyond_dpo import lora
 from beyond_dpo.extrapolate import IncompatibleModels, blend, check, extrapolate, tensors
 
 CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12, "tie_word_embeddings": True}
@@ -520,7 +521,7 @@ def fork(work) -> int:
     """Do `work` in a child process, which ends with the status that it returns; return the child's id."""
     child = os.fork()
     if child == 0:
-        module.tqdm.set_lock(threading.RLock())  # else it is one with this process's, and may be held for ever
+        tqdm.set_lock(threading.RLock())  # else it is one with this process's, and may be held for ever
         os._exit(work())
     return child
 
@@ -681,6 +682,42 @@ def test_progress_bar_only_on_a_terminal(pair, tmp_path, monkeypatch, terminal, 
         while not shown.endswith(b"end"):  # a terminal hands over piece by piece
             shown += screen.read(10_000)
     assert b"100%" in shown if terminal and not disabled else shown == b"end"
+
+
+def test_without_a_bar_one_line_says_what_takes_long(pair, tmp_path, monkeypatch, capsys):
+    """Off a terminal nothing was said for as long as it took."""
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(events, "SLOW", 0.1)
+    publish = module._publish
+
+    def slowly(*folders):
+        time.sleep(0.5)
+        publish(*folders)
+
+    monkeypatch.setattr(module, "_publish", slowly)
+    extrapolate(*pair, {0.5: tmp_path / "out"})
+    said = capsys.readouterr().err
+    assert said.startswith(f"extrapolating {pair[1]} to 1 α, ") and said.count("\n") == 1
+
+
+def test_a_full_disk_behind_the_bar_ends_no_work(pair, tmp_path):
+    """A terminal that is gone, or a full disk: tqdm's own error came through."""
+    code = "import sys\nfrom beyond_dpo import extrapolate as module\nsys.stderr.isatty = lambda: True\n"
+    code += "module.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *map(str, pair), str(tmp_path / "out"), "--alpha", "0.5"]
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+
+
+def test_an_interrupted_extrapolation_is_one_line():
+    code = "import os, signal\nfrom beyond_dpo import extrapolate as module\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "module.extrapolate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "module.main(['sft', 'aligned', 'out', '--alpha', '1'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr.startswith("interrupted; ") and done.stderr.count("\n") == 1
 
 
 def test_loads_in_transformers(tmp_path):

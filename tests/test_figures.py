@@ -17,7 +17,8 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from beyond_dpo import figures, paths  # noqa: E402
+from beyond_dpo import figures, parameters, paths  # noqa: E402
+from beyond_dpo.artifacts import Artifact  # noqa: E402
 
 SHARES = [0.05, 0.1, 0.2, 0.4, 1.0]
 
@@ -279,3 +280,33 @@ def test_a_long_stamp_has_lines_enough(ax):
     box = text.get_window_extent()
     assert text.get_text().replace("\n", " ") == stamp and text.get_text().count("\n") >= 1
     assert ax.figure.bbox.x0 <= box.x0 and box.y0 >= 0 and box.y1 < ax.xaxis.label.get_window_extent().y0
+
+
+def test_the_stamp_says_float32_only_of_what_was_computed_anew_in_it(ax, tmp_path, monkeypatch):
+    """The committed figures are of bfloat16, and their stamps stay as they are."""
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    ax.plot([0, 1])
+
+    def stamp(key):
+        path = figures.save(ax.figure, "expo_fig5_x", data=curves(), keys=[key], stamp="cpu")
+        return json.loads(path.with_suffix(".json").read_text())["stamp"]
+
+    made = [Artifact("train", 1, {"precision": p}, lambda folder: None) for p in ("fp32", "bf16")]
+    for one in made:
+        one.get()
+    for mode, wanted in {"auto": ["cpu", "cpu"], "cold": ["cpu · float32", "cpu"]}.items():
+        monkeypatch.setenv("COMPUTE", mode)
+        assert [stamp(one.key) for one in made] == wanted
+
+
+def test_what_is_computed_anew_takes_no_committed_figures_place(ax, tmp_path, monkeypatch, capsys):
+    for name, folder in {"ROOT": "", "FIGURES": "figures", "ARTIFACTS": "artifacts"}.items():
+        monkeypatch.setattr(paths, name, tmp_path / folder)
+    ax.plot([0, 1])
+    monkeypatch.setenv("COMPUTE", "cold")
+    path = figures.save(ax.figure, "expo_fig5_x", data=curves(), keys=[], stamp="cpu")
+    assert path.parent == tmp_path / "artifacts" / "figures" and not (tmp_path / "figures").exists()
+    assert "expo_fig5_x: drawn from results computed anew; it is in" in capsys.readouterr().out
+    monkeypatch.setenv(parameters.RENEW, "1")
+    path = figures.save(ax.figure, "expo_fig5_x", data=curves(), keys=[], stamp="cpu")
+    assert path.parent == tmp_path / "figures"

@@ -3,9 +3,11 @@
 import ast
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from types import SimpleNamespace
 
@@ -46,7 +48,8 @@ import os, time
 from beyond_dpo import events, launch
 
 class Counter:
-    def __init__(self, start):
+    def __init__(self, start, wait=0):
+        time.sleep(wait)
         self.value = 10 // start
     def add(self, n):
         self.value += n
@@ -332,6 +335,32 @@ def test_a_second_worker_of_one_name_keeps_the_first_ones_log(tmp_path):
     assert first.log.read_text().split("\n")[:2] == ["words of the first", "about to die"]
 
 
+def test_a_worker_that_starts_slowly_says_so(tmp_path, monkeypatch, capsys):
+    """One line, on stderr or to the batch runner; nothing was said for as long as an engine took to load."""
+    slow = {"start": 2, "wait": 3}
+    monkeypatch.delenv("TQDM_DISABLE")
+    with launch.Worker("a_worker", slow, tmp_path / "logs", desc="counter") as counter:
+        assert counter.call("add", n=3) == {"value": 8}
+    assert capsys.readouterr().err == "starting counter ...\n"
+    reports = tmp_path / "reports"
+    monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
+    launch.Worker("a_worker", slow, tmp_path / "logs", desc="counter").close()
+    assert [json.loads(line) for line in reports.read_text().splitlines()] == [
+        {"event": "progress", "stage": "starting counter ..."}
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_quick_says_nothing(monkeypatch, capsys):
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(events, "SLOW", 0.3)
+    with events.slow("quick"):
+        pass
+    with events.slow("slow"):
+        time.sleep(0.6)
+    assert capsys.readouterr().err == "slow\n"
+
+
 # ---- what children get to know of this process
 
 
@@ -350,6 +379,15 @@ def test_no_child_gets_a_key_or_a_token(tmp_path, monkeypatch):
     environment = json.loads((tmp_path / "note0").read_text())
     assert not set(SECRETS) & set(environment) and "sk-secret" not in environment.values()
     assert set(NEEDED) <= set(environment) and os.environ["HF_TOKEN"] == "sk-secret"
+
+
+def test_no_child_is_handed_the_whole_environment():
+    """Whoever makes one for a child begins with launch.without_secrets()."""
+    files = sorted((paths.ROOT / "lib" / "beyond_dpo").rglob("*.py"))
+    assert len(files) > 40
+    whole = re.compile(r"os\.environ \| |\*\*os\.environ|os\.environ\.copy|dict\(os\.environ|env=os\.environ")
+    assert not [file.name for file in files if whole.search(file.read_text(encoding="utf-8"))]
+    assert sum("without_secrets()" in file.read_text(encoding="utf-8") for file in files) == 3
 
 
 def test_idle_threads_of_children_sleep_unless_the_user_says_otherwise(tmp_path, monkeypatch):
@@ -478,14 +516,24 @@ def test_files_are_utf8_whatever_the_locale(tmp_path):
 BINARY = ("os.open", "tarfile.open", "Image.open")  # they read bytes
 
 
+def _of_a_child(node) -> bool:
+    """Say whether this is a call whose text=True decodes what a child prints."""
+    if not isinstance(node, ast.Call):
+        return False
+    switched_on = {keyword.arg for keyword in node.keywords if getattr(keyword.value, "value", None) is True}
+    return bool({"text", "universal_newlines"} & switched_on)
+
+
 def test_no_text_is_read_or_written_in_the_locales_encoding():
-    """Every open(), read_text() and write_text() names its encoding, or is of bytes."""
+    """Every open(), read_text() and write_text() names its encoding, or is of bytes; so does what reads a child."""
     files = sorted((paths.ROOT / "lib" / "beyond_dpo").glob("*.py"))
     assert len(files) > 40
     wrong, seen = [], 0
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+            if _of_a_child(node) and not {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+                wrong.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
             if name not in ("open", "read_text", "write_text") or ast.unparse(node.func) in BINARY:
                 continue
             seen += 1

@@ -150,3 +150,14 @@ def test_gap_at_equal_x():
         mallows.gap_at_equal(frontier().query("place < 2"), **gap)
     with pytest.raises(ValueError, match="all prompts"):
         mallows.gap_at_equal(frontier().query("prompt < 3 or place > 0"), **gap)
+
+
+@pytest.mark.parametrize("experiment", [mallows.dispersed, mallows.raters])
+def test_a_machine_that_is_too_small_is_told_before_the_reference_pass(experiment, monkeypatch, tmp_path):
+    def lacks(cfg):
+        raise config.ConfigError("too small")
+
+    monkeypatch.setattr(mallows.needs, "check", lacks)
+    monkeypatch.setattr(stages.workers, "run", lambda *_, **__: pytest.fail("it computes"))
+    with pytest.raises(config.ConfigError, match="too small"):
+        experiment(SMOKE).make(tmp_path)

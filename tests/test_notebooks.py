@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
@@ -18,7 +19,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
-from beyond_dpo import config, expo, paths, progress, report, run, stages
+from beyond_dpo import assets, config, expo, paths, progress, report, run, stages
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 LIBRARIES = {"dataclasses", "beyond_dpo", "numpy", "pandas", "matplotlib", "IPython", "ipywidgets", "io"}
@@ -94,6 +95,77 @@ def test_tables_have_readable_headings(path):
     assert not [name for name in headings if "_" in name or name in raw]
 
 
+NUMBER = re.compile(r"-?\d+(\.\d+)?|[–+-]|yes|no")  # as report.show writes them; a sign or a dash stands for one
+
+
+def columns(table: str) -> dict[int, list[tuple[str, str]]]:
+    """Return (style, text) of the cells below each heading of a table's HTML, the heading's first."""
+    found: dict[int, list] = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL):
+        for j, cell in enumerate(re.findall(r'<t[hd][^>]*style="([^"]*)"[^>]*>(.*?)</t[hd]>', row, re.DOTALL)):
+            found.setdefault(j, []).append(cell)
+    return found
+
+
+def test_in_committed_tables_numbers_stand_right_and_texts_left():
+    """Heading and cells of a column alike; a column with a single word in it holds texts."""
+    tables, left, right = 0, 0, 0
+    for path in NOTEBOOKS:
+        shown = [o.data["text/html"] for c in code_cells(path) for o in c.outputs if "text/html" in o.get("data", {})]
+        tables += len(shown)
+        for column in [column for table in shown for column in columns(table).values()]:
+            (_, heading), *cells = column
+            numbers = all(NUMBER.fullmatch(text) for _, text in cells)
+            wanted = "text-align: right" if numbers else "text-align: left"
+            assert cells and {style.partition(";")[0] for style, _ in column} == {wanted}, (path.stem, heading)
+            left += not numbers
+            right += numbers
+    assert tables == 88 and left > 150 and right > 300
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_kernel_without_the_package_is_told_which_one_has_it(path):
+    """Its first import fails with ModuleNotFoundError; what to do stands directly above."""
+    cells = nbformat.read(path, 4).cells
+    first = next(i for i, cell in enumerate(cells) if cell.cell_type == "code" and "from beyond_dpo" in cell.source)
+    above = cells[first - 1]
+    assert above.cell_type == "markdown" and above.id == "kernel" and above.source.count("\n") == 0
+    assert above.source.startswith("If `beyond_dpo` is not found below, this kernel is another Python: ")
+    assert "`make lab`" in above.source and "`.venv/bin/python`" in above.source
+
+
+def test_nbconvert_to_script_writes_a_python_file():
+    from nbconvert import ScriptExporter
+
+    body, resources = ScriptExporter().from_filename(str(paths.NOTEBOOKS / "11_expo_headline.ipynb"))
+    assert resources["output_extension"] == ".py"
+    ast.parse(body)
+    assert "curves = expo.curves(cfg)" in body
+
+
+def test_the_quick_notebooks_need_no_model_and_no_download(monkeypatch):
+    """They come first in `make reproduce`, within a minute of the set-up."""
+    quick = [path for path in NOTEBOOKS if path.name[:2] in run.QUICK]
+    assert [path.name[:2] for path in quick] == list(run.QUICK)
+    assert {"train", "responses", "scores", "reward-gold"} <= {job.stage for job in upstream("11_expo_headline")}
+    asked = []
+    for name in ("fetch_all", "model_dir", "tokenizer_dir", "resolve"):
+        monkeypatch.setattr(assets, name, lambda *given, name=name: asked.append((name, given)))
+    monkeypatch.setenv("COMPUTE", "cold")
+    for path in quick:
+        jobs = upstream(path.stem)
+        assert {job.stage for job in jobs} <= {"bandits"}, path.stem
+        assert not re.search('"(asset|local|repo|plan)": ', json.dumps([job.recipe for job in jobs])), path.stem
+    assert not asked
+
+
+def upstream(stem: str) -> list:
+    """Return all that a notebook's results are made from, and they themselves."""
+    nb = nbformat.read(paths.NOTEBOOKS / f"{stem}.ipynb", 4)
+    _, named = progress.planned(nb, run.parameters(nb, stem))
+    return [job for one in named for job in one.upstream.values()]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_opening_and_saving_in_jupyterlab_changes_nothing(path):
     """The file is as JupyterLab writes it: its metadata, its cells' ids, its indentation; nbconvert knows `.py`."""
@@ -160,13 +232,52 @@ def test_sample_texts_train_nothing(tmp_path, monkeypatch):
     wanted = expo.samples(other, alphas)
     assert sorted({artifact.stage for artifact in wanted.missing().values()}) == ["own-prompts", "responses", "said"]
     assert len(wanted.missing()) == 5, "three α, one response to each of five prompts"
+    sampled = [one.recipe["inputs"]["alpha"] for one in wanted.missing().values() if one.stage == "responses"]
+    assert sampled == alphas, "0, the chosen and the largest"
     texts = pd.DataFrame(frozen.json("texts.json"))
     first = texts[texts["model"] == texts["model"][0]]
     assert sorted(set(first["alpha"])) == [0, 1, 4, 16] and first["prompt"].nunique() == 5
 
 
-def test_a_dry_run_draws_nothing(tmp_path, monkeypatch):
+class Told:
+    """What expo.samples returns, with texts at the given α of the first of two models."""
+
+    key = "said-0123456789abcdef"
+
+    def __init__(self, alphas):
+        self.alphas = alphas
+
+    def json(self, name):
+        at = {"prompt": "My wife and I", "text": "left."}
+        return [at | {"model": model, "alpha": alpha} for model in ("asked", "other") for alpha in self.alphas]
+
+
+@pytest.mark.parametrize(
+    "sampled, shown, words",
+    [
+        ([0.0, 8.0, 64.0], ["α = 0", "α = 8", "α = 64"], "sampled nearest: 8 and 64"),  # as a run samples them
+        ([0.0, 1.0, 4.0, 16.0], ["α = 0", "α = 4", "α = 16"], "sampled nearest: 4 and 16"),  # as they are frozen
+    ],
+)
+def test_sample_texts_are_of_no_the_chosen_and_the_largest_extrapolation(sampled, shown, words):
+    """Notebook 11's own cell; where other α were sampled its caption says which."""
+    (cell,) = [cell for cell in code_cells(paths.NOTEBOOKS / "11_expo_headline.ipynb") if "expo.samples" in cell.source]
+    cfg, asked, tables = config.load("expo", "cpu"), [], []
+    stub = SimpleNamespace(samples=lambda cfg, alphas: asked.extend(alphas) or Told(sampled))
+    names = {"cfg": cfg, "chosen": {cfg.recipe_fraction: 8.0}, "expo": stub, "curves": SimpleNamespace(key="curves-0")}
+    exec(cell.source, names | {"pd": pd, "report": report, "display": tables.append})
+    assert asked == [0.0, 8.0, 64.0] == [0.0, 8.0, max(cfg.alphas[cfg.recipe_fraction])]
+    assert list(tables[0].data.columns) == ["prompt", *shown]
+    caption = f"chosen: α = 8, largest: 64; {words}"
+    assert caption in tables[0]._repr_html_()
+    if sampled[1] == 1.0:
+        assert caption in "".join(cell.outputs[0].data["text/html"]), "as it is committed"
+
+
+@pytest.mark.parametrize("mode", ["auto", "cold"])
+def test_a_dry_run_draws_nothing(tmp_path, monkeypatch, mode):
     """It executes the first cells of a notebook in the runner's own process; in one that draws a figure as well."""
+    monkeypatch.setenv("COMPUTE", mode)
     monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
     path = paths.NOTEBOOKS / "23_mallows_links.ipynb"
     nb = nbformat.read(path, 4)
@@ -258,6 +369,25 @@ def test_unchanged_parameters_give_the_committed_files_again(project):
     assert said == "" and committed(root) == before
     assert [path.name for path in (root / "artifacts/runs/claims").iterdir()] == [f"{COPIED}.cpu.json"]
     assert not (root / "artifacts/figures").exists()
+
+
+DRAWS = "19_expo_controlled"  # recomputes published tables, whatever COMPUTE says
+
+
+def test_a_cold_run_by_hand_overwrites_no_committed_figure(project):
+    """JupyterLab or papermill under COMPUTE=cold, with all parameters as committed."""
+    root, environment = project
+    shutil.copy(paths.NOTEBOOKS / f"{DRAWS}.ipynb", root / "notebooks")
+    drawn = sorted((root / "figures").glob("expo_*.svg"))
+    for figure in drawn:
+        figure.write_text("kept")  # the numbers are the same: the bytes would tell nothing
+    before = committed(root)
+    nb = nbformat.read(root / "notebooks" / f"{DRAWS}.ipynb", 4)
+    said = execute(root, environment | {"COMPUTE": "cold"}, nb)
+    assert committed(root) == before
+    (figure,) = (root / "artifacts/figures").glob("*.svg")
+    assert f"{figure.stem}: drawn from results computed anew; it is in {root}/artifacts/figures" in said
+    assert "float32" not in json.loads(figure.with_suffix(".json").read_text())["stamp"], "no model computed it"
 
 
 @pytest.mark.slow

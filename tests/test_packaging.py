@@ -241,11 +241,16 @@ def test_makefile_has_every_target_and_prints_them():
         (["reproduce", "COMPUTE=auto"], "COMPUTE=auto"),
         (["smoke"], "-m beyond_dpo.run --all --profile smoke"),
         (["render"], "COMPUTE=never"),
+        (["reproduce"], "-m beyond_dpo.report --local"),
+        (["reproduce", "NB=11"], "-m beyond_dpo.report --local 11"),
         (["freeze"], "--profile cpu --freeze"),
+        (["freeze"], "COMPUTE=cold"),  # with auto it would freeze once more what is frozen
+        (["freeze", "COMPUTE=auto"], "COMPUTE=auto"),
         (["test"], "-m pytest"),
         (["faults"], "FAULT_ROUNDS=2 FAULTS_TO=artifacts/faults.json"),
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),
+        (["lab"], "trusting the notebooks"),
     ],
 )
 def test_makefile_commands(arguments, want):

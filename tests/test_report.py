@@ -283,3 +283,11 @@ def test_light_imports():
 
 def test_table_in_pandas_terms():
     assert isinstance(report.show(pd.DataFrame({"a": [1.0]}), "c"), pd.io.formats.style.Styler)
+
+
+def test_a_report_that_has_no_place_says_so_in_one_line(project):
+    environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "beyond_dpo.report"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 1 and done.stderr == "the output cannot be written: No space left on device\n"

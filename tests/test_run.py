@@ -747,3 +747,158 @@ def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
     finally:
         os.killpg(lab.pid, signal.SIGKILL)
         lab.wait()
+
+
+def cpu_notebook(project, *cells):
+    """Write notebook 12 with profile cpu as its default: smoke draws elsewhere anyway."""
+    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", *cells)
+    path.write_text(path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu'))
+    return path
+
+
+@pytest.mark.parametrize("mode", ["auto", "cold"])
+def test_a_run_that_is_not_to_be_committed_leaves_the_projects_figures_alone(project, mode):
+    """`make reproduce` at default parameters drew float32 over the committed figures, under the same stamp."""
+    cpu_notebook(project, DRAWN, CLAIM)
+    assert start(project, "12", COMPUTE=mode).wait(60) == 0
+    assert not (project / "figures").exists() and not (project / "data").exists()
+    assert (project / "artifacts/figures/expo_fig2_x.svg").is_file()
+    assert (project / "artifacts/runs/claims/12_expo_drawn.cpu.json").is_file(), "its claims are of the profile"
+
+
+FLOAT32 = DRAWN.replace('{"seed": seed}', '{"seed": seed, "precision": "fp32"}')
+
+
+def test_a_cold_freeze_draws_the_projects_figures_and_says_float32(project):
+    cpu_notebook(project, FLOAT32)
+    assert start(project, "12", "--freeze", COMPUTE="cold").wait(60) == 0
+    content = json.loads((project / "figures/expo_fig2_x.json").read_text())
+    assert content["stamp"] == "profile smoke · float32"
+    assert (project / "data/frozen" / content["keys"][0] / "s.csv").is_file()
+    assert not (project / "artifacts/figures").exists()
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_number_of_nodes_that_is_none_is_refused_in_one_line(project, capsys, monkeypatch, launcher):
+    notebook(project / "notebooks" / "11_expo_a.ipynb", SETUP, parameters=FREE)
+    monkeypatch.setenv("BEYOND_DPO_NODES", "two")
+    monkeypatch.setenv("BEYOND_DPO_LAUNCHER", launcher)
+    assert run.main(["11"]) == 2
+    said = capsys.readouterr()
+    assert said.err == "refused: BEYOND_DPO_NODES=two is not a whole number above 0\n" and not said.out
+
+
+def test_what_needs_asks_of_the_environment_is_refused_in_one_line(project, capsys, monkeypatch):
+    """The number of nodes is asked for the launcher of the profile, after the configuration was loaded."""
+    notebook(project / "notebooks" / "11_expo_a.ipynb", SETUP.replace("import nothing_that_is_installed\n", ""))
+
+    def wrong(cfg):
+        raise ValueError("SLURM_NNODES=x is not a whole number above 0")
+
+    monkeypatch.setattr(needs, "check", wrong)
+    assert run.main(["11"]) == 2
+    assert capsys.readouterr().err == "refused: 11_expo_a: SLURM_NNODES=x is not a whole number above 0\n"
+
+
+def test_a_dry_run_tells_of_a_hostfile_that_is_not_there(project, capsys, monkeypatch):
+    setup = "from beyond_dpo import config\ncfg = config.load('expo', profile)"
+    notebook(project / "notebooks" / "11_expo_a.ipynb", setup)
+    monkeypatch.setenv("BEYOND_DPO_HOSTFILE", str(project / "none"))
+    assert run.main(["11", "--dry-run"]) == 0
+    assert "  is refused: BEYOND_DPO_HOSTFILE=" in capsys.readouterr().out
+
+
+def test_a_run_whose_table_has_no_place_ends_as_ever(project):
+    """`make reproduce > log` on a full disk: no traceback, and the status is that of the notebooks."""
+    notebook(project / "notebooks" / "11_expo_a.ipynb", "1")
+    environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
+    command = [sys.executable, "-m", "beyond_dpo.run", "11"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[-1] == "the output cannot be written: No space left on device"
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+        done = subprocess.run([*command, "--dry-run"], env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == "the output cannot be written: No space left on device\n"
+
+
+def test_planning_that_takes_a_while_says_so(project, capsys, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr(events, "SLOW", 0.1)
+    monkeypatch.setattr(run, "_plan", lambda options: time.sleep(0.5) or [])
+    assert run.main(["--all", "--dry-run"]) == 0
+    assert capsys.readouterr().err == "planning: looking at what is there for each notebook\n"
+
+
+WATCHED = """
+from beyond_dpo import gather
+list(gather.watched(range(3), "points"));
+"""
+
+
+def test_the_bar_of_a_long_cell_is_a_widget_in_jupyterlab(tmp_path, monkeypatch):
+    """A text bar would be left in the saved outputs."""
+    nb = executed(tmp_path, monkeypatch, WATCHED)
+    assert [list(out.data)[-1] for cell in nb.cells for out in cell.outputs] == [run.WIDGET]
+
+
+def test_the_bar_of_a_long_cell_ends_no_work_on_a_full_disk():
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    code = "from beyond_dpo import gather\nprint(*gather.watched(range(3), 'points'))"
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True)
+    assert (done.returncode, done.stdout) == (0, "0 1 2\n")
+
+
+def test_only_one_module_draws_progress_bars():
+    """It knows where a bar is a widget, where there is none, and that its errors end no work."""
+    files = sorted((paths.LIBRARY / "beyond_dpo").rglob("*.py"))
+    assert len(files) > 40
+    assert [file.stem for file in files if re.search("import.* tqdm", file.read_text(encoding="utf-8"))] == ["events"]
+
+
+def test_an_expectation_without_the_like_is_what_the_profile_says(project, capsys):
+    """A fresh clone has no training behind it: data/frozen holds none."""
+
+    def made(seed):
+        recipe = {"settings": {"lr": 1}, "seed": seed}
+        return artifacts.Artifact("train", 1, recipe, lambda out: None, f"DPO seed {seed} (x): y")
+
+    both = artifacts.Artifact("sweep", 1, {"of": [made(0), made(1)]}, None, hours=0.5)
+    artifacts.expect(both)
+    said = capsys.readouterr().err
+    assert "trainings: DPO seed 0, DPO seed 1; a whole notebook takes about 0.5 h by its profile (logs: " in said
+    made(0).get()  # of which nobody says that it took no time: there is a like one now
+    artifacts.expect(both)
+    said = capsys.readouterr().err
+    assert "; 1 like these took " in said and "by its profile" not in said
+    quick = artifacts.Artifact("table", 1, {}, None, hours=0.5)
+    artifacts.expect(quick)
+    assert " h by its profile" not in capsys.readouterr().err, "nothing that takes long is missing"
+
+
+def test_every_experiment_knows_what_its_profile_says_of_the_time():
+    files, known = sorted(paths.NOTEBOOKS.glob("*.ipynb")), 0
+    for path in files:
+        nb = nbformat.read(path, 4)
+        cfg, named = progress.planned(nb, run.parameters(nb, path.stem))
+        for one in [one for one in named if any(job.stage == "train" for job in one.upstream.values())]:
+            assert one.hours == cfg.needs.hours > 0, (path.stem, one.stage)
+            known += 1
+    assert known > 15
+
+
+SCRIPT = """
+from beyond_dpo.artifacts import Artifact
+made = Artifact("train", 1, {"seed": 0}, lambda out: None, "DPO seed 0 (x): y")
+made.get(), made.get()
+"""
+
+
+def test_a_plain_script_is_told_what_is_computed(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    environment |= {"BEYOND_DPO_ARTIFACTS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert re.match(r"computing train-\w{16}, trainings: DPO seed 0 \(logs: ", done.stderr)

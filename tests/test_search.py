@@ -65,7 +65,7 @@ def test_a_reward_that_is_not_finite_names_prompt_and_alpha():
 
 
 @pytest.mark.slow
-def test_one_call_searches_two_models(tiny, tmp_path):
+def test_one_call_searches_two_models(tiny, tmp_path, monkeypatch, capsys):
     """A reward for one letter, on an "aligned" model moved towards it: its rewards are those of the sampled texts."""
     from transformers import AutoModelForCausalLM
 
@@ -87,9 +87,11 @@ def test_one_call_searches_two_models(tiny, tmp_path):
 
     decoding = config.Decoding(backend="transformers", max_tokens=6, max_model_len=64, dtype="float32")
     prompts = ["The film", "A story of"]
+    monkeypatch.delenv("TQDM_DISABLE")
     found = search_alpha(
         tiny, tmp_path / "aligned", prompts, reward, bracket=(0.0, 8.0), evaluations=4, decoding=decoding, samples=3
     )
+    assert capsys.readouterr().err.startswith("searching α: at most 4 values, 6 responses at each\n")
     assert len(found.rewards) == len(heard) == 4 and 0.0 in found.rewards and found.alpha in found.rewards
     for values, pairs in zip(found.rewards.values(), heard, strict=True):
         assert [p for p, _ in pairs] == ["The film"] * 3 + ["A story of"] * 3

@@ -584,7 +584,9 @@ def flip(file, at):
 )
 def test_a_damaged_checkpoint_is_found_whatever_is_damaged(checkpoints, caplog, damage, why):
     log_file = checkpoints.parents[1] / "log.jsonl"
-    assert train._find_checkpoint(checkpoints, log_file) == 4 and not caplog.records
+    with caplog.at_level("INFO", "beyond_dpo.train"):
+        assert train._find_checkpoint(checkpoints, log_file) == 4
+    assert [record.getMessage() for record in caplog.records] == [f"checking {checkpoints / 'step4'}"]
     damage(checkpoints / "step4")
     assert train._find_checkpoint(checkpoints, log_file) == 2
     kept = "kept as damaged-zero1-of2-step4; the training goes on from step2"

@@ -17,8 +17,8 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -34,6 +34,9 @@ MODES = {  # of COMPUTE: what a miss means
     "cold": "compute also what is frozen",
     "plan": "find and compute nothing; of a plan of COMPUTE=cold it is `plan cold`",
 }
+LARGE = 100_000_000  # bytes of a file whose hash may take seconds
+KEY = re.compile(r'"([a-z-]+-[0-9a-f]{16})"')  # in a recipe
+FLOAT32 = ('"precision": "fp32"', '"dtype": "float32"')  # of trainings and rewards, and of samplings, in a recipe
 _hashes: dict[tuple, str] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
 _upstream: list[float] = []  # for each running `make`: seconds spent inside get() of other artifacts
 
@@ -54,7 +57,8 @@ class Artifact:
     and other Artifacts, which enter as their keys. make(folder): writes its files into `folder`, which still holds
     what an interrupted attempt left there, and may return a dict of facts for the manifest; what it puts under
     `folder`/checkpoints or under names that begin with a dot is deleted on success. does: the work in words and its
-    command, for who plans a run; {job} stands for its job file. It is not in the key.
+    command, for who plans a run; {job} stands for its job file. hours: about how long a whole notebook takes by its
+    profile, 0 where that is not known. Neither is in the key.
     Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on the order of dict
     keys nor on whether a number is written 1 or 1.0.
     """
@@ -64,6 +68,7 @@ class Artifact:
     inputs: dict = field(repr=False)
     make: Callable[[Path], dict | None] = field(repr=False)
     does: str = field(default="", repr=False)
+    hours: float = field(default=0.0, repr=False)
     recipe: dict = field(init=False, repr=False)
     key: str = field(init=False)
 
@@ -87,7 +92,7 @@ class Artifact:
                 f"{mode} forbids computing it; run `make reproduce` or `python -m beyond_dpo.run NB --profile P`"
             )
         if folder is None:
-            if not _upstream and events.interactive():  # of all that a cell asks for, what it shows
+            if not _upstream and not events.quiet():  # of all that a cell or a script asks for, what it shows
                 expect(self)
             with _lock(self):  # look again: another process may have finished it meanwhile
                 folder = self._find(mode, discard_damaged=True) or self._compute()
@@ -188,7 +193,10 @@ class Artifact:
 
 
 def expect(artifact: Artifact) -> None:
-    """Say in one line what is about to be computed, and how long the like took on whatever machine made it."""
+    """Say in one line what is about to be computed, and how long that takes.
+
+    That is how long the like took on whatever machine made it, or else what the profile says of a whole notebook.
+    """
     missing = list(artifact.missing().values())
     working = [one for one in missing if one.does]  # in a child process; the others take seconds
     line = f"computing {artifact.key}"
@@ -200,6 +208,8 @@ def expect(artifact: Artifact) -> None:
     known = [seconds for one in working if (seconds := _took(one)) is not None]
     if known:
         line += f"; {len(known)} like these took {events.duration(sum(known))}"
+    if artifact.hours and len(known) < len(working):
+        line += f"; a whole notebook takes about {artifact.hours:g} h by its profile"
     events.say(f"{line} (logs: {paths.ARTIFACTS / 'logs'} and {paths.ARTIFACTS / '*.partial/checkpoints'})")
 
 
@@ -238,6 +248,28 @@ def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
     return target
 
 
+def in_float32(keys: Iterable[str]) -> bool:
+    """Say whether a model behind these results was trained, sampled or judged in float32.
+
+    Of results and what they are made from, as far as it is in `paths.ARTIFACTS`, the manifests tell.
+    """
+    waiting, seen = list(keys), set()
+    while waiting:
+        key = waiting.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        try:
+            manifest = json.loads((paths.ARTIFACTS / key / "manifest.json").read_text(encoding="utf-8"))
+            recipe = json.dumps(manifest["inputs"])
+        except (OSError, ValueError, LookupError, TypeError):  # not computed here, or damaged
+            continue
+        if any(words in recipe for words in FLOAT32):
+            return True
+        waiting += KEY.findall(recipe)
+    return False
+
+
 def compute_mode() -> str:
     """Return what COMPUTE says, auto without it; raise ValueError for what is none of MODES."""
     mode = os.environ.get("COMPUTE") or "auto"
@@ -259,7 +291,9 @@ def sha256(path: Path) -> str:
     stat = path.stat()
     seen = (str(path), stat.st_mtime_ns, stat.st_size)
     if seen not in _hashes:
-        with open(path, "rb") as file:
+        size = f"{stat.st_size / 1e9:.1f} GB"
+        told = events.slow(f"reading {path} for its hash, {size}") if stat.st_size >= LARGE else nullcontext()
+        with told, open(path, "rb") as file:
             _hashes[seen] = hashlib.file_digest(file, "sha256").hexdigest()
     return _hashes[seen]
 

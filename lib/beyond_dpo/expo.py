@@ -77,7 +77,7 @@ def curves(cfg) -> Artifact:
         facts["pairs"] = stages.pairs(cfg).manifest["facts"]
         (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
-    return Artifact("curves", 2, recipe, make)
+    return Artifact("curves", 2, recipe, make, hours=cfg.needs.hours)
 
 
 def sweep(cfg, lines: dict[str, Line]) -> Artifact:
@@ -98,7 +98,8 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
         best = {name: float(means.loc[name].idxmax()) for name in lines}
         (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
 
-    return Artifact("sweep", 2, {"points": [score for _, score in walk], "names": list(lines)}, make)
+    inputs = {"points": [score for _, score in walk], "names": list(lines)}
+    return Artifact("sweep", 2, inputs, make, hours=cfg.needs.hours)
 
 
 def interpolation(cfg) -> dict[str, Line]:
@@ -192,7 +193,8 @@ def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artif
         table = pd.concat(frames, ignore_index=True)
         table.to_csv(out / "movement.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
 
-    return Artifact("change", 2, {name: {"start": zero, **ends} for name, (zero, ends) in pairs.items()}, make)
+    inputs = {name: {"start": zero, **ends} for name, (zero, ends) in pairs.items()}
+    return Artifact("change", 2, inputs, make, hours=cfg.needs.hours)
 
 
 def said(cfg, lines: dict[str, Line]) -> Artifact:
@@ -223,7 +225,8 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
                 texts.append({"model": name, "alpha": alpha, "prompt": r["id"], "text": decode(r["response_ids"])})
         (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
 
-    return Artifact("said", 1, {"points": list(points.values()), "names": list(lines)}, make)
+    inputs = {"points": list(points.values()), "names": list(lines)}
+    return Artifact("said", 1, inputs, make, hours=cfg.needs.hours)
 
 
 def samples(cfg, alphas: list[float]) -> Artifact | None:
@@ -277,7 +280,8 @@ def searches(cfg) -> Artifact:
         (out / "searches.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
     grids = [point(cfg, f, seed, a, "dev_prompts") for f in cfg.fractions for a in cfg.alphas[f]]
-    return Artifact("searches", 2, {"points": grids, "evaluations": most, "seed": seed}, make)
+    inputs = {"points": grids, "evaluations": most, "seed": seed}
+    return Artifact("searches", 2, inputs, make, hours=cfg.needs.hours)
 
 
 def runs(cfg) -> list[tuple[float, int]]:

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from tqdm import tqdm
 from xxhash import xxh3_128  # says which weights went in; sha256 would take as long as a third of the copying
 
+from beyond_dpo import events
 from beyond_dpo.files import sync
 
 BLOCK = 1 << 18  # elements per step: its buffers (about 5 MB) stay in the processor's cache
@@ -100,8 +100,12 @@ def extrapolate(sft, aligned, outputs: dict[float, str | Path], *, modules: dict
         stack.callback(pool.shutdown, cancel_futures=True)
         disk = ThreadPoolExecutor(1)  # takes a finished shard to the disk while the next ones are computed
         stack.callback(disk.shutdown, cancel_futures=True)
-        quiet, total = "TQDM_DISABLE" in os.environ or None, sum(one.size for pair in pairs for one in pair)
-        bar = stack.enter_context(tqdm(total=total, unit="B", unit_scale=True, disable=quiet))
+        total = sum(one.size for pair in pairs for one in pair)
+        bar = events.Bar(total, off_terminal=False, leave=True, unit="B", unit_scale=True)
+        stack.enter_context(bar)
+        if not bar.shown:
+            what = f"extrapolating {aligned} to {len(folders)} α, {total / 1e9:.1f} GB to read"
+            stack.enter_context(events.slow(what))
         unfinished = Counter(one.file for _, one in pairs)
         on_disk = []
         moved, rows = False, (set(), set())  # a row per tensor, so that a model's digest does not depend on its shards
@@ -436,7 +440,10 @@ def main(argv: list[str] | None = None) -> None:
         extrapolate(args.sft, args.aligned, outputs, modules=modules)
     except (ValueError, OSError, re.error) as error:
         raise SystemExit(f"error: {error}") from None
-    print(*outputs.values(), sep="\n")
+    except KeyboardInterrupt:
+        events.say("interrupted; nothing half written stays, the same command begins again")
+        raise SystemExit(130) from None
+    events.show("\n".join(map(str, outputs.values())))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
-from beyond_dpo import parameters, paths
+from beyond_dpo import artifacts, parameters, paths
 from beyond_dpo.files import write_file
 
 WIDTH = 8.5  # inches, 816 CSS pixels: the output area of JupyterLab has 828 in a window of 1,280
@@ -78,15 +77,19 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     name: <paper>_<fig|tab><n>_<slug>. data: the drawn numbers. keys: of the artifacts they come from. stamp: profile,
     model and n, written small under the figure. Raises ValueError for another kind of name.
     Drawing the same again writes the same bytes, in any process and on any CPU.
-    In a notebook whose parameters were changed the files go to artifacts/figures, and the stamp says what was changed.
-    A dry run (COMPUTE=plan), which executes a notebook's first cells, writes nothing.
+    In a notebook whose parameters were changed the files go to artifacts/figures, and the stamp says what was changed;
+    so they do where all is computed anew (COMPUTE=cold), and the stamp says if it is in float32, as the committed
+    results are not. A dry run (COMPUTE=plan), which executes a notebook's first cells, writes nothing.
     """
     if not re.fullmatch(r"(expo|mallows|wrpo)_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+", name):
         raise ValueError(f"figure name {name!r}: use <paper>_<fig|tab><n>_<slug>, as in expo_fig5_reward_vs_alpha")
-    if os.environ.get("COMPUTE") == "plan":
+    mode, keys = artifacts.compute_mode(), list(dict.fromkeys(keys))
+    if mode == "plan":
         return paths.FIGURES / f"{name}.svg"
     notebook = parameters.notebook_of(name)
     changes = parameters.changed(notebook)
+    if mode == "cold" and artifacts.in_float32(keys):
+        stamp = f"{stamp} · float32"
     if changes:
         stamp = f"{stamp} · changed: {', '.join(changes.values())}"
     write_stamp(fig, stamp)
@@ -97,12 +100,13 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     values = parameters.current(notebook)
     if values:
         content |= {"notebook": notebook, "parameters": values}
-    content |= {"keys": list(dict.fromkeys(keys)), "data": rows}
+    content |= {"keys": keys, "data": rows}
 
     folder = paths.FIGURES
-    if changes and folder == paths.ROOT / "figures":
+    if (changes or parameters.anew()) and folder == paths.ROOT / "figures":
         folder = paths.ARTIFACTS / "figures"
-        print(f"{name}: drawn with {', '.join(changes.values())}; it is in {folder}, figures/ stays as it was")
+        drawn = f"drawn with {', '.join(changes.values())}" if changes else "drawn from results computed anew"
+        print(f"{name}: {drawn}; it is in {folder}, figures/ stays as it was")
     write_file(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_file(folder / f"{name}.svg", picture)
     return folder / f"{name}.svg"

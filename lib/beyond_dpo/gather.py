@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 from beyond_dpo import events, needs
 from beyond_dpo.artifacts import Artifact
@@ -14,9 +13,11 @@ from beyond_dpo.artifacts import Artifact
 def watched(items, desc: str):
     """Yield the items under a progress bar, and tell the batch runner."""
     items, began = list(items), time.monotonic()
-    for i, item in enumerate(tqdm(items, desc=desc, leave=False)):
-        yield item
-        events.announce(desc, i + 1, len(items), time.monotonic() - began)
+    with events.Bar(len(items), desc) as bar:
+        for item in items:
+            yield item
+            bar.update(1)
+            events.announce(desc, bar.done, len(items), time.monotonic() - began)
 
 
 def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
@@ -48,7 +49,8 @@ def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
         needs.check(cfg)
         write(out, *scored(points, "trained models"))
 
-    return Artifact("judged", 1, {"places": [p for p, _ in points], "points": [s for _, s in points]}, make)
+    inputs = {"places": [p for p, _ in points], "points": [s for _, s in points]}
+    return Artifact("judged", 1, inputs, make, hours=cfg.needs.hours)
 
 
 def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:

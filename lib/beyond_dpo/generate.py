@@ -223,7 +223,7 @@ def _in_own_process(job: dict) -> list[list[float]]:
         file = Path(folder, "job.json")
         file.write_text(json.dumps(job), encoding="utf-8")
         library = str(paths.LIBRARY)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([library, *sys.path])}
+        environment = launch.without_secrets() | {"PYTHONPATH": os.pathsep.join([library, *sys.path])}
         environment["BEYOND_DPO_PARENT"] = str(os.getpid())
         command = [sys.executable, "-m", "beyond_dpo.generate", "--logps", str(file)]
         words = {"encoding": "utf-8", "errors": "replace"}

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -113,7 +112,8 @@ class Worker(AbstractContextManager):
             arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
             self.child = _start(arguments, out, self.progress_file, 1, environment, pass_fds=[other_end.fileno()])
         try:
-            self._ask(config, "start")
+            with events.slow(f"starting {desc} ..."):
+                self._ask(config, "start")
         except JobFailed:  # nobody will hold a worker whose object could not be built
             self.close()
             raise
@@ -207,9 +207,14 @@ def threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def without_secrets() -> dict[str, str]:
+    """Return this process's environment without keys and tokens, for its children."""
+    return {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+
+
 def _environment(progress_file: Path, processes: int, more: dict) -> dict[str, str]:
     """Return the environment of a child that runs `processes` processes; `more` is laid over it."""
-    environment = {name: value for name, value in os.environ.items() if not SECRET.search(name)}
+    environment = without_secrets()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # which some clusters give a node's first process
         environment.pop(name, None)
     if not any(name in environment for name in WAITING):
@@ -264,7 +269,7 @@ def _signal(child, number) -> None:
 
 @contextmanager
 def _bar(desc: str, progress_file: Path):
-    """Yield show(), which passes on what a child's progress file says: to a tqdm bar here, and to the batch runner.
+    """Yield show(), which passes on what a child's progress file says: to a bar here, and to the batch runner.
 
     What cannot be read or shown is left out: no work ends because nobody can see how far it is.
     """
@@ -279,10 +284,9 @@ def _bar(desc: str, progress_file: Path):
             return
         last = counted
         done, total = counted
-        with suppress(Exception):  # a full disk behind stderr, a notebook that is closed: each has errors of its own
-            if bar is None:
-                bar = _tqdm()(total=total, desc=desc, leave=False)
-            bar.update(done - bar.n)
+        if bar is None:
+            bar = events.Bar(total, desc)
+        bar.update(done - bar.done)
         events.announce(desc, done, total, time.monotonic() - start)
 
     try:
@@ -290,8 +294,7 @@ def _bar(desc: str, progress_file: Path):
         show()
     finally:
         if bar is not None:
-            with suppress(Exception):
-                bar.close()
+            bar.close()
 
 
 def _counted(progress_file: Path) -> tuple[int, int] | None:
@@ -305,18 +308,6 @@ def _counted(progress_file: Path) -> tuple[int, int] | None:
         return None
     done, total = map(int, words)
     return (done, total) if total else None
-
-
-def _tqdm():
-    """Return the kind of bar that fits: a widget in a notebook, else text."""
-    if os.environ.get("TQDM_DISABLE"):  # which the widget does not look at
-        from tqdm import tqdm
-
-        return tqdm
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a notebook without ipywidgets has the text
-        from tqdm.auto import tqdm
-    return tqdm
 
 
 def _tail(log: Path, begin: int = 0) -> str:

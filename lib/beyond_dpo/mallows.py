@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from beyond_dpo import assets, config, corpus, gather, openings, preferences, stages, stats, templates
+from beyond_dpo import assets, config, corpus, gather, needs, openings, preferences, stages, stats, templates
 from beyond_dpo.artifacts import Artifact
 from beyond_dpo.files import write_file
 from beyond_dpo.rows import write_rows
@@ -49,13 +49,14 @@ def dispersed(cfg) -> Artifact:
     def make(out: Path) -> dict:
         from beyond_dpo import dispersion
 
+        needs.check(cfg)
         chosen, rejected = stages.of_reference(held, "entropies")
         weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
         table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
         table.round(6).to_csv(out / "dispersion.csv", index=False)
         return {"phi_star": round(phi_star, 6)}
 
-    return Artifact("dispersion", 1, {"reference": held}, make)
+    return Artifact("dispersion", 1, {"reference": held}, make, hours=cfg.needs.hours)
 
 
 def rated(source: str) -> list[tuple[str, list[int]]]:
@@ -101,6 +102,7 @@ def raters(cfg) -> Artifact:
     held = stages.reference(cfg, rows=rows, names=("said",))
 
     def make(out: Path) -> None:
+        needs.check(cfg)
         entropies, tokens = (stages.of_reference(held, what)[0] for what in ("entropies", "tokens"))
         table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
         ratings = [np.array(said) for said in json.loads((rows.get() / "ratings.json").read_text(encoding="utf-8"))]
@@ -110,7 +112,7 @@ def raters(cfg) -> Artifact:
         table["strength"] = [abs(said.mean()) for said in ratings]
         table.round(6).to_csv(out / "raters.csv", index=False)
 
-    return Artifact("raters", 1, {"reference": held, "rated": rows}, make)
+    return Artifact("raters", 1, {"reference": held, "rated": rows}, make, hours=cfg.needs.hours)
 
 
 def frontier(cfg) -> Artifact:

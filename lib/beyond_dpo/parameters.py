@@ -1,7 +1,8 @@
-"""Tell whether the notebook that runs was given other parameters than those behind what is committed.
+"""Tell whether what is drawn now may take the place of what is committed.
 
-What comes of other parameters is a trial: it must not take the place of a committed figure or claim, whoever started
-the kernel (JupyterLab, papermill, the runner). So the functions that write ask here.
+What comes of other parameters is a trial, and what is computed anew may be of another machine or precision: neither
+must take the place of a committed figure or claim, whoever started the kernel (JupyterLab, papermill, the runner). So
+the functions that write ask here.
 """
 
 import ast
@@ -31,6 +32,11 @@ def changed(notebook: str) -> dict[str, str]:
         elif _plain(namespace[name]) != before:
             differences[name] = f"{name} = {namespace[name]!r:.60}"
     return differences
+
+
+def anew() -> bool:
+    """Say whether all results are computed anew (COMPUTE=cold), and not to be committed."""
+    return os.environ.get("COMPUTE") == "cold" and not os.environ.get(RENEW)
 
 
 def committed(notebook: str) -> dict:

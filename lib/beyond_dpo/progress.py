@@ -63,7 +63,7 @@ def planned(nb, values: dict) -> tuple:
     """Return a notebook's configuration (None if it has none) and the artifacts that it names, as its own cells say.
 
     Those are the set-up and the one that names its results. values: of its parameters. Nothing is computed, and no
-    network is asked. Raises ConfigError where the set-up does.
+    network is asked. Raises ValueError where the set-up does, as ConfigError is one.
     """
     held, cells = dict(values), [cell for cell in nb.cells if cell.cell_type == "code"]
     cells = [cell.source for cell in cells if "parameters" not in cell.metadata.get("tags", [])]
@@ -83,7 +83,7 @@ def said(nb, values: dict) -> list[str]:
     """Return what a notebook needs and executes, a line each; arguments as for planned()."""
     try:
         cfg, named = planned(nb, values)
-    except config.ConfigError as reason:
+    except ValueError as reason:  # a ConfigError, or variables that do not describe a cluster well
         return [f"is refused: {reason}"]
     jobs = [one.upstream for one in named]
     file = str(paths.ARTIFACTS / "{}.partial/checkpoints/config.json")

@@ -44,7 +44,8 @@ def off_the_shelf(cfg) -> Artifact:
         (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
 
     recipe = {"dev": [scores for _, scores in dev], "names": list(lines), "judge": cfg.judge}
-    return Artifact("published", 1, recipe | {"test_samples": cfg.test_samples}, make)
+    recipe |= {"test_samples": cfg.test_samples}
+    return Artifact("published", 1, recipe, make, hours=cfg.needs.hours)
 
 
 def _spoken(cfg, said: Artifact, split: str) -> dict[str, str]:

@@ -304,9 +304,11 @@ def main(arguments: list[str] | None = None) -> None:
         asked = [name.removesuffix(".ipynb") for name in options.notebooks]
         wanted = df["notebook"].map(lambda stem: any(stem == name or stem.startswith(f"{name}_") for name in asked))
         df = df[wanted]
-    print(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
+    fine = events.show(df.to_string(index=False) if len(df) else "No claim has been recorded yet.")
     if options.readme:
-        print("README.md updated" if update_readme() else "README.md was up to date")
+        fine = events.show("README.md updated" if update_readme() else "README.md was up to date") and fine
+    if not fine:
+        sys.exit(1)
 
 
 def _readable(df: pd.DataFrame) -> pd.DataFrame:

@@ -213,15 +213,19 @@ def _main(arguments: list[str] | None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs")
     options = parser.parse_args(arguments)
     try:
-        plan = _plan(options)
+        with events.slow("planning: looking at what is there for each notebook"):
+            plan = _plan(options)
     except Refused as reason:
-        print(f"refused: {reason}", file=sys.stderr)
+        events.say(f"refused: {reason}")
         return 2
     if options.dry_run:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asks nobody
         for path, nb, values, _ in plan:
-            print(path.stem, *(f"{key}={value!r}" for key, value in values.items()))
-            print(*(f"  {line}" for line in progress.said(nb, parameters(nb, path.stem) | values)), sep="\n")
+            head = " ".join([path.stem, *(f"{key}={value!r}" for key, value in values.items())])
+            with events.slow(f"looking at what {path.stem} would run"):
+                lines = progress.said(nb, parameters(nb, path.stem) | values)
+            if not events.show("\n  ".join([head, *lines])):
+                return 1
         return 0
     package = str(paths.LIBRARY)  # the kernel runs in another folder, with this very code
     os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -232,10 +236,11 @@ def _main(arguments: list[str] | None) -> int:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that we can end them
     changed = any(set(values) - {"profile"} for _, _, values, _ in plan)
-    if changed or any(profile == "smoke" for *_, profile in plan):  # neither a figure nor a claim of the project
+    renew = options.in_place or options.freeze  # what is drawn and claimed now is what will be committed
+    if not renew or any(profile == "smoke" for *_, profile in plan):  # no figure of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
-    if options.in_place or options.freeze:  # what is drawn and claimed now is what will be committed
+    if renew:
         os.environ[RENEW] = "1"
     cluster.head()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of an interrupt it tells tasks that nobody asks for
@@ -252,7 +257,7 @@ def _main(arguments: list[str] | None) -> int:
 
     total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
     total |= {name: sum(row[name] for row in rows) for name in ("seconds", "computed", "found")}
-    print(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
+    events.show(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
     return int(any(row["status"] != "ok" for row in rows))
 
 
@@ -294,9 +299,10 @@ def _opened(path: Path):
 
 
 def _check_mode() -> None:
-    """Refuse a COMPUTE with which no notebook could run."""
+    """Refuse a COMPUTE, or a number of nodes, with which no notebook could run."""
     try:
         mode = artifacts.compute_mode()
+        cluster.nodes("torchrun")
     except ValueError as error:
         raise Refused(str(error)) from None
     if mode == "plan":
@@ -319,6 +325,8 @@ def _check_setup(name: str, nb, values: dict, options) -> None:
     except config.ConfigError as lack:
         if progress.lacks_results(nb, values):
             raise Refused(f"{name}: {lack} (--force runs it all the same)") from None
+    except ValueError as error:  # of the variables that describe a cluster
+        raise Refused(f"{name}: {error}") from None
 
 
 @contextlib.contextmanager

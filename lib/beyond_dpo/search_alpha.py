@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from beyond_dpo import launch, templates
+from beyond_dpo import events, launch, templates
 from beyond_dpo.job_settings import Decoding
 from beyond_dpo.search import Search, golden_section
 
@@ -43,6 +43,7 @@ def search_alpha(
     if not rendered:
         raise ValueError("prompts is empty: give at least one, better fifty")
     asked = [p for p in prompts for _ in range(samples)]
+    events.note(f"searching α: at most {evaluations} values, {len(asked)} responses at each")
     with tempfile.TemporaryDirectory() as work:
         given = Path(work, "prompts.json")
         rows = [{"id": str(i), "prompt_ids": prompt} for i, prompt in enumerate(rendered)]

@@ -301,6 +301,7 @@ def _find_checkpoint(saved: Path, log_file: Path) -> int:
         lost.append(f"{latest} names no checkpoint that is there ({named[:40]!r})")
     for tag in tags:
         folder = saved / tag
+        log.info("checking %s", folder)  # reads all of it
         damage = _damage(folder, log_file)
         if not damage:
             chosen = tag

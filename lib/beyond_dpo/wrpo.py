@@ -258,7 +258,7 @@ def collected(cfg) -> Artifact:
         (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     inputs = {"pools": {name: scores for name, (_, scores) in pools.items()}, "quadruples": rows}
-    return Artifact("collected", 1, inputs, make)
+    return Artifact("collected", 1, inputs, make, hours=cfg.needs.hours)
 
 
 def dynamics(cfg) -> Artifact:
@@ -289,7 +289,7 @@ def dynamics(cfg) -> Artifact:
         pd.concat(tables).round(5).to_csv(out / "gap.csv", index=False)
 
     inputs = {"runs": list(runs.values()), "names": [f"{name} {s}" for name, s in runs], "references": held}
-    return Artifact("dynamics", 1, inputs, make)
+    return Artifact("dynamics", 1, inputs, make, hours=cfg.needs.hours)
 
 
 def win_rate(table, value: str, to: str, against: str, *, seed: int) -> tuple[float, float, float]:
