@@ -55,8 +55,8 @@ setup: $(READY)  ## create .venv from requirements/cpu.txt (2 to 4 minutes, once
 	@touch .venv/.ready
 
 reproduce: $(READY)  ## compute every result anew, download what it needs, print the claims (NB=11: one notebook)
-	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run $${nb:---all} --profile $(PROFILE)
-	@$(RUN) -m beyond_dpo.report --local $(NB)
+	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run $${nb:---all} --profile $(PROFILE)
+	@$(RUN) -m beyond_dpo.notebook.report --local $(NB)
 
 # Two processes: most of the time goes to children that start up on one core. A file's tests stay together, they share
 # models; the files go in the order of their names, which begins the longest early.
@@ -68,7 +68,7 @@ faults: $(READY)  ## break every stage, disk and file in all known ways, a quart
 	@FAULT_ROUNDS=$(ROUNDS) FAULTS_TO=$(FAULTS_TO) $(RUN) -m pytest -q tests/test_faults.py tests/test_hostile.py
 
 smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, no downloads, numbers without meaning
-	@$(RUN) -m beyond_dpo.run --all --profile smoke
+	@$(RUN) -m beyond_dpo.notebook.run --all --profile smoke
 
 # Trusted notebooks show their figures as SVG, others as PNG.
 # JUPYTER_PATH comes first where kernels are looked for: its `python3` is then this environment's, which has the
@@ -83,12 +83,12 @@ lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 888
 	  $(RUN) -m jupyterlab $$root $(LAB) notebooks/00_start_here.ipynb
 
 render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
-	@COMPUTE=never $(RUN) -m beyond_dpo.run --all --in-place
-	@$(RUN) -m beyond_dpo.report --readme
+	@COMPUTE=never $(RUN) -m beyond_dpo.notebook.run --all --in-place
+	@$(RUN) -m beyond_dpo.notebook.report --readme
 
 # Cold, as `reproduce`: with COMPUTE=auto it would find the results that are frozen, and keep those.
 freeze: $(READY)  ## compute what is missing at profile cpu; copy small results into data/frozen, figures into figures
-	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.run --all --profile cpu --freeze
+	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run --all --profile cpu --freeze
 
 lint: $(READY)  ## check the style
 	@$(RUN) -m ruff check lib tests notebooks benchmarks

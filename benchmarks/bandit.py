@@ -14,7 +14,8 @@ import torch
 from measure import report, run
 from torch.nn.functional import logsigmoid
 
-from beyond_dpo import bandit, config
+from beyond_dpo import bandit
+from beyond_dpo.pipeline import config
 
 BETAS = list(config.load("mallows", "cpu").bandit_betas)  # of Figures 8a, 8b and 9
 LINKS, STEPS, TORCH_STEPS = ("dpo", "mallows_phi"), 500_000, 2_000

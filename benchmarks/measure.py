@@ -11,8 +11,9 @@ from statistics import median
 
 import psutil
 
-from beyond_dpo import artifacts, paths
 from beyond_dpo.files import write_file
+from beyond_dpo.machine import paths
+from beyond_dpo.pipeline import artifacts
 
 RESULTS = paths.FROZEN / "benchmarks"
 ROWS = {  # what is compared: in words, our number, against whom, theirs, the goal for the ratio

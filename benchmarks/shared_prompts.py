@@ -14,7 +14,8 @@ import time
 import torch
 from measure import report
 
-from beyond_dpo import assets, config, scoring
+from beyond_dpo import scoring
+from beyond_dpo.pipeline import assets, config
 
 ROWS, SAID = 4, 24
 KINDS = {"pairs": config.FUSED[1:], "quadruples": config.FUSED}

@@ -16,7 +16,9 @@ import torch
 from measure import report
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import assets, config, launch, templates
+from beyond_dpo import templates
+from beyond_dpo.machine import launch
+from beyond_dpo.pipeline import assets, config
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
         settings = {"model": str(sft), "decoding": dataclasses.asdict(cfg.decoding)}
         for _ in range(options.rounds):
             clock = [time.perf_counter()]
-            with launch.Worker("beyond_dpo.generate", settings, Path(work), desc="sweep") as engine:
+            with launch.Worker("beyond_dpo.jobs.generate", settings, Path(work), desc="sweep") as engine:
                 clock.append(time.perf_counter())
                 engine.call("swap", sft=str(sft), aligned=str(aligned), alpha=0.0)
                 clock.append(time.perf_counter())

@@ -1,4 +1,4 @@
-"""DPO training: `beyond_dpo.train` and TRL's DPOTrainer in turn, on the same model, pairs, precision and cores.
+"""DPO training: `beyond_dpo.jobs.train` and TRL's DPOTrainer in turn, on the same model, pairs, precision and cores.
 
     python benchmarks/train_vs_trl.py                                # pip install .[bench]
 
@@ -22,7 +22,9 @@ from pathlib import Path
 
 from measure import report, run
 
-from beyond_dpo import assets, config, stages, templates, workers
+from beyond_dpo import templates
+from beyond_dpo.machine import workers
+from beyond_dpo.pipeline import assets, config, stages
 from beyond_dpo.rows import read_rows, write_rows
 
 SKIP = 2  # steps that warm up

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 from statistics import median
 
-from beyond_dpo import artifacts, launch
+from beyond_dpo.machine import launch
+from beyond_dpo.pipeline import artifacts
 
 POLICIES = {"as it comes": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 BESIDE = {  # what runs at the same time

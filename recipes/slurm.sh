@@ -12,7 +12,7 @@
 # To change: the numbers above, --partition and --account as your cluster has them, and these lines:
 source "${VENV:-.venv}/bin/activate"                  # or: conda activate beyond-dpo
 export BEYOND_DPO_ARTIFACTS="${BEYOND_DPO_ARTIFACTS:-$PWD/artifacts}"  # on a file system that all nodes share
-RUN=${RUN:-11 --profile paper}                        # as after `python -m beyond_dpo.run`
+RUN=${RUN:-11 --profile paper}                        # as after `python -m beyond_dpo.notebook.run`
 # export BEYOND_DPO_MICRO_BATCH=2                     # if tasks × micro_batch of the profile exceed its global batch
 # export NCCL_SOCKET_IFNAME=ib0                       # if nodes reach each other on one network only
 
@@ -23,9 +23,9 @@ else                                                  # WAY=torchrun: one agent 
     export BEYOND_DPO_LAUNCHER=torchrun BEYOND_DPO_NODES=$SLURM_NNODES
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) && export MASTER_ADDR
     srun --overlap --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --ntasks-per-node=1 --relative=1 \
-        python -m beyond_dpo.cluster join &
+        python -m beyond_dpo.machine.cluster join &
 fi
-python -m beyond_dpo.run $RUN & head=$!
+python -m beyond_dpo.notebook.run $RUN & head=$!
 trap 'kill -TERM $head' TERM                          # a signal reaches a batch script only while it waits
 wait $head || wait $head
 status=$?

@@ -10,8 +10,8 @@ GPUS=${GPUS:-8}                                       # processes a node
 # export NCCL_SOCKET_IFNAME=eth0                      # if nodes reach each other on one network only (gloo: GLOO_...)
 
 if [ "$NODE_RANK" != 0 ]; then
-    exec python -m beyond_dpo.cluster join 3600       # takes part in each training; gives up if no head comes in an hour
+    exec python -m beyond_dpo.machine.cluster join 3600       # takes part in each training; gives up if no head comes in an hour
 fi
 export MASTER_ADDR                                    # of the head, as the others reach it
 export BEYOND_DPO_LAUNCHER=torchrun BEYOND_DPO_NODES=$NODES BEYOND_DPO_PROCESSES=$((NODES * GPUS))
-exec python -m beyond_dpo.run "$@"
+exec python -m beyond_dpo.notebook.run "$@"

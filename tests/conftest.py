@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import assets, paths, workers
+from beyond_dpo.machine import paths, workers
+from beyond_dpo.pipeline import assets
 
 os.environ.update(
     PYTHONPATH=os.pathsep.join(filter(None, [str(paths.ROOT / "lib"), os.environ.get("PYTHONPATH")])),

@@ -6,7 +6,8 @@ A worker that dies is met once: the next call must work. Training leaves a check
 import os
 import sys
 
-from beyond_dpo import config, expo, launch, mallows, sources, wrpo
+from beyond_dpo.machine import launch
+from beyond_dpo.pipeline import config, expo, mallows, sources, wrpo
 
 OFTEN = {"train__checkpoint_every": 1, "sft__checkpoint_every": 1, "needs__disk_gb": 0}
 FEW = {"fractions": [0.5], "alphas": {0.5: [0, 1]}, "seeds": [0], "seed_fractions": []}

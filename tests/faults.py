@@ -18,8 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from beyond_dpo import artifacts
 from beyond_dpo.files import write_file
+from beyond_dpo.pipeline import artifacts
 
 SCRIPT = Path(__file__).with_name("fault_pipeline.py")
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "0"))  # 0: the short form

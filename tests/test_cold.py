@@ -7,7 +7,8 @@ import sys
 import nbformat
 import pytest
 
-from beyond_dpo import paths, progress, run
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import progress, run
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.slow
 def test_every_notebook_runs_cold_at_smoke(tmp_path, monkeypatch):
     """`make smoke` into an empty store: real training, sampling, scoring, figures. Then nothing is left to compute."""
     store = {"BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"), "BEYOND_DPO_FIGURES": str(tmp_path / "figures")}
-    command = [sys.executable, "-m", "beyond_dpo.run", "--all", "--profile", "smoke"]
+    command = [sys.executable, "-m", "beyond_dpo.notebook.run", "--all", "--profile", "smoke"]
     env = os.environ | store | {"COMPUTE": "cold"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

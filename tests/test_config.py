@@ -17,11 +17,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_dpo import assets, config, expo, mallows, needs, paths, report, wrpo
-from beyond_dpo.config import ConfigError, Decoding, Source, Train, World, load
-from beyond_dpo.job_settings import Grid
-from beyond_dpo.published import off_the_shelf
-from beyond_dpo.settings import Expo, Mallows, Needs, Recipe, Wrpo
+from beyond_dpo.jobs.settings import Grid
+from beyond_dpo.judging.published import off_the_shelf
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import report
+from beyond_dpo.pipeline import assets, config, expo, mallows, needs, wrpo
+from beyond_dpo.pipeline.config import ConfigError, Decoding, Source, Train, World, load
+from beyond_dpo.pipeline.settings import Expo, Mallows, Needs, Recipe, Wrpo
 
 SMOKE = load("expo", "smoke")
 PAPER = load("expo", "paper")
@@ -253,7 +255,7 @@ def test_every_hub_id_of_a_profile_has_its_line_among_the_pins():
     """A commit, or null where none is known, which the log then tells."""
     named = set()
     for paper in config.SCHEMAS:
-        layers = (paths.ROOT / "lib/beyond_dpo/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
+        layers = (paths.ROOT / "lib/beyond_dpo/pipeline/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
         without_comments = re.sub(r"#.*", "", layers)
         named |= set(re.findall(r"(?<![\w/.])[\w.-]+/[\w.-]*\w(?=[\s:,\]\"}])", without_comments))
     named = {name.removeprefix("datasets:") for name in named if name.split("/")[0] not in config.PROFILES}
@@ -442,7 +444,7 @@ def test_a_recipe_of_the_settings_is_one_that_can_be_trained(monkeypatch):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_every_shipped_profile_and_experiment_loads(monkeypatch, paper, frozen):
     monkeypatch.setenv("COMPUTE", "never" if frozen else "cold")
-    layers = (paths.ROOT / "lib/beyond_dpo/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
+    layers = (paths.ROOT / "lib/beyond_dpo/pipeline/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
     names = [name for name in re.findall(r"^([\w/]+):", layers, re.M) if name != "base"]
     assert set(config.PROFILES) <= set(names)
     for name in names:
@@ -486,7 +488,7 @@ def test_a_target_of_ones_own_does_not_need_what_the_papers_model_needs():
 
 
 def test_import_is_light():
-    code = "import sys, beyond_dpo.config as c; c.load('expo', 'cpu'); print(*sys.modules)"
+    code = "import sys, beyond_dpo.pipeline.config as c; c.load('expo', 'cpu'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "vllm", "deepspeed", "pandas", "numpy", "sklearn"}
     assert not heavy & set(done.stdout.split())

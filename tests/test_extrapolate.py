@@ -658,7 +658,7 @@ def test_command_line(pair, tmp_path, capsys):
         module.main([sft, aligned, str(tmp_path / "one"), "--alpha", "1"])
 
 
-@pytest.mark.parametrize("name", ["extrapolate", "generate"])
+@pytest.mark.parametrize("name", ["extrapolate", "jobs.generate"])
 def test_help_is_shown_and_starts_nothing(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     monkeypatch.delitem(sys.modules, f"beyond_dpo.{name}", raising=False)  # as in a process of its own

@@ -20,8 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save, save_file
 
-from beyond_dpo import assets, config, launch, paths, reference, stages, workers
 from beyond_dpo.extrapolate import extrapolate
+from beyond_dpo.jobs import reference
+from beyond_dpo.machine import launch, paths, workers
+from beyond_dpo.pipeline import assets, config, stages
 from fault_pipeline import results
 from faults import ROUNDS, SCRIPT, SEED, Endpoint, Store, damage, descendants, disk, filled, long_form, stop, wait_for
 
@@ -177,7 +179,7 @@ def test_a_reference_file_has_the_same_bytes_each_time():
 
 def test_a_reply_that_a_full_disk_cut_off_is_asked_for_again(endpoint, tmp_path, monkeypatch, fault):
     """Also where another reply was written behind the half of it."""
-    from beyond_dpo import endpoint as client
+    from beyond_dpo.pipeline import endpoint as client
 
     monkeypatch.setenv("OPENAI_API_KEY", "sk-x")
     kept = tmp_path / "replies.jsonl"
@@ -219,7 +221,7 @@ def texts(whole, tmp_path, monkeypatch):
 
 
 DYING = {"launcher": ("deepspeed.launcher.launch", 1), "runner": ("deepspeed.launcher.runner", 1),
-         "rank": ("-m beyond_dpo.train", 2)}  # fmt: skip
+         "rank": ("-m beyond_dpo.jobs.train", 2)}  # fmt: skip
 
 
 @pytest.mark.parametrize("who", list(DYING) if ROUNDS else ["launcher"])
@@ -244,7 +246,7 @@ def test_half_a_model_of_a_killed_attempt_is_not_taken_for_the_result(whole, tex
         with pytest.raises(launch.JobFailed, match=r"SFT: .*(ended with|without a model)"):
             artifact.get()
         killer.join()
-        wait_for(lambda: not victims("beyond_dpo.train"), 10)
+        wait_for(lambda: not victims("beyond_dpo.jobs.train"), 10)
         assert not (paths.ARTIFACTS / artifact.key).exists()
     if ROUNDS:
         there, here = (load_file(folder / "model.safetensors") for folder in (finished, artifact.get()))
@@ -262,7 +264,7 @@ def test_an_engine_killed_while_it_answers_is_followed_by_another(tiny, tmp_path
     asked = {"prompts": str(tmp_path / "prompts.json"), "samples": 2, "seed": 0}
 
     def say(out: str) -> bytes:
-        engine = workers.get("generate", "beyond_dpo.generate", {"model": str(tiny), "decoding": decoding})
+        engine = workers.get("generate", "beyond_dpo.jobs.generate", {"model": str(tiny), "decoding": decoding})
         engine.call("generate", out=str(tmp_path / out), **asked)
         return (tmp_path / out).read_bytes()
 
@@ -272,7 +274,7 @@ def test_an_engine_killed_while_it_answers_is_followed_by_another(tiny, tmp_path
         timer.start()
         with pytest.raises(launch.JobFailed, match=r"(?s)the worker died with status -9.*generate-\d+\.log says"):
             say("killed")
-        assert not victims("beyond_dpo.generate")
+        assert not victims("beyond_dpo.jobs.generate")
         assert say("after") == calm
     workers.close()
 
@@ -343,11 +345,12 @@ def test_a_conversion_killed_at_any_moment_ends_the_same(tmp_path, fault):
     shutil.copy(archive, cache)
     for _ in range(ROUNDS):
         with fault("everything killed: conversion"):
-            child = here.start("-c", "from beyond_dpo import assets; assets.model_dir('smollm2')")
+            child = here.start("-c", "from beyond_dpo.pipeline import assets; assets.model_dir('smollm2')")
             time.sleep(rng.uniform(1, 12))
             here.kill() if rng.random() < 0.5 else stop(child)
             assert here.alone()
-    assert here.start("-c", "from beyond_dpo import assets; assets.model_dir('smollm2')").wait(300) == 0, here.said()
+    code = "from beyond_dpo.pipeline import assets; assets.model_dir('smollm2')"
+    assert here.start("-c", code).wait(300) == 0, here.said()
     assert [path.name for path in cache.iterdir() if path.is_dir()] == [calm.name]
     assert (cache / calm.name / ".sha256.json").read_bytes() == (calm / ".sha256.json").read_bytes()
 
@@ -356,11 +359,11 @@ def test_a_conversion_killed_at_any_moment_ends_the_same(tmp_path, fault):
 
 CELL = """
 import time
-from beyond_dpo import workers
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo.machine import workers
+from beyond_dpo.pipeline.artifacts import Artifact
 def make(folder):
     (folder / "text").write_text(tag)
-    workers.get("jobs", "beyond_dpo.launch", {})
+    workers.get("jobs", "beyond_dpo.machine.launch", {})
     Artifact("waits", 1, {}, lambda out: time.sleep(0 if (folder.parent / "go").exists() else 600)).get()
 print(Artifact("slow", 1, {"tag": tag}, make).get().name)
 """
@@ -381,7 +384,7 @@ def project(tmp_path):
 
 def test_a_killed_runner_leaves_no_process_and_its_rerun_ends_well(project, fault, tmp_path):
     """kill -9 of the runner alone: its kernel and the kernel's worker end by themselves. A parameter is no code."""
-    run = ["-m", "beyond_dpo.run", "11", "-p", "tag=x'\n__import__('pathlib').Path('injected').touch()#"]
+    run = ["-m", "beyond_dpo.notebook.run", "11", "-p", "tag=x'\n__import__('pathlib').Path('injected').touch()#"]
     runner = project.start(*run)
     with fault("runner killed"):
         wait_for(lambda: list(project.artifacts.glob("waits-*.partial")), 60)
@@ -397,7 +400,7 @@ def test_a_killed_runner_leaves_no_process_and_its_rerun_ends_well(project, faul
 @long_form
 def test_a_real_notebook_killed_and_run_twice_at_once_ends_the_same(store, fault):
     rng, calm, here = random.Random(SEED), store(), store()
-    command = ["-m", "beyond_dpo.run", "11", "--profile", "smoke"]
+    command = ["-m", "beyond_dpo.notebook.run", "11", "--profile", "smoke"]
     began = time.monotonic()
     assert calm.start(*command).wait(600) == 0, calm.said()
     seconds = time.monotonic() - began
@@ -425,7 +428,7 @@ def test_a_runner_on_a_full_disk_says_so(project, fault):
         (project.artifacts / "go").touch()
         with fault("disk full: runs"):
             with filled(project.artifacts):
-                assert project.start("-m", "beyond_dpo.run", "11").wait(60) == 1
+                assert project.start("-m", "beyond_dpo.notebook.run", "11").wait(60) == 1
             assert "No space left on device" in project.said() and not project.published(), project.said()
-            assert project.start("-m", "beyond_dpo.run", "11").wait(60) == 0, project.said()
+            assert project.start("-m", "beyond_dpo.notebook.run", "11").wait(60) == 0, project.said()
             assert project.alone()

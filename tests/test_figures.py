@@ -17,8 +17,9 @@ from PIL import Image
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from beyond_dpo import figures, parameters, paths  # noqa: E402
-from beyond_dpo.artifacts import Artifact  # noqa: E402
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import figures, parameters  # noqa: E402
+from beyond_dpo.pipeline.artifacts import Artifact  # noqa: E402
 
 SHARES = [0.05, 0.1, 0.2, 0.4, 1.0]
 
@@ -167,7 +168,8 @@ DRAW = """
 import sys, pathlib, matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt, pandas as pd
-from beyond_dpo import figures, paths
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import figures
 assert not {"torch", "transformers", "vllm", "deepspeed"} & set(sys.modules)
 paths.FIGURES = pathlib.Path(sys.argv[1])
 figures.style()

@@ -24,8 +24,11 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import chi2
 from transformers import AutoModelForCausalLM
 
-from beyond_dpo import assets, extrapolate, generate, launch, paths, precision, scoring
-from beyond_dpo.generate import Engine, StaleWeights, TransformersBackend
+from beyond_dpo import extrapolate, precision, scoring
+from beyond_dpo.jobs import generate
+from beyond_dpo.jobs.generate import Engine, StaleWeights, TransformersBackend
+from beyond_dpo.machine import launch, paths
+from beyond_dpo.pipeline import assets
 
 DECODING = {
     "backend": "vllm", "temperature": 0.7, "top_k": 12, "top_p": 0.9, "presence_penalty": 0.6, "frequency_penalty": 0.4,
@@ -559,7 +562,7 @@ def test_vllm_computes_with_all_weights_or_says_that_it_does_not(tmp_path, monke
     zero, one = random_pair(tmp_path, config)
     alone = Engine(zero, PLAIN).swap(zero, one, 0.5)
     settings = {"model": zero, "decoding": PLAIN | {"backend": "vllm"}}
-    with launch.Worker("beyond_dpo.generate", settings, tmp_path, desc="vllm") as engine:
+    with launch.Worker("beyond_dpo.jobs.generate", settings, tmp_path, desc="vllm") as engine:
         if name == "mixtral":
             with pytest.raises(launch.JobFailed, match="StaleWeights: vllm does not compute with all of the weights"):
                 engine.call("swap", sft=zero, aligned=one, alpha=0.5)
@@ -586,7 +589,7 @@ LIMITS += [(1, 1.0), (1, 0.5), (5, 0.9), (40, 0.9), (40, 1.0), (0, 0.9), (0, 1e-
 def test_top_k_top_p_equals_vllms_own(k, p):
     """The mask of a full sort. Of equal logits at p's border vLLM keeps some, by the sort's order, and we all."""
     sampler = pytest.importorskip("vllm.v1.sample.ops.topk_topp_sampler")
-    from beyond_dpo.sampling import top_k_top_p
+    from beyond_dpo.jobs.sampling import top_k_top_p
 
     logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(0)) * 3
     for given in (logits, logits.round(), torch.zeros(2, 300), logits.masked_fill(logits < 0, -float("inf"))):
@@ -606,7 +609,7 @@ def test_top_k_top_p_by_hand():
     first two 7 of 10 < .8, so p = .8 keeps all five (vLLM would keep three); p = .7 keeps two.
     """
     pytest.importorskip("vllm")
-    from beyond_dpo.sampling import top_k_top_p
+    from beyond_dpo.jobs.sampling import top_k_top_p
 
     logits = torch.tensor([[1.0, 4.0, 1.0, 3.0, 1.0, 1e-9]]).log()
     for k, p, kept in ((3, 1.0, 5), (3, 0.8, 5), (3, 0.699, 2), (2, 1.0, 2), (1, 1.0, 1), (3, 0.1, 1), (0, 1.0, 6)):
@@ -623,7 +626,7 @@ def test_a_model_spread_over_two_devices_is_the_same_model(models, tmp_path, mon
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     settings = {"model": str(models / "sft"), "decoding": DECODING | {"tensor_parallel": 2}}
     weights = {"sft": str(models / "sft"), "aligned": str(models / "aligned"), "alpha": 0.5}
-    with launch.Worker("beyond_dpo.generate", settings, tmp_path, desc="two") as two:
+    with launch.Worker("beyond_dpo.jobs.generate", settings, tmp_path, desc="two") as two:
         probe = two.call("swap", **weights)
         first, again = (sample(two, tmp_path, PROMPTS[:4], samples=2, seed=3) for _ in range(2))
         assert first == again != sample(two, tmp_path, PROMPTS[:4], samples=2, seed=4)

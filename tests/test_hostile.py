@@ -23,22 +23,13 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import (
-    artifacts,
-    assets,
-    config,
-    expo,
-    generate,
-    launch,
-    paths,
-    report,
-    rewards,
-    run,
-    scoring,
-    templates,
-)
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo import rewards, scoring, templates
 from beyond_dpo.extrapolate import IncompatibleModels, check, extrapolate
+from beyond_dpo.jobs import generate
+from beyond_dpo.machine import launch, paths
+from beyond_dpo.notebook import report, run
+from beyond_dpo.pipeline import artifacts, assets, config, expo
+from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import read_rows, write_rows
 from faults import long_form
 
@@ -126,11 +117,12 @@ def test_neither_pickles_nor_code_of_a_model_are_run(tiny, tmp_path, flag, fault
 def test_vllm_runs_neither_pickles_nor_code_of_a_model(tiny, tmp_path, flag, fault):
     folder = hostile_model(tiny, tmp_path / "model", flag)
     decoding = {**vars(config.load("expo", "smoke").decoding), "backend": "vllm"}
-    with launch.Worker("beyond_dpo.generate", {"model": str(folder), "decoding": decoding}, tmp_path, desc="engine"):
+    settings = {"model": str(folder), "decoding": decoding}
+    with launch.Worker("beyond_dpo.jobs.generate", settings, tmp_path, desc="engine"):
         assert not flag.exists()
     (folder / "model.safetensors").unlink()
     with pytest.raises(launch.JobFailed, match="Cannot find any model weights"):
-        launch.Worker("beyond_dpo.generate", {"model": str(folder), "decoding": decoding}, tmp_path, desc="engine")
+        launch.Worker("beyond_dpo.jobs.generate", {"model": str(folder), "decoding": decoding}, tmp_path, desc="engine")
     assert not flag.exists()
     fault("pickles and code in a model: vLLM", 2)
 
@@ -337,7 +329,7 @@ def test_a_log_tail_moves_no_cursor(tmp_path, monkeypatch, fault):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(launch.JobFailed) as job_failed:
         launch.run("noisy", {}, tmp_path / "work", desc="job")
-    with launch.Worker("beyond_dpo.launch", {}, tmp_path / "logs", desc="jobs") as worker:
+    with launch.Worker("beyond_dpo.machine.launch", {}, tmp_path / "logs", desc="jobs") as worker:
         with pytest.raises(launch.JobFailed) as call_failed:
             worker.call("run", module="noisy", path="noise")
     for failure in (job_failed, call_failed):

@@ -19,7 +19,10 @@ import pandas as pd
 import pytest
 import torch
 
-from beyond_dpo import ask, assets, config, endpoint, judge, paths, published, report, sources
+from beyond_dpo.judging import ask, judge, published
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import report
+from beyond_dpo.pipeline import assets, config, endpoint, sources
 from conftest import openai_server, wait_for
 
 KEY = "sk-not-to-be-found-anywhere"
@@ -660,7 +663,8 @@ def test_alpaca_eval_for_real(gate, store):
 
 CHILD = """
 import json, sys
-from beyond_dpo import ask, endpoint
+from beyond_dpo.judging import ask
+from beyond_dpo.pipeline import endpoint
 outputs, questions, prompt, url = json.loads(sys.stdin.read())
 by = endpoint.Endpoint("judge", url, at_once=2)
 ask.alpaca_eval(outputs, by, model="ours", questions=questions, prompt=prompt).get()

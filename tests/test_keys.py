@@ -12,7 +12,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from beyond_dpo import artifacts, job_settings, paths, progress, run
+from beyond_dpo.jobs import settings as job_settings
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import progress, run
+from beyond_dpo.pipeline import artifacts
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
 CLAIMS = sorted((paths.FROZEN / "claims").glob("*.json"))

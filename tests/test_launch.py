@@ -13,13 +13,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from beyond_dpo import events, launch, paths, spread
+from beyond_dpo import events
+from beyond_dpo.machine import launch, paths, spread
 from conftest import alive, wait_for
 from faults import disk, filled
 
 JOB = """
 import json, os, subprocess, sys, time
-from beyond_dpo import events, launch
+from beyond_dpo import events
+from beyond_dpo.machine import launch
 
 launch.follow_parent()
 config = json.load(open(sys.argv[1]))
@@ -45,7 +47,8 @@ if "hang" in config:
 """
 WORKER = """
 import os, time
-from beyond_dpo import events, launch
+from beyond_dpo import events
+from beyond_dpo.machine import launch
 
 class Counter:
     def __init__(self, start, wait=0):
@@ -79,7 +82,7 @@ launch.serve(Counter)
 PARENT = """
 import json, sys, time
 from pathlib import Path
-from beyond_dpo import launch
+from beyond_dpo.machine import launch
 
 pids, work, launcher, processes = sys.argv[1:]
 try:
@@ -487,7 +490,9 @@ def test_progress_left_by_another_job_is_not_shown(tmp_path, monkeypatch):
 OTHER_LOCALE = """
 import sys
 from pathlib import Path
-from beyond_dpo import config, launch, report
+from beyond_dpo.machine import launch
+from beyond_dpo.notebook import report
+from beyond_dpo.pipeline import config
 
 assert sys.flags.utf8_mode == 0 and sys.stdout.encoding.lower() in ("ascii", "ansi_x3.4-1968"), sys.stdout.encoding
 assert "\u03b2 \u00d7 10" in config.load("expo", "cpu").recipes
@@ -526,7 +531,7 @@ def _of_a_child(node) -> bool:
 
 def test_no_text_is_read_or_written_in_the_locales_encoding():
     """Every open(), read_text() and write_text() names its encoding, or is of bytes; so does what reads a child."""
-    files = sorted((paths.ROOT / "lib" / "beyond_dpo").glob("*.py"))
+    files = sorted((paths.ROOT / "lib" / "beyond_dpo").rglob("*.py"))
     assert len(files) > 40
     wrong, seen = [], 0
     for file in files:
@@ -567,7 +572,12 @@ for name in sys.argv[1:]:
     told[name] = [status, out.getvalue(), children]
 print(json.dumps(told))
 """
-MODULES = sorted(path.stem for path in (paths.ROOT / "lib/beyond_dpo").glob("*.py") if "__main__" in path.read_text())
+FILES = sorted((paths.ROOT / "lib/beyond_dpo").rglob("*.py"))
+MODULES = [
+    ".".join(path.relative_to(paths.ROOT / "lib/beyond_dpo").with_suffix("").parts)
+    for path in FILES
+    if "__main__" in path.read_text()
+]
 
 
 @pytest.fixture(scope="module")
@@ -594,6 +604,6 @@ def test_an_interrupted_report_is_one_line():
     code = "import os, runpy, signal\nfrom beyond_dpo import events\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "events.printable = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
-    code += "runpy.run_module('beyond_dpo.report', run_name='__main__')"
+    code += "runpy.run_module('beyond_dpo.notebook.report', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 130 and done.stderr.startswith("interrupted: ") and done.stderr.count("\n") == 1

@@ -7,8 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_dpo import config, dispersion, mallows, report, stages
+from beyond_dpo import dispersion
 from beyond_dpo.losses import mallows_link
+from beyond_dpo.notebook import report
+from beyond_dpo.pipeline import config, mallows, stages
 
 SMOKE = config.load("mallows", "smoke", betas=[0.1], methods=["dpo", "mallows_phi"])
 

@@ -19,7 +19,9 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
-from beyond_dpo import assets, config, expo, paths, progress, report, run, stages
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import progress, report, run
+from beyond_dpo.pipeline import assets, config, expo, stages
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 LIBRARIES = {"dataclasses", "beyond_dpo", "numpy", "pandas", "matplotlib", "IPython", "ipywidgets", "io"}
@@ -396,7 +398,7 @@ def test_readme_examples_run(tmp_path, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from beyond_dpo import assets
+    from beyond_dpo.pipeline import assets
 
     for name, noise in (("sft", 0.0), ("aligned", 0.01)):
         model = AutoModelForCausalLM.from_pretrained(assets.model_dir("tiny"))

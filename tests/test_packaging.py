@@ -15,11 +15,16 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from beyond_dpo import __version__, paths
+from beyond_dpo import __version__
+from beyond_dpo.machine import paths
 
 ROOT = paths.ROOT
 TARGETS = "help setup reproduce test faults smoke lab render freeze lint clean".split()
-LIGHT = "config artifacts cluster figures report stats stages expo run launch assets ask judge endpoint".split()
+LIGHT = (
+    "stats rows templates precision machine.cluster machine.launch pipeline.config pipeline.artifacts pipeline.assets "
+    "pipeline.stages pipeline.expo pipeline.endpoint judging.ask judging.judge notebook.figures notebook.report "
+    "notebook.run"
+).split()
 HEAVY = "torch transformers vllm deepspeed".split()
 in_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
 
@@ -126,7 +131,8 @@ def test_installed_versions_equal_the_pins():
 @in_git
 def test_lib_is_not_ignored_and_working_folders_are():
     """A folder called lib is ignored by the usual Python .gitignore, and then missing from the first clone."""
-    for name in ["lib/beyond_dpo/x.py", "lib/beyond_dpo/profiles/x.yaml", "data/frozen/x-1/x.json", "figures/x.svg"]:
+    kept = ["lib/beyond_dpo/x.py", "lib/beyond_dpo/pipeline/profiles/x.yaml", "data/frozen/x-1/x.json", "figures/x.svg"]
+    for name in kept:
         assert run("git", "check-ignore", "-q", name).returncode == 1, f"{name} is git-ignored"
     for name in ["artifacts/x", ".venv/x", "lib/beyond_dpo.egg-info/x", "lib/beyond_dpo/__pycache__/x"]:
         assert run("git", "check-ignore", "-q", name).returncode == 0, f"{name} is not git-ignored"
@@ -178,7 +184,8 @@ def test_the_readme_trains_on_your_own_data_as_printed(tmp_path, monkeypatch):
     """With a tiny model, reward model and file of pairs in place of those it names, and fewer rows."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from beyond_dpo import assets, expo, workers
+    from beyond_dpo.machine import workers
+    from beyond_dpo.pipeline import assets, expo
 
     tiny, encoder = assets.model_dir("tiny"), assets.model_dir("tiny-encoder")
     reward = tmp_path / "reward"
@@ -239,10 +246,10 @@ def test_makefile_has_every_target_and_prints_them():
         (["reproduce"], "--all} --profile cpu"),
         (["reproduce", "NB=11", "PROFILE=gpu"], 'nb="11"; COMPUTE=cold'),
         (["reproduce", "COMPUTE=auto"], "COMPUTE=auto"),
-        (["smoke"], "-m beyond_dpo.run --all --profile smoke"),
+        (["smoke"], "-m beyond_dpo.notebook.run --all --profile smoke"),
         (["render"], "COMPUTE=never"),
-        (["reproduce"], "-m beyond_dpo.report --local"),
-        (["reproduce", "NB=11"], "-m beyond_dpo.report --local 11"),
+        (["reproduce"], "-m beyond_dpo.notebook.report --local"),
+        (["reproduce", "NB=11"], "-m beyond_dpo.notebook.report --local 11"),
         (["freeze"], "--profile cpu --freeze"),
         (["freeze"], "COMPUTE=cold"),  # with auto it would freeze once more what is frozen
         (["freeze", "COMPUTE=auto"], "COMPUTE=auto"),

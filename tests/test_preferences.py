@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from beyond_dpo import assets, config, corpus, expo, mallows, paths, preferences, rewards, sources, stages, templates
-from beyond_dpo.config import ConfigError
+from beyond_dpo import rewards, templates
+from beyond_dpo.machine import paths
+from beyond_dpo.pipeline import assets, config, corpus, expo, mallows, preferences, sources, stages
+from beyond_dpo.pipeline.config import ConfigError
 from beyond_dpo.rows import read_rows
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import launch, reference, scoring
+from beyond_dpo import scoring
+from beyond_dpo.jobs import reference
+from beyond_dpo.machine import launch
 from beyond_dpo.rows import prepare, row_length, write_rows
 from beyond_dpo.scoring import ResponseScorer
 
@@ -319,7 +321,7 @@ def job(tiny, rows, tmp_path_factory):
         "limits": {"max_prompt": 6, "max_length": 20}, "precision": "fp32", "micro_batch": 4,
         "out": str(folder / "reference.safetensors"),
     }  # fmt: skip
-    launch.run("beyond_dpo.reference", job, folder / "work", desc="reference")
+    launch.run("beyond_dpo.jobs.reference", job, folder / "work", desc="reference")
     return job
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_dpo import paths, report
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import report
 
 NOTEBOOK = "11_expo_headline"
 
@@ -87,7 +88,7 @@ def test_a_sign_without_a_number():
 
 
 def test_the_readme_shows_the_frozen_scoreboard(tmp_path):
-    """`make render` and `python -m beyond_dpo.report --readme` were run after the last freeze."""
+    """`make render` and `python -m beyond_dpo.notebook.report --readme` were run after the last freeze."""
     copy = tmp_path / "README.md"
     copy.write_text((paths.ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     assert not report.update_readme(copy)
@@ -257,7 +258,7 @@ def test_update_readme(project):
 def test_main_prints_and_updates(project):
     environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
     environment.pop("BEYOND_DPO_ARTIFACTS", None)
-    command = [sys.executable, "-m", "beyond_dpo.report"]
+    command = [sys.executable, "-m", "beyond_dpo.notebook.report"]
     empty = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert empty.stdout == "No claim has been recorded yet.\n"
     report.record(NOTEBOOK, [claim()], "cpu")
@@ -277,7 +278,8 @@ def test_main_prints_and_updates(project):
 
 
 def test_light_imports():
-    code = "import sys, beyond_dpo.report; print({'torch', 'transformers', 'vllm', 'deepspeed'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "vllm", "deepspeed"}
+    code = f"import sys, beyond_dpo.notebook.report; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
@@ -288,6 +290,6 @@ def test_table_in_pandas_terms():
 def test_a_report_that_has_no_place_says_so_in_one_line(project):
     environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
     with open("/dev/full", "wb") as full:
-        command = [sys.executable, "-m", "beyond_dpo.report"]
+        command = [sys.executable, "-m", "beyond_dpo.notebook.report"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
     assert done.returncode == 1 and done.stderr == "the output cannot be written: No space left on device\n"

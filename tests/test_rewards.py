@@ -15,10 +15,13 @@ import pytest
 import torch
 import transformers
 
-from beyond_dpo import artifacts, assets, config, fit_reward, launch, paths, precision, rewards, stages, templates, wrpo
+from beyond_dpo import precision, rewards, templates
+from beyond_dpo.jobs import fit_reward
+from beyond_dpo.jobs.score import Scorer
+from beyond_dpo.machine import launch, paths
+from beyond_dpo.pipeline import artifacts, assets, config, stages, wrpo
 from beyond_dpo.rewards import Classifier, Vader
 from beyond_dpo.rows import read_rows
-from beyond_dpo.score import Scorer
 
 ROWS = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
 TEXTS, LABELS = [r["text"] for r in ROWS], [r["label"] for r in ROWS]
@@ -489,7 +492,7 @@ def test_scorer(answers, bag, head, tmp_path):
     }
     config = {"target": str(target), "precision": "fp32"}
     given = {"rewards": kinds, "prompts": str(folder / "prompts.json"), "responses": str(folder / "responses.jsonl")}
-    with launch.Worker("beyond_dpo.score", config, tmp_path / "log", desc="score") as worker:
+    with launch.Worker("beyond_dpo.jobs.score", config, tmp_path / "log", desc="score") as worker:
         facts = worker.call("score", **given, out=str(tmp_path / "scores.jsonl"), reference_prompts=5)
         worker.call("score", **given, out=str(tmp_path / "none.jsonl"))
         worker.call("score", **given | {"rewards": {"vader": kinds["vader"]}}, out=str(tmp_path / "one.jsonl"))
@@ -577,11 +580,11 @@ def test_unknown_kind_of_reward_is_named(answers, tmp_path):
 
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])
 def test_training_job_in_a_child(encoder, bag, tmp_path):
-    """`python -m beyond_dpo.fit_reward JOB.json` leaves the reward and facts.json, as in this process."""
+    """`python -m beyond_dpo.jobs.fit_reward JOB.json` leaves the reward and facts.json, as in this process."""
     job = {"texts": TEXTS[:64], "labels": LABELS[:64], "held_out": HELD_OUT, "seed": 0, "out": str(tmp_path)}
     job |= {"reward": "reward" if encoder else "gold", "precision": "fp32"}
     job |= {"encoder": str(assets.model_dir("tiny-encoder"))} if encoder else {}
-    launch.run("beyond_dpo.fit_reward", job, tmp_path / "checkpoints", desc="train")
+    launch.run("beyond_dpo.jobs.fit_reward", job, tmp_path / "checkpoints", desc="train")
     facts = json.loads(Path(tmp_path, "facts.json").read_text())
     assert facts["trained_on"] == 64 and facts["held_out"] == 32
     if encoder:

@@ -15,7 +15,10 @@ import nbformat
 import psutil
 import pytest
 
-from beyond_dpo import artifacts, config, events, needs, paths, progress, run
+from beyond_dpo import events
+from beyond_dpo.machine import paths
+from beyond_dpo.notebook import progress, run
+from beyond_dpo.pipeline import artifacts, config, needs
 from faults import disk, filled
 
 PARAMETERS = (
@@ -53,7 +56,7 @@ def start(project, *arguments, **more):
     spec = project / "jupyter" / "kernels" / "python3"  # a `python3` that cannot work and is found first
     spec.mkdir(parents=True, exist_ok=True)
     (spec / "kernel.json").write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
-    command = [sys.executable, "-m", "beyond_dpo.run", *arguments]
+    command = [sys.executable, "-m", "beyond_dpo.notebook.run", *arguments]
     where = paths.LIBRARY.parent
     return subprocess.Popen(
         command, cwd=where, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -186,7 +189,7 @@ def test_command_line_refuses_before_anything_runs(project, capsys):
 
 SETUP = """
 import nothing_that_is_installed
-from beyond_dpo import config
+from beyond_dpo.pipeline import config
 nothing_that_is_installed.style()
 seeds = seed if seed is None else [seed]
 changes = {"train__lr": lr}
@@ -230,8 +233,8 @@ def test_what_the_set_up_would_refuse_is_refused_in_one_line_before_anything_run
 
 def test_a_profile_that_is_too_large_for_this_machine_is_refused_where_it_would_compute(project, capsys, monkeypatch):
     """Before any kernel; what was computed elsewhere is shown on any machine."""
-    made = "from beyond_dpo.artifacts import Artifact\nmade = Artifact('score', 1, {}, lambda out: None)"
-    setup = f"from beyond_dpo import config\ncfg = config.load('expo', profile)\n{made}"
+    made = "from beyond_dpo.pipeline.artifacts import Artifact\nmade = Artifact('score', 1, {}, lambda out: None)"
+    setup = f"from beyond_dpo.pipeline import config\ncfg = config.load('expo', profile)\n{made}"
     path = notebook(project / "notebooks" / "11_expo_a.ipynb", setup, "made.get()")
     monkeypatch.setattr(needs, "cards", lambda: 0)
     assert run.main(["11", "--profile", "paper"]) == 2
@@ -267,7 +270,7 @@ def test_the_configuration_of_every_notebook_is_known_without_running_it():
 
 
 def test_a_refusal_loads_nothing_heavy():
-    code = "import sys\nfrom beyond_dpo import run\nstatus = run.main(['11', '-p', 'seed=abc'])\n"
+    code = "import sys\nfrom beyond_dpo.notebook import run\nstatus = run.main(['11', '-p', 'seed=abc'])\n"
     heavy = ["torch", "transformers", "pandas", "deepspeed", "vllm", "matplotlib"]
     code += f"print(status, [name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -278,7 +281,7 @@ WRONG = "lines = expo.wrong_pairs(cfg)"
 
 
 def test_dry_run_describes_and_executes_nothing(project, capsys):
-    setup = "from beyond_dpo import config, expo, stages\ncfg = config.load('expo', profile, train__lr=lr)"
+    setup = "from beyond_dpo.pipeline import config, expo, stages\ncfg = config.load('expo', profile, train__lr=lr)"
     made = "part = stages.aligned(cfg, 0.1, seed)\npart.get()\n1 / 0"
     notebook(project / "notebooks" / "00_start_here.ipynb", "1", parameters=None)
     notebook(project / "notebooks" / "11_expo_a.ipynb", setup, made, "1 / 0")
@@ -288,8 +291,8 @@ def test_dry_run_describes_and_executes_nothing(project, capsys):
     nothing = "  computes nothing: shows what others found or printed"
     assert said[0] == "11_expo_a profile='gpu'" and said[-2:] == ["00_start_here", nothing]
     assert said[1] == "  needs: 1 GPUs of 40 GB, 32 GB memory, 60 GB disk, about 3 h" and "smollm2" in said[2]
-    assert [line.split(" (")[0] for line in said if "beyond_dpo.train" in line] == ["  SFT", "  DPO 10% seed 0"]
-    assert sum("beyond_dpo.reference" in line for line in said) == 1
+    assert [line.split(" (")[0] for line in said if "beyond_dpo.jobs.train" in line] == ["  SFT", "  DPO 10% seed 0"]
+    assert sum("beyond_dpo.jobs.reference" in line for line in said) == 1
     assert run.main(["11", "15", "--profile", "paper", "-p", "seed=3", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "DPO 10% seed 3 (1 × lr 1e-05, adamw, β 0.01, batch 128 = 8 × 4 × 4, ZeRO-3)" in said
@@ -300,7 +303,7 @@ def test_dry_run_describes_and_executes_nothing(project, capsys):
 GOOD = """
 import os, sys, pathlib, logging, time
 from tqdm import tqdm
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo.pipeline.artifacts import Artifact
 assert (seed, lr, profile) == (7, 2.0, "cpu") and type(lr) is float
 assert list(tqdm([1])) == [1]
 logging.getLogger("beyond_dpo").warning("to the log file")
@@ -356,11 +359,11 @@ def test_runs_failures_and_dead_kernels(project):
 
 LIVING = """
 import os, pathlib, logging
-from beyond_dpo import workers
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo.machine import workers
+from beyond_dpo.pipeline.artifacts import Artifact
 Artifact("score", 1, {"of": str(pathlib.Path.cwd())}, lambda folder: None).get()
 before = workers.living.get("jobs")
-worker = workers.get("jobs", "beyond_dpo.launch", {})
+worker = workers.get("jobs", "beyond_dpo.machine.launch", {})
 logging.getLogger("beyond_dpo").warning("in %s", tag)
 print(os.getpid(), worker.child.pid, before is worker, pathlib.Path.cwd().name, sorted({"pid", "before"} & seen))
 """
@@ -371,7 +374,7 @@ def test_notebooks_of_one_run_share_living_processes(project, tmp_path):
     living = ("seen = set(dir())\npid = None", LIVING)
     names = [notebook(project / "notebooks" / f"1{i}_expo.ipynb", *living).stem for i in range(3)]
     names.append(notebook(tmp_path / "elsewhere" / "mine.ipynb", *living).stem)
-    notebook(project / "notebooks" / "19_expo.ipynb", "import sys\nfrom beyond_dpo import workers\n1 / 0")
+    notebook(project / "notebooks" / "19_expo.ipynb", "import sys\nfrom beyond_dpo.machine import workers\n1 / 0")
     order = ["10", "11", "19", "12", str(tmp_path / "elsewhere" / "mine.ipynb")]
     runner = start(project, *order, "-p", "tag=T")
     table = [line.split() for line in runner.communicate(timeout=120)[0].splitlines()]
@@ -394,8 +397,8 @@ def test_notebooks_of_one_run_share_living_processes(project, tmp_path):
 
 DRAWN = """
 import matplotlib.pyplot as plt, pandas as pd
-from beyond_dpo import figures, report
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo.notebook import figures, report
+from beyond_dpo.pipeline.artifacts import Artifact
 figures.style()
 df = pd.DataFrame({"gamma": [0, 1, 2], "r": [0.1, 1, 0.7], "judge": "gold"})
 made = Artifact("score", 1, {"seed": seed}, lambda folder: df.to_csv(folder / "s.csv"))
@@ -567,7 +570,7 @@ def test_a_run_goes_on_where_nothing_can_be_told(project):
         errors = project / "small" / "errors"
         with open(errors, "wb") as err, filled(project / "small"):
             environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
-            command = [sys.executable, "-m", "beyond_dpo.run", "11"]
+            command = [sys.executable, "-m", "beyond_dpo.notebook.run", "11"]
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=err, timeout=60)
         assert done.returncode == 0, done.stdout
         assert errors.read_bytes() == b"" and b"11_expo_a" in done.stdout
@@ -623,8 +626,8 @@ def test_an_interrupt_before_the_first_cell_is_told_as_well(project, monkeypatch
 
 
 SEEN = """
-from beyond_dpo import launch
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo.machine import launch
+from beyond_dpo.pipeline.artifacts import Artifact
 does = "DPO 20% seed 0 (1 × lr 1e-05): python"
 made = Artifact("train", 1, {"settings": {"lr": 1}}, lambda out: None, does)
 last = Artifact("curves", 1, {"of": made}, lambda out: made.get() and None)
@@ -698,7 +701,7 @@ def test_duration():
 
 def test_light_imports():
     heavy = "{'torch', 'transformers', 'vllm', 'deepspeed', 'pandas', 'papermill', 'psutil'}"
-    code = f"import sys, beyond_dpo.run; print({heavy} & set(sys.modules))"
+    code = f"import sys, beyond_dpo.notebook.run; print({heavy} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
@@ -801,7 +804,7 @@ def test_what_needs_asks_of_the_environment_is_refused_in_one_line(project, caps
 
 
 def test_a_dry_run_tells_of_a_hostfile_that_is_not_there(project, capsys, monkeypatch):
-    setup = "from beyond_dpo import config\ncfg = config.load('expo', profile)"
+    setup = "from beyond_dpo.pipeline import config\ncfg = config.load('expo', profile)"
     notebook(project / "notebooks" / "11_expo_a.ipynb", setup)
     monkeypatch.setenv("BEYOND_DPO_HOSTFILE", str(project / "none"))
     assert run.main(["11", "--dry-run"]) == 0
@@ -812,7 +815,7 @@ def test_a_run_whose_table_has_no_place_ends_as_ever(project):
     """`make reproduce > log` on a full disk: no traceback, and the status is that of the notebooks."""
     notebook(project / "notebooks" / "11_expo_a.ipynb", "1")
     environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
-    command = [sys.executable, "-m", "beyond_dpo.run", "11"]
+    command = [sys.executable, "-m", "beyond_dpo.notebook.run", "11"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
@@ -831,7 +834,7 @@ def test_planning_that_takes_a_while_says_so(project, capsys, monkeypatch):
 
 
 WATCHED = """
-from beyond_dpo import gather
+from beyond_dpo.pipeline import gather
 list(gather.watched(range(3), "points"));
 """
 
@@ -844,7 +847,7 @@ def test_the_bar_of_a_long_cell_is_a_widget_in_jupyterlab(tmp_path, monkeypatch)
 
 def test_the_bar_of_a_long_cell_ends_no_work_on_a_full_disk():
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
-    code = "from beyond_dpo import gather\nprint(*gather.watched(range(3), 'points'))"
+    code = "from beyond_dpo.pipeline import gather\nprint(*gather.watched(range(3), 'points'))"
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True)
@@ -890,7 +893,7 @@ def test_every_experiment_knows_what_its_profile_says_of_the_time():
 
 
 SCRIPT = """
-from beyond_dpo.artifacts import Artifact
+from beyond_dpo.pipeline.artifacts import Artifact
 made = Artifact("train", 1, {"seed": 0}, lambda out: None, "DPO seed 0 (x): y")
 made.get(), made.get()
 """

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from beyond_dpo import config
+from beyond_dpo.jobs.search_alpha import search_alpha
+from beyond_dpo.pipeline import config
 from beyond_dpo.search import golden_section
-from beyond_dpo.search_alpha import search_alpha
 
 NOISE = np.random.default_rng(0).normal(size=200)
 

@@ -13,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import config, expo, extrapolate, launch, lora, paths, scoring, shards, spread, stages, workers
+from beyond_dpo import extrapolate, lora, scoring
+from beyond_dpo.machine import launch, paths, shards, spread, workers
+from beyond_dpo.pipeline import config, expo, stages
 
 
 def cut(**changes):

@@ -16,21 +16,11 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from beyond_dpo import (
-    artifacts,
-    assets,
-    config,
-    expo,
-    launch,
-    paths,
-    progress,
-    rewards,
-    run,
-    stages,
-    templates,
-    workers,
-)
+from beyond_dpo import rewards, templates
 from beyond_dpo.files import link_file
+from beyond_dpo.machine import launch, paths, workers
+from beyond_dpo.notebook import progress, run
+from beyond_dpo.pipeline import artifacts, assets, config, expo, stages
 
 
 @pytest.fixture
@@ -169,7 +159,7 @@ def test_one_engine_samples_from_all_models_of_a_shape(store):
     own = said(raw)
     assert said(start) == first != own and workers.living["generate"] is engine
     settings = {"model": str(raw.get()), "decoding": dataclasses.asdict(cfg.decoding)}
-    with launch.Worker("beyond_dpo.generate", settings, store, desc="alone") as alone:
+    with launch.Worker("beyond_dpo.jobs.generate", settings, store, desc="alone") as alone:
         prompts = str(stages.texts(cfg.world).get() / "dev_prompts.json")
         alone.call("generate", prompts=prompts, out=str(store / "alone.jsonl"), samples=2, seed=1)
     alone, together = ([json.loads(line) for line in text.splitlines()]
@@ -267,7 +257,7 @@ def test_a_target_that_needs_no_fine_tuning_is_the_sft_model():
 
 def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):
     code = (
-        "from beyond_dpo import config, stages\n"
+        "from beyond_dpo.pipeline import config, stages\n"
         "cfg = config.load('expo', 'smoke', sft__launcher='plain', sft__checkpoint_every=4, sft__epochs=12)\n"
         "print(stages.sft(cfg).get())"
     )
@@ -305,7 +295,7 @@ def test_the_dry_run_names_every_training_of_every_notebook(profile):
     for path in run.find([]):
         nb = nbformat.read(path, as_version=4)
         found[path.stem[:2]] = progress.said(nb, run.parameters(nb, path.stem) | {"profile": profile})
-    count = {number: sum("beyond_dpo.train" in line for line in lines) for number, lines in found.items()}
+    count = {number: sum("beyond_dpo.jobs.train" in line for line in lines) for number, lines in found.items()}
     sft, models = int(cfg.world.sft_rows > 0), len(expo.runs(cfg))
     assert count["11"] == count["16"] == count["90"] == sft + models
     assert count["12"] == sft + 1 and count["13"] == sft + 2 + len(cfg.recipes) and count["14"] == sft + 3

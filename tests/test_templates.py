@@ -11,8 +11,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from beyond_dpo import paths, scoring, templates
-from beyond_dpo.generate import Engine
+from beyond_dpo import scoring, templates
+from beyond_dpo.jobs.generate import Engine
+from beyond_dpo.machine import paths
 from beyond_dpo.rows import epoch_order, prepare, read_rows, truncate, write_rows
 
 TEMPLATE = (

@@ -21,8 +21,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from beyond_dpo import config, fit_reward, launch, lora, paths, precision, reference, score, scoring, templates, train
+from beyond_dpo import lora, precision, scoring, templates
+from beyond_dpo.jobs import fit_reward, reference, score, train
 from beyond_dpo.losses import mallows_link
+from beyond_dpo.machine import launch, paths
+from beyond_dpo.pipeline import config
 from beyond_dpo.rows import epoch_order, prepare, write_rows
 
 pytestmark = pytest.mark.slow
@@ -121,7 +124,7 @@ def single(folder, tiny):
     """Run all that one process can show; `killed` is `long`, killed by force after its first checkpoint and resumed."""
     killed = a_job(folder, "killed", tiny, **LONG)
     (folder / "killed.json").write_text(json.dumps(killed))
-    child = subprocess.Popen(launch.command("beyond_dpo.train", folder / "killed.json"), start_new_session=True)
+    child = subprocess.Popen(launch.command("beyond_dpo.jobs.train", folder / "killed.json"), start_new_session=True)
     end = time.monotonic() + 300
     while not (folder / "killed" / "checkpoints" / "zero0-of1" / "latest").exists():
         assert child.poll() is None and time.monotonic() < end
@@ -489,7 +492,7 @@ def test_two_processes_with_pairs(single, double):
 def test_the_deepspeed_launcher(single, tiny):
     """It sets LOCAL_SIZE, by which DeepSpeed would leave 66 MiB of shared memory behind for each process."""
     job = a_job(single, "launched", tiny, zero=2, micro_batch=2)
-    launch.run("beyond_dpo.train", job, single / "launched", desc="SFT", launcher="deepspeed", processes=2)
+    launch.run("beyond_dpo.jobs.train", job, single / "launched", desc="SFT", launcher="deepspeed", processes=2)
     assert losses(single, "launched") == pytest.approx(losses(single, "sft"), rel=1e-5)
     assert difference(weights(single / "launched"), weights(single / "sft")) < ROUNDED
     port = re.search(r"--master_port=(\d+)", (single / "launched" / "job.log").read_text())[1]
@@ -504,7 +507,7 @@ def test_tasks_that_export_their_rank_need_no_launcher(single, tiny):
     shared["MASTER_PORT"] = str(launch._free_port())
     step = {"STEP_NUM_TASKS": "2", "PROCID": "1", "LOCALID": "1", "JOB_ID": "1", "STEP_ID": "0", "STEP_NODELIST": "n1"}
     ranks = [{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, {f"SLURM_{k}": v for k, v in step.items()}]
-    command = [sys.executable, "-m", "beyond_dpo.train", str(file)]
+    command = [sys.executable, "-m", "beyond_dpo.jobs.train", str(file)]
     tasks = [subprocess.Popen(command, env=os.environ | shared | rank) for rank in ranks]
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert losses(single, "tasks") == pytest.approx(losses(single, "sft"), rel=1e-5)
@@ -584,7 +587,7 @@ def flip(file, at):
 )
 def test_a_damaged_checkpoint_is_found_whatever_is_damaged(checkpoints, caplog, damage, why):
     log_file = checkpoints.parents[1] / "log.jsonl"
-    with caplog.at_level("INFO", "beyond_dpo.train"):
+    with caplog.at_level("INFO", "beyond_dpo.jobs.train"):
         assert train._find_checkpoint(checkpoints, log_file) == 4
     assert [record.getMessage() for record in caplog.records] == [f"checking {checkpoints / 'step4'}"]
     damage(checkpoints / "step4")
@@ -670,7 +673,7 @@ def test_a_model_that_lacks_a_tensor_is_not_trained(folder, tiny, tmp_path):
     save_file(kept, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
     job = a_job(folder, "untrained", tmp_path / "lacking")
     with pytest.raises(launch.JobFailed, match=rf"no {re.escape(name)} for the model \(1 missing\): .* not whole"):
-        launch.run("beyond_dpo.train", job, tmp_path, desc="SFT")
+        launch.run("beyond_dpo.jobs.train", job, tmp_path, desc="SFT")
 
 
 def test_persistent_buffers_and_weights_with_two_names_are_saved(tmp_path, tiny):
@@ -759,7 +762,7 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(folder, tmp_path,
     """Of two processes one fails; the other waits for it in vain until the launcher ends it."""
     job = a_job(folder, tmp_path.name, folder / "broken", micro_batch=2)
     with pytest.raises(launch.JobFailed, match=r"NonFiniteLoss: step \d: the loss of rows \['r5'\]") as failure:
-        launch.run("beyond_dpo.train", job, tmp_path, desc="SFT", launcher=launcher, processes=processes)
+        launch.run("beyond_dpo.jobs.train", job, tmp_path, desc="SFT", launcher=launcher, processes=processes)
     assert "ended with status 1" in str(failure.value)
     assert not list((folder / tmp_path.name).glob("*.safetensors"))
 
@@ -834,7 +837,7 @@ def test_what_a_processor_says_of_bfloat16(tmp_path, text, computes):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("module", ["train", "fit_reward", "reference", "assets"])
+@pytest.mark.parametrize("module", ["jobs.train", "jobs.fit_reward", "jobs.reference", "pipeline.assets"])
 def test_help_says_how_and_starts_nothing(tmp_path, monkeypatch, capsys, module):
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(sys, "argv", [module, "--help"])

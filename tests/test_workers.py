@@ -5,7 +5,8 @@ import json
 import psutil
 import pytest
 
-from beyond_dpo import config, launch, paths, workers
+from beyond_dpo.machine import launch, paths, workers
+from beyond_dpo.pipeline import config
 from beyond_dpo.rows import write_rows
 
 
@@ -23,24 +24,24 @@ def job(tmp_path, monkeypatch, tiny, rows):
 def test_jobs_share_a_process_until_one_fails(tmp_path, job):
     out = tmp_path / "a"
     out.mkdir()
-    workers.run("beyond_dpo.reference", job, out, "one")
+    workers.run("beyond_dpo.jobs.reference", job, out, "one")
     first = workers.living["jobs"].child.pid
     assert (tmp_path / "out.safetensors").exists() and json.loads((out / "checkpoints/config.json").read_text()) == job
-    workers.run("beyond_dpo.reference", job, out, "two")
+    workers.run("beyond_dpo.jobs.reference", job, out, "two")
     assert workers.living["jobs"].child.pid == first
     with pytest.raises(launch.JobFailed, match=r"(?s)three: Traceback.*row .* has no response 'said'"):
-        workers.run("beyond_dpo.reference", job | {"names": ["said"]}, out, "three")
+        workers.run("beyond_dpo.jobs.reference", job | {"names": ["said"]}, out, "three")
     assert "jobs" not in workers.living and not psutil.pid_exists(first)
-    workers.run("beyond_dpo.reference", job, out, "four")
+    workers.run("beyond_dpo.jobs.reference", job, out, "four")
     assert workers.living["jobs"].child.pid != first
 
 
 def test_room_is_made_only_where_it_is_scarce(job, monkeypatch):
     cfg = config.load("expo", "smoke")
-    worker = workers.get("jobs", "beyond_dpo.launch", {})
+    worker = workers.get("jobs", "beyond_dpo.machine.launch", {})
     monkeypatch.setattr(workers, "memory_gib", lambda: 2.0 * cfg.needs.memory_gb)
     workers.make_room(cfg)
-    assert workers.get("jobs", "beyond_dpo.launch", {}) is worker, "there is plenty"
+    assert workers.get("jobs", "beyond_dpo.machine.launch", {}) is worker, "there is plenty"
     monkeypatch.setattr(workers, "memory_gib", lambda: 1.9 * cfg.needs.memory_gb)
     workers.make_room(cfg, "jobs")
     assert workers.living == {"jobs": worker}

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
-from beyond_dpo import artifacts, assets, config, corpus, gather, paths, preferences, sources, stages, templates, wrpo
+from beyond_dpo import templates
+from beyond_dpo.machine import paths
+from beyond_dpo.pipeline import artifacts, assets, config, corpus, gather, preferences, sources, stages, wrpo
 from beyond_dpo.rows import read_rows
 from conftest import openai_server
 

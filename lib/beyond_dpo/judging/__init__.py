@@ -1,0 +1,1 @@
+"""Benchmarks that another model judges."""

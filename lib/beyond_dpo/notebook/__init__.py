@@ -1,0 +1,1 @@
+"""What notebooks show, and how they are run."""

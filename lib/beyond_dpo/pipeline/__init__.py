@@ -1,0 +1,1 @@
+"""From settings to results: configuration, data, stages, and the experiments of each paper."""
