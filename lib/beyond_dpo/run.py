@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from beyond_dpo import artifacts, cluster, config, launch, needs, paths, progress
+from beyond_dpo import artifacts, config, launch, needs, paths, progress
 from beyond_dpo.kernels import Kernel
 from beyond_dpo.parameters import RENEW
 
@@ -236,7 +236,6 @@ def _main(arguments: list[str] | None) -> int:
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
     if options.in_place or options.freeze:  # what is drawn and claimed now is what will be committed
         os.environ[RENEW] = "1"
-    cluster.head()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of an interrupt it tells tasks that nobody asks for
     rows, kernel = [], Kernel()
     try:
