@@ -16,18 +16,9 @@ RUN=${RUN:-11 --profile paper}                        # as after `python -m beyo
 # export BEYOND_DPO_MICRO_BATCH=2                     # if tasks × micro_batch of the profile exceed its global batch
 # export NCCL_SOCKET_IFNAME=ib0                       # if nodes reach each other on one network only
 
-export BEYOND_DPO_PROCESSES=$SLURM_NTASKS SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
-if [ "${WAY:-srun}" = srun ]; then                    # notebooks run on the first node; each training is one srun
-    export BEYOND_DPO_LAUNCHER=srun
-else                                                  # WAY=torchrun: one agent a node, which starts that node's tasks
-    export BEYOND_DPO_LAUNCHER=torchrun BEYOND_DPO_NODES=$SLURM_NNODES
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) && export MASTER_ADDR
-    srun --overlap --nodes=$((SLURM_NNODES - 1)) --ntasks=$((SLURM_NNODES - 1)) --ntasks-per-node=1 --relative=1 \
-        python -m beyond_dpo.machine.cluster join &
-fi
+# The notebooks run on the first node; each training is one srun over all tasks.
+export BEYOND_DPO_LAUNCHER=srun BEYOND_DPO_PROCESSES=$SLURM_NTASKS
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 python -m beyond_dpo.notebook.run $RUN & head=$!
 trap 'kill -TERM $head' TERM                          # a signal reaches a batch script only while it waits
-wait $head || wait $head
-status=$?
-wait                                                  # for the followers, which end with the head
-exit $status
+wait $head || wait $head                              # the first one ends with the signal

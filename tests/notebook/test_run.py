@@ -781,16 +781,6 @@ def test_a_cold_freeze_draws_the_projects_figures_and_says_float32(project):
     assert not (project / "artifacts/figures").exists()
 
 
-@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_number_of_nodes_that_is_none_is_refused_in_one_line(project, capsys, monkeypatch, launcher):
-    notebook(project / "notebooks" / "11_expo_a.ipynb", SETUP, parameters=FREE)
-    monkeypatch.setenv("BEYOND_DPO_NODES", "two")
-    monkeypatch.setenv("BEYOND_DPO_LAUNCHER", launcher)
-    assert run.main(["11"]) == 2
-    said = capsys.readouterr()
-    assert said.err == "refused: BEYOND_DPO_NODES=two is not a whole number above 0\n" and not said.out
-
-
 def test_what_needs_asks_of_the_environment_is_refused_in_one_line(project, capsys, monkeypatch):
     """The number of nodes is asked for the launcher of the profile, after the configuration was loaded."""
     notebook(project / "notebooks" / "11_expo_a.ipynb", SETUP.replace("import nothing_that_is_installed\n", ""))

@@ -98,7 +98,7 @@ class Decoding:
     engines: AtLeastOne = 1  # that take shards in turn, each on devices of its own (machine, never in a key)
     tensor_parallel: AtLeastOne = 1  # devices that one vLLM engine spreads its model over (machine)
     gpu_share: PositiveShare = 0.45  # of a card's memory for a vLLM engine, beside a reward model (machine)
-    launcher: Literal["", "deepspeed", "torchrun", "srun"] = ""  # "": engines live here; else on all nodes (machine)
+    launcher: Literal["", "deepspeed", "torchrun", "srun"] = ""  # "": engines live here; else in a job (machine)
 
     MACHINE: ClassVar = "engines tensor_parallel gpu_share launcher".split()
 

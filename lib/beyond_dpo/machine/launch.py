@@ -35,63 +35,79 @@ class JobFailed(RuntimeError):
 
 
 def command(module: str, config: Path, *, launcher: str = "plain", processes: int = 1, now: bool = False) -> list[str]:
-    """Return the command line that runs `python -m module config` in `processes` processes, over all nodes (cluster).
+    """Return the command line that runs `python -m module config` in `processes` processes.
 
-    now: to be run here and at once: with a port that is free, on devices that CUDA_VISIBLE_DEVICES names.
-    Raises ValueError for an unknown launcher, several processes with the plain one, too few such devices, or processes
-    that the nodes cannot share equally.
+    deepspeed and srun share the processes among all nodes (see cluster); torchrun and plain run
+    them on this machine.
+    now: to be run here and at once: deepspeed gets a port that is free, and the devices that
+    CUDA_VISIBLE_DEVICES names.
+    Raises ValueError for an unknown launcher, several processes with the plain one, too few such
+    devices, or processes that the nodes cannot share equally.
     """
     each = cluster.share(processes, launcher)
+    job = [module, str(config)]
     if launcher == "plain" and processes == 1:
-        return [sys.executable, "-m", module, str(config)]
+        return [sys.executable, "-m", *job]
     if launcher == "deepspeed":
-        here = ["--num_accelerators", str(each)]
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        if hosts := cluster.hostfile():
-            here += cluster.over_ssh(hosts, each)
-        elif now and visible:  # given a number of devices, deepspeed would take the machine's first ones
-            devices = visible.split(",")[:processes]
-            if len(devices) < processes or not all(d.isdigit() for d in devices):
-                raise ValueError(
-                    f"the deepspeed launcher cannot take {processes} devices from CUDA_VISIBLE_DEVICES={visible}; "
-                    "give it that many device numbers, or use torchrun"
-                )
-            here = ["--include", "localhost:" + ",".join(devices)]
-        here += ["--master_port", str(_free_port())] if now else []
-        here += ["--no_local_rank", "--module", module, str(config)]
-        return [sys.executable, "-m", "deepspeed.launcher.runner", *here]
-    if launcher == "torchrun":
-        here = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(each)]
-        return [*here, *cluster.meeting(_free_port() if now else 29400, now), "-m", module, str(config)]
-    if launcher == "srun":  # the first failure ends all; beside a head that itself is a step
-        here = ["srun", "--ntasks", str(processes), "--kill-on-bad-exit=1", "--overlap", "--export=ALL"]
-        return [*here, sys.executable, "-u", "-m", module, str(config)]
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        where = _deepspeed_options(each, now)
+        return [*runner, *where, "--no_local_rank", "--module", *job]
+    if launcher == "torchrun":  # its processes meet at a port of this machine that is free
+        agent = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        return [*agent, "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", *job]
+    if launcher == "srun":  # the first failure ends all; also inside a step that is the head itself
+        step = ["srun", "--ntasks", str(processes), "--kill-on-bad-exit=1", "--overlap"]
+        return [*step, "--export=ALL", sys.executable, "-u", "-m", *job]
     raise ValueError(f"launcher {launcher!r}, {processes} processes: use deepspeed, torchrun, srun, or plain with 1")
 
 
-def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = "plain", processes: int = 1) -> None:
-    """Run `module` on `config` (written to workdir/config.json) to its end, with its output in workdir/job.log.
+def _deepspeed_options(each: int, now: bool) -> list[str]:
+    """Return where DeepSpeed's launcher starts `each` processes: on every host, or on this machine."""
+    options = ["--num_accelerators", str(each)]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    hosts = cluster.hostfile()
+    if hosts:
+        options += cluster.over_ssh(hosts, each)
+    elif now and visible:  # given a number of devices, deepspeed would take the machine's first ones
+        devices = visible.split(",")[:each]
+        if len(devices) < each or not all(d.isdigit() for d in devices):
+            raise ValueError(
+                f"the deepspeed launcher cannot take {each} devices from "
+                f"CUDA_VISIBLE_DEVICES={visible}; give it that many device numbers, or use torchrun"
+            )
+        options = ["--include", "localhost:" + ",".join(devices)]
+    if now:
+        options += ["--master_port", str(_free_port())]
+    return options
 
-    Raises JobFailed with the log's tail. The whole process group is ended on any error or interrupt.
+
+def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = "plain", processes: int = 1) -> None:
+    """Run `module` on `config` to its end, with its output in workdir/job.log.
+
+    The config is written to workdir/config.json. Raises JobFailed with the log's tail. The whole
+    process group is ended on any error or interrupt; a launcher then ends its processes on other
+    nodes.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    path, log, progress_file = workdir / "config.json", workdir / "job.log", workdir / ".progress"
+    path = workdir / "config.json"
     path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     arguments = command(module, path, launcher=launcher, processes=processes, now=True)
-    everywhere = cluster.job(arguments, workdir, launcher)
-    with open(log, "ab") as out, _bar(desc, progress_file) as show, everywhere as (environment, failed, alive):
+    if cluster.reaches_others(launcher):
+        arguments = [*cluster.TETHER, *arguments]
+    each = cluster.share(processes, launcher)
+    added = cluster.environment(launcher, workdir)
+    log = workdir / "job.log"
+    progress_file = workdir / ".progress"
+    with open(log, "ab") as out, _bar(desc, progress_file) as show:
         begin = out.tell()  # an earlier attempt's output stays in front
-        arguments = [*cluster.TETHER * bool(failed), *arguments]
-        child = _start(arguments, out, progress_file, cluster.share(processes, launcher), environment)
-        # over ssh DeepSpeed answers SIGTERM with a pkill of all its launchers on all hosts, those of other jobs too
-        with _ended(child, signal.SIGKILL if "DS_ENV_FILE" in environment else signal.SIGTERM):
-            while child.poll() is None and alive():
+        child = _start(arguments, out, progress_file, each, added)
+        with _ended(child):
+            while child.poll() is None:
                 show()
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(0.5)
-        said = failed.read_text(encoding="utf-8", errors="replace") if failed and failed.exists() else ""
-    if child.returncode or said:
-        why = events.UNPRINTABLE.sub("", said) or _tail(log, begin)
+    if child.returncode:
+        why = _tail(log, begin)
         raise JobFailed(f"{desc}: {module} ended with status {child.returncode}; {why}")
 
 
@@ -251,14 +267,14 @@ def _start(
 
 
 @contextmanager
-def _ended(child: subprocess.Popen, number: int = signal.SIGTERM):
+def _ended(child: subprocess.Popen):
     """Leave no process of the child's group behind, whatever happens inside."""
     try:
         yield
     finally:
         try:
             if child.poll() is None:
-                _signal(child, number)
+                _signal(child, signal.SIGTERM)
                 with suppress(subprocess.TimeoutExpired):
                     child.wait(5)
         finally:  # also when the user is impatient and interrupts again

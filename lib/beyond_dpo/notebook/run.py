@@ -21,7 +21,7 @@ from pathlib import Path
 
 from beyond_dpo import events
 from beyond_dpo.files import write_file
-from beyond_dpo.machine import cluster, paths
+from beyond_dpo.machine import paths
 from beyond_dpo.notebook import progress
 from beyond_dpo.notebook.kernels import Kernel
 from beyond_dpo.notebook.parameters import RENEW
@@ -245,7 +245,6 @@ def _main(arguments: list[str] | None) -> int:
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
     if renew:
         os.environ[RENEW] = "1"
-    cluster.head()
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of an interrupt it tells tasks that nobody asks for
     rows, kernel = [], Kernel()
     try:
@@ -302,10 +301,9 @@ def _opened(path: Path):
 
 
 def _check_mode() -> None:
-    """Refuse a COMPUTE, or a number of nodes, with which no notebook could run."""
+    """Refuse a COMPUTE with which no notebook could run."""
     try:
         mode = artifacts.compute_mode()
-        cluster.nodes("torchrun")
     except ValueError as error:
         raise Refused(str(error)) from None
     if mode == "plan":
