@@ -71,7 +71,8 @@ wait
 LAUNCHER = """
 import subprocess, sys
 
-code = "import time; from beyond_dpo.machine import cluster; cluster.follow_parent(); print('on', flush=True); time.sleep(300)"
+code = "import time; from beyond_dpo.machine import cluster; cluster.follow_parent(); "
+code += "print('on', flush=True); time.sleep(300)"
 child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 child.stdout.readline()
 print(child.pid, flush=True)

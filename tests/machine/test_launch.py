@@ -590,7 +590,7 @@ def helped():
 
 
 def test_modules_with_a_command_line_are_known():
-    assert len(MODULES) == 10, MODULES
+    assert len(MODULES) == 11, MODULES
 
 
 @pytest.mark.parametrize("module", MODULES)
