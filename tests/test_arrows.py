@@ -11,9 +11,10 @@ import beyond_dpo
 
 LIB = Path(beyond_dpo.__file__).parent
 FOLDERS = {"": 0, "machine": 1, "jobs": 2, "pipeline": 3, "judging": 4, "notebook": 4}  # may import what is lower
-HEAVY = ("deepspeed", "vllm", "datasets", "pandas", "papermill")
+HEAVY = ("deepspeed", "vllm", "datasets", "pandas", "papermill", "numba", "sklearn", "pydantic", "peft")
 FILES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py")
 CORE = sorted(path.stem for path in LIB.glob("*.py") if path.name != "__init__.py")
+COMPILED = "bandit"  # the one module of the core that needs numba, and so the extra [repro]
 
 
 def name_of(path):
@@ -81,11 +82,11 @@ def test_private_names_stay_at_home(path):
 
 
 def test_the_core_needs_no_heavy_package():
-    """With all of them blocked, each module of the core can be imported."""
+    """With all of them blocked, each module of the core can be imported, but for the compiled one."""
     code = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({HEAVY}))  # an import of None fails as that of a package that is not there
-for name in {CORE}:
+for name in {[name for name in CORE if name != COMPILED]}:
     importlib.import_module("beyond_dpo." + name)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
