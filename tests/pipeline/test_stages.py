@@ -4,15 +4,9 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import nbformat
 import pandas as pd
-import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -255,40 +249,7 @@ def test_a_target_that_needs_no_fine_tuning_is_the_sft_model():
     assert stages.sft(cfg).key == stages.model(cfg.world.target).key
 
 
-def test_training_killed_with_kill_9_goes_on_to_the_same_weights(store):
-    code = (
-        "from beyond_dpo.pipeline import config, stages\n"
-        "cfg = config.load('expo', 'smoke', sft__launcher='plain', sft__checkpoint_every=4, sft__epochs=12)\n"
-        "print(stages.sft(cfg).get())"
-    )
-
-    def start(root):
-        lib = str(paths.LIBRARY)
-        env = {**os.environ, "BEYOND_DPO_ARTIFACTS": str(root), "PYTHONPATH": lib}
-        return subprocess.Popen(
-            [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    killed, root = start(store / "a"), store / "a"
-    deadline = time.time() + 120
-    while not list(root.glob("train-*.partial/checkpoints/zero*/latest")) and time.time() < deadline:
-        time.sleep(0.02)
-    everyone = [*psutil.Process(killed.pid).children(recursive=True), killed]  # at once: training is quick to end
-    for process in everyone:
-        process.send_signal(signal.SIGKILL)
-    for process in everyone:
-        process.wait()
-    (partial,) = root.glob("train-*.partial")
-    assert not list(root.glob("train-*[0-9a-f]")), "killed before the end"
-    begun = (partial / "log.jsonl").read_text().splitlines()
-    again, whole = start(root), start(store / "b")
-    folders = [Path(p.communicate(timeout=240)[0].strip()) for p in (again, whole)]
-    logs = [[json.loads(line) for line in (f / "log.jsonl").read_text().splitlines()] for f in folders]
-    assert [e["step"] for e in logs[0]] == [e["step"] for e in logs[1]] == list(range(len(logs[1])))
-    assert 4 <= len(begun) < len(logs[1])
-    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", config.PROFILES)
 def test_the_dry_run_names_every_training_of_every_notebook(profile):
     cfg, found = config.load("expo", profile), {}
