@@ -139,7 +139,10 @@ def test_held_out_facts_by_hand():
 )
 def test_scores_are_those_of_each_text_alone(shape, budget, head):
     folder = head(**shape)
-    texts = [" ".join(text.split()[: 3 + 5 * i]) + "</s>" * (i % 2) for i, text in enumerate(TEXTS[:7])]
+    texts = []
+    for i, text in enumerate(TEXTS[:7]):
+        words = " ".join(text.split()[: 3 + 5 * i])
+        texts.append(words + "</s>" if i % 2 else words)
     random.Random(0).shuffle(texts)
     reward = Classifier(folder, token_budget=budget)
     ids = [reward.tokenizer(text)["input_ids"] for text in texts]

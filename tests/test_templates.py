@@ -469,7 +469,9 @@ def test_pack_by_hand():
 
 
 def test_pack_does_not_depend_on_the_pad_token_and_wastes_little():
-    rows = [row(str(i), range(1, 2 + i), one=range(3), two=range(i + 1), three=[1]) for i in range(19)]
+    rows = []
+    for i in range(19):
+        rows.append(row(str(i), range(1, 2 + i), one=range(3), two=range(i + 1), three=[1]))
     names = ["one", "two", "three"]
     a, b = scoring.pack(rows, names, pad_id=1), scoring.pack(rows, names, pad_id=2)
     differ = {k for k in a if k != "ids" and not torch.equal(a[k], b[k])}

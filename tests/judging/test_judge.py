@@ -583,7 +583,9 @@ def test_faults_are_retried_and_tokens_are_the_servers_own(gate, tmp_path):
     assert list(found) == [f"q{i}" for i in range(6)] and all(found.values()) and not gate.faults
     tokens = [sum(usage[name] for usage in gate.usage) for name in ("prompt_tokens", "completion_tokens")]
     assert used == (6, 0, *tokens) and len(gate.usage) == len(gate.asked) == 6
-    assert used.cost(by.prices) == pytest.approx((10 * tokens[0] + 30 * tokens[1]) / 1e6) and used.cost(None) is None
+    dollars = (10 * tokens[0] + 30 * tokens[1]) / 1e6
+    assert used.cost(by.prices) == pytest.approx(dollars)
+    assert used.cost(None) is None
     assert endpoint.ask(by, requests(6), tmp_path / "kept.jsonl", text) == (found, used) and len(gate.usage) == 6
 
 

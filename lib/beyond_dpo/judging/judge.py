@@ -114,7 +114,11 @@ def length_controlled(annotations, difficulty=None, *, slope=SLOPE, seed=0, n_bo
         if slope is None:
             features = np.column_stack([x[i], np.ones(len(i))])
             fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8, max_iter=1000)
-            fit.fit(np.r_[features, features], np.repeat([1, 0], len(i)), sample_weight=np.r_[y[i], 1 - y[i]])
+            # each row once as won and once as lost, with the weight of either
+            both = np.r_[features, features]
+            outcomes = np.repeat([1, 0], len(i))
+            weights = np.r_[y[i], 1 - y[i]]
+            fit.fit(both, outcomes, sample_weight=weights)
             return 100 * expit(fit.coef_[0, 1])
         rate = np.clip(y[i].mean(), 1e-9, 1 - 1e-9)
         widest = 50 + abs(slope)  # |x| < 1

@@ -227,9 +227,7 @@ def _check_settings(config) -> None:
     if shortest > longest:
         raise ConfigError(f"world.prompt_tokens: {shortest} (shortest) is above {longest} (longest)")
     if config.sft.lora_rank:
-        raise ConfigError(
-            "sft.lora_rank: the SFT model, where all others start, must be whole; use train.lora_rank"
-        )
+        raise ConfigError("sft.lora_rank: the SFT model, where all others start, must be whole; use train.lora_rank")
     if config.world.pairs == "sampled":
         require_prompts(config.world, "prompts", *_judged_on(config))
     _check_losses(config)
@@ -281,8 +279,13 @@ def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
 
 def differences(config, other) -> list[tuple[str, object, object]]:
     """Return (dotted key, value here, value there) wherever two configurations of one paper differ."""
-    a, b = _flat(asdict(config)), _flat(asdict(other))
-    return [(k, a.get(k), b.get(k)) for k in {**a, **b} if a.get(k) != b.get(k) and not k.startswith(HIDDEN)]
+    here = _flat(asdict(config))
+    there = _flat(asdict(other))
+    found = []
+    for key in {**here, **there}:
+        if here.get(key) != there.get(key) and not key.startswith(HIDDEN):
+            found.append((key, here.get(key), there.get(key)))
+    return found
 
 
 def _section(value) -> bool:

@@ -172,7 +172,12 @@ def modules(cfg) -> dict[str, Line]:
 def alignments(cfg) -> dict[str, tuple[Artifact, dict[str, Artifact]]]:
     """Return what change() compares for ACL Table 1: SFT, and DPO on each fraction and with each seed."""
     start, first = stages.sft(cfg), cfg.seeds[0]
-    models = {f"{f:.0%} of the pairs" + f", seed {s}" * (s != first): stages.aligned(cfg, f, s) for f, s in runs(cfg)}
+    models = {}
+    for fraction, seed in runs(cfg):
+        name = f"{fraction:.0%} of the pairs"
+        if seed != first:
+            name += f", seed {seed}"
+        models[name] = stages.aligned(cfg, fraction, seed)
     most = stages.aligned(cfg, cfg.fractions[-1], first)
     before, ends = stages.model(cfg.world.target), {"SFT": start, "DPO": most} if cfg.world.sft_rows else {}
     return {"SFT → DPO": (start, models)} | {f"instruct → {name}": (before, {name: end}) for name, end in ends.items()}

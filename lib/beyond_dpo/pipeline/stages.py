@@ -267,8 +267,13 @@ def aligned(
     """
     settings = dataclasses.replace(cfg.train, **changes)
     part, base = subset(cfg, fraction, seed, longest), start or sft(cfg)
-    what = [f", {v}" if isinstance(v, str) else f", {k} {v:g}" for k, v in changes.items() if v != settings.loss]
-    desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}" + "".join(what) + ", the longest chosen" * longest
+    desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}"
+    for name, value in changes.items():
+        if value == settings.loss:
+            continue
+        desc += f", {value}" if isinstance(value, str) else f", {name} {value:g}"
+    if longest:
+        desc += ", the longest chosen"
     given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
     return training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
 
