@@ -92,6 +92,7 @@ freeze: $(READY)  ## compute what is missing at profile cpu; copy small results 
 
 lint: $(READY)  ## check the style
 	@$(RUN) -m ruff check lib tests notebooks benchmarks
+	@$(RUN) -m ruff format --check -q lib tests benchmarks
 
 clean:  ## delete computed results (artifacts/) and caches; downloads, data/frozen and .venv stay
 	@rm -rf artifacts .pytest_cache .ruff_cache build lib/*.egg-info notebooks/.ipynb_checkpoints

@@ -1,6 +1,7 @@
-"""The five-armed bandit at full length, compiled, against a plain PyTorch loop over all β at once; one core.
+"""The five-armed bandit at full length, compiled, against a plain PyTorch loop over all β at once;
+one core.
 
-    python benchmarks/bandit.py
+python benchmarks/bandit.py
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from beyond_dpo.pipeline import config
 
 BETAS = list(config.load("mallows", "cpu").bandit_betas)  # of Figures 8a, 8b and 9
 LINKS, STEPS, TORCH_STEPS = ("dpo", "mallows_phi"), 500_000, 2_000
-JOB = f"from beyond_dpo import bandit\nfor link in {LINKS}: bandit.train({BETAS}, link=link, steps={STEPS})"
+JOB = (
+    f"from beyond_dpo import bandit\nfor link in {LINKS}: bandit.train({BETAS}, link=link, "
+    f"steps={STEPS})"
+)
 
 
-def torch_train(link: str, steps: int, lr: float = 5e-3, phi: float = 0.05, epsilon: float = 0.05) -> torch.Tensor:
+def torch_train(
+    link: str, steps: int, lr: float = 5e-3, phi: float = 0.05, epsilon: float = 0.05
+) -> torch.Tensor:
     """Do what bandit.train does as one would in PyTorch: autograd, float64, the β as a batch."""
 
     def exact(t):
@@ -55,7 +61,9 @@ def torch_train(link: str, steps: int, lr: float = 5e-3, phi: float = 0.05, epsi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/bandit.json")
+    parser.add_argument(
+        "--freeze", action="store_true", help="write data/frozen/benchmarks/bandit.json"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     rounds, apart = [], 0.0
@@ -70,12 +78,23 @@ def main() -> None:
         for link in LINKS:
             torch_train(link, TORCH_STEPS)
         clock.append(time.perf_counter())
-        row = {"job_s": run([sys.executable, "-c", JOB])["seconds"], "compiled_s": clock[1] - clock[0]}
+        row = {
+            "job_s": run([sys.executable, "-c", JOB])["seconds"],
+            "compiled_s": clock[1] - clock[0],
+        }
         row["ours_1000_s"] = row["compiled_s"] / STEPS * 1000
         row["torch_1000_s"] = (clock[2] - clock[1]) / TORCH_STEPS * 1000
-        row["ours_steps_per_s"], row["torch_steps_per_s"] = (1000 / row[f"{n}_1000_s"] for n in ("ours", "torch"))
+        row["ours_steps_per_s"], row["torch_steps_per_s"] = (
+            1000 / row[f"{n}_1000_s"] for n in ("ours", "torch")
+        )
         rounds.append(row)
-    settings = {"betas": BETAS, "links": LINKS, "steps": STEPS, "torch_steps": TORCH_STEPS, "apart_at_200": apart}
+    settings = {
+        "betas": BETAS,
+        "links": LINKS,
+        "steps": STEPS,
+        "torch_steps": TORCH_STEPS,
+        "apart_at_200": apart,
+    }
     report("bandit", settings, rounds, options.freeze)
 
 

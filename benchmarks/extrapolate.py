@@ -28,18 +28,30 @@ def checkpoint(folder: Path, seed: int, layers: int) -> Path:
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False, dtype="bfloat16",
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+    )
     config.save_pretrained(folder)
     hidden, inner, small = 2048, 5632, 512
     shapes = {n: (32000, hidden) for n in ("model.embed_tokens.weight", "lm_head.weight")}
     shapes["model.norm.weight"] = (hidden,)
     for i in range(layers):
         at = f"model.layers.{i}."
-        shapes |= {at + "self_attn.q_proj.weight": (hidden, hidden), at + "self_attn.k_proj.weight": (small, hidden)}
-        shapes |= {at + "self_attn.v_proj.weight": (small, hidden), at + "self_attn.o_proj.weight": (hidden, hidden)}
+        shapes |= {
+            at + "self_attn.q_proj.weight": (hidden, hidden),
+            at + "self_attn.k_proj.weight": (small, hidden),
+        }
+        shapes |= {
+            at + "self_attn.v_proj.weight": (small, hidden),
+            at + "self_attn.o_proj.weight": (hidden, hidden),
+        }
         shapes |= {at + f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
         shapes |= {at + "mlp.down_proj.weight": (hidden, inner)}
         shapes |= {at + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
@@ -47,18 +59,26 @@ def checkpoint(folder: Path, seed: int, layers: int) -> Path:
     for shard in range(4):
         part, file = names[shard::4], f"model-{shard + 1:05}-of-00004.safetensors"
         tensors = {n: 0.02 * torch.randn(shapes[n], generator=generator) for n in part}
-        save_file({n: t.to(torch.bfloat16) for n, t in tensors.items()}, folder / file, {"format": "pt"})
+        save_file(
+            {n: t.to(torch.bfloat16) for n, t in tensors.items()}, folder / file, {"format": "pt"}
+        )
         index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return folder
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mergekit", default=Path(sys.executable).with_name("mergekit-yaml"), help="its command")
+    parser.add_argument(
+        "--mergekit", default=Path(sys.executable).with_name("mergekit-yaml"), help="its command"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=19, help="19: one billion parameters")
-    parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/extrapolate.json")
+    parser.add_argument(
+        "--freeze", action="store_true", help="write data/frozen/benchmarks/extrapolate.json"
+    )
     options = parser.parse_args()
     rounds = []
     with tempfile.TemporaryDirectory() as work:
@@ -71,7 +91,9 @@ def main() -> None:
             found = {}
             for k in (1, 4):
                 command = [sys.executable, "-m", "beyond_dpo.extrapolate", sft, aligned, out]
-                found[f"ours_{k}"] = run([*command, *(x for a in ALPHAS[:k] for x in ("--alpha", a))])
+                found[f"ours_{k}"] = run(
+                    [*command, *(x for a in ALPHAS[:k] for x in ("--alpha", a))]
+                )
                 shutil.rmtree(out)
                 copies = [f"cp -r {aligned} {out}/{i}" for i in range(k)]
                 found[f"cp_{k}"] = run(["sh", "-c", " && ".join([f"mkdir {out}", *copies])])
@@ -80,7 +102,12 @@ def main() -> None:
             row = {f"{n}_s": f["seconds"] for n, f in found.items()}
             row |= {f"{n}_gib": f["peak_gib"] for n, f in found.items()}
             rounds.append(row)
-    report("extrapolate", {"bytes": size, "shards": 4, "dtype": "bfloat16", "alphas": ALPHAS}, rounds, options.freeze)
+    report(
+        "extrapolate",
+        {"bytes": size, "shards": 4, "dtype": "bfloat16", "alphas": ALPHAS},
+        rounds,
+        options.freeze,
+    )
 
 
 def merge(command, sft: Path, aligned: Path, out: Path, alphas) -> dict:
@@ -89,11 +116,19 @@ def merge(command, sft: Path, aligned: Path, out: Path, alphas) -> dict:
     for alpha in alphas:
         models = [{"model": str(aligned), "parameters": {"weight": 1 + alpha}}]
         models += [{"model": str(sft), "parameters": {"weight": -alpha}}]
-        recipe = {"merge_method": "linear", "models": models, "parameters": {"normalize": False}, "dtype": "bfloat16"}
+        recipe = {
+            "merge_method": "linear",
+            "models": models,
+            "parameters": {"normalize": False},
+            "dtype": "bfloat16",
+        }
         file = out.with_name("recipe.yml")
         file.write_text(json.dumps(recipe))  # JSON is YAML
         once = run([command, file, out, "--no-copy-tokenizer"])
-        total = {"seconds": total["seconds"] + once["seconds"], "peak_gib": max(total["peak_gib"], once["peak_gib"])}
+        total = {
+            "seconds": total["seconds"] + once["seconds"],
+            "peak_gib": max(total["peak_gib"], once["peak_gib"]),
+        }
         shutil.rmtree(out)
     return total
 

@@ -1,9 +1,11 @@
-"""Responses that share their prompt in one row, against each with a prompt of its own: forward and backward passes.
+"""Responses that share their prompt in one row, against each with a prompt of its own: forward and
+backward passes.
 
     python benchmarks/shared_prompts.py
 
-Rows of two (DPO) and three (WRPO) responses of 24 tokens, random tokens, prompts of 8, 64 and 512 tokens; SmolLM2-135M
-in bf16 autocast over float32 weights, 4 rows a pass. Both sides are packed alike, in turn; their scores must agree.
+Rows of two (DPO) and three (WRPO) responses of 24 tokens, random tokens, prompts of 8, 64 and 512
+tokens; SmolLM2-135M in bf16 autocast over float32 weights, 4 rows a pass. Both sides are packed
+alike, in turn; their scores must agree.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ KINDS = {"pairs": config.FUSED[1:], "quadruples": config.FUSED}
 
 
 def rows_of(prompt: int, names: tuple, vocabulary: int) -> tuple[list[dict], list[dict]]:
-    """Return rows that share their prompt, and the same responses in rows of their own, name-major as scores are."""
+    """Return rows that share their prompt, and the same responses in rows of their own, name-major
+    as scores are.
+    """
     generator = torch.Generator().manual_seed(prompt)
 
     def some(n: int) -> list[int]:
@@ -30,12 +34,22 @@ def rows_of(prompt: int, names: tuple, vocabulary: int) -> tuple[list[dict], lis
 
     shared = []
     for i in range(ROWS):
-        shared.append({"id": str(i), "prompt_ids": some(prompt), "responses": {name: some(SAID) for name in names}})
-    alone = [{**row, "responses": {"said": row["responses"][name]}} for name in names for row in shared]
+        shared.append(
+            {
+                "id": str(i),
+                "prompt_ids": some(prompt),
+                "responses": {name: some(SAID) for name in names},
+            }
+        )
+    alone = [
+        {**row, "responses": {"said": row["responses"][name]}} for name in names for row in shared
+    ]
     return shared, alone
 
 
-def timed(scorer: scoring.ResponseScorer, rows: list[dict], names: tuple) -> tuple[float, torch.Tensor]:
+def timed(
+    scorer: scoring.ResponseScorer, rows: list[dict], names: tuple
+) -> tuple[float, torch.Tensor]:
     """Return seconds of a forward and backward pass, and the scores."""
     scorer.zero_grad(set_to_none=True)
     began = time.perf_counter()
@@ -47,7 +61,9 @@ def timed(scorer: scoring.ResponseScorer, rows: list[dict], names: tuple) -> tup
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--freeze", action="store_true", help="write data/frozen/benchmarks/shared_prompts.json")
+    parser.add_argument(
+        "--freeze", action="store_true", help="write data/frozen/benchmarks/shared_prompts.json"
+    )
     options = parser.parse_args()
     scorer, rounds, apart = scoring.load_scorer(str(assets.model_dir("smollm2")), "bf16"), [], {}
     timed(scorer, rows_of(8, config.FUSED, scorer.config.vocab_size)[0], config.FUSED)  # warms up
@@ -60,7 +76,10 @@ def main() -> None:
                 theirs, wanted = timed(scorer, alone, ("said",))
                 apart[f"{kind}_{prompt}"] = float(((found - wanted) / wanted).abs().max())
                 assert apart[f"{kind}_{prompt}"] < 0.01, "both must compute the same"
-                row[f"shared_{kind}_{prompt}"], row[f"alone_{kind}_{prompt}"] = ROWS / ours, ROWS / theirs
+                row[f"shared_{kind}_{prompt}"], row[f"alone_{kind}_{prompt}"] = (
+                    ROWS / ours,
+                    ROWS / theirs,
+                )
         rounds.append(row)
     settings = {"rows": ROWS, "response_tokens": SAID, "largest_relative_difference": apart}
     report("shared_prompts", settings, rounds, options.freeze)

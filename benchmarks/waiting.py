@@ -1,9 +1,11 @@
-"""Do OpenMP's idle threads spin, and what does that cost? A small DPO training, alone and beside a busy process.
+"""Do OpenMP's idle threads spin, and what does that cost? A small DPO training, alone and beside a
+busy process.
 
     python benchmarks/waiting.py [--rounds 3] [--seconds 20] [--out waiting.json]
 
-Each measurement is a child process of its own, as launch starts them: with the default of the OpenMP library that
-torch brings along (threads spin for a while), and with OMP_WAIT_POLICY=PASSIVE (they sleep at once).
+Each measurement is a child process of its own, as launch starts them: with the default of the
+OpenMP library that torch brings along (threads spin for a while), and with OMP_WAIT_POLICY=PASSIVE
+(they sleep at once).
 """
 
 from __future__ import annotations
@@ -27,13 +29,21 @@ BESIDE = {  # what runs at the same time
     "as many as there are cores": len(os.sched_getaffinity(0)),
 }
 BUSY = "while True: pass"
-SHAPE = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 9,
-         "num_key_value_heads": 3, "vocab_size": 8192}  # fmt: skip  # SmolLM2-135M's, with fewer layers and words
+SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 8192,
+}  # SmolLM2-135M's, with fewer layers and words
 ROWS, TOKENS = 4, 64  # pairs in a step, tokens of a response
 
 
 def train(seconds: float) -> float:
-    """Return the seconds that one DPO step of a small random model takes: the mean over this long."""
+    """Return the seconds that one DPO step of a small random model takes: the mean over this
+    long.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,7 +71,9 @@ def train(seconds: float) -> float:
 
 
 def measure(policy: dict[str, str], neighbours: int, seconds: float) -> float:
-    """Return train(seconds) of a child with this policy, beside so many processes that never wait."""
+    """Return train(seconds) of a child with this policy, beside so many processes that never
+    wait.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in launch.WAITING}
     busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(neighbours)]
     try:
@@ -76,7 +88,9 @@ def measure(policy: dict[str, str], neighbours: int, seconds: float) -> float:
 
 def table(rounds: list[dict]) -> list[str]:
     """Return a line for each neighbour: the medians of a step in milliseconds, and their ratio."""
-    lines = [f"{'beside':28} {'as it comes':>12} {'passive':>10} {'ratio':>6}   (ms a step, medians)"]
+    lines = [
+        f"{'beside':28} {'as it comes':>12} {'passive':>10} {'ratio':>6}   (ms a step, medians)"
+    ]
     for beside in BESIDE:
         spun, slept = (1000 * median(r[beside][policy] for r in rounds) for policy in POLICIES)
         lines.append(f"{beside:28} {spun:12.1f} {slept:10.1f} {slept / spun:6.2f}")
@@ -86,19 +100,29 @@ def table(rounds: list[dict]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each of the six measurements of a round")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="of each of the six measurements of a round"
+    )
     parser.add_argument("--out", type=Path, help="write the rounds to this JSON file")
-    parser.add_argument("--step", type=float, metavar="SECONDS", help="measure here (for its children)")
+    parser.add_argument(
+        "--step", type=float, metavar="SECONDS", help="measure here (for its children)"
+    )
     options = parser.parse_args()
     if options.step:
         print(train(options.step))
         return
     rounds = []
     for i in range(options.rounds):
-        print(f"round {i + 1} of {options.rounds}, {6 * options.seconds:.0f} s and the starts", file=sys.stderr)
+        print(
+            f"round {i + 1} of {options.rounds}, {6 * options.seconds:.0f} s and the starts",
+            file=sys.stderr,
+        )
         rounds.append({})
         for beside, neighbours in BESIDE.items():
-            found = {name: measure(policy, neighbours, options.seconds) for name, policy in POLICIES.items()}
+            found = {
+                name: measure(policy, neighbours, options.seconds)
+                for name, policy in POLICIES.items()
+            }
             rounds[-1][beside] = found
     print("\n".join(table(rounds)))
     if options.out:

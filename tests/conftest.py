@@ -19,11 +19,14 @@ from beyond_dpo.machine import paths, workers
 from beyond_dpo.pipeline import assets
 
 os.environ.update(
-    PYTHONPATH=os.pathsep.join(filter(None, [str(paths.ROOT / "lib"), os.environ.get("PYTHONPATH")])),
+    PYTHONPATH=os.pathsep.join(
+        filter(None, [str(paths.ROOT / "lib"), os.environ.get("PYTHONPATH")])
+    ),
     TOKENIZERS_PARALLELISM="false",  # forked children of a used tokenizer warn and may hang
     HF_HUB_OFFLINE="1",  # no test needs the network
     TQDM_DISABLE="1",
-    OMP_NUM_THREADS="1",  # threads of models this small mostly wait for each other, the longer the busier the machine
+    # threads of models this small mostly wait for each other, the longer the busier the machine
+    OMP_NUM_THREADS="1",
     MPLBACKEND="agg",
 )
 for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
@@ -36,13 +39,26 @@ SLOW = {"store", "engine", "transformers_engine", "served", "gate", "endpoint", 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by the marks
 def pytest_collection_modifyitems(items):
-    """Mark the slow tests, and begin with the files that take longest, so that two processes end at about one time."""
+    """Mark the slow tests, and begin with the files that take longest, so that two processes end at
+    about one time.
+    """
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if SLOW & set(item.fixturenames) or "vllm" in parameters:
             item.add_marker(pytest.mark.slow)
-    longest = ("test_cold.py", "test_faults.py", "test_shards.py", "test_wrpo.py", "test_notebooks.py", "test_judge.py")
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+    longest = (
+        "test_cold.py",
+        "test_faults.py",
+        "test_shards.py",
+        "test_wrpo.py",
+        "test_notebooks.py",
+        "test_judge.py",
+    )
+    items.sort(
+        key=lambda item: (
+            longest.index(item.path.name) if item.path.name in longest else len(longest)
+        )
+    )
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -74,9 +90,20 @@ def openai_server(model, name: str, key: str, *options: str):
     pytest.importorskip("vllm")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), "--enforce-eager"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--port",
+        str(port),
+        "--enforce-eager",
+    ]
     command += ["--model", str(model), "--served-model-name", name, *options]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_API_KEY": key, "VLLM_NO_USAGE_STATS": "1"}
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_API_KEY": key,
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     child = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
     try:
@@ -97,7 +124,8 @@ def openai_server(model, name: str, key: str, *options: str):
 def interrupts():
     """Let a test interrupt what it starts, also where the suite runs in the background of a script.
 
-    There the shell has SIGINT ignored, all children inherit that, and no Python raises KeyboardInterrupt.
+    There the shell has SIGINT ignored, all children inherit that, and no Python raises
+    KeyboardInterrupt.
     """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         yield
@@ -132,11 +160,17 @@ def rows(tiny):
     from beyond_dpo import templates
 
     tokenizer, rng = templates.load_tokenizer(tiny), random.Random(0)
-    texts = [json.loads(line)["text"] for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()]
+    texts = [
+        json.loads(line)["text"]
+        for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()
+    ]
     made = []
     for i in range(12):
         prompt = templates.render(tokenizer, texts[i], "plain")[: rng.randint(3, 12)]
-        answers = [templates.encode_response(tokenizer, texts[i + k][: rng.randint(5, 90)]) for k in (20, 40)]
+        answers = [
+            templates.encode_response(tokenizer, texts[i + k][: rng.randint(5, 90)])
+            for k in (20, 40)
+        ]
         responses = {"chosen": answers[0], "rejected": answers[1]}
         made.append({"id": f"r{i}", "prompt_ids": prompt, "responses": responses})
     return made

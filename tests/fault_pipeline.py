@@ -1,6 +1,8 @@
-"""A real pipeline at smoke, for the fault suite to break: `python fault_pipeline.py expo wrpo mallows served`.
+"""A real pipeline at smoke, for the fault suite to break: `python fault_pipeline.py expo wrpo
+mallows served`.
 
-A worker that dies is met once: the next call must work. Training leaves a checkpoint after each step.
+A worker that dies is met once: the next call must work. Training leaves a checkpoint after each
+step.
 """
 
 import os
@@ -23,8 +25,15 @@ def results(name: str) -> list:
     cfg = config.load("wrpo", "smoke", **OFTEN)
     if name == "wrpo":
         return [wrpo.main_result(cfg), wrpo.dynamics(cfg)]
-    served = {"kind": "endpoint", "ref": "served", "url": os.environ["FAULT_ENDPOINT"], "ask": "Go on: {prompt}"}
-    cfg = config.load("wrpo", "smoke", known_sources={"served": served}, sources=["served"], source_sets=[])
+    served = {
+        "kind": "endpoint",
+        "ref": "served",
+        "url": os.environ["FAULT_ENDPOINT"],
+        "ask": "Go on: {prompt}",
+    }
+    cfg = config.load(
+        "wrpo", "smoke", known_sources={"served": served}, sources=["served"], source_sets=[]
+    )
     return [sources.answers(cfg, "served")]
 
 

@@ -1,4 +1,6 @@
-"""What the fault suite is made of: a store that can be killed, a small disk, damage, and a count of what survives."""
+"""What the fault suite is made of: a store that can be killed, a small disk, damage, and a count of
+what survives.
+"""
 
 import hashlib
 import http.server
@@ -24,27 +26,42 @@ from beyond_dpo.pipeline import artifacts
 SCRIPT = Path(__file__).with_name("fault_pipeline.py")
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "0"))  # 0: the short form
 SEED = int(os.environ.get("FAULT_SEED", "6"))
-CLOCK = ("tokens_per_s", "rows_per_s")  # in a training's log: all that another run of it writes otherwise
+CLOCK = (
+    "tokens_per_s",
+    "rows_per_s",
+)  # in a training's log: all that another run of it writes otherwise
 long_form = pytest.mark.skipif(not ROUNDS, reason="long form only: make faults")
 
 
 class Store:
-    """A folder of results with a cache and reports of its own, and the processes that work on it."""
+    """A folder of results with a cache and reports of its own, and the processes that work on
+    it.
+    """
 
     def __init__(self, folder: Path, **environment: str):
         self.folder, self.artifacts = folder, folder / "artifacts"
         self.reports, self.errors, self.read = folder / "reports", folder / "errors", 0
         self.artifacts.mkdir(parents=True)
         self.reports.touch()
-        self.environment = {n: v for n, v in os.environ.items() if not n.startswith("BEYOND_DPO_")} | environment
-        self.environment |= {"BEYOND_DPO_ARTIFACTS": str(self.artifacts), "BEYOND_DPO_CACHE": str(folder / "cache")}
-        self.environment |= {"BEYOND_DPO_FIGURES": str(folder / "figures"), "BEYOND_DPO_PROGRESS": str(self.reports)}
+        self.environment = {
+            n: v for n, v in os.environ.items() if not n.startswith("BEYOND_DPO_")
+        } | environment
+        self.environment |= {
+            "BEYOND_DPO_ARTIFACTS": str(self.artifacts),
+            "BEYOND_DPO_CACHE": str(folder / "cache"),
+        }
+        self.environment |= {
+            "BEYOND_DPO_FIGURES": str(folder / "figures"),
+            "BEYOND_DPO_PROGRESS": str(self.reports),
+        }
 
     def start(self, *command, errors: str = "errors") -> subprocess.Popen:
         """Start a command that works here; what it says goes to the file `errors`."""
         with open(self.folder / errors, "wb") as out:
             arguments = [sys.executable, *map(str, command)]
-            return subprocess.Popen(arguments, env=self.environment, stdout=out, stderr=out, start_new_session=True)
+            return subprocess.Popen(
+                arguments, env=self.environment, stdout=out, stderr=out, start_new_session=True
+            )
 
     def said(self) -> str:
         return self.errors.read_text(errors="replace")
@@ -96,7 +113,9 @@ class Store:
             psutil.wait_procs(found, timeout=5)
 
     def published(self) -> dict[str, bytes]:
-        """Return {key: manifest} of what counts as finished; raise DamagedArtifact for any that is not whole."""
+        """Return {key: manifest} of what counts as finished; raise DamagedArtifact for any that is
+        not whole.
+        """
         artifacts._hashes.clear()  # as a new process
         done = {p.parent.name: p.read_bytes() for p in self.artifacts.glob("*/manifest.json")}
         done = {key: manifest for key, manifest in done.items() if not key.endswith(".partial")}
@@ -105,13 +124,21 @@ class Store:
         return done
 
     def contents(self) -> dict[str, dict[str, str]]:
-        """Return {key: {file: sha256}} of what is finished, but for the clock in the logs of trainings."""
+        """Return {key: {file: sha256}} of what is finished, but for the clock in the logs of
+        trainings.
+        """
         found = {}
         for key, manifest in self.published().items():
-            found[key] = {name: entry["sha256"] for name, entry in json.loads(manifest)["files"].items()}
+            found[key] = {
+                name: entry["sha256"] for name, entry in json.loads(manifest)["files"].items()
+            }
             if "log.jsonl" in found[key]:
-                steps = map(json.loads, (self.artifacts / key / "log.jsonl").read_text().splitlines())
-                steps = [{name: v for name, v in step.items() if name not in CLOCK} for step in steps]
+                steps = map(
+                    json.loads, (self.artifacts / key / "log.jsonl").read_text().splitlines()
+                )
+                steps = [
+                    {name: v for name, v in step.items() if name not in CLOCK} for step in steps
+                ]
                 found[key]["log.jsonl"] = artifacts.digest(steps)
         for built in (self.folder / "cache").glob("*/.sha256.json"):
             found[built.parent.name] = json.loads(built.read_text())
@@ -132,7 +159,9 @@ def damage(folder: Path, rng) -> str:
         del content[rng.randrange(len(content)) :]
     elif how == "header length":
         content[:8] = (1 << 40).to_bytes(8, "little")
-    path.unlink() if how == "gone" else path.write_bytes(b"" if how == "emptied" else bytes(content))
+    path.unlink() if how == "gone" else path.write_bytes(
+        b"" if how == "emptied" else bytes(content)
+    )
     return f"{path.name} {how}"
 
 
@@ -141,7 +170,9 @@ def disk(folder: Path, megabytes: float):
     """Mount a small disk at `folder`; skip the test where that is not allowed."""
     folder.mkdir(parents=True, exist_ok=True)
     size = f"size={int(megabytes * 2**20)}"
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
     try:
@@ -167,7 +198,8 @@ def filled(folder: Path):
 
 
 class Endpoint(http.server.ThreadingHTTPServer):
-    """An OpenAI-compatible endpoint on a bad day: of twelve requests one is refused, one fails, one gets no answer.
+    """An OpenAI-compatible endpoint on a bad day: of twelve requests one is refused, one fails, one
+    gets no answer.
 
     What it says depends on the prompt alone. asked: {prompt: how often it was answered}.
     """
@@ -195,12 +227,28 @@ class _Answer(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         words = hashlib.sha256(prompt.encode()).hexdigest()
-        choices = [{"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": words[i:]}}
-                   for i in range(asked.get("n", 1))]  # fmt: skip
-        answer = {"id": "x", "object": "chat.completion", "created": 0, "model": "served", "choices": choices}
+        choices = [
+            {
+                "index": i,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": words[i:]},
+            }
+            for i in range(asked.get("n", 1))
+        ]
+        answer = {
+            "id": "x",
+            "object": "chat.completion",
+            "created": 0,
+            "model": "served",
+            "choices": choices,
+        }
         body = json.dumps({"error": {"message": "a bad day"}} if trouble else answer).encode()
         self.send_response(trouble or 200)
-        for name, value in ("Content-Type", "application/json"), ("Content-Length", len(body)), ("retry-after-ms", 20):
+        for name, value in (
+            ("Content-Type", "application/json"),
+            ("Content-Length", len(body)),
+            ("retry-after-ms", 20),
+        ):
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -230,7 +278,9 @@ def stop(child: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 
 
 def summary(terminalreporter) -> None:
-    """Print how many faults were tried and survived, and write it with the machine to the file that FAULTS_TO names."""
+    """Print how many faults were tried and survived, and write it with the machine to the file that
+    FAULTS_TO names.
+    """
     reports = sum(terminalreporter.stats.values(), [])
     reports = [report for report in reports if isinstance(report, pytest.TestReport)]
     called = [report for report in reports if report.when == "call"]
@@ -239,12 +289,19 @@ def summary(terminalreporter) -> None:
     # survived is what a test that passed has counted: it compares all hashes at its end
     passed = [pair for report in called if report.passed for pair in report.user_properties]
     survived = Counter(what for name, what in passed if name == "fault survived")
-    tried.update(one.nodeid for one in called if one.failed and not one.user_properties and "hostile" in one.nodeid)
+    tried.update(
+        one.nodeid
+        for one in called
+        if one.failed and not one.user_properties and "hostile" in one.nodeid
+    )
     if not tried:
         return
     lost = sum(value for name, value in told if name == "results lost")
     found = {"tried": tried.total(), "survived": survived.total(), "lost": lost}
-    words = f"faults tried {found['tried']}, survived {found['survived']}, finished results lost {found['lost']}"
+    words = (
+        f"faults tried {found['tried']}, survived {found['survived']}, finished results lost "
+        f"{found['lost']}"
+    )
     terminalreporter.write_line(words)
     if to := os.environ.get("FAULTS_TO"):
         about = {"benchmark": "faults", "rounds": ROUNDS, "seed": SEED}

@@ -1,4 +1,6 @@
-"""Imports run one way between the folders, lazy ones too; nobody uses another module's private names."""
+"""Imports run one way between the folders, lazy ones too; nobody uses another module's private
+names.
+"""
 
 import ast
 import subprocess
@@ -10,8 +12,25 @@ import pytest
 import beyond_dpo
 
 LIB = Path(beyond_dpo.__file__).parent
-FOLDERS = {"": 0, "machine": 1, "jobs": 2, "pipeline": 3, "judging": 4, "notebook": 4}  # may import what is lower
-HEAVY = ("deepspeed", "vllm", "datasets", "pandas", "papermill", "numba", "sklearn", "pydantic", "peft")
+FOLDERS = {
+    "": 0,
+    "machine": 1,
+    "jobs": 2,
+    "pipeline": 3,
+    "judging": 4,
+    "notebook": 4,
+}  # may import what is lower
+HEAVY = (
+    "deepspeed",
+    "vllm",
+    "datasets",
+    "pandas",
+    "papermill",
+    "numba",
+    "sklearn",
+    "pydantic",
+    "peft",
+)
 FILES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py")
 CORE = sorted(path.stem for path in LIB.glob("*.py") if path.name != "__init__.py")
 COMPILED = "bandit"  # the one module of the core that needs numba, and so the extra [repro]
@@ -31,7 +50,10 @@ def imported(path):
     modules = {name_of(file) for file in FILES}
     found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "beyond_dpo":
+        if (
+            isinstance(node, ast.ImportFrom)
+            and (node.module or "").partition(".")[0] == "beyond_dpo"
+        ):
             inside = node.module.removeprefix("beyond_dpo").lstrip(".")
             for alias in node.names:
                 whole = f"{inside}.{alias.name}".lstrip(".")
@@ -75,17 +97,24 @@ def test_private_names_stay_at_home(path):
     names = imported(path)
     private = [name for name in names if name.startswith("_")]
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in names:
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in names
+        ):
             if node.attr.startswith("_") and not node.attr.startswith("__"):
                 private.append(f"{node.value.id}.{node.attr}")
     assert not private
 
 
 def test_the_core_needs_no_heavy_package():
-    """With all of them blocked, each module of the core can be imported, but for the compiled one."""
+    """With all of them blocked, each module of the core can be imported, but for the compiled
+    one.
+    """
     code = f"""
 import importlib, sys
-sys.modules.update(dict.fromkeys({HEAVY}))  # an import of None fails as that of a package that is not there
+# an import of None fails as that of a package that is not there
+sys.modules.update(dict.fromkeys({HEAVY}))
 for name in {[name for name in CORE if name != COMPILED]}:
     importlib.import_module("beyond_dpo." + name)
 """

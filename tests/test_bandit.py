@@ -1,4 +1,6 @@
-"""The five-armed bandit: the compiled loop against plain autograd, values by hand, the paper's tables and figures."""
+"""The five-armed bandit: the compiled loop against plain autograd, values by hand, the paper's
+tables and figures.
+"""
 
 import math
 import time
@@ -40,7 +42,9 @@ def g(s, link):
 
 
 def oracle(betas, link, steps, lr):
-    """Log-softmax, log-ratios to the uniform reference, mean of -log g, autograd: (steps + 1, k, 5), (steps, k, 16)."""
+    """Log-softmax, log-ratios to the uniform reference, mean of -log g, autograd: (steps + 1, k,
+    5), (steps, k, 16).
+    """
     beta = torch.tensor(betas, dtype=torch.float64)[:, None]
     theta = torch.zeros(len(betas), 5, dtype=torch.float64, requires_grad=True)
     winners, losers = torch.tensor(bandit.PAIRS).T
@@ -63,7 +67,9 @@ def test_equals_plain_autograd(link):
     assert at.tolist() == list(range(steps + 1)) and at.dtype.kind == "i"
     assert probs.dtype == np.float64 and np.abs(probs - expected).max() < 1e-9
     # All three pieces of the link were compared.
-    assert (np.abs(scores) < EPSILON).any() and (scores > EPSILON).any() and (scores < -EPSILON).any()
+    assert (
+        (np.abs(scores) < EPSILON).any() and (scores > EPSILON).any() and (scores < -EPSILON).any()
+    )
 
 
 NET = np.array([4, 3, 3, -1, -9])  # wins less losses of each arm in Table 5
@@ -71,7 +77,9 @@ NET = np.array([4, 3, 3, -1, -9])  # wins less losses of each arm in Table 5
 
 @pytest.mark.parametrize(("link", "slope"), [("dpo", 0.5), ("mallows_phi", 2 * 6.947840)])
 def test_first_step_by_hand(link, slope):
-    """At s = 0 d(-log g)/ds is -1/2 for DPO and -a1 / (1/2) for the cubic, so θ moves by lr β slope net / 16."""
+    """At s = 0 d(-log g)/ds is -1/2 for DPO and -a1 / (1/2) for the cubic, so θ moves by lr β slope
+    net / 16.
+    """
     beta, lr = 0.3, 0.2
     _, probs = bandit.train([beta], link=link, steps=1, lr=lr, record_every=1)
     logits = np.log(probs[1, 0])
@@ -80,11 +88,15 @@ def test_first_step_by_hand(link, slope):
 
 @each_link
 def test_beta_and_lr_trade_places(link):
-    """s = β Δ moves by lr β² times a function of s: twice β and a quarter of lr leave s, and halve the logits."""
+    """s = β Δ moves by lr β² times a function of s: twice β and a quarter of lr leave s, and halve
+    the logits.
+    """
     _, a = bandit.train([0.5], link=link, lr=0.4, steps=1000)
     _, b = bandit.train([1.0], link=link, lr=0.1, steps=1000)
     a, b = np.log(a), np.log(b)
-    np.testing.assert_allclose(a - a.mean(-1, keepdims=True), 2 * (b - b.mean(-1, keepdims=True)), atol=1e-12)
+    np.testing.assert_allclose(
+        a - a.mean(-1, keepdims=True), 2 * (b - b.mean(-1, keepdims=True)), atol=1e-12
+    )
 
 
 def test_a_beta_does_not_depend_on_its_neighbours_nor_on_what_is_recorded():
@@ -96,7 +108,9 @@ def test_a_beta_does_not_depend_on_its_neighbours_nor_on_what_is_recorded():
 
 
 def test_link_far_out():
-    """-log g stays finite: far below 0 its slope tends to ln φ - 1/t, far above 0 the gradient is gone."""
+    """-log g stays finite: far below 0 its slope tends to ln φ - 1/t, far above 0 the gradient is
+    gone.
+    """
     q, u, v = bandit._phi_link(1e4)
     assert q == 0 and -v / u == pytest.approx(-math.log(PHI) - 1e-4, abs=1e-6)
     for link in LINKS:
@@ -125,15 +139,22 @@ def test_reward_and_kl():
             wrong(np.full((2, 4), 0.25))
 
 
-# From an earlier, separate replay that meets the printed figures to the eye (the paper prints no numbers of them).
+# From an earlier, separate replay that meets the printed figures to the eye (the paper prints no
+# numbers of them).
 FIGURE_9 = {  # P(arm 1) at 100k, ..., 500k steps, and all arms at the end
     ("dpo", 0.05): ([0.524, 0.729, 0.865, 0.937, 0.971], [0.971, 0.012, 0.016, 0.000, 0.000]),
     ("dpo", 0.1): ([0.731, 0.926], [0.995, 0.002, 0.003, 0.000, 0.000]),
     ("mallows_phi", 0.05): ([], [0.421, 0.400, 0.155, 0.024, 0.000]),
     ("mallows_phi", 0.1): ([], [0.343, 0.334, 0.208, 0.115, 0.000]),
 }
-FIGURE_8A = [("dpo", 0.3, 1.224, 15.590), ("mallows_phi", 0.02, 0.758, 15.991)]  # β of the rightmost points, KL, reward
-FIGURE_8B = {"dpo": (0.505, 15.876), "mallows_phi": (0.3033, 15.918)}  # KL and reward, mean of four β: peak, end
+FIGURE_8A = [
+    ("dpo", 0.3, 1.224, 15.590),
+    ("mallows_phi", 0.02, 0.758, 15.991),
+]  # β of the rightmost points, KL, reward
+FIGURE_8B = {
+    "dpo": (0.505, 15.876),
+    "mallows_phi": (0.3033, 15.918),
+}  # KL and reward, mean of four β: peak, end
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +174,9 @@ def test_figure_9(full, link, beta):
 @pytest.mark.parametrize(("link", "beta", "kl", "reward"), FIGURE_8A)
 def test_figure_8a(full, link, beta, kl, reward):
     probs = full[1][link][-1, full[0].index(beta)]
-    assert bandit.kl(probs) == pytest.approx(kl, abs=6e-4) and bandit.reward(probs) == pytest.approx(reward, abs=6e-4)
+    assert bandit.kl(probs) == pytest.approx(kl, abs=6e-4) and bandit.reward(
+        probs
+    ) == pytest.approx(reward, abs=6e-4)
 
 
 @each_link
@@ -169,17 +192,40 @@ GOOD = {"betas": [0.1], "link": "dpo", "steps": 100}
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("link", "theta"), ("link", None), ("betas", []), ("betas", 0.1), ("betas", [[0.1]]), ("betas", [0.1, 0.0])]
-    + [("betas", [-1.0]), ("betas", [math.nan]), ("lr", 0.0), ("lr", math.inf), ("steps", 0), ("steps", 150)]
-    + [("steps", 100.5), ("steps", math.inf), ("record_every", 0), ("record_every", 0.5), ("record_every", math.nan)],
+    [
+        ("link", "theta"),
+        ("link", None),
+        ("betas", []),
+        ("betas", 0.1),
+        ("betas", [[0.1]]),
+        ("betas", [0.1, 0.0]),
+    ]
+    + [
+        ("betas", [-1.0]),
+        ("betas", [math.nan]),
+        ("lr", 0.0),
+        ("lr", math.inf),
+        ("steps", 0),
+        ("steps", 150),
+    ]
+    + [
+        ("steps", 100.5),
+        ("steps", math.inf),
+        ("record_every", 0),
+        ("record_every", 0.5),
+        ("record_every", math.nan),
+    ],
 )
 def test_bad_input_is_named(name, value):
-    with pytest.raises(ValueError, match=f"^{name} must|^steps must be a positive multiple of {name}"):
+    with pytest.raises(
+        ValueError, match=f"^{name} must|^steps must be a positive multiple of {name}"
+    ):
         bandit.train(**{**GOOD, name: value})
 
 
 def test_time(full):
-    """All of Figures 8 and 9 may take 10 s on one core: a tenth of the steps in 1 s, which is five times what it needs.
+    """All of Figures 8 and 9 may take 10 s on one core: a tenth of the steps in 1 s, which is five
+    times what it needs.
 
     Processor time, as other processes would lengthen any other; compiled by `full` before.
     """

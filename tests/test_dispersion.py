@@ -1,4 +1,6 @@
-"""Weights from entropies: values derived by hand, relations, faults; rankings against the exact law."""
+"""Weights from entropies: values derived by hand, relations, faults; rankings against the exact
+law.
+"""
 
 import itertools
 import math
@@ -13,7 +15,8 @@ from beyond_dpo import dispersion
 
 
 def test_hand_values():
-    """Means of the entropies e^-1 and e^-3: -ln H is 1 and 3, phi_star 1/2, the weights 1/2 and 3/2.
+    """Means of the entropies e^-1 and e^-3: -ln H is 1 and 3, phi_star 1/2, the weights 1/2 and
+    3/2.
 
     The same scale given to a set of one row with mean e^-2 weights it 1.
     """
@@ -47,7 +50,12 @@ def test_mean_is_one_and_more_entropy_weighs_less():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "phi_star", "message"),
     [
-        ([0.1, np.nan], [0.1, 0.1], None, "row b: normalised entropies nan and 0.1 .* the response is empty"),
+        (
+            [0.1, np.nan],
+            [0.1, 0.1],
+            None,
+            "row b: normalised entropies nan and 0.1 .* the response is empty",
+        ),
         ([0.1, 0.0], [0.1, 0.0], None, "row b: normalised entropies 0.0 and 0.0 have no weight"),
         ([0.0, 0.1], [0.2, 0.1], None, "row a: normalised entropies 0.0 and 0.2 have no weight"),
         ([0.1, 0.1], [0.1, 1.0], None, "row b: .* 0.1 and 1.0"),
@@ -70,7 +78,9 @@ def test_no_rows():
 
 @pytest.mark.parametrize("phi", [0.3, 0.8, 1.0])
 def test_rankings_follow_the_law(phi):
-    """All 24 rankings of 4 items: chi-square with 23 degrees of freedom is above 49.7 once in 1,000."""
+    """All 24 rankings of 4 items: chi-square with 23 degrees of freedom is above 49.7 once in
+    1,000.
+    """
     draws = 40_000
     found = dispersion.mallows_rankings(4, phi, draws, seed=0)
     assert found.shape == (draws, 4)
@@ -91,5 +101,11 @@ def test_rankings_at_the_ends_and_seeds():
 
 
 def test_light_imports():
-    code = "import sys, beyond_dpo.dispersion; print(sorted({'torch', 'pandas', 'scipy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    code = (
+        "import sys, beyond_dpo.dispersion; print(sorted({'torch', 'pandas', 'scipy'} & "
+        "set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "[]"
+    )

@@ -1,4 +1,6 @@
-"""Extrapolation: the exact rule, the same bits however the weights are stored, and no trace of a run that fails."""
+"""Extrapolation: the exact rule, the same bits however the weights are stored, and no trace of a
+run that fails.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,28 @@ from beyond_dpo import events, lora
 from beyond_dpo import extrapolate as module
 from beyond_dpo.extrapolate import IncompatibleModels, blend, check, extrapolate, tensors
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 12, "tie_word_embeddings": True}
-TOKENIZER = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 2, "content": "<s>"}]}
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 12,
+    "tie_word_embeddings": True,
+}
+TOKENIZER = {
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}},
+    "added_tokens": [{"id": 2, "content": "<s>"}],
+}
 
 
 def weights(seed: int = 0, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Make a small state with an odd size, a scalar, an empty tensor, negative zeros and an integer buffer."""
+    """Make a small state with an odd size, a scalar, an empty tensor, negative zeros and an integer
+    buffer.
+    """
     draw = torch.Generator().manual_seed(seed)
-    state = {f"model.layers.{i}.{n}.weight": torch.randn(5, 7, generator=draw).to(dtype) for i in (0, 1) for n in "qv"}
+    state = {
+        f"model.layers.{i}.{n}.weight": torch.randn(5, 7, generator=draw).to(dtype)
+        for i in (0, 1)
+        for n in "qv"
+    }
     state["model.embed_tokens.weight"] = torch.randn(12, 5, generator=draw).to(dtype)
     state["model.scale"] = torch.randn((), generator=draw).to(dtype)
     state["model.zeros"] = torch.tensor([-0.0, 0.0, -0.0, 1.5 + seed], dtype=dtype)
@@ -42,17 +58,25 @@ def weights(seed: int = 0, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     return state
 
 
-def save(folder: Path, state: dict, *, shards: int = 1, config: dict | None = CONFIG, tokenizer=TOKENIZER) -> Path:
+def save(
+    folder: Path, state: dict, *, shards: int = 1, config: dict | None = CONFIG, tokenizer=TOKENIZER
+) -> Path:
     """Write a model folder as transformers does."""
     folder.mkdir(parents=True)
     names = [sorted(state)[i::shards] for i in range(shards)]
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     files = files if shards > 1 else ["model.safetensors"]
     for file, part in zip(files, names, strict=True):
-        save_file({name: state[name].contiguous() for name in part}, folder / file, {"format": "pt", "by": "test"})
+        save_file(
+            {name: state[name].contiguous() for name in part},
+            folder / file,
+            {"format": "pt", "by": "test"},
+        )
     if shards > 1:
         index = {name: file for file, part in zip(files, names, strict=True) for name in part}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": index})
+        )
     for name, content in (("config.json", config), ("tokenizer.json", tokenizer)):
         if content is not None:
             (folder / name).write_text(json.dumps(content))
@@ -68,9 +92,12 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
 def same(left: dict, right: dict) -> bool:
     """Compare bits, so that -0.0 is not 0.0."""
     assert left.keys() == right.keys()
-    return all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.reshape(-1).view(torch.uint8),
-                                                                          b.reshape(-1).view(torch.uint8))
-               for a, b in ((left[name], right[name]) for name in left))  # fmt: skip
+    return all(
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+        for a, b in ((left[name], right[name]) for name in left)
+    )
 
 
 @pytest.fixture
@@ -79,7 +106,9 @@ def pair(tmp_path) -> tuple[Path, Path]:
 
 
 def test_rule_by_hand():
-    """1 + 0.5 (1 - 0.5) = 1.25; -2 + 0.5 (-2 - 2) = -4; 3 + 0.5 (3 - 3) = 3, and halfway (alpha = -0.5) 0.75, 0, 3."""
+    """1 + 0.5 (1 - 0.5) = 1.25; -2 + 0.5 (-2 - 2) = -4; 3 + 0.5 (3 - 3) = 3, and halfway (alpha =
+    -0.5) 0.75, 0, 3.
+    """
     sft, aligned = torch.tensor([0.5, 2.0, 3.0]), torch.tensor([1.0, -2.0, 3.0])
     assert blend(sft, aligned, 0.5).tolist() == [1.25, -4.0, 3.0]
     assert blend(sft, aligned, -0.5).tolist() == [0.75, 0.0, 3.0]
@@ -89,10 +118,11 @@ def test_rule_by_hand():
 
 
 def test_float32_arithmetic_is_not_bfloat16():
-    """theta0 = 1, theta1 = 1 + 53/128, alpha = 5: 223/64 exactly, which bfloat16 (steps of 1/64 there) can hold.
+    """theta0 = 1, theta1 = 1 + 53/128, alpha = 5: 223/64 exactly, which bfloat16 (steps of 1/64
+    there) can hold.
 
-    In bfloat16 the step 132.5/64 is rounded to 132/64 and the sum 222.5/64 to 222/64. Over random weights the two ways
-    disagree in a good part, and float32 is nearer the exact value.
+    In bfloat16 the step 132.5/64 is rounded to 132/64 and the sum 222.5/64 to 222/64. Over random
+    weights the two ways disagree in a good part, and float32 is nearer the exact value.
     """
     sft, aligned = torch.tensor([1.0]).bfloat16(), torch.tensor([1 + 53 / 128]).bfloat16()
     assert blend(sft, aligned, 5).item() == 223 / 64
@@ -123,12 +153,18 @@ def test_bits_do_not_depend_on_sharding_number_of_alphas_or_blocks(tmp_path, mon
     facts = []
     for i, (left, right, block) in enumerate([(1, 1, 1 << 18), (1, 3, 8), (3, 2, 7)]):
         monkeypatch.setattr(module, "BLOCK", block)
-        folders = save(tmp_path / f"sft{i}", sft, shards=left), save(tmp_path / f"al{i}", aligned, shards=right)
+        folders = (
+            save(tmp_path / f"sft{i}", sft, shards=left),
+            save(tmp_path / f"al{i}", aligned, shards=right),
+        )
         facts += extrapolate(*folders, {0.3: tmp_path / f"one{i}"}).values()
         facts.append(extrapolate(*folders, {2: tmp_path / f"x{i}", 0.3: tmp_path / f"y{i}"})[0.3])
         assert same(load(tmp_path / f"one{i}"), wanted) and same(load(tmp_path / f"y{i}"), wanted)
         assert same(dict(tensors(*folders, 0.3)), wanted)
-        layout = [sorted(f.name for f in folder.iterdir()) for folder in (tmp_path / f"one{i}", folders[1])]
+        layout = [
+            sorted(f.name for f in folder.iterdir())
+            for folder in (tmp_path / f"one{i}", folders[1])
+        ]
         assert layout[0] == sorted([*layout[1], "expo.json"])
     assert len(facts) == 6 and all(fact == facts[0] for fact in facts)
 
@@ -148,29 +184,51 @@ def test_each_input_file_is_read_once_for_all_alphas(pair, tmp_path):
 
 
 def test_small_files_and_provenance(pair, tmp_path):
-    """Everything but weights and training state comes from the aligned model; the rest says how the result was made."""
+    """Everything but weights and training state comes from the aligned model; the rest says how the
+    result was made.
+    """
     sft, aligned = pair
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "README.md"):
         (aligned / name).write_text(name)
         (sft / name).write_text("SFT")
-    for name in ("pytorch_model.bin", "optimizer.pt", "rng_state.pth", "training_args.bin", "manifest.json",
-                 "pytorch_model.bin.index.json", "model.safetensors.index.json"):  # fmt: skip
+    for name in (
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "rng_state.pth",
+        "training_args.bin",
+        "manifest.json",
+        "pytorch_model.bin.index.json",
+        "model.safetensors.index.json",
+    ):
         (aligned / name).write_text("no")
     (aligned / "checkpoint-5").mkdir()
     fact = extrapolate(sft, aligned, {0.5: tmp_path / "out"}, modules={"*.q.*": 2})[0.5]
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        "README.md", "chat_template.jinja", "config.json", "expo.json", "generation_config.json", "model.safetensors",
-        "tokenizer.json", "tokenizer.model"]  # fmt: skip
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "expo.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
     assert (tmp_path / "out/README.md").read_text() == "README.md"
     assert json.loads((tmp_path / "out/expo.json").read_text()) == fact
     assert fact["alpha"] == 0.5 and fact["modules"] == {"*.q.*": 2}
-    assert re.fullmatch("[0-9a-f]{32}", fact["sft_xxh3"]) and fact["sft_xxh3"] != fact["aligned_xxh3"]
+    assert (
+        re.fullmatch("[0-9a-f]{32}", fact["sft_xxh3"]) and fact["sft_xxh3"] != fact["aligned_xxh3"]
+    )
     with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "pt" and metadata["by"] == "test" and metadata["expo_alpha"] == "0.5"
+    assert (
+        metadata["format"] == "pt" and metadata["by"] == "test" and metadata["expo_alpha"] == "0.5"
+    )
     assert json.loads(metadata["expo_modules"]) == {"*.q.*": 2}
     assert metadata["expo_aligned_xxh3"] == fact["aligned_xxh3"]
-    again = extrapolate(aligned, tmp_path / "out", {0: tmp_path / "again"})[0]  # an output is a model like any other
+    again = extrapolate(aligned, tmp_path / "out", {0: tmp_path / "again"})[
+        0
+    ]  # an output is a model like any other
     assert again["sft_xxh3"] == fact["aligned_xxh3"]
 
 
@@ -193,7 +251,9 @@ def test_module_alphas(pair, tmp_path):
 def test_redundant_head_of_tied_embeddings(tmp_path, where):
     """A stored lm_head that repeats the embeddings is the same model with or without it."""
     states = {name: weights(seed) for seed, name in enumerate(("sft", "aligned"))}
-    wanted = {name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]}
+    wanted = {
+        name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]
+    }
     for name, state in states.items():
         if where in (name, "both"):
             state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
@@ -216,9 +276,13 @@ def test_head_of_its_own_against_tied_embeddings(tmp_path):
             check(left, right)
 
 
-@pytest.mark.parametrize("names", [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens"), ("lm_head", "both")])
+@pytest.mark.parametrize(
+    "names", [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens"), ("lm_head", "both")]
+)
 def test_of_two_tied_tensors_a_writer_keeps_either_name(tmp_path, names):
-    """One model stores the embeddings under their name, the other under the head's: one and the same tensor."""
+    """One model stores the embeddings under their name, the other under the head's: one and the
+    same tensor.
+    """
     states = [weights(0), weights(1)]
     embeddings = [state.pop("model.embed_tokens.weight") for state in states]
     wanted = {name: blend(states[0][name], states[1][name], 0.5) for name in states[1]}
@@ -233,10 +297,14 @@ def test_of_two_tied_tensors_a_writer_keeps_either_name(tmp_path, names):
 
 
 def test_embeddings_of_an_untied_model_are_not_its_head(tmp_path):
-    """Without embeddings a model with a head of its own is not whole, whatever its head is equal to in shape."""
+    """Without embeddings a model with a head of its own is not whole, whatever its head is equal to
+    in shape.
+    """
     state = weights(1)
     state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
-    cut = without(weights(0) | {"lm_head.weight": state["lm_head.weight"]}, "model.embed_tokens.weight")
+    cut = without(
+        weights(0) | {"lm_head.weight": state["lm_head.weight"]}, "model.embed_tokens.weight"
+    )
     folders = save(tmp_path / "whole", state), save(tmp_path / "cut", cut)
     for left, right in (folders, folders[::-1]):
         with pytest.raises(IncompatibleModels, match="embed_tokens.weight.*absent"):
@@ -255,23 +323,33 @@ DERIVED = {
 
 @pytest.mark.parametrize("where", ["sft", "aligned", "both"])
 def test_derived_buffers_are_no_weights(tmp_path, where):
-    """Old checkpoints store frequencies and masks, new ones do not: the pair is one all the same, and none is moved."""
+    """Old checkpoints store frequencies and masks, new ones do not: the pair is one all the same,
+    and none is moved.
+    """
     states = {name: weights(seed) for seed, name in enumerate(("sft", "aligned"))}
     plain = [save(tmp_path / "plain" / name, state) for name, state in states.items()]
-    wanted = {name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]}
+    wanted = {
+        name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]
+    }
     for name, state in states.items():
         if where in (name, "both"):  # rounded otherwise in the one than in the other
-            state |= {key: value + 0.25 if name == "sft" else value for key, value in DERIVED.items()}
+            state |= {
+                key: value + 0.25 if name == "sft" else value for key, value in DERIVED.items()
+            }
     if where != "sft":
         wanted |= DERIVED
     folders = [save(tmp_path / name, state) for name, state in states.items()]
     found = extrapolate(*folders, {0.5: tmp_path / "out"})
     assert same(load(tmp_path / "out"), wanted) and same(dict(tensors(*folders, 0.5)), wanted)
-    assert found == extrapolate(*plain, {0.5: tmp_path / "plain" / "out"}), "they are in no digest of the weights"
+    assert found == extrapolate(*plain, {0.5: tmp_path / "plain" / "out"}), (
+        "they are in no digest of the weights"
+    )
 
 
 def test_a_bias_that_is_no_mask_is_a_weight(tmp_path):
-    """A learned bias may have a mask's name, not its square form; a bias of a layer may end alike."""
+    """A learned bias may have a mask's name, not its square form; a bias of a layer may end
+    alike.
+    """
     for name in ("h.0.attn.c_attn.bias", "model.layers.0.attention.bias"):
         states = [weights(seed) | {name: torch.full((1, 4), float(seed))} for seed in (0, 1)]
         folders = [save(tmp_path / name / str(i), state) for i, state in enumerate(states)]
@@ -283,7 +361,9 @@ def test_a_bias_that_is_no_mask_is_a_weight(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_equal_infinities_are_copied(tmp_path, dtype):
-    """-1e9 in a mask value is -inf in float16. What both models hold is copied, between values that move."""
+    """-1e9 in a mask value is -inf in float16. What both models hold is copied, between values that
+    move.
+    """
     sft, aligned = weights(0, dtype), weights(1, dtype)
     for state in (sft, aligned):
         state["model.scale"] = torch.tensor(-1e9).half().to(dtype)
@@ -295,8 +375,12 @@ def test_equal_infinities_are_copied(tmp_path, dtype):
     wanted[1, 2] = float("inf")
     assert torch.equal(load(outputs[0.5])["model.layers.0.q.weight"], wanted)
     assert all(load(out)["model.scale"] == -float("inf") for out in outputs.values())
-    assert same(load(outputs[0]), aligned) and same(dict(tensors(*folders, 0.5)), load(outputs[0.5]))
-    for i, bad in enumerate((float("nan"), float("inf"), 1.0)):  # NaN in both, the other infinity, one only
+    assert same(load(outputs[0]), aligned) and same(
+        dict(tensors(*folders, 0.5)), load(outputs[0.5])
+    )
+    for i, bad in enumerate(
+        (float("nan"), float("inf"), 1.0)
+    ):  # NaN in both, the other infinity, one only
         state = aligned | {"model.scale": torch.tensor(bad, dtype=dtype)}
         start = sft | ({"model.scale": state["model.scale"]} if bad != bad else {})
         broken = save(tmp_path / f"sft{i}", start), save(tmp_path / f"aligned{i}", state)
@@ -308,16 +392,31 @@ def without(state, name):
     return {key: value for key, value in state.items() if key != name}
 
 
-def case(message: str, changes: dict | None = None, *, config: dict | None = None, tokenizer: dict | None = None):
+def case(
+    message: str,
+    changes: dict | None = None,
+    *,
+    config: dict | None = None,
+    tokenizer: dict | None = None,
+):
     """Make an aligned folder's arguments with one difference, and the message that names it."""
     state = {**weights(1), **(changes or {})}
     state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    return message, {"state": state, "config": CONFIG | (config or {}), "tokenizer": TOKENIZER | (tokenizer or {})}
+    return message, {
+        "state": state,
+        "config": CONFIG | (config or {}),
+        "tokenizer": TOKENIZER | (tokenizer or {}),
+    }
 
 
-EQUAL = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights(0).items()}
+EQUAL = {
+    name: tensor.float() if tensor.is_floating_point() else tensor
+    for name, tensor in weights(0).items()
+}
 REFUSALS = {
-    "name": case(r"layers.0.q.weight is 'float \[5, 7\]' .*'absent'", {"model.layers.0.q.weight": None}),
+    "name": case(
+        r"layers.0.q.weight is 'float \[5, 7\]' .*'absent'", {"model.layers.0.q.weight": None}
+    ),
     "extra": case(r"model.new is 'absent' .* 'float \[2\]'", {"model.new": torch.ones(2)}),
     "shape": case(r"model.scale is 'float \[\]'.*'float \[2\]'", {"model.scale": torch.ones(2)}),
     "kind": case(r"model.scale is 'float \[\]'.*'I64 \[\]'", {"model.scale": torch.tensor(1)}),
@@ -327,13 +426,19 @@ REFUSALS = {
     "architecture": case("model_type .* 'llama' .* 'gpt2' ", config={"model_type": "gpt2"}),
     "token": case("token 1 .*'b' .*'c' ", tokenizer={"model": {"vocab": {"a": 0, "c": 1}}}),
     "added token": case("token 2 .*'<s>' .*None ", tokenizer={"added_tokens": []}),
-    "unigram": case("token 1 .*'b' .*'d' ", tokenizer={"model": {"vocab": [["a", 0.1], ["d", 0.2]]}}),
+    "unigram": case(
+        "token 1 .*'b' .*'d' ", tokenizer={"model": {"vocab": [["a", 0.1], ["d", 0.2]]}}
+    ),
     "equal": case("equals the one", weights(0)),
     "equal values": case("equals the one", EQUAL),
     "nan": case("model.scale holds NaN .*aligned", {"model.scale": torch.tensor(float("nan"))}),
-    "infinite": case("model.scale holds NaN .*aligned", {"model.scale": torch.tensor(-float("inf"))}),
+    "infinite": case(
+        "model.scale holds NaN .*aligned", {"model.scale": torch.tensor(-float("inf"))}
+    ),
     "four bits": case("quantised", config={"quantization_config": {"bits": 4}}),
-    "eight bits": case("model.scale.*F8_E4M3", {"model.scale": torch.ones(2).to(torch.float8_e4m3fn)}),
+    "eight bits": case(
+        "model.scale.*F8_E4M3", {"model.scale": torch.ones(2).to(torch.float8_e4m3fn)}
+    ),
 }
 
 
@@ -343,7 +448,10 @@ def test_refusals_name_the_difference_and_leave_nothing(tmp_path, name):
     sft, aligned = save(tmp_path / "sft", weights(0)), save(tmp_path / "aligned", **arguments)
     with pytest.raises(ValueError, match=message) as caught:
         extrapolate(sft, aligned, {0.5: tmp_path / "a", 1: tmp_path / "b"})
-    assert str(tmp_path) in str(caught.value) and sorted(f.name for f in tmp_path.iterdir()) == ["aligned", "sft"]
+    assert str(tmp_path) in str(caught.value) and sorted(f.name for f in tmp_path.iterdir()) == [
+        "aligned",
+        "sft",
+    ]
     with pytest.raises(ValueError, match=message):
         list(tensors(sft, aligned, 0.5))
 
@@ -389,7 +497,12 @@ def test_unreadable_folders(pair, tmp_path):
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(b"")
-    for folder, message in ((cut, "cut/model"), (part, "00002"), (pickled, "convert"), (tmp_path / "none", "none")):
+    for folder, message in (
+        (cut, "cut/model"),
+        (part, "00002"),
+        (pickled, "convert"),
+        (tmp_path / "none", "none"),
+    ):
         for models in ((sft, folder), (folder, aligned)):
             with pytest.raises(ValueError, match=message):
                 extrapolate(*models, {0.5: tmp_path / "out"})
@@ -397,7 +510,9 @@ def test_unreadable_folders(pair, tmp_path):
 
 
 def test_what_is_missing_is_said_in_words(pair, tmp_path):
-    """No folder, a hub id, no config.json, a broken one, links to nowhere: the error names it, and nothing is left."""
+    """No folder, a hub id, no config.json, a broken one, links to nowhere: the error names it, and
+    nothing is left.
+    """
     sft, aligned = pair
     out = tmp_path / "out"
     for missing in (tmp_path / "nowhere", Path("org/model")):
@@ -406,7 +521,11 @@ def test_what_is_missing_is_said_in_words(pair, tmp_path):
                 extrapolate(*models, {0.5: out})
     for name in ("config.json", "tokenizer.json"):
         whole = (aligned / name).read_text()
-        for broken, what in (("{", "is not JSON"), ("\x00\xff", "is not JSON"), ("[]", "holds no JSON object")):
+        for broken, what in (
+            ("{", "is not JSON"),
+            ("\x00\xff", "is not JSON"),
+            ("[]", "holds no JSON object"),
+        ):
             (aligned / name).write_text(broken, encoding="latin1")
             for models in ((sft, aligned), (aligned, sft)):
                 with pytest.raises(ValueError, match=f"aligned/{name} {what}"):
@@ -414,7 +533,9 @@ def test_what_is_missing_is_said_in_words(pair, tmp_path):
         (aligned / name).unlink()
         (aligned / name).symlink_to("../blobs/gone")
         for models in ((sft, aligned), (aligned, sft)):
-            with pytest.raises(ValueError, match=f"aligned/{name} is a link to a file that is not there"):
+            with pytest.raises(
+                ValueError, match=f"aligned/{name} is a link to a file that is not there"
+            ):
                 extrapolate(*models, {0.5: out})
         (aligned / name).unlink()
         if name == "config.json":
@@ -422,7 +543,11 @@ def test_what_is_missing_is_said_in_words(pair, tmp_path):
                 with pytest.raises(ValueError, match="no config.json in .*aligned"):
                     extrapolate(*models, {0.5: out})
         (aligned / name).write_text(whole)
-    for name, named in (("generation_config.json", True), ("chat_template.jinja", True), ("optimizer.pt", False)):
+    for name, named in (
+        ("generation_config.json", True),
+        ("chat_template.jinja", True),
+        ("optimizer.pt", False),
+    ):
         (aligned / name).symlink_to("../blobs/gone")
         if named:
             with pytest.raises(ValueError, match=f"{name} is a link to a file that is not there"):
@@ -453,21 +578,31 @@ def test_overflow_of_the_result(tmp_path):
         extrapolate(sft, aligned, {0.05: tmp_path / "low", 0.5: tmp_path / "high"})
     assert not (tmp_path / "low").exists()
     extrapolate(sft, aligned, {0.05: tmp_path / "low"})
-    assert load(tmp_path / "low")["w"].unique().tolist() == [63008]  # float16 steps are 32 wide there
+    assert load(tmp_path / "low")["w"].unique().tolist() == [
+        63008
+    ]  # float16 steps are 32 wide there
 
 
 def test_another_dtype(tmp_path):
-    """A float32 SFT model under a bfloat16 aligned one: float32 arithmetic, bfloat16 result, alpha = -1 is a cast."""
+    """A float32 SFT model under a bfloat16 aligned one: float32 arithmetic, bfloat16 result, alpha
+    = -1 is a cast.
+    """
     sft, aligned = weights(0, torch.float32), weights(1)
     folders = save(tmp_path / "sft", sft), save(tmp_path / "aligned", aligned)
     extrapolate(*folders, {-1: tmp_path / "minus", 0.3: tmp_path / "out"})
-    assert same(load(tmp_path / "out"), {name: blend(sft[name], aligned[name], 0.3) for name in aligned})
-    assert same(without(load(tmp_path / "minus"), "model.steps"), without(weights(0), "model.steps"))
+    assert same(
+        load(tmp_path / "out"), {name: blend(sft[name], aligned[name], 0.3) for name in aligned}
+    )
+    assert same(
+        without(load(tmp_path / "minus"), "model.steps"), without(weights(0), "model.steps")
+    )
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory) -> tuple[Path, Path]:
-    """Two sparse 400 MB models of 4 shards: one tensor of 64 MB and many of 4 MB, all zero but a few values."""
+    """Two sparse 400 MB models of 4 shards: one tensor of 64 MB and many of 4 MB, all zero but a
+    few values.
+    """
     root = tmp_path_factory.mktemp("big")
     for model in ("sft", "aligned"):
         (root / model).mkdir()
@@ -476,30 +611,43 @@ def big(tmp_path_factory) -> tuple[Path, Path]:
             sizes = [64, *[4] * 9] if shard == 0 else [4] * 25
             header, end = {"__metadata__": {"format": "pt"}}, 0
             for i, size in enumerate(sizes):
-                header[f"t{shard}.{i}"] = {"dtype": "BF16", "shape": [size << 9, 1 << 10],
-                                           "data_offsets": [end, end := end + (size << 20)]}  # fmt: skip
+                header[f"t{shard}.{i}"] = {
+                    "dtype": "BF16",
+                    "shape": [size << 9, 1 << 10],
+                    "data_offsets": [end, end := end + (size << 20)],
+                }
             text = json.dumps(header).encode()
             text += b" " * (-len(text) % 8)
             file = root / model / f"model-{shard}.safetensors"
             with open(file, "wb") as opened:
-                opened.write(len(text).to_bytes(8, "little") + text + (b"\x80?" if model == "aligned" else b""))  # 1.0
+                opened.write(
+                    len(text).to_bytes(8, "little")
+                    + text
+                    + (b"\x80?" if model == "aligned" else b"")
+                )  # 1.0
                 opened.truncate(8 + len(text) + end)
             index |= dict.fromkeys(without(header, "__metadata__"), file.name)
         assert len(index) == 85
-        (root / model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        (root / model / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": index})
+        )
         (root / model / "config.json").write_text("{}")
     return root / "sft", root / "aligned"
 
 
 def test_memory_is_bounded(big, tmp_path):
-    """A 400 MB model takes less than 100 MB beyond the imports, in a process and through a command line of its own."""
+    """A 400 MB model takes less than 100 MB beyond the imports, in a process and through a command
+    line of its own.
+    """
     arguments = [*map(str, big), str(tmp_path / "out"), "--alpha", "0.5"]
     code = """if True:
         import resource, runpy, safetensors, torch, tqdm
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         runpy.run_module("beyond_dpo.extrapolate", run_name="__main__")  # what python -m does
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     path, growth = done.stdout.split()
     assert path == arguments[2] and float(growth) < 100
@@ -518,10 +666,14 @@ def wait_for_work(parent: Path) -> None:
 
 
 def fork(work) -> int:
-    """Do `work` in a child process, which ends with the status that it returns; return the child's id."""
+    """Do `work` in a child process, which ends with the status that it returns; return the child's
+    id.
+    """
     child = os.fork()
     if child == 0:
-        tqdm.set_lock(threading.RLock())  # else it is one with this process's, and may be held for ever
+        tqdm.set_lock(
+            threading.RLock()
+        )  # else it is one with this process's, and may be held for ever
         os._exit(work())
     return child
 
@@ -545,7 +697,9 @@ def test_kill_9_blocks_nothing(big, tmp_path):
 
 
 def test_two_runs_into_one_folder_at_a_time(big, tmp_path):
-    """The second one leaves the working folder of the first alone, which then finds that it came too late."""
+    """The second one leaves the working folder of the first alone, which then finds that it came
+    too late.
+    """
 
     def run() -> int:
         try:
@@ -610,7 +764,9 @@ def test_interrupt_leaves_nothing(big, tmp_path):
 
 @pytest.mark.parametrize("allocate", [True, False])
 def test_full_disk_leaves_nothing(tmp_path, monkeypatch, allocate):
-    """A disk of 1 MB for a 2 MB result: an error at once where space can be reserved, in the middle where it cannot."""
+    """A disk of 1 MB for a 2 MB result: an error at once where space can be reserved, in the middle
+    where it cannot.
+    """
     sft = save(tmp_path / "sft", {f"w{i}": torch.zeros(1 << 17) for i in range(4)})
     aligned = save(tmp_path / "aligned", {f"w{i}": torch.ones(1 << 17) for i in range(4)})
     if not allocate:
@@ -630,7 +786,10 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, allocate):
 
 @pytest.mark.parametrize("allocate", [True, False])
 def test_file_size_limit_leaves_nothing(tmp_path, monkeypatch, allocate):
-    sft, aligned = (save(tmp_path / str(i), {"w": torch.full((1 << 18,), i, dtype=torch.float32)}) for i in (0, 1))
+    sft, aligned = (
+        save(tmp_path / str(i), {"w": torch.full((1 << 18,), i, dtype=torch.float32)})
+        for i in (0, 1)
+    )
     if not allocate:
         monkeypatch.delattr(os, "posix_fallocate")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -646,12 +805,19 @@ def test_file_size_limit_leaves_nothing(tmp_path, monkeypatch, allocate):
 def test_command_line(pair, tmp_path, capsys):
     sft, aligned = map(str, pair)
     module.main([sft, aligned, str(tmp_path / "one"), "--alpha", "0.5", "--module", "*.q.weight=2"])
-    module.main([sft, aligned, str(tmp_path / "two"), "--alpha", "0.5", "--alpha", "-1", "--alpha", "1e-3"])
-    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in (
-        "one", "two/alpha=0.5", "two/alpha=-1", "two/alpha=0.001")]  # fmt: skip
+    module.main(
+        [sft, aligned, str(tmp_path / "two"), "--alpha", "0.5", "--alpha", "-1", "--alpha", "1e-3"]
+    )
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / name) for name in ("one", "two/alpha=0.5", "two/alpha=-1", "two/alpha=0.001")
+    ]
     assert json.loads((tmp_path / "one/expo.json").read_text())["modules"] == {"*.q.weight": 2.0}
     assert same(load(tmp_path / "two/alpha=0.5"), dict(tensors(sft, aligned, 0.5)))
-    for extra in (["--alpha", "nan"], ["--alpha", "1", "--module", "*"], ["--alpha", "1", "--module", "re:(=1"]):
+    for extra in (
+        ["--alpha", "nan"],
+        ["--alpha", "1", "--module", "*"],
+        ["--alpha", "1", "--module", "re:(=1"],
+    ):
         with pytest.raises(SystemExit, match="error: "):
             module.main([sft, aligned, str(tmp_path / "no"), *extra])
     with pytest.raises(SystemExit, match="error: .*one"):
@@ -661,10 +827,14 @@ def test_command_line(pair, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["extrapolate", "jobs.generate"])
 def test_help_is_shown_and_starts_nothing(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    monkeypatch.delitem(sys.modules, f"beyond_dpo.{name}", raising=False)  # as in a process of its own
+    monkeypatch.delitem(
+        sys.modules, f"beyond_dpo.{name}", raising=False
+    )  # as in a process of its own
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"beyond_dpo.{name}", run_name="__main__")
-    assert ended.value.code == 0 and f"usage: python -m beyond_dpo.{name}" in capsys.readouterr().out
+    assert (
+        ended.value.code == 0 and f"usage: python -m beyond_dpo.{name}" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("terminal, disabled", [(True, False), (True, True), (False, False)])
@@ -672,7 +842,9 @@ def test_progress_bar_only_on_a_terminal(pair, tmp_path, monkeypatch, terminal, 
     master, slave = os.openpty() if terminal else os.pipe()
     if terminal:
         termios.tcsetwinsize(slave, (24, 80))
-    monkeypatch.setenv("TQDM_DISABLE", "1") if disabled else monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "1") if disabled else monkeypatch.delenv(
+        "TQDM_DISABLE", raising=False
+    )
     with open(slave, "w") as stderr, open(master, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", stderr)
         extrapolate(*pair, {0.5: tmp_path / "out"})
@@ -702,12 +874,17 @@ def test_without_a_bar_one_line_says_what_takes_long(pair, tmp_path, monkeypatch
 
 def test_a_full_disk_behind_the_bar_ends_no_work(pair, tmp_path):
     """A terminal that is gone, or a full disk: tqdm's own error came through."""
-    code = "import sys\nfrom beyond_dpo import extrapolate as module\nsys.stderr.isatty = lambda: True\n"
+    code = (
+        "import sys\nfrom beyond_dpo import extrapolate as module\n"
+        "sys.stderr.isatty = lambda: True\n"
+    )
     code += "module.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *map(str, pair), str(tmp_path / "out"), "--alpha", "0.5"]
     environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     with open("/dev/full", "wb") as full:
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True)
+        done = subprocess.run(
+            command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True
+        )
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
 
 
@@ -717,23 +894,35 @@ def test_an_interrupted_extrapolation_is_one_line():
     code += "module.extrapolate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
     code += "module.main(['sft', 'aligned', 'out', '--alpha', '1'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr.startswith("interrupted; ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 130
+        and done.stderr.startswith("interrupted; ")
+        and done.stderr.count("\n") == 1
+    )
 
 
 def test_loads_in_transformers(tmp_path):
-    """A tied, sharded Llama from the output computes the logits of a model whose parameters were set by hand."""
+    """A tied, sharded Llama from the output computes the logits of a model whose parameters were
+    set by hand.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)
+    config = LlamaConfig(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
+    )
     torch.manual_seed(0)
     sft, aligned, by_hand = (LlamaForCausalLM(config).eval() for _ in range(3))
     with torch.no_grad():
-        for zero, one, two in zip(sft.parameters(), aligned.parameters(), by_hand.parameters(), strict=True):
+        for zero, one, two in zip(
+            sft.parameters(), aligned.parameters(), by_hand.parameters(), strict=True
+        ):
             one.copy_(zero + 0.01 * torch.randn_like(zero))
             two.copy_(one + 0.5 * (one - zero))
     for model, name in ((sft, "sft"), (aligned, "aligned")):
-        model.save_pretrained(tmp_path / name, max_shard_size="20KB" if name == "aligned" else "1GB")
+        model.save_pretrained(
+            tmp_path / name, max_shard_size="20KB" if name == "aligned" else "1GB"
+        )
     assert len(list((tmp_path / "aligned").glob("*.safetensors"))) > 1
     extrapolate(tmp_path / "sft", tmp_path / "aligned", {0.5: tmp_path / "out"})
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -750,14 +939,23 @@ GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 
 
 def adapted(folder: Path, targets: list[str], **settings) -> torch.Tensor:
-    """Save a random GPT-2 and a random adapter of it with peft; return the logits that peft computes with both."""
+    """Save a random GPT-2 and a random adapter of it with peft; return the logits that peft
+    computes with both.
+    """
     import peft
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**GPT2, bos_token_id=0, eos_token_id=1, initializer_range=0.3)).eval()
+    model = GPT2LMHeadModel(
+        GPT2Config(**GPT2, bos_token_id=0, eos_token_id=1, initializer_range=0.3)
+    ).eval()
     model.save_pretrained(folder / "base")
-    settings = {"r": 2, "lora_alpha": 6, "target_modules": targets, "task_type": "CAUSAL_LM"} | settings
+    settings = {
+        "r": 2,
+        "lora_alpha": 6,
+        "target_modules": targets,
+        "task_type": "CAUSAL_LM",
+    } | settings
     tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
     with torch.no_grad():
         for weight in tuned.parameters():
@@ -774,34 +972,55 @@ def logits(model) -> torch.Tensor:
 
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_an_adapter_of_conv1d_layers_is_added_transposed(tmp_path, prefix):
-    """GPT-2 stores its weights (in, out), also square ones; on the hub its names lack their first part."""
+    """GPT-2 stores its weights (in, out), also square ones; on the hub its names lack their first
+    part.
+    """
     from transformers import GPT2LMHeadModel
 
     wanted = adapted(tmp_path, ["c_attn", "c_proj", "c_fc"])
     base = load(tmp_path / "base")
-    save_file({prefix + name.removeprefix("transformer."): tensor for name, tensor in base.items()},
-              tmp_path / "base/model.safetensors", {"format": "pt"})  # fmt: skip
+    save_file(
+        {prefix + name.removeprefix("transformer."): tensor for name, tensor in base.items()},
+        tmp_path / "base/model.safetensors",
+        {"format": "pt"},
+    )
     shutil.copytree(tmp_path / "base", tmp_path / "merged")
     merged = dict(lora.tensors(tmp_path / "base", tmp_path / "adapter", 0.0))
-    assert sum(not torch.equal(merged[prefix + name.removeprefix("transformer.")], base[name]) for name in base) == 8
+    assert (
+        sum(
+            not torch.equal(merged[prefix + name.removeprefix("transformer.")], base[name])
+            for name in base
+        )
+        == 8
+    )
     save_file(merged, tmp_path / "merged/model.safetensors", {"format": "pt"})
     found = logits(GPT2LMHeadModel.from_pretrained(tmp_path / "merged", dtype=torch.float32))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_half_an_adapter_is_never_used(tmp_path):
-    """Embeddings, a B without its A, an unknown tensor: all of a file is added, or it is refused by that name."""
+    """Embeddings, a B without its A, an unknown tensor: all of a file is added, or it is refused by
+    that name.
+    """
     adapted(tmp_path, ["c_attn", "wte"])
     adapter = tmp_path / "adapter"
     held = load_file(adapter / lora.WEIGHTS)
     linear = {name: tensor for name, tensor in held.items() if "c_attn" in name}
     assert len(held) == len(linear) + 2 == 6
-    orphan = {name: tensor for name, tensor in linear.items() if "h.1.attn.c_attn.lora_A" not in name}
-    files = {"lora_embedding_A": held, "c_attn.lora_B": orphan, "extra": linear | {"extra.weight": torch.ones(2)}}
+    orphan = {
+        name: tensor for name, tensor in linear.items() if "h.1.attn.c_attn.lora_A" not in name
+    }
+    files = {
+        "lora_embedding_A": held,
+        "c_attn.lora_B": orphan,
+        "extra": linear | {"extra.weight": torch.ones(2)},
+    }
     for named, content in files.items():
         save_file(content, adapter / lora.WEIGHTS)
-        uses = {"swap": lambda: lora.tensors(tmp_path / "base", adapter, 1.0),
-                "scale": lambda: lora.scaled(adapter, {1.0: tmp_path / "out"})}  # fmt: skip
+        uses = {
+            "swap": lambda: lora.tensors(tmp_path / "base", adapter, 1.0),
+            "scale": lambda: lora.scaled(adapter, {1.0: tmp_path / "out"}),
+        }
         for use in uses.values():
             with pytest.raises(ValueError, match=f"holds .*{named}.*merge it"):
                 use()
@@ -821,14 +1040,26 @@ def test_half_an_adapter_is_never_used(tmp_path):
         ({"init_lora_weights": "lora_ga"}, "has changed"),
         ({"layer_replication": [[0, 1], [0, 2]]}, r"more than s·BA \(layer_replication\)"),
         ({"alora_invocation_tokens": [1]}, r"more than s·BA \(alora_invocation_tokens\)"),
-        ({"a_setting_of_tomorrow": 1, "bias": "lora_only"}, r"more than s·BA \(a_setting_of_tomorrow, lora_only\)"),
+        (
+            {"a_setting_of_tomorrow": 1, "bias": "lora_only"},
+            r"more than s·BA \(a_setting_of_tomorrow, lora_only\)",
+        ),
     ],
 )
 def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, message):
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["q"]}
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "bias": "none",
+        "target_modules": ["q"],
+    }
     (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
     names = {"A": torch.ones(2, 3), "B": torch.ones(5, 2)}
-    save_file({f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()}, tmp_path / lora.WEIGHTS)
+    save_file(
+        {f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()},
+        tmp_path / lora.WEIGHTS,
+    )
     lora.scaled(tmp_path, {1.0: tmp_path / "plain"})
     (tmp_path / lora.CONFIG).write_text(json.dumps(settings | change))
     with pytest.raises(ValueError, match=message):
@@ -838,13 +1069,24 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, message):
 
 
 def test_an_adapter_of_one_of_two_tied_tensors_is_refused(tmp_path):
-    """peft moves the head alone; in the merged file it would move the embeddings too, or be lost."""
+    """peft moves the head alone; in the merged file it would move the embeddings too, or be
+    lost.
+    """
     state = weights(0, torch.float32)
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none", "target_modules": ["lm_head"]}
+    settings = {
+        "peft_type": "LORA",
+        "r": 2,
+        "lora_alpha": 4,
+        "bias": "none",
+        "target_modules": ["lm_head"],
+    }
     (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
     names = {"A": torch.ones(2, 5), "B": torch.ones(12, 2)}
-    save_file({f"base_model.model.lm_head.lora_{n}.weight": t for n, t in names.items()}, tmp_path / lora.WEIGHTS)
+    save_file(
+        {f"base_model.model.lm_head.lora_{n}.weight": t for n, t in names.items()},
+        tmp_path / lora.WEIGHTS,
+    )
     with pytest.raises(IncompatibleModels, match="moves lm_head.weight, which .* ties to another"):
         lora.tensors(save(tmp_path / "tied", state), tmp_path, 1.0)
     untied = save(tmp_path / "untied", state, config=CONFIG | {"tie_word_embeddings": False})
@@ -853,7 +1095,9 @@ def test_an_adapter_of_one_of_two_tied_tensors_is_refused(tmp_path):
 
 
 def test_scaling_an_adapter_again_writes_over_no_other(tmp_path):
-    """A second attempt gives the same; another adapter into the same folder leaves the first one's file alone."""
+    """A second attempt gives the same; another adapter into the same folder leaves the first one's
+    file alone.
+    """
     for i, name in enumerate(("one", "other")):
         (tmp_path / name).mkdir()
         settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
@@ -867,5 +1111,7 @@ def test_scaling_an_adapter_again_writes_over_no_other(tmp_path):
         lora.scaled(tmp_path / name, {0.5: tmp_path / "scaled"})
         assert (tmp_path / "scaled" / lora.WEIGHTS).samefile(tmp_path / name / lora.WEIGHTS)
         assert json.loads((tmp_path / "scaled" / lora.CONFIG).read_text())["lora_alpha"] == 6
-        assert [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")] == contents
+        assert [
+            (tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")
+        ] == contents
         assert len(list((tmp_path / "scaled").iterdir())) == 2

@@ -29,8 +29,12 @@ LOSSES = {
     "simpo": lambda c, r: simpo(c, r, beta=2.0, gamma=0.5),
     "mallows_theta": lambda c, r: mallows_theta(c, r, torch.full((len(c),), 1.7), beta=0.1),
     "mallows_ipo": lambda c, r: mallows_ipo(c, r, torch.full((len(c),), 1.7), tau=0.1),
-    "mallows_simpo": lambda c, r: mallows_simpo(c, r, torch.full((len(c),), 1.7), beta=2.0, gamma=0.5),
-    "mallows_phi": lambda c, r: mallows_phi(c, r, torch.full((len(c),), 0.3), beta=0.1, epsilon=0.05),
+    "mallows_simpo": lambda c, r: mallows_simpo(
+        c, r, torch.full((len(c),), 1.7), beta=2.0, gamma=0.5
+    ),
+    "mallows_phi": lambda c, r: mallows_phi(
+        c, r, torch.full((len(c),), 0.3), beta=0.1, epsilon=0.05
+    ),
     "wrpo": lambda c, r: wrpo(c, c / 2, r, alpha=0.3, beta=0.1),
     "wrpo_ipo": lambda c, r: wrpo_ipo(c, c / 2, r, alpha=0.3, tau=0.1),
     "wrpo_simpo": lambda c, r: wrpo_simpo(c, c / 2, r, alpha=0.3, beta=2.0, gamma=0.5),
@@ -46,7 +50,9 @@ def row(*values, dtype=torch.float64, grad=False):
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
 def test_dpo_is_ln2_where_policy_equals_reference(beta, smoothing):
-    losses, chosen, rejected = dpo(row(0.0, 0.0), row(0.0, 0.0), beta=beta, label_smoothing=smoothing)
+    losses, chosen, rejected = dpo(
+        row(0.0, 0.0), row(0.0, 0.0), beta=beta, label_smoothing=smoothing
+    )
     assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15)
     assert chosen.tolist() == rejected.tolist() == [0.0, 0.0]
 
@@ -54,17 +60,22 @@ def test_dpo_is_ln2_where_policy_equals_reference(beta, smoothing):
 def test_dpo_hand_values():
     """beta 0.5, log-ratios 2 ln 3 and 0: s = 0.5 * 2 ln 3 = ln 3, sigmoid(s) = 3/4, loss = ln(4/3).
 
-    The other way round s = -ln 3, sigmoid(s) = 1/4, loss = ln 4. A shift of both log-ratios changes no loss.
+    The other way round s = -ln 3, sigmoid(s) = 1/4, loss = ln 4. A shift of both log-ratios changes
+    no loss.
     """
     a, b = 2 * math.log(3), 0.0
     losses, chosen, rejected = dpo(row(a, b, a + 7), row(b, a, b + 7), beta=0.5)
-    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(4), math.log(4 / 3)], abs=1e-14)
+    assert losses.tolist() == pytest.approx(
+        [math.log(4 / 3), math.log(4), math.log(4 / 3)], abs=1e-14
+    )
     assert chosen.tolist() == pytest.approx([math.log(3), 0.0, math.log(3) + 3.5])
     assert rejected.tolist() == pytest.approx([0.0, math.log(3), 3.5])
 
 
 def test_dpo_gradient_by_hand():
-    """d loss / d chosen = -beta * sigmoid(-s): at s = ln 3 and beta 0.5 that is -0.5 / 4 = -1/8; +1/8 for rejected."""
+    """d loss / d chosen = -beta * sigmoid(-s): at s = ln 3 and beta 0.5 that is -0.5 / 4 = -1/8;
+    +1/8 for rejected.
+    """
     c, r = row(2 * math.log(3), grad=True), row(0.0, grad=True)
     dpo(c, r, beta=0.5)[0].sum().backward()
     assert c.grad.item() == pytest.approx(-0.125) and r.grad.item() == pytest.approx(0.125)
@@ -81,7 +92,9 @@ def test_label_smoothing_is_the_plain_loss_plus_e_times_s():
 
 
 def test_ipo_hand_values():
-    """tau 0.1: the target is 1 / 0.2 = 5. h = 5 gives 0, h = 0 gives 25, h = 7 gives 4, h = -1 gives 36."""
+    """tau 0.1: the target is 1 / 0.2 = 5. h = 5 gives 0, h = 0 gives 25, h = 7 gives 4, h = -1
+    gives 36.
+    """
     losses, chosen, rejected = ipo(row(5.0, 1.0, 3.0, -4.0), row(0.0, 1.0, -4.0, -3.0), tau=0.1)
     assert losses.tolist() == pytest.approx([0.0, 25.0, 4.0, 36.0], abs=1e-12)
     assert chosen.tolist() == pytest.approx([0.5, 0.1, 0.3, -0.4])
@@ -100,9 +113,11 @@ def test_ipo_minimum_is_at_half_over_tau(tau):
 
 
 def test_simpo_hand_values():
-    """beta 2, gamma 0.5. Means -1 and -1.25 differ by 0.25: the rewards differ by exactly gamma, the loss is ln 2.
+    """beta 2, gamma 0.5. Means -1 and -1.25 differ by 0.25: the rewards differ by exactly gamma,
+    the loss is ln 2.
 
-    Equal means: s = -0.5, loss = ln(1 + e^0.5) = 0.974077. gamma is the margin itself, not a share of beta.
+    Equal means: s = -0.5, loss = ln(1 + e^0.5) = 0.974077. gamma is the margin itself, not a share
+    of beta.
     """
     losses, chosen, rejected = simpo(row(-1.0, -1.0), row(-1.25, -1.0), beta=2.0, gamma=0.5)
     assert losses.tolist() == pytest.approx([math.log(2), math.log1p(math.exp(0.5))], abs=1e-14)
@@ -143,13 +158,17 @@ def test_large_magnitudes_stay_finite(loss, dtype):
 
 
 def test_dpo_is_linear_when_the_policy_is_far_on_the_wrong_side():
-    """s = 0.1 * (-2e4) = -2000: log(1 + e^2000) = 2000 to the last bit, where a naive log(sigmoid) is infinite."""
+    """s = 0.1 * (-2e4) = -2000: log(1 + e^2000) = 2000 to the last bit, where a naive log(sigmoid)
+    is infinite.
+    """
     losses, _, _ = dpo(row(-1e4, dtype=torch.float32), row(1e4, dtype=torch.float32), beta=0.1)
     assert losses.item() == pytest.approx(2000.0, rel=1e-6)
 
 
 def test_half_precision_inputs_are_not_rounded_again():
-    """1.0 and 0.00390625 are exact in bfloat16, their difference 0.99609375 is, but not beta times it."""
+    """1.0 and 0.00390625 are exact in bfloat16, their difference 0.99609375 is, but not beta times
+    it.
+    """
     values = [1.0], [0.00390625]
     half = dpo(*(torch.tensor(v, dtype=torch.bfloat16) for v in values), beta=0.1)
     full = dpo(*(torch.tensor(v, dtype=torch.float32) for v in values), beta=0.1)
@@ -162,7 +181,11 @@ def test_half_precision_inputs_are_not_rounded_again():
     [
         (torch.zeros(2), torch.zeros(3), "differ in length"),
         (torch.zeros(1), torch.zeros(3), "differ in length"),
-        (torch.zeros(2, 1), torch.zeros(2, 1), r"chosen: expected a float tensor of shape \(batch,\)"),
+        (
+            torch.zeros(2, 1),
+            torch.zeros(2, 1),
+            r"chosen: expected a float tensor of shape \(batch,\)",
+        ),
         (torch.zeros(2), torch.tensor(0.0), r"rejected: expected .* got \(\) torch.float32"),
         (torch.zeros(2, dtype=torch.long), torch.zeros(2), "chosen: expected .* torch.int64"),
         (torch.zeros(2), [0.0, 0.0], "rejected: expected .* got list"),
@@ -203,7 +226,9 @@ WEIGHTED = {
     "ipo": (mallows_ipo, ipo, {"tau": 0.1}),
     "simpo": (mallows_simpo, simpo, {"beta": 2.0, "gamma": 0.5}),
 }
-each_weighted = pytest.mark.parametrize("weighted, plain, settings", WEIGHTED.values(), ids=WEIGHTED)
+each_weighted = pytest.mark.parametrize(
+    "weighted, plain, settings", WEIGHTED.values(), ids=WEIGHTED
+)
 
 
 @each_weighted
@@ -214,22 +239,32 @@ def test_weight_one_is_the_plain_loss(weighted, plain, settings, dtype):
     torch.testing.assert_close(weighted(c, r, torch.ones(64), **settings), expected, rtol=0, atol=0)
     other = weighted(c, r, torch.full((64,), 3.0), **settings)
     assert (other[0] != expected[0]).any()
-    torch.testing.assert_close(other[1:], expected[1:], rtol=0, atol=0)  # rewards are those of the plain loss
+    torch.testing.assert_close(
+        other[1:], expected[1:], rtol=0, atol=0
+    )  # rewards are those of the plain loss
 
 
 def test_weighted_hand_values():
-    """theta: beta 0.5, log-ratios 2 ln 3 and 0, weights 1, 2, 1/2: s = ln 3, 2 ln 3, ln(3)/2; loss ln(1 + e^-s).
+    """theta: beta 0.5, log-ratios 2 ln 3 and 0, weights 1, 2, 1/2: s = ln 3, 2 ln 3, ln(3)/2; loss
+    ln(1 + e^-s).
 
     ipo: tau 0.1, target 5: h = 2 with weights 1, 2.5 and 3 gives 9, 0 and 1.
-    simpo: beta 2, gamma 0.5, means 1 apart: logit 1.5; weight 2 gives 3, so the margin is weighted too.
+    simpo: beta 2, gamma 0.5, means 1 apart: logit 1.5; weight 2 gives 3, so the margin is weighted
+    too.
     """
     h = row(*[2 * math.log(3)] * 3)
     losses, _, _ = mallows_theta(h, 0 * h, row(1.0, 2.0, 0.5), beta=0.5)
-    assert losses.tolist() == pytest.approx([math.log(4 / 3), math.log(10 / 9), math.log1p(3**-0.5)], abs=1e-14)
+    assert losses.tolist() == pytest.approx(
+        [math.log(4 / 3), math.log(10 / 9), math.log1p(3**-0.5)], abs=1e-14
+    )
     losses, _, _ = mallows_ipo(row(2.0, 2.0, 2.0), row(0.0, 0.0, 0.0), row(1.0, 2.5, 3.0), tau=0.1)
     assert losses.tolist() == pytest.approx([9.0, 0.0, 1.0], abs=1e-14)
-    losses, _, _ = mallows_simpo(row(-1.0, -1.0), row(-2.0, -2.0), row(1.0, 2.0), beta=2.0, gamma=0.5)
-    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3.0))], abs=1e-14)
+    losses, _, _ = mallows_simpo(
+        row(-1.0, -1.0), row(-2.0, -2.0), row(1.0, 2.0), beta=2.0, gamma=0.5
+    )
+    assert losses.tolist() == pytest.approx(
+        [math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3.0))], abs=1e-14
+    )
 
 
 CONSTANTS = {
@@ -244,7 +279,9 @@ CONSTANTS = {
 @pytest.mark.parametrize("call, name, below", CONSTANTS.values(), ids=CONSTANTS)
 def test_bad_weights_and_dispersions_name_the_row(call, name, below):
     for bad in (0.0, -0.5, math.inf, math.nan) + ((1.0,) if name == "phi" else ()):
-        with pytest.raises(ValueError, match=rf"{name} must be in \(0, {below}\), got {bad} in row 1"):
+        with pytest.raises(
+            ValueError, match=rf"{name} must be in \(0, {below}\), got {bad} in row 1"
+        ):
             call(row(0.0, 0.0, 0.0), row(0.5, bad, 0.0))
     with pytest.raises(ValueError, match=f"{name} has 1 values for 2 pairs"):
         call(row(0.0, 0.0), row(0.5))
@@ -262,17 +299,27 @@ def link(s, phi, epsilon):
 
 @pytest.mark.parametrize("phi", [0.05, 0.3, 0.95])
 def test_link_is_the_pairwise_chance_of_the_mallows_law(phi):
-    """Items d ranks apart, summed over all 720 rankings of 6 items with the chance phi^inversions / Z."""
+    """Items d ranks apart, summed over all 720 rankings of 6 items with the chance phi^inversions /
+    Z.
+    """
     rankings = list(itertools.permutations(range(6)))
     mass = [phi ** sum(a > b for a, b in itertools.combinations(ranks, 2)) for ranks in rankings]
     for i, j in ((0, 1), (0, 2), (1, 4), (0, 5)):
-        chance = sum(m for m, ranks in zip(mass, rankings, strict=True) if ranks[i] < ranks[j]) / sum(mass)
-        assert link([j - i, i - j], phi, 0.1).tolist() == pytest.approx([chance, 1 - chance], abs=1e-13)
+        chance = sum(
+            m for m, ranks in zip(mass, rankings, strict=True) if ranks[i] < ranks[j]
+        ) / sum(mass)
+        assert link([j - i, i - j], phi, 0.1).tolist() == pytest.approx(
+            [chance, 1 - chance], abs=1e-13
+        )
 
 
 def test_link_published_values():
-    """phi 0.3 at 1, 2, 5; g(1) = 1 / (1 + phi); the jump at 0 from 0.2812 to 0.7188 for phi 0.05."""
-    assert link([1.0, 2.0, 5.0], 0.3, 0.1).tolist() == pytest.approx([0.769231, 0.885445, 0.992198], abs=5e-7)
+    """phi 0.3 at 1, 2, 5; g(1) = 1 / (1 + phi); the jump at 0 from 0.2812 to 0.7188 for phi
+    0.05.
+    """
+    assert link([1.0, 2.0, 5.0], 0.3, 0.1).tolist() == pytest.approx(
+        [0.769231, 0.885445, 0.992198], abs=5e-7
+    )
     for phi in (1e-6, 0.05, 0.5, 1 - 1e-6):
         assert link([1.0], phi, 0.1).item() == pytest.approx(1 / (1 + phi), abs=1e-15)
     assert link([-1e-9, 1e-9], 0.05, 1e-12).tolist() == pytest.approx([0.2812, 0.7188], abs=5e-5)
@@ -284,7 +331,11 @@ def test_link_is_odd_about_a_half_and_rises(phi, epsilon):
     s = torch.arange(-1000, 1001, dtype=torch.float64) * 0.006
     g = link(s, phi, epsilon)
     torch.testing.assert_close(g + g.flip(0), torch.ones_like(g), rtol=0, atol=1e-15)
-    assert (g.diff() >= 0).all() and (g[:-1] < g[1:])[900:1100].all() and link([0.0], phi, epsilon).item() == 0.5
+    assert (
+        (g.diff() >= 0).all()
+        and (g[:-1] < g[1:])[900:1100].all()
+        and link([0.0], phi, epsilon).item() == 0.5
+    )
 
 
 def test_cubic_of_the_bandit():
@@ -312,9 +363,25 @@ def test_link_and_slope_are_continuous_where_the_cubic_ends(phi, epsilon, sign):
 @pytest.mark.parametrize("phi", [1e-6, 0.05, 0.5, 0.99])
 @pytest.mark.parametrize("epsilon", [0.05, 1.386])
 def test_phi_gradient_equals_finite_differences(phi, epsilon):
-    """Also at 0, where training starts and |s| has no derivative, and across the ends of the cubic."""
+    """Also at 0, where training starts and |s| has no derivative, and across the ends of the
+    cubic.
+    """
     e = epsilon
-    s = row(0.0, 0.3 * e, -0.3 * e, e - 1e-3, 1e-3 - e, e + 1e-3, -e - 1e-3, 1.5, -1.5, 20.0, -20.0, 300.0, -300.0)
+    s = row(
+        0.0,
+        0.3 * e,
+        -0.3 * e,
+        e - 1e-3,
+        1e-3 - e,
+        e + 1e-3,
+        -e - 1e-3,
+        1.5,
+        -1.5,
+        20.0,
+        -20.0,
+        300.0,
+        -300.0,
+    )
     s.requires_grad = True
     phis = torch.full_like(s, phi).detach()
 
@@ -345,7 +412,9 @@ def exact_phi_loss(s: float, phi: float, epsilon: float) -> float:
         else:
             wrong = miss(t)
             if t < 5:  # Eq. 9 as it is printed
-                assert abs(1 - wrong - ((t + 1) / (1 - p ** (t + 1)) - t / (1 - p**t))) < Decimal("1e-40")
+                assert abs(1 - wrong - ((t + 1) / (1 - p ** (t + 1)) - t / (1 - p**t))) < Decimal(
+                    "1e-40"
+                )
         return float(-(wrong if s < 0 else 1 - wrong).ln())
 
 
@@ -373,26 +442,43 @@ def test_phi_loss_against_sixty_digits(phi):
 @pytest.mark.parametrize("phi", [1e-30, 1e-6, 0.05, 0.5, 1 - 1e-6, 1 - 2**-24])
 @pytest.mark.parametrize("epsilon", [1e-6, 0.05, 5.0, 1e3])
 def test_phi_loss_and_gradient_are_finite_everywhere(phi, epsilon):
-    """Also for phi = 1 - 2^-24, the float32 next to 1, where g is 1/2, and where phi^|s| underflows (s = ±1e4)."""
+    """Also for phi = 1 - 2^-24, the float32 next to 1, where g is 1/2, and where phi^|s| underflows
+    (s = ±1e4).
+    """
     s = [0.0, 1e-30, epsilon, epsilon * (1 - 1e-7), epsilon / 2, 1.0, 300.0, 1e4, 1e30]
     for dtype in (torch.float32, torch.float64):
         c = torch.tensor([*s, *(-x for x in s)], dtype=dtype, requires_grad=True)
-        losses, _, _ = mallows_phi(c, torch.zeros_like(c), torch.full_like(c, phi).detach(), beta=1.0, epsilon=epsilon)
+        losses, _, _ = mallows_phi(
+            c, torch.zeros_like(c), torch.full_like(c, phi).detach(), beta=1.0, epsilon=epsilon
+        )
         losses.sum().backward()
-        assert losses.isfinite().all() and (losses >= 0).all() and c.grad.isfinite().all() and (c.grad <= 0).all()
+        assert (
+            losses.isfinite().all()
+            and (losses >= 0).all()
+            and c.grad.isfinite().all()
+            and (c.grad <= 0).all()
+        )
 
 
 def test_phi_loss_is_ln2_at_zero_and_linear_far_on_the_wrong_side():
-    """phi 0.5, s = -1e4: 1 - g = q (t (1 - phi) - phi) with q = 2^-1e4, over 1: loss 1e4 ln 2 - ln(4999.5)."""
-    losses, chosen, rejected = mallows_phi(row(0.0, -5e3), row(0.0, 5e3), row(0.9, 0.5), beta=1.0, epsilon=0.1)
-    assert losses.tolist() == pytest.approx([math.log(2), 1e4 * math.log(2) - math.log(4999.5)], rel=1e-14)
+    """phi 0.5, s = -1e4: 1 - g = q (t (1 - phi) - phi) with q = 2^-1e4, over 1: loss 1e4 ln 2 -
+    ln(4999.5).
+    """
+    losses, chosen, rejected = mallows_phi(
+        row(0.0, -5e3), row(0.0, 5e3), row(0.9, 0.5), beta=1.0, epsilon=0.1
+    )
+    assert losses.tolist() == pytest.approx(
+        [math.log(2), 1e4 * math.log(2) - math.log(4999.5)], rel=1e-14
+    )
     assert chosen.tolist() == [0.0, -5e3] and rejected.tolist() == [0.0, 5e3]
 
 
 def test_phi_near_one_tends_to_no_preference():
     """To first order in a = -log phi, g(s) = 1/2 + a (2 s + 1) / 12 for s > 0."""
     a, s = 1e-5, row(0.5, 1.0, 4.0)
-    assert ((link(s, math.exp(-a), 0.1) - 0.5) / a).tolist() == pytest.approx(((2 * s + 1) / 12).tolist(), rel=1e-5)
+    assert ((link(s, math.exp(-a), 0.1) - 0.5) / a).tolist() == pytest.approx(
+        ((2 * s + 1) / 12).tolist(), rel=1e-5
+    )
 
 
 # ---- WRPO
@@ -408,18 +494,24 @@ FUSED = {
 @pytest.mark.parametrize("fused, plain, settings", FUSED.values(), ids=FUSED)
 def test_alpha_0_takes_the_targets_pair_and_alpha_1_the_sources(fused, plain, settings):
     s, t, r = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(fused(s, t, r, alpha=0.0, **settings), plain(t, r, **settings), rtol=0, atol=0)
-    torch.testing.assert_close(fused(s, t, r, alpha=1.0, **settings), plain(s, r, **settings), rtol=0, atol=0)
+    torch.testing.assert_close(
+        fused(s, t, r, alpha=0.0, **settings), plain(t, r, **settings), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        fused(s, t, r, alpha=1.0, **settings), plain(s, r, **settings), rtol=0, atol=0
+    )
     between, swapped = (fused(*both, r, alpha=0.1, **settings) for both in ((s, t), (t, s)))
     assert (between[0] != swapped[0]).all(), "the source's response comes first"
     torch.testing.assert_close(fused(t, t, r, alpha=0.1, **settings), plain(t, r, **settings))
 
 
 def test_wrpo_hand_values():
-    """beta 0.5, alpha 1/4, log-ratios 8 ln 3, 0 and 2 ln 3: reward 1/4 * 4 ln 3 = ln 3 for chosen and ln 3: ln 2.
+    """beta 0.5, alpha 1/4, log-ratios 8 ln 3, 0 and 2 ln 3: reward 1/4 * 4 ln 3 = ln 3 for chosen
+    and ln 3: ln 2.
 
-    With the rejected one at 0, s = ln 3 and the loss is ln 4/3. IPO: h = 1/4 * 8 = 2 at tau 1/4 is its minimum, 0.
-    SimPO: 2 * (1/4 * -1 + 3/4 * -3 + 3) - 1 = 0, the loss is ln 2. Hybrid: (ln 10/9 + ln 2) / 2 at s = 2 ln 3 and 0.
+    With the rejected one at 0, s = ln 3 and the loss is ln 4/3. IPO: h = 1/4 * 8 = 2 at tau 1/4 is
+    its minimum, 0. SimPO: 2 * (1/4 * -1 + 3/4 * -3 + 3) - 1 = 0, the loss is ln 2. Hybrid: (ln 10/9
+    + ln 2) / 2 at s = 2 ln 3 and 0.
     """
     a = 8 * math.log(3)
     losses, chosen, rejected = wrpo(row(a, a), row(0.0, 0.0), row(a / 4, 0.0), alpha=0.25, beta=0.5)
@@ -430,11 +522,15 @@ def test_wrpo_hand_values():
     fused = wrpo_simpo(row(-1.0), row(-3.0), row(-3.0), alpha=0.25, beta=2.0, gamma=1.0)
     assert fused[0].item() == pytest.approx(math.log(2))
     both, chosen, _ = hybrid(row(a / 2), row(0.0), row(0.0), beta=0.5)
-    assert both.item() == pytest.approx((math.log(10 / 9) + math.log(2)) / 2) and chosen.item() == pytest.approx(a / 8)
+    assert both.item() == pytest.approx(
+        (math.log(10 / 9) + math.log(2)) / 2
+    ) and chosen.item() == pytest.approx(a / 8)
 
 
 def test_wrpo_has_one_sigmoid_for_all_three():
-    """Its gradient is -beta sigmoid(-s) times (alpha, 1 - alpha, -1); two DPO losses weigh each pair by its own."""
+    """Its gradient is -beta sigmoid(-s) times (alpha, 1 - alpha, -1); two DPO losses weigh each
+    pair by its own.
+    """
     beta, alpha, values = 0.5, 0.25, (8 * math.log(3), 0.0, 0.0)
     s, t, r = (row(x, grad=True) for x in values)
     wrpo(s, t, r, alpha=alpha, beta=beta)[0].sum().backward()
@@ -450,7 +546,9 @@ def test_wrpo_has_one_sigmoid_for_all_three():
 
 
 def test_hybrid_is_never_below_wrpo_at_one_half():
-    s, t, r = torch.randn(3, 256, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 30
+    s, t, r = (
+        torch.randn(3, 256, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 30
+    )
     gap = hybrid(s, t, r, beta=0.1)[0] - wrpo(s, t, r, alpha=0.5, beta=0.1)[0]
     assert (gap > -1e-12).all() and (gap > 0.01).any()
     torch.testing.assert_close(hybrid(s, s, r, beta=0.1), dpo(s, r, beta=0.1))
@@ -458,7 +556,11 @@ def test_hybrid_is_never_below_wrpo_at_one_half():
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_alpha_out_of_range_raises(alpha):
-    for call in (wrpo, lambda *x, beta, **k: wrpo_ipo(*x, tau=beta, **k), lambda *x, **k: wrpo_simpo(*x, gamma=0, **k)):
+    for call in (
+        wrpo,
+        lambda *x, beta, **k: wrpo_ipo(*x, tau=beta, **k),
+        lambda *x, **k: wrpo_simpo(*x, gamma=0, **k),
+    ):
         with pytest.raises(ValueError, match="alpha must be in"):
             call(row(1.0), row(1.0), row(0.0), alpha=alpha, beta=0.1)
     with pytest.raises(ValueError, match="differ in length"):

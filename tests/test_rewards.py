@@ -1,4 +1,6 @@
-"""Reward models on tiny real models: saved and loaded without a pickle, scores that depend on their text alone."""
+"""Reward models on tiny real models: saved and loaded without a pickle, scores that depend on their
+text alone.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def real(name):
 @pytest.fixture(scope="module")
 def bag(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bag")
-    facts = fit_reward.train_bag_of_words(TEXTS[:64], LABELS[:64], folder, held_out=HELD_OUT, seed=0)
+    facts = fit_reward.train_bag_of_words(
+        TEXTS[:64], LABELS[:64], folder, held_out=HELD_OUT, seed=0
+    )
     return folder, facts
 
 
@@ -48,14 +52,19 @@ def head(tmp_path):
     """Write a random sequence-classification model with the tiny tokenizer; return its folder."""
 
     def build(kind="bert", labels=1, **changes):
-        folder, config = tmp_path / f"{kind}{labels}{len(changes)}", {"num_labels": labels, "pad_token_id": 2} | changes
+        folder, config = (
+            tmp_path / f"{kind}{labels}{len(changes)}",
+            {"num_labels": labels, "pad_token_id": 2} | changes,
+        )
         source = assets.model_dir("tiny-encoder" if kind == "bert" else "tiny")
         with torch.random.fork_rng():
             torch.manual_seed(1)
             config = transformers.AutoConfig.from_pretrained(source, **config)
             model = transformers.AutoModelForSequenceClassification.from_config(config)
             for parameter in model.parameters():
-                parameter.data.mul_(12 if parameter.ndim == 2 else 1)  # so that scores differ visibly
+                parameter.data.mul_(
+                    12 if parameter.ndim == 2 else 1
+                )  # so that scores differ visibly
             model.save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
         return folder
@@ -74,20 +83,30 @@ def alone(folder, ids):
 
 
 def test_bag_of_words_learns_and_round_trips(bag):
-    """The loaded reward is the trained one: same facts from its own scores, and scikit-learn's own logits."""
+    """The loaded reward is the trained one: same facts from its own scores, and scikit-learn's own
+    logits.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
     folder, facts = bag
     reward = rewards.BagOfWords(folder)
     scores = reward.score(TEXTS)
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, max_features=200_000, sublinear_tf=True)
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 2), min_df=2, max_features=200_000, sublinear_tf=True
+    )
     trained = LogisticRegression(C=4.0, max_iter=400, random_state=0).fit(
         vectorizer.fit_transform(TEXTS[:64]), LABELS[:64]
     )
     assert scores == pytest.approx(trained.decision_function(vectorizer.transform(TEXTS)), abs=1e-9)
-    assert fit_reward.held_out_facts(reward, *HELD_OUT) == {k: facts[k] for k in ("held_out", "accuracy", "auc")}
-    assert facts["trained_on"] == 64 and facts["features"] == len(reward.coef) and facts["held_out"] == 32
+    assert fit_reward.held_out_facts(reward, *HELD_OUT) == {
+        k: facts[k] for k in ("held_out", "accuracy", "auc")
+    }
+    assert (
+        facts["trained_on"] == 64
+        and facts["features"] == len(reward.coef)
+        and facts["held_out"] == 32
+    )
     assert facts["accuracy"] > 0.75 and facts["auc"] > 0.8, "word counts tell these reviews apart"
     assert reward.score(TEXTS[5:6])[0] == pytest.approx(scores[5], abs=1e-12)
 
@@ -96,7 +115,11 @@ def test_bag_of_words_holds_no_pickle(bag):
     folder, _ = bag
     assert sorted(p.name for p in folder.iterdir()) == ["weights.npz", "words.json"]
     with np.load(folder / "weights.npz", allow_pickle=False) as arrays:
-        assert {name: arrays[name].dtype.kind for name in arrays} == {"idf": "f", "coef": "f", "intercept": "f"}
+        assert {name: arrays[name].dtype.kind for name in arrays} == {
+            "idf": "f",
+            "coef": "f",
+            "intercept": "f",
+        }
     np.savez(folder / "bad.npz", idf=np.array([{}], dtype=object))
     bad = folder / "copy"
     bad.mkdir()
@@ -107,7 +130,8 @@ def test_bag_of_words_holds_no_pickle(bag):
 
 
 def test_held_out_facts_by_hand():
-    """Scores 2, −1, 1, −3 for labels 1, 1, 0, 0: the signs of two are right; of the four (1, 0) pairs three are in
+    """Scores 2, −1, 1, −3 for labels 1, 1, 0, 0: the signs of two are right; of the four (1, 0)
+    pairs three are in
     order: 2 > 1, 2 > −3, −1 > −3, not −1 > 1.
     """
 
@@ -135,7 +159,13 @@ def test_held_out_facts_by_hand():
         {"kind": "llama", "pad_token_id": 1},  # the end token
         {"kind": "llama", "pad_token_id": -1},  # as configurations of the first Llama say it
     ],
-    ids=["encoder", "decoder", "decoder without pad", "decoder with pad = end", "decoder with pad = -1"],
+    ids=[
+        "encoder",
+        "decoder",
+        "decoder without pad",
+        "decoder with pad = end",
+        "decoder with pad = -1",
+    ],
 )
 def test_scores_are_those_of_each_text_alone(shape, budget, head):
     folder = head(**shape)
@@ -156,7 +186,13 @@ def test_scores_are_those_of_each_text_alone(shape, budget, head):
 @pytest.mark.parametrize("cap", [4.0, 50.0])
 def test_a_reward_model_computes_with_its_capped_attention(tmp_path, cap):
     """sdpa leaves Gemma-2's cap out in silence."""
-    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 16}
     config = transformers.Gemma2Config(
         **shape, attn_logit_softcapping=cap, initializer_range=0.8, num_labels=1, pad_token_id=2
@@ -168,7 +204,9 @@ def test_a_reward_model_computes_with_its_capped_attention(tmp_path, cap):
     reward = Classifier(tmp_path)
     found = {}
     for kind in ("eager", "sdpa"):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation=kind)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path, attn_implementation=kind
+        )
         ids = torch.tensor([reward.tokenizer(TEXTS[0])["input_ids"]])
         with torch.no_grad():
             found[kind] = model.eval()(input_ids=ids).logits[0, 0].item()
@@ -177,7 +215,9 @@ def test_a_reward_model_computes_with_its_capped_attention(tmp_path, cap):
 
 
 def test_labels(head):
-    """Two labels: the second logit minus the first; of more, or on request, the one that is named."""
+    """Two labels: the second logit minus the first; of more, or on request, the one that is
+    named.
+    """
     two, three = head(labels=2), head(labels=3)
     text = TEXTS[0]
     ids = Classifier(two).tokenizer(text)["input_ids"]
@@ -185,38 +225,57 @@ def test_labels(head):
     assert Classifier(two).score([text]) == pytest.approx([logits[1] - logits[0]], abs=1e-5)
     assert Classifier(two, label=0).score([text]) == pytest.approx([logits[0]], abs=1e-5)
     for label in range(3):
-        assert Classifier(three, label=label).score([text]) == pytest.approx([alone(three, ids)[label]], abs=1e-5)
+        assert Classifier(three, label=label).score([text]) == pytest.approx(
+            [alone(three, ids)[label]], abs=1e-5
+        )
     for folder, label in ((three, None), (three, 3), (two, 2), (two, -1), (head(), 1)):
-        with pytest.raises(ValueError, match=f"labels, numbered from 0; say which one is the reward, not {label}"):
+        with pytest.raises(
+            ValueError, match=f"labels, numbered from 0; say which one is the reward, not {label}"
+        ):
             Classifier(folder, label=label)
 
 
 def test_chat_turns_are_rendered_once_with_one_bos(head):
     folder = head("llama")
-    turns = [{"role": "user", "content": "A good film?"}, {"role": "assistant", "content": "A dull one."}]
+    turns = [
+        {"role": "user", "content": "A good film?"},
+        {"role": "assistant", "content": "A dull one."},
+    ]
     reward = Classifier(folder)
     ids = reward.tokenizer.apply_chat_template(turns, return_dict=False)
     assert ids.count(0) == 1
     scores = reward.score([turns, "A dull one."])
     assert scores[0] == pytest.approx(alone(folder, ids)[0], abs=1e-4)
-    assert scores[1] == pytest.approx(alone(folder, reward.tokenizer("A dull one.")["input_ids"])[0], abs=1e-4)
+    assert scores[1] == pytest.approx(
+        alone(folder, reward.tokenizer("A dull one.")["input_ids"])[0], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("bos", ["", "{{ bos_token }}{{ bos_token }}"], ids=["none", "two"])
 def test_a_chat_has_one_bos_whatever_its_template_does(head, bos):
-    """Published reward models are scored by text without BOS to which the tokenizer adds one, or by the template's."""
+    """Published reward models are scored by text without BOS to which the tokenizer adds one, or by
+    the template's.
+    """
     turns, reward = rewards.chat("A good film?", "A dull one."), Classifier(head("llama"))
     wanted = reward._ids(turns)
-    assert wanted == reward.tokenizer.apply_chat_template(turns, return_dict=False) and wanted.count(0) == 1
+    assert (
+        wanted == reward.tokenizer.apply_chat_template(turns, return_dict=False)
+        and wanted.count(0) == 1
+    )
     reward.tokenizer.chat_template = reward.tokenizer.chat_template.replace("{{ bos_token }}", bos)
     assert reward.tokenizer.apply_chat_template(turns, return_dict=False).count(0) == len(bos) // 15
     assert reward._ids(turns) == wanted
 
 
 def test_empty_fields_and_the_day_do_not_change_a_chats_reward(head):
-    """Through Arrow every turn has the fields of all turns, as None; some templates write today's date."""
+    """Through Arrow every turn has the fields of all turns, as None; some templates write today's
+    date.
+    """
     reward = Classifier(head("llama"))
-    named = "{% if messages[0].name is defined %}{{ messages[0].name }}{% endif %}{{ strftime_now('%d %b %Y') }}"
+    named = (
+        "{% if messages[0].name is defined %}{{ messages[0].name }}{% endif %}{{ "
+        "strftime_now('%d %b %Y') }}"
+    )
     reward.tokenizer.chat_template = named + reward.tokenizer.chat_template
     turns = rewards.chat("A good film?", "A dull one.")
     ids = reward._ids([turn | {"name": None} for turn in turns])
@@ -224,7 +283,9 @@ def test_empty_fields_and_the_day_do_not_change_a_chats_reward(head):
 
 
 def test_a_long_chat_loses_its_end(head):
-    """Also where the tokenizer was saved with another side, as by some trainings of reward models."""
+    """Also where the tokenizer was saved with another side, as by some trainings of reward
+    models.
+    """
     folder = head("llama")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, truncation_side="left")
     tokenizer.save_pretrained(folder)
@@ -235,7 +296,9 @@ def test_a_long_chat_loses_its_end(head):
 
 
 def test_long_texts_are_cut_to_what_the_model_reads(head):
-    """The tiny encoder has 512 positions: what comes after them has no effect, and is no index error."""
+    """The tiny encoder has 512 positions: what comes after them has no effect, and is no index
+    error.
+    """
     reward = Classifier(head())
     assert reward.max_tokens == 512 and Classifier(head(), max_tokens=64).max_tokens == 64
     long = " ".join(TEXTS)
@@ -244,7 +307,9 @@ def test_long_texts_are_cut_to_what_the_model_reads(head):
 
 
 def small(kind, tmp_path, **shape):
-    """Write a random sequence-classification model of another architecture; return its folder and configuration."""
+    """Write a random sequence-classification model of another architecture; return its folder and
+    configuration.
+    """
     shape = {"vocab_size": 512, "pad_token_id": 2, "num_labels": 1} | shape
     config, folder = transformers.AutoConfig.for_model(kind, **shape), tmp_path / kind
     with torch.random.fork_rng():
@@ -253,19 +318,35 @@ def small(kind, tmp_path, **shape):
         for parameter in model.parameters():
             parameter.data.mul_(8 if parameter.ndim == 2 else 1)
         model.save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(
+        folder
+    )
     return folder
 
 
-ENCODER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
 
 
 @pytest.mark.parametrize(
     "kind, reads",
-    [("bert", 34), ("roberta", 31), ("xlm-roberta", 31), ("mpnet", 32), ("ibert", 31), ("longformer", 31)],
+    [
+        ("bert", 34),
+        ("roberta", 31),
+        ("xlm-roberta", 31),
+        ("mpnet", 32),
+        ("ibert", 31),
+        ("longformer", 31),
+    ],
 )
 def test_relatives_of_roberta_read_less_than_their_positions(tmp_path, kind, reads):
-    """Their positions begin behind the padding id (2 here, MPNet's own is 1): the rest would be an index error."""
+    """Their positions begin behind the padding id (2 here, MPNet's own is 1): the rest would be an
+    index error.
+    """
     more = {"attention_window": [8]} if kind == "longformer" else {}
     folder = small(kind, tmp_path, max_position_embeddings=34, **ENCODER, **more)
     reward, texts = Classifier(folder), [" ".join(TEXTS[:9]), TEXTS[0]]
@@ -275,7 +356,9 @@ def test_relatives_of_roberta_read_less_than_their_positions(tmp_path, kind, rea
 
 
 def test_a_model_that_reads_the_last_position_gets_no_padding(tmp_path):
-    """XLNet pads on the left; it has no limit of positions either, which its configuration writes as -1."""
+    """XLNet pads on the left; it has no limit of positions either, which its configuration writes
+    as -1.
+    """
     folder = small("xlnet", tmp_path, d_model=32, n_layer=2, n_head=2, d_inner=64)
     reward, texts = Classifier(folder), [TEXTS[0], "A good film.", "Bad"]
     assert reward.max_tokens == 4096
@@ -306,13 +389,17 @@ def test_pickled_weights_are_refused(head, tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         Classifier(folder)
     with pytest.raises(OSError, match="safetensors"):
-        fit_reward.train_classifier(str(folder), TEXTS, LABELS, tmp_path, held_out=HELD_OUT, seed=0, precision="fp32")
+        fit_reward.train_classifier(
+            str(folder), TEXTS, LABELS, tmp_path, held_out=HELD_OUT, seed=0, precision="fp32"
+        )
 
 
 def easy(n, seed):
     """Reviews of unrelated words; positive if they hold the word "film"."""
     draw = random.Random(seed)
-    words = sorted({w for text in TEXTS for w in text.lower().split() if w.isalpha() and w != "film"})
+    words = sorted(
+        {w for text in TEXTS for w in text.lower().split() if w.isalpha() and w != "film"}
+    )
     texts, labels = [], [i % 2 for i in range(n)]
     for label in labels:
         picked = draw.sample(words, 8)
@@ -321,9 +408,22 @@ def easy(n, seed):
 
 
 def test_classifier_learns_a_word(tmp_path):
-    """AUC far above chance after one epoch, and the saved folder is what was judged; the same seed, the same model."""
-    encoder, (texts, labels), held_out = str(assets.model_dir("tiny-encoder")), easy(1536, 0), easy(200, 1)
-    options = {"held_out": held_out, "seed": 0, "lr": 1e-2, "batch": 32, "frozen": 0, "precision": "fp32"}
+    """AUC far above chance after one epoch, and the saved folder is what was judged; the same seed,
+    the same model.
+    """
+    encoder, (texts, labels), held_out = (
+        str(assets.model_dir("tiny-encoder")),
+        easy(1536, 0),
+        easy(200, 1),
+    )
+    options = {
+        "held_out": held_out,
+        "seed": 0,
+        "lr": 1e-2,
+        "batch": 32,
+        "frozen": 0,
+        "precision": "fp32",
+    }
     facts = fit_reward.train_classifier(encoder, texts, labels, tmp_path / "a", **options)
     assert facts["auc"] > 0.9 and facts["accuracy"] > 0.75 and facts["trained_on"] == 1536
     judged = fit_reward.held_out_facts(Classifier(tmp_path / "a"), *held_out)
@@ -335,7 +435,13 @@ def test_frozen_layers_stay_and_a_seed_fixes_the_rest(tmp_path):
     encoder, (texts, labels) = assets.model_dir("tiny-encoder"), easy(32, 0)
     weights = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        options = {"held_out": easy(8, 1), "seed": seed, "batch": 8, "frozen": 1, "precision": "fp32"}
+        options = {
+            "held_out": easy(8, 1),
+            "seed": seed,
+            "batch": 8,
+            "frozen": 1,
+            "precision": "fp32",
+        }
         fit_reward.train_classifier(str(encoder), texts, labels, tmp_path / name, **options)
         weights[name] = Classifier(tmp_path / name).model.state_dict()
     before = transformers.AutoModel.from_pretrained(encoder).state_dict()
@@ -359,7 +465,14 @@ def trained(folder, precision, encoder=None):
     """Train an encoder for one step at learning rate 1e-3; return its weights."""
     texts, labels = easy(8, 0)
     encoder = encoder or assets.model_dir("tiny-encoder")
-    options = {"held_out": easy(8, 1), "seed": 0, "batch": 8, "lr": 1e-3, "frozen": 0, "precision": precision}
+    options = {
+        "held_out": easy(8, 1),
+        "seed": 0,
+        "batch": 8,
+        "lr": 1e-3,
+        "frozen": 0,
+        "precision": precision,
+    }
     fit_reward.train_classifier(str(encoder), texts, labels, folder, **options)
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
 
@@ -368,11 +481,15 @@ def test_precision_fp32_is_float32_throughout(tmp_path):
     """Its one step is AdamW's by hand, on float32 gradients."""
     encoder, (texts, labels) = assets.model_dir("tiny-encoder"), easy(8, 0)
     torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1, dtype=torch.float32)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=1, dtype=torch.float32
+    )
     tokenizer, model = transformers.AutoTokenizer.from_pretrained(encoder), model.train()
     model.base_model.embeddings.requires_grad_(False)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).tolist()
-    inputs = tokenizer([texts[i] for i in order], padding=True, return_tensors="pt", truncation=True, max_length=64)
+    inputs = tokenizer(
+        [texts[i] for i in order], padding=True, return_tensors="pt", truncation=True, max_length=64
+    )
     logits = model(**inputs).logits[:, 0]
     target = torch.tensor([float(labels[i]) for i in order])
     torch.nn.functional.binary_cross_entropy_with_logits(logits, target).backward()
@@ -387,11 +504,17 @@ def test_precision_fp32_is_float32_throughout(tmp_path):
 @pytest.mark.skipif(not BF16, reason="bfloat16 is refused on this CPU, which would emulate it")
 def test_precision_bf16_is_another_and_the_one_by_default(tmp_path):
     exact, rough = trained(tmp_path / "fp32", "fp32"), trained(tmp_path / "bf16", "bf16")
-    assert rough.keys() == exact.keys() and any(not torch.equal(rough[name], exact[name]) for name in exact)
+    assert rough.keys() == exact.keys() and any(
+        not torch.equal(rough[name], exact[name]) for name in exact
+    )
     texts, labels = easy(8, 0)
     options = {"held_out": easy(8, 1), "seed": 0, "batch": 8, "lr": 1e-3, "frozen": 0}
-    fit_reward.train_classifier(str(assets.model_dir("tiny-encoder")), texts, labels, tmp_path / "default", **options)
-    default = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "default").state_dict()
+    fit_reward.train_classifier(
+        str(assets.model_dir("tiny-encoder")), texts, labels, tmp_path / "default", **options
+    )
+    default = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "default"
+    ).state_dict()
     assert all(torch.equal(rough[name], default[name]) for name in rough)
 
 
@@ -399,11 +522,15 @@ def test_an_encoder_with_few_positions_is_trained_on_what_it_reads(tmp_path):
     """A RoBERTa of 12 positions reads 9 tokens, where texts would be cut to 64: no index error."""
     encoder = small("roberta", tmp_path, max_position_embeddings=12, **ENCODER)
     assert Classifier(encoder).max_tokens == 9
-    assert trained(tmp_path / "out", "fp32", encoder)["roberta.embeddings.position_embeddings.weight"].shape == (12, 16)
+    assert trained(tmp_path / "out", "fp32", encoder)[
+        "roberta.embeddings.position_embeddings.weight"
+    ].shape == (12, 16)
 
 
 def test_a_trained_classifier_has_the_mode_that_the_umask_says(tmp_path):
-    """safetensors writes for the owner alone: a colleague of the group could not read the reward."""
+    """safetensors writes for the owner alone: a colleague of the group could not read the
+    reward.
+    """
     mask = os.umask(0o027)
     try:
         trained(tmp_path / "out", "fp32")
@@ -416,21 +543,29 @@ def test_a_trained_classifier_has_the_mode_that_the_umask_says(tmp_path):
 @pytest.mark.slow
 def test_minilm_tells_the_reviews_apart(tmp_path):
     options = {"held_out": HELD_OUT, "seed": 0, "batch": 8, "lr": 2e-4, "precision": "fp32"}
-    facts = fit_reward.train_classifier(str(real("minilm")), TEXTS[:64], LABELS[:64], tmp_path, **options)
+    facts = fit_reward.train_classifier(
+        str(real("minilm")), TEXTS[:64], LABELS[:64], tmp_path, **options
+    )
     assert facts["auc"] > 0.8
 
 
 @pytest.mark.parametrize("budget", [0, 1, 17, 40, 1000])
 def test_token_batches(budget):
-    """Every index once, longest first, no batch above the budget when padded unless it is one text."""
+    """Every index once, longest first, no batch above the budget when padded unless it is one
+    text.
+    """
     lengths = np.random.default_rng(0).integers(1, 40, size=50).tolist()
     batches = rewards.token_batches(lengths, budget)
     flat = [i for batch in batches for i in batch]
-    assert sorted(flat) == list(range(50)) and [lengths[i] for i in flat] == sorted(lengths, reverse=True)
+    assert sorted(flat) == list(range(50)) and [lengths[i] for i in flat] == sorted(
+        lengths, reverse=True
+    )
     for batch, following in zip(batches, [*batches[1:], None], strict=True):
         widest = lengths[batch[0]]
         assert len(batch) == 1 or widest * len(batch) <= budget
-        assert following is None or widest * (len(batch) + 1) > budget, "the next text would have fitted"
+        assert following is None or widest * (len(batch) + 1) > budget, (
+            "the next text would have fitted"
+        )
 
 
 def test_token_batches_by_hand():
@@ -442,25 +577,40 @@ def test_token_batches_by_hand():
 
 
 def test_vader_by_hand():
-    """compound = s / √(s² + 15), s the sum of valences: good 1.9, bad −2.5, great 3.1; "not" multiplies by −0.74,
-    "very" adds 0.293, "!" adds 0.292; of two clauses joined by "but" the first counts half, the second 1.5 times.
+    """compound = s / √(s² + 15), s the sum of valences: good 1.9, bad −2.5, great 3.1; "not"
+    multiplies by −0.74, "very" adds 0.293, "!" adds 0.292; of two clauses joined by "but" the first
+    counts half, the second 1.5 times.
     """
     cases = {
-        "good": 1.9, "a good film": 1.9, "bad": -2.5, "not good": -0.74 * 1.9, "very good": 1.9 + 0.293,
-        "good!": 1.9 + 0.292, "good but bad": 0.5 * 1.9 - 1.5 * 2.5, "a film": 0.0, "great and good": 3.1 + 1.9,
-    }  # fmt: skip
+        "good": 1.9,
+        "a good film": 1.9,
+        "bad": -2.5,
+        "not good": -0.74 * 1.9,
+        "very good": 1.9 + 0.293,
+        "good!": 1.9 + 0.292,
+        "good but bad": 0.5 * 1.9 - 1.5 * 2.5,
+        "a film": 0.0,
+        "great and good": 3.1 + 1.9,
+    }
     expected = [s / math.sqrt(s * s + 15) for s in cases.values()]
     assert Vader().score(list(cases)) == pytest.approx(expected, abs=1e-4)
 
 
 def test_distinct_and_repetition_by_hand():
-    """1 2 1 2 1 has the bigrams 12 21 12 21, two of them new; with 2 1 beside it, two of 5. Trigrams: 121 212 121."""
+    """1 2 1 2 1 has the bigrams 12 21 12 21, two of them new; with 2 1 beside it, two of 5.
+    Trigrams: 121 212 121.
+    """
     assert rewards.distinct_n([[1, 2, 1, 2, 1]]) == 2 / 4
     assert rewards.distinct_n([[1, 2, 1, 2, 1], [2, 1], [7], []]) == 2 / 5
     assert rewards.distinct_n([[1, 2, 3]], n=1) == 1 and math.isnan(rewards.distinct_n([[1], []]))
     assert rewards.repetition([1, 2, 1, 2, 1]) == pytest.approx(1 / 3)
     assert rewards.repetition([5] * 10) == pytest.approx(7 / 8)
-    assert rewards.repetition([1, 2]) == rewards.repetition([]) == rewards.repetition([1, 2, 3, 4]) == 0
+    assert (
+        rewards.repetition([1, 2])
+        == rewards.repetition([])
+        == rewards.repetition([1, 2, 3, 4])
+        == 0
+    )
 
 
 # --- the scorer and the job
@@ -487,7 +637,9 @@ def answers(tmp_path_factory):
 
 @pytest.mark.slow
 def test_scorer(answers, bag, head, tmp_path):
-    """In a child: each reward reads prompt and response together; logp_sft is the response's, for the first prompts."""
+    """In a child: each reward reads prompt and response together; logp_sft is the response's, for
+    the first prompts.
+    """
     folder, prompts, lines = answers
     target, classifier = assets.model_dir("tiny"), head()
     kinds = {
@@ -496,15 +648,30 @@ def test_scorer(answers, bag, head, tmp_path):
         "vader": {"kind": "vader"},
     }
     config = {"target": str(target), "precision": "fp32"}
-    given = {"rewards": kinds, "prompts": str(folder / "prompts.json"), "responses": str(folder / "responses.jsonl")}
+    given = {
+        "rewards": kinds,
+        "prompts": str(folder / "prompts.json"),
+        "responses": str(folder / "responses.jsonl"),
+    }
     with launch.Worker("beyond_dpo.jobs.score", config, tmp_path / "log", desc="score") as worker:
-        facts = worker.call("score", **given, out=str(tmp_path / "scores.jsonl"), reference_prompts=5)
+        facts = worker.call(
+            "score", **given, out=str(tmp_path / "scores.jsonl"), reference_prompts=5
+        )
         worker.call("score", **given, out=str(tmp_path / "none.jsonl"))
-        worker.call("score", **given | {"rewards": {"vader": kinds["vader"]}}, out=str(tmp_path / "one.jsonl"))
+        worker.call(
+            "score",
+            **given | {"rewards": {"vader": kinds["vader"]}},
+            out=str(tmp_path / "one.jsonl"),
+        )
     table = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    assert [(r["id"], r["sample"], r["logp"]) for r in table] == [(r["id"], r["sample"], r["logp"]) for r in lines]
+    assert [(r["id"], r["sample"], r["logp"]) for r in table] == [
+        (r["id"], r["sample"], r["logp"]) for r in lines
+    ]
     tokenizer, asked = templates.load_tokenizer(target), {p["id"]: p["prompt_ids"] for p in prompts}
-    texts = [tokenizer.decode(asked[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
+    texts = [
+        tokenizer.decode(asked[r["id"]] + r["response_ids"], skip_special_tokens=True)
+        for r in lines
+    ]
     assert texts[0].startswith(TEXTS[0][:10]) and "</s>" not in "".join(texts)
     own = {"words": rewards.BagOfWords(bag[0]), "model": Classifier(classifier), "vader": Vader()}
     for name, reward in own.items():
@@ -532,9 +699,14 @@ def test_scorer(answers, bag, head, tmp_path):
 
 
 def test_a_finished_reward_reads_turns(answers, head, bag, tmp_path):
-    """Where prompts tell what was asked: one user's words or turns; one without a chat template reads the text."""
+    """Where prompts tell what was asked: one user's words or turns; one without a chat template
+    reads the text.
+    """
     folder, prompts, lines = answers
-    asked = {p["id"]: TEXTS[i] if i % 2 else rewards.chat("Hi", "Hello")[:1] for i, p in enumerate(prompts)}
+    asked = {
+        p["id"]: TEXTS[i] if i % 2 else rewards.chat("Hi", "Hello")[:1]
+        for i, p in enumerate(prompts)
+    }
     told = [p | {"text": asked[p["id"]]} for p in prompts]
     (tmp_path / "prompts.json").write_text(json.dumps(told))
     model, encoder = head("llama"), head()
@@ -542,27 +714,51 @@ def test_a_finished_reward_reads_turns(answers, head, bag, tmp_path):
     bare.chat_template = None
     (encoder / "chat_template.jinja").unlink(missing_ok=True)
     bare.save_pretrained(encoder)
-    kinds = {"turns": {"kind": "finished", "folder": str(model)}, "text": {"kind": "classifier", "folder": str(model)}}
+    kinds = {
+        "turns": {"kind": "finished", "folder": str(model)},
+        "text": {"kind": "classifier", "folder": str(model)},
+    }
     kinds |= {"bare": {"kind": "finished", "folder": str(encoder)}}
     kinds |= {"words": {"kind": "bag_of_words", "folder": str(bag[0])}}
-    files = [str(tmp_path / "prompts.json"), str(folder / "responses.jsonl"), str(tmp_path / "scores.jsonl")]
+    files = [
+        str(tmp_path / "prompts.json"),
+        str(folder / "responses.jsonl"),
+        str(tmp_path / "scores.jsonl"),
+    ]
     Scorer(str(assets.model_dir("tiny")), "fp32").score(kinds, *files)
     table = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
-    tokenizer, ids = templates.load_tokenizer(assets.model_dir("tiny")), {p["id"]: p["prompt_ids"] for p in prompts}
+    tokenizer, ids = (
+        templates.load_tokenizer(assets.model_dir("tiny")),
+        {p["id"]: p["prompt_ids"] for p in prompts},
+    )
     said = [tokenizer.decode(r["response_ids"], skip_special_tokens=True) for r in lines]
     chats = [rewards.chat(asked[r["id"]], answer) for r, answer in zip(lines, said, strict=True)]
-    texts = [tokenizer.decode(ids[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines]
+    texts = [
+        tokenizer.decode(ids[r["id"]] + r["response_ids"], skip_special_tokens=True) for r in lines
+    ]
     assert chats[0] == [*rewards.chat("Hi", said[0])] and chats[2][0]["content"] == TEXTS[1]
     wanted = {"turns": Classifier(model).score(chats), "text": Classifier(model).score(texts)}
-    wanted |= {"bare": Classifier(encoder).score(texts), "words": rewards.BagOfWords(bag[0]).score(texts)}
+    wanted |= {
+        "bare": Classifier(encoder).score(texts),
+        "words": rewards.BagOfWords(bag[0]).score(texts),
+    }
     for name, scores in wanted.items():
         assert [r[name] for r in table] == pytest.approx(scores, abs=1e-4)
     assert np.abs(wanted["turns"] - wanted["text"]).max() > 0.01
 
 
 def test_a_reward_of_a_world_without_labels_is_not_measured(tmp_path):
-    job = {"texts": [], "labels": [], "held_out": [[], []], "seed": 0, "out": str(tmp_path), "reward": "reward"}
-    (tmp_path / "job.json").write_text(json.dumps(job | {"encoder": "unread", "trust_remote_code": False}))
+    job = {
+        "texts": [],
+        "labels": [],
+        "held_out": [[], []],
+        "seed": 0,
+        "out": str(tmp_path),
+        "reward": "reward",
+    }
+    (tmp_path / "job.json").write_text(
+        json.dumps(job | {"encoder": "unread", "trust_remote_code": False})
+    )
     fit_reward.main(str(tmp_path / "job.json"))
     assert json.loads((tmp_path / "facts.json").read_text()) == {}
 
@@ -580,14 +776,24 @@ def test_a_reward_is_loaded_once(answers, bag, tmp_path):
 def test_unknown_kind_of_reward_is_named(answers, tmp_path):
     files = [str(answers[0] / name) for name in ("prompts.json", "responses.jsonl")]
     with pytest.raises(KeyError, match="vaders"):
-        Scorer(str(assets.model_dir("tiny")), "fp32").score({"x": {"kind": "vaders"}}, *files, str(tmp_path / "out"))
+        Scorer(str(assets.model_dir("tiny")), "fp32").score(
+            {"x": {"kind": "vaders"}}, *files, str(tmp_path / "out")
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", [False, True], ids=["bag_of_words", "classifier"])
 def test_training_job_in_a_child(encoder, bag, tmp_path):
-    """`python -m beyond_dpo.jobs.fit_reward JOB.json` leaves the reward and facts.json, as in this process."""
-    job = {"texts": TEXTS[:64], "labels": LABELS[:64], "held_out": HELD_OUT, "seed": 0, "out": str(tmp_path)}
+    """`python -m beyond_dpo.jobs.fit_reward JOB.json` leaves the reward and facts.json, as in this
+    process.
+    """
+    job = {
+        "texts": TEXTS[:64],
+        "labels": LABELS[:64],
+        "held_out": HELD_OUT,
+        "seed": 0,
+        "out": str(tmp_path),
+    }
     job |= {"reward": "reward" if encoder else "gold", "precision": "fp32"}
     job |= {"encoder": str(assets.model_dir("tiny-encoder"))} if encoder else {}
     launch.run("beyond_dpo.jobs.fit_reward", job, tmp_path / "checkpoints", desc="train")
@@ -603,7 +809,9 @@ def test_training_job_in_a_child(encoder, bag, tmp_path):
 
 
 def made(stage, **files):
-    """Return a result with these files: rows as JSON lines under a name in "_jsonl", JSON under one in "_json"."""
+    """Return a result with these files: rows as JSON lines under a name in "_jsonl", JSON under one
+    in "_json".
+    """
 
     def make(out):
         for name, content in files.items():
@@ -633,7 +841,9 @@ def judged(store, monkeypatch):
         given = [row | {name: score} for row, score in zip(rows, scores, strict=True)]
         prompts = [{"id": f"B{i}", "prompt_ids": [i]} for i in range(3)]
         monkeypatch.setattr(stages, "texts", lambda world: made("texts", prompts_json=prompts))
-        monkeypatch.setattr(stages, "responses", lambda *a, **k: made("responses", responses_jsonl=pool))
+        monkeypatch.setattr(
+            stages, "responses", lambda *a, **k: made("responses", responses_jsonl=pool)
+        )
         monkeypatch.setattr(stages, "scores", lambda *a, **k: made("scores", scores_jsonl=given))
         return stages.pairs(cfg)
 
@@ -641,7 +851,9 @@ def judged(store, monkeypatch):
 
 
 def test_pairs_leave_out_prompts_whose_samples_tie_or_are_the_same(judged):
-    """Of the second prompt both score 1; of the third both are the same response, whatever a batch made of it."""
+    """Of the second prompt both score 1; of the third both are the same response, whatever a batch
+    made of it.
+    """
     pairs = judged([0, 1, 1, 1, 0.5, 0.50001], [[5], [6], [7], [8], [9], [9]])
     (row,) = read_rows(pairs.get() / "pairs.jsonl")
     assert row == {"id": "B0", "prompt_ids": [0], "responses": {"chosen": [6], "rejected": [5]}}
@@ -652,10 +864,14 @@ def test_a_reward_that_prefers_nothing_is_said_in_words(judged):
     """Before any training: which reward, of how many prompts, and what to do."""
     said = [[5], [6], [7], [8], [9], [10]]
     with pytest.raises(
-        config.ConfigError, match=r"the gold reward scores all 2 responses to each of 3 prompts alike.*use"
+        config.ConfigError,
+        match=r"the gold reward scores all 2 responses to each of 3 prompts alike.*use",
     ):
         judged([1.0] * 6, said).get()
-    with pytest.raises(config.ConfigError, match="the reward model minilm scores .*: use another reward model, more"):
+    with pytest.raises(
+        config.ConfigError,
+        match="the reward model minilm scores .*: use another reward model, more",
+    ):
         judged([1.0] * 6, said, world__gold_rows=0, world__reward_model="minilm").get()
 
 
@@ -664,29 +880,43 @@ def test_a_single_sample_is_refused_before_it_is_drawn():
     for build, paper in builds.items():
         cfg = config.load(paper, "smoke")
         cfg = dataclasses.replace(cfg, world=dataclasses.replace(cfg.world, samples=1))
-        with pytest.raises(config.ConfigError, match="world.samples=1: a preference needs two responses"):
+        with pytest.raises(
+            config.ConfigError, match="world.samples=1: a preference needs two responses"
+        ):
             build(cfg)
 
 
 def test_no_pair_to_draw_from_is_said_in_words(store, monkeypatch):
     monkeypatch.setattr(stages, "pairs", lambda cfg: made("texts", pairs_jsonl=[]))
-    with pytest.raises(config.ConfigError, match="texts-[0-9a-f]+ holds no pair to draw from: use more prompts"):
+    with pytest.raises(
+        config.ConfigError, match="texts-[0-9a-f]+ holds no pair to draw from: use more prompts"
+    ):
         stages.subset(config.load("expo", "smoke"), 0.5, 0).get()
 
 
 @pytest.fixture
 def fusing(store, monkeypatch):
-    """Give WRPO's stages prompts, a source's responses and the target's own ones, by (prompt, tokens, reward)."""
+    """Give WRPO's stages prompts, a source's responses and the target's own ones, by (prompt,
+    tokens, reward).
+    """
     cfg = config.load("wrpo", "smoke")
 
     def answers(name, rows):
         lines = [{"id": i, "sample": n, "response_ids": ids} for n, (i, ids, _) in enumerate(rows)]
-        scores = [{"id": i, "sample": n, "reward": r, "length": len(ids)} for n, (i, ids, r) in enumerate(rows)]
-        return made(f"{name}-said", responses_jsonl=lines), made(f"{name}-judged", scores_jsonl=scores)
+        scores = [
+            {"id": i, "sample": n, "reward": r, "length": len(ids)}
+            for n, (i, ids, r) in enumerate(rows)
+        ]
+        return made(f"{name}-said", responses_jsonl=lines), made(
+            f"{name}-judged", scores_jsonl=scores
+        )
 
     def build(source, own, first=("a",), rest=("b", "c")):
         parts = {"first": first, "rest": rest, "prompts": (*first, *rest)}
-        prompts = {f"{name}_json": [{"id": i, "prompt_ids": [1]} for i in ids] for name, ids in parts.items()}
+        prompts = {
+            f"{name}_json": [{"id": i, "prompt_ids": [1]} for i in ids]
+            for name, ids in parts.items()
+        }
         said, judged = answers("source", source)
         monkeypatch.setattr(stages, "texts", lambda world: made("texts", **prompts))
         monkeypatch.setattr(wrpo, "thirds", lambda cfg: made("thirds", **prompts))
@@ -703,26 +933,39 @@ OWN = [("b", [8], 0.0), ("b", [9], 1.0), ("c", [8], 0.0), ("c", [9], 1.0)]
 
 
 def test_a_quadruple_needs_two_different_responses_of_the_targets_own(fusing):
-    """Of c there is one that is not empty: best and worst at once, which would be a preference for itself."""
+    """Of c there is one that is not empty: best and worst at once, which would be a preference for
+    itself.
+    """
     cfg = fusing(GOOD, [*OWN[:2], ("c", [9], 1.0), ("c", [], 0.0)])
     (row,) = read_rows(wrpo.quadruples(cfg, ("one",), None).get() / "pairs.jsonl")
-    assert row["id"] == "b" and row["responses"] == dict(zip(config.FUSED, ([6], [9], [8]), strict=True))
+    assert row["id"] == "b" and row["responses"] == dict(
+        zip(config.FUSED, ([6], [9], [8]), strict=True)
+    )
     assert wrpo.quadruples(cfg, ("one",), None).manifest["facts"] == {"quadruples": 1, "dropped": 1}
 
 
 def test_rewards_that_prefer_nothing_of_the_sources_or_the_target_are_said_in_words(fusing):
     tied = [(i, [n], 1.0) for i in "abc" for n in (5, 6)]
-    with pytest.raises(config.ConfigError, match="finds no best response of one to any of 3 prompts .all score alike"):
+    with pytest.raises(
+        config.ConfigError,
+        match="finds no best response of one to any of 3 prompts .all score alike",
+    ):
         wrpo.fusion(fusing(tied, OWN), ("one",)).get()
-    with pytest.raises(config.ConfigError, match="finds no best response of one to any of 1 prompts for Target-SFT"):
+    with pytest.raises(
+        config.ConfigError, match="finds no best response of one to any of 1 prompts for Target-SFT"
+    ):
         wrpo.fusion(fusing([*tied[:2], *GOOD[1:]], OWN), ("one",)).get()
     alike = [(i, ids, 0.5) for i, ids, _ in OWN]
-    with pytest.raises(config.ConfigError, match="finds for none of 2 prompts a best .* sampling.temperature$"):
+    with pytest.raises(
+        config.ConfigError, match="finds for none of 2 prompts a best .* sampling.temperature$"
+    ):
         wrpo.quadruples(fusing(GOOD, alike), ("one",), None).get()
 
 
 def test_a_draw_without_a_quadruple_is_said_in_words(fusing):
-    """Of eight prompts only one has a quadruple, and a draw of one prompt misses it for some seed."""
+    """Of eight prompts only one has a quadruple, and a draw of one prompt misses it for some
+    seed.
+    """
     rest = tuple("bcdefghi")
     cfg = fusing([(i, [7], 1.0) for i in ("a", *rest)], OWN[:2], rest=rest)
     cfg = dataclasses.replace(cfg, fraction=0.1)
@@ -731,7 +974,10 @@ def test_a_draw_without_a_quadruple_is_said_in_words(fusing):
         try:
             drawn += read_rows(wrpo.draw(cfg, rows, seed).get() / "pairs.jsonl")
         except config.ConfigError as error:
-            assert re.search("fraction=0.1 draws 1 of 8 prompts, and none of the 1 quadruples is of these", str(error))
+            assert re.search(
+                "fraction=0.1 draws 1 of 8 prompts, and none of the 1 quadruples is of these",
+                str(error),
+            )
             break
     else:
         pytest.fail("no draw was empty")

@@ -53,7 +53,9 @@ def test_the_interval_is_wide_where_prompts_disagree():
     assert (again.alpha, again.low, again.high) == (found.alpha, found.low, found.high)
 
 
-@pytest.mark.parametrize("bracket, calls", [((1.0, 1.0), 8), ((-1.0, 1.0), 8), ((0.0, math.inf), 8), ((0.0, 1.0), 3)])
+@pytest.mark.parametrize(
+    "bracket, calls", [((1.0, 1.0), 8), ((-1.0, 1.0), 8), ((0.0, math.inf), 8), ((0.0, 1.0), 3)]
+)
 def test_refuses_impossible_searches(bracket, calls):
     with pytest.raises(ValueError, match="evaluations"):
         golden_section(hill(1.0, []), bracket, calls, seed=0)
@@ -66,7 +68,9 @@ def test_a_reward_that_is_not_finite_names_prompt_and_alpha():
 
 @pytest.mark.slow
 def test_one_call_searches_two_models(tiny, tmp_path, monkeypatch, capsys):
-    """A reward for one letter, on an "aligned" model moved towards it: its rewards are those of the sampled texts."""
+    """A reward for one letter, on an "aligned" model moved towards it: its rewards are those of the
+    sampled texts.
+    """
     from transformers import AutoModelForCausalLM
 
     from beyond_dpo import templates
@@ -76,7 +80,9 @@ def test_one_call_searches_two_models(tiny, tmp_path, monkeypatch, capsys):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     with torch.no_grad():
         rows = model.get_output_embeddings().weight
-        rows[letter] += 0.02 * torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0))
+        rows[letter] += 0.02 * torch.randn(
+            rows.shape[1], generator=torch.Generator().manual_seed(0)
+        )
     model.save_pretrained(tmp_path / "aligned")
     tokenizer.save_pretrained(tmp_path / "aligned")
     heard = []
@@ -85,16 +91,33 @@ def test_one_call_searches_two_models(tiny, tmp_path, monkeypatch, capsys):
         heard.append(list(zip(prompts, responses, strict=True)))
         return [text.count("e") for text in responses]
 
-    decoding = config.Decoding(backend="transformers", max_tokens=6, max_model_len=64, dtype="float32")
+    decoding = config.Decoding(
+        backend="transformers", max_tokens=6, max_model_len=64, dtype="float32"
+    )
     prompts = ["The film", "A story of"]
     monkeypatch.delenv("TQDM_DISABLE")
     found = search_alpha(
-        tiny, tmp_path / "aligned", prompts, reward, bracket=(0.0, 8.0), evaluations=4, decoding=decoding, samples=3
+        tiny,
+        tmp_path / "aligned",
+        prompts,
+        reward,
+        bracket=(0.0, 8.0),
+        evaluations=4,
+        decoding=decoding,
+        samples=3,
     )
-    assert capsys.readouterr().err.startswith("searching α: at most 4 values, 6 responses at each\n")
-    assert len(found.rewards) == len(heard) == 4 and 0.0 in found.rewards and found.alpha in found.rewards
+    assert capsys.readouterr().err.startswith(
+        "searching α: at most 4 values, 6 responses at each\n"
+    )
+    assert (
+        len(found.rewards) == len(heard) == 4
+        and 0.0 in found.rewards
+        and found.alpha in found.rewards
+    )
     for values, pairs in zip(found.rewards.values(), heard, strict=True):
         assert [p for p, _ in pairs] == ["The film"] * 3 + ["A story of"] * 3
-        assert values.tolist() == [np.mean([t.count("e") for p, t in pairs if p == prompt]) for prompt in prompts]
+        assert values.tolist() == [
+            np.mean([t.count("e") for p, t in pairs if p == prompt]) for prompt in prompts
+        ]
     with pytest.raises(ValueError, match="prompts is empty"):
         search_alpha(tiny, tmp_path / "aligned", [], reward)

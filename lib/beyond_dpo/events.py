@@ -1,8 +1,9 @@
-"""What a process tells its parent, the batch runner and whoever watches: how far it is, in ways that end no work.
+"""What a process tells its parent, the batch runner and whoever watches: how far it is, in ways
+that end no work.
 
-Reports to the batch runner are JSON lines in the file that BEYOND_DPO_PROGRESS names: {event, stage, key} for start,
-wait, hit and done of an artifact, and {event, stage, fraction, eta} (fraction in [0, 1], eta in seconds) for progress
-of the one that runs.
+Reports to the batch runner are JSON lines in the file that BEYOND_DPO_PROGRESS names: {event,
+stage, key} for start, wait, hit and done of an artifact, and {event, stage, fraction, eta}
+(fraction in [0, 1], eta in seconds) for progress of the one that runs.
 """
 
 import json
@@ -18,11 +19,14 @@ from pathlib import Path
 SLOW = 2.0  # seconds, after which work says what it is doing
 
 # what would move the cursor, or name the window, of a terminal that shows a log
-UNPRINTABLE = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)?|[^\t\n\x20-\x7e\xa0-\U0010ffff]")
+UNPRINTABLE = re.compile(
+    r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)?|[^\t\n\x20-\x7e\xa0-\U0010ffff]"
+)
 
 
 def progress(done: int, total: int) -> None:
-    """Tell the parent how far this child is (any process may call it; without a parent it does nothing).
+    """Tell the parent how far this child is (any process may call it; without a parent it does
+    nothing).
 
     A file that cannot be written is no reason to end the work.
     """
@@ -39,7 +43,9 @@ def announce(stage: str, done: int, total: int, seconds: float) -> None:
 
 
 def tell(**report) -> None:
-    """Send the batch runner a report, if one listens (see `progress`); if it cannot be written, it is lost."""
+    """Send the batch runner a report, if one listens (see `progress`); if it cannot be written, it
+    is lost.
+    """
     if runner := os.environ.get("BEYOND_DPO_PROGRESS"):
         with suppress(OSError), open(runner, "a", encoding="utf-8") as f:
             f.write(json.dumps(report) + "\n")
@@ -51,11 +57,15 @@ def quiet() -> bool:
 
 
 def note(text: str) -> None:
-    """Say what is being done: on stderr, or where that is kept clean to the batch runner, if it listens."""
+    """Say what is being done: on stderr, or where that is kept clean to the batch runner, if it
+    listens.
+    """
     if quiet():
         tell(event="progress", stage=text)
         return
-    start_of_line = "\r\x1b[K" if sys.stderr.isatty() else ""  # a bar may stand there, which comes again below
+    start_of_line = (
+        "\r\x1b[K" if sys.stderr.isatty() else ""
+    )  # a bar may stand there, which comes again below
     say(start_of_line + text)
 
 
@@ -72,20 +82,26 @@ def slow(text: str) -> Iterator[None]:
 
 
 class Bar(AbstractContextManager):
-    """Show how far some work is: a widget in a notebook, else a line on stderr; nothing where TQDM_DISABLE is set.
+    """Show how far some work is: a widget in a notebook, else a line on stderr; nothing where
+    TQDM_DISABLE is set.
 
     off_terminal: whether the line is also written where stderr is no terminal. options: of tqdm.
-    No error of the bar ends the work (a full disk behind stderr, a notebook that was closed): it is shown no more.
+    No error of the bar ends the work (a full disk behind stderr, a notebook that was closed): it is
+    shown no more.
     """
 
     def __init__(self, total: int, desc: str = "", *, off_terminal: bool = True, **options):
         self.done = 0
         self._shown = None
-        if os.environ.get("TQDM_DISABLE"):  # which the widget does not look at, and the text only when it is imported
+        if os.environ.get(
+            "TQDM_DISABLE"
+        ):  # which the widget does not look at, and the text only when it is imported
             return
         if off_terminal or "ipykernel.zmqshell" in sys.modules or sys.stderr.isatty():
             with self._harmless():
-                self._shown = _tqdm()(total=total, desc=desc, disable=False, **{"leave": False} | options)
+                self._shown = _tqdm()(
+                    total=total, desc=desc, disable=False, **{"leave": False} | options
+                )
 
     @property
     def shown(self) -> bool:
@@ -128,7 +144,9 @@ def _tqdm():
 
 
 def printable() -> None:
-    """Let this process print what its terminal's encoding lacks (α in a C locale) as \\u03b1, and not fail."""
+    """Let this process print what its terminal's encoding lacks (α in a C locale) as \\u03b1, and
+    not fail.
+    """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -138,12 +156,16 @@ def say(text: str, end: str = "\n") -> None:
     """Write to stderr; a full disk or a closed pipe behind it ends no work."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
-    except OSError:  # its buffer keeps what could not be written, and would fail again when the process ends
+    except (
+        OSError
+    ):  # its buffer keeps what could not be written, and would fail again when the process ends
         sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
 
 
 def show(text: str) -> bool:
-    """Write to stdout; return whether that took it, and if not (a full disk, a closed pipe), say so."""
+    """Write to stdout; return whether that took it, and if not (a full disk, a closed pipe), say
+    so.
+    """
     try:
         print(text, flush=True)
     except OSError as error:  # as in say()
@@ -157,4 +179,10 @@ def duration(seconds: float) -> str:
     """Return `45 s`, `2 min 10 s` or `3 h 12 min`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )

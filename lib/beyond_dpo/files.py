@@ -8,10 +8,12 @@ from pathlib import Path
 
 
 def link_file(source: str | Path, target: str | Path, least: int = 0) -> None:
-    """Give a file a second name, or a copy where it is smaller than `least` bytes or another file system's.
+    """Give a file a second name, or a copy where it is smaller than `least` bytes or another file
+    system's.
 
-    A target that is there is replaced as a whole, never written into: it may be another file's second name. Doing it
-    once more changes nothing, so that an attempt that was interrupted can be repeated.
+    A target that is there is replaced as a whole, never written into: it may be another file's
+    second name. Doing it once more changes nothing, so that an attempt that was interrupted can be
+    repeated.
     """
     source, target = Path(os.path.realpath(source)), Path(target)
     if target.exists() and not target.is_symlink() and target.samefile(source):
@@ -41,7 +43,9 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def _partial(path: Path):
-    """Yield the name of a file beside `path` that takes its place, on the disk as well, when it is written."""
+    """Yield the name of a file beside `path` that takes its place, on the disk as well, when it is
+    written.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.unlink(missing_ok=True)  # of an earlier process of this number
     try:
@@ -58,7 +62,10 @@ def sync(path: str | Path) -> None:
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot do it for folders
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some file systems cannot do it for folders
             raise
     finally:
         os.close(opened)

@@ -11,17 +11,24 @@ def _vector(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a float tensor of shape (batch,), got {got}")
 
 
-def _pair(chosen: Tensor, rejected: Tensor, gamma: float = 0.0, **positive: float) -> tuple[Tensor, Tensor]:
-    """Check two (batch,) float tensors and the parameters; return the tensors in at least float32."""
+def _pair(
+    chosen: Tensor, rejected: Tensor, gamma: float = 0.0, **positive: float
+) -> tuple[Tensor, Tensor]:
+    """Check two (batch,) float tensors and the parameters; return the tensors in at least
+    float32.
+    """
     _vector("chosen", chosen)
     _vector("rejected", rejected)
     # Broadcasting (1,) against (n,) would give a number for every pair, and the wrong one.
     if chosen.shape != rejected.shape:
-        raise ValueError(f"chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)} differ in length")
+        raise ValueError(
+            f"chosen {tuple(chosen.shape)} and rejected {tuple(rejected.shape)} differ in length"
+        )
     _positive(**positive)
     if not 0.0 <= gamma < float("inf"):
         raise ValueError(f"gamma must be a finite number >= 0, got {gamma!r}")
-    # bfloat16 has 8 bits: the difference of two inputs is taken in float32, or the loss would be rounded again.
+    # bfloat16 has 8 bits: the difference of two inputs is taken in float32, or the loss would be
+    # rounded again.
     wide = torch.promote_types(torch.promote_types(chosen.dtype, rejected.dtype), torch.float32)
     return chosen.to(wide), rejected.to(wide)
 
@@ -33,22 +40,31 @@ def _positive(**values: float) -> None:
 
 
 def dpo(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, *, beta: float, label_smoothing: float = 0.0
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the DPO loss of each pair.
 
     Eq. 7, arXiv 2305.18290:  -log sigmoid(s),  s = beta * (chosen_logratio - rejected_logratio).
-    Label smoothing treats a share e of the labels as flipped:  -(1 - e) log sigmoid(s) - e log sigmoid(-s).
+    Label smoothing treats a share e of the labels as flipped:  -(1 - e) log sigmoid(s) - e log
+    sigmoid(-s).
     Args:
-        chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed over the response.
+        chosen_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed
+        over the response.
         beta: strength of the KL penalty, > 0.
         label_smoothing: e in [0, 0.5).
     Returns:
-        losses (>= 0), chosen_reward, rejected_reward = beta * logratio (detached), each (batch,) in at least float32.
+        losses (>= 0), chosen_reward, rejected_reward = beta * logratio (detached), each (batch,) in
+        at least float32.
     Raises:
-        ValueError: inputs are not two float (batch,) tensors of one length, or a parameter is out of range.
+        ValueError: inputs are not two float (batch,) tensors of one length, or a parameter is out
+        of range.
 
-    The loss is ln 2 where policy and reference agree, whatever beta and the smoothing; smoothing adds e * s to it.
+    The loss is ln 2 where policy and reference agree, whatever beta and the smoothing; smoothing
+    adds e * s to it.
     """
     chosen, rejected = _pair(chosen_logratios, rejected_logratios, beta=beta)
     if not 0.0 <= label_smoothing < 0.5:
@@ -58,7 +74,9 @@ def dpo(
     return losses, beta * chosen.detach(), beta * rejected.detach()
 
 
-def ipo(chosen_logratios: Tensor, rejected_logratios: Tensor, *, tau: float) -> tuple[Tensor, Tensor, Tensor]:
+def ipo(
+    chosen_logratios: Tensor, rejected_logratios: Tensor, *, tau: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the IPO loss of each pair.
 
     Eq. 17, arXiv 2310.12036:  (h - 1 / (2 tau))^2,  h = chosen_logratio - rejected_logratio.
@@ -66,7 +84,8 @@ def ipo(chosen_logratios: Tensor, rejected_logratios: Tensor, *, tau: float) -> 
 
     Args, Returns and Raises are those of dpo, with tau > 0 for beta; the loss is in nats squared.
 
-    The loss is zero, and its gradient too, exactly at h = 1 / (2 tau); at h = 0 it is 1 / (4 tau^2).
+    The loss is zero, and its gradient too, exactly at h = 1 / (2 tau); at h = 0 it is 1 / (4
+    tau^2).
     """
     chosen, rejected = _pair(chosen_logratios, rejected_logratios, tau=tau)
     losses = (chosen - rejected - 1.0 / (2.0 * tau)) ** 2
@@ -94,7 +113,9 @@ def simpo(
 
 
 def _per_pair(name: str, values: Tensor, like: Tensor, below: float = float("inf")) -> Tensor:
-    """Check one number in (0, below) per pair; return them as `like` is, detached: they belong to the prompt."""
+    """Check one number in (0, below) per pair; return them as `like` is, detached: they belong to
+    the prompt.
+    """
     _vector(name, values)
     if values.shape != like.shape:
         raise ValueError(f"{name} has {len(values)} values for {len(like)} pairs")
@@ -107,14 +128,18 @@ def _per_pair(name: str, values: Tensor, like: Tensor, below: float = float("inf
 def mallows_theta(
     chosen_logratios: Tensor, rejected_logratios: Tensor, weight: Tensor, *, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the MallowsPO-theta loss of each pair: DPO whose s is multiplied by a weight per prompt.
+    """Compute the MallowsPO-theta loss of each pair: DPO whose s is multiplied by a weight per
+    prompt.
 
-    Eq. 8, arXiv 2405.14953:  -log sigmoid(weight * s),  s = beta * (chosen_logratio - rejected_logratio).
-    The paper's weight is -2 log phi(x); here it is an estimate with mean 1 (dispersion.weights), as in its code.
+    Eq. 8, arXiv 2405.14953:  -log sigmoid(weight * s),  s = beta * (chosen_logratio -
+    rejected_logratio).
+    The paper's weight is -2 log phi(x); here it is an estimate with mean 1 (dispersion.weights), as
+    in its code.
 
     Args, Returns and Raises are those of dpo, and
-        weight: (batch,), no unit, > 0 and finite (ValueError names the row); large where the answers to a prompt are
-            all alike. The rewards are without it, as the paper defines them; they compare with those of DPO.
+        weight: (batch,), no unit, > 0 and finite (ValueError names the row); large where the
+            answers to a prompt are all alike. The rewards are without it, as the paper defines
+            them; they compare with those of DPO.
 
     Weight 1 gives DPO; a weight near 0 leaves the pair out. No gradient flows into the weight.
     """
@@ -128,8 +153,9 @@ def mallows_ipo(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the MallowsIPO loss of each pair: IPO whose h is multiplied by a weight per prompt.
 
-    (weight * h - 1 / (2 tau))^2,  h = chosen_logratio - rejected_logratio: no equation of arXiv 2405.14953 but its
-    authors' code, whose plain `ipo` is (tau * h - 1/2)^2, tau^2 times ours: the same minimum, other gradients.
+    (weight * h - 1 / (2 tau))^2,  h = chosen_logratio - rejected_logratio: no equation of arXiv
+    2405.14953 but its authors' code, whose plain `ipo` is (tau * h - 1/2)^2, tau^2 times ours: the
+    same minimum, other gradients.
 
     Args, Returns and Raises are those of ipo, with the weight of mallows_theta.
     Weight 1 gives IPO; the minimum is at h = 1 / (2 tau weight).
@@ -140,15 +166,23 @@ def mallows_ipo(
 
 
 def mallows_simpo(
-    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, weight: Tensor, *, beta: float, gamma: float
+    chosen_mean_logps: Tensor,
+    rejected_mean_logps: Tensor,
+    weight: Tensor,
+    *,
+    beta: float,
+    gamma: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the MallowsSimPO loss of each pair: SimPO whose logit, margin included, is multiplied by a weight.
+    """Compute the MallowsSimPO loss of each pair: SimPO whose logit, margin included, is multiplied
+    by a weight.
 
-    -log sigmoid(weight * (beta * (chosen_mean_logp - rejected_mean_logp) - gamma)): no equation of arXiv 2405.14953
-    but its authors' code, run without reference and with length normalisation; their `home_advantage` is gamma / beta.
+    -log sigmoid(weight * (beta * (chosen_mean_logp - rejected_mean_logp) - gamma)): no equation of
+    arXiv 2405.14953 but its authors' code, run without reference and with length normalisation;
+    their `home_advantage` is gamma / beta.
 
     Args, Returns and Raises are those of simpo, with the weight of mallows_theta.
-    Weight 1 gives SimPO; the loss is ln 2 where the rewards differ by exactly gamma, whatever the weight.
+    Weight 1 gives SimPO; the loss is ln 2 where the rewards differ by exactly gamma, whatever the
+    weight.
     """
     chosen, rejected = _pair(chosen_mean_logps, rejected_mean_logps, beta=beta, gamma=gamma)
     losses = -logsigmoid(_per_pair("weight", weight, chosen) * (beta * (chosen - rejected) - gamma))
@@ -158,10 +192,12 @@ def mallows_simpo(
 def _log_miss(t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Return log(1 - g(t)) and its derivative by t, for g of Eq. 9 and t > 0; a = -log phi.
 
-    With q = phi^t, 1 - g is q (t (1 - phi) - phi (1 - q)) / ((1 - q) (1 - phi q)). The bracket is a difference of near
-    equals for phi near 1; with E(x) = 1 - e^-x and n(x) = x / E(x) - 1 it becomes a sum,
+    With q = phi^t, 1 - g is q (t (1 - phi) - phi (1 - q)) / ((1 - q) (1 - phi q)). The bracket is a
+    difference of near equals for phi near 1; with E(x) = 1 - e^-x and n(x) = x / E(x) - 1 it
+    becomes a sum,
 
-        1 - g = e^-x E(a) (n(x) + a - n(a)) / (a E(x + a)),    x = a t,    and    n'(x) = (x - n(x)) / E(x).
+        1 - g = e^-x E(a) (n(x) + a - n(a)) / (a E(x + a)),    x = a t,    and    n'(x) = (x - n(x))
+        / E(x).
     """
 
     def parts(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,14 +212,19 @@ def _log_miss(t: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _log_link(s: Tensor, phi: Tensor, epsilon: float) -> Tensor:
-    """Return log g(s) in float64, in which s and phi must be, finite with its gradient for every finite s."""
+    """Return log g(s) in float64, in which s and phi must be, finite with its gradient for every
+    finite s.
+    """
     a = -torch.log(phi)
     side = torch.where(s < 0, -1.0, 1.0)
-    t = side * s  # |s|, except that its gradient at 0 is 1: training starts there, on the slope of the cubic
+    t = (
+        side * s
+    )  # |s|, except that its gradient at 0 is 1: training starts there, on the slope of the cubic
     inside = t < epsilon
     far, _ = _log_miss(t.clamp(min=epsilon), a)
     edge, slope = _log_miss(torch.full_like(t, epsilon), a)
-    # 1 minus the cubic, as a sum of positive terms: 1/2 at v = 1 (s = 0); value and slope of 1 - g at v = 0.
+    # 1 minus the cubic, as a sum of positive terms: 1/2 at v = 1 (s = 0); value and slope of 1 - g
+    # at v = 0.
     v, miss = torch.where(inside, (epsilon - t) / epsilon, 1.0), edge.exp()
     near = miss + v / 2 * ((0.5 - miss) * v * (3 - v) - miss * slope * epsilon * (1 - v) * (2 - v))
     wrong = torch.where(inside, near.log(), far)
@@ -191,16 +232,21 @@ def _log_link(s: Tensor, phi: Tensor, epsilon: float) -> Tensor:
 
 
 def mallows_link(s: Tensor, phi: Tensor, epsilon: float) -> Tensor:
-    """Return g(s), the chance that Mallows' phi model with Kendall's distance puts an item before one s ranks lower.
+    """Return g(s), the chance that Mallows' phi model with Kendall's distance puts an item before
+    one s ranks lower.
 
-    Eq. 9, arXiv 2405.14953, for |s| >= epsilon:  g(s) = (s + 1) / (1 - phi^(s + 1)) - s / (1 - phi^s) for s > 0 and
-    g(-s) = 1 - g(s). It jumps at 0; for |s| < epsilon the cubic  1/2 + a1 s + a3 s^3  that meets it with its slope is
-    taken: a3 = (D epsilon - G) / (2 epsilon^3), a1 = G / epsilon - a3 epsilon^2, G = g(epsilon) - 1/2,
-    D = g'(epsilon) (Eq. 12). The paper does not say how it fits the cubic; this reading gives its Fig. 9.
+    Eq. 9, arXiv 2405.14953, for |s| >= epsilon:  g(s) = (s + 1) / (1 - phi^(s + 1)) - s / (1 -
+    phi^s) for s > 0 and g(-s) = 1 - g(s). It jumps at 0; for |s| < epsilon the cubic  1/2 + a1 s +
+    a3 s^3  that meets it with its slope is
+    taken: a3 = (D epsilon - G) / (2 epsilon^3), a1 = G / epsilon - a3 epsilon^2, G = g(epsilon) -
+    1/2,
+    D = g'(epsilon) (Eq. 12). The paper does not say how it fits the cubic; this reading gives its
+    Fig. 9.
 
     Args:
         s: (batch,), the reward of the first item minus that of the second, in ranks.
-        phi: (batch,), dispersion in (0, 1): near 0 all rank alike (g steps), near 1 at random (g = 1/2).
+        phi: (batch,), dispersion in (0, 1): near 0 all rank alike (g steps), near 1 at random (g =
+        1/2).
         epsilon: half width of the cubic, > 0; one that is tiny shows the jump.
     Returns g, (batch,) float64, in (0, 1) up to rounding. Raises ValueError as mallows_phi.
     """
@@ -210,18 +256,26 @@ def mallows_link(s: Tensor, phi: Tensor, epsilon: float) -> Tensor:
 
 
 def mallows_phi(
-    chosen_logratios: Tensor, rejected_logratios: Tensor, phi: Tensor, *, beta: float, epsilon: float
+    chosen_logratios: Tensor,
+    rejected_logratios: Tensor,
+    phi: Tensor,
+    *,
+    beta: float,
+    epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the MallowsPO-phi loss of each pair.
 
-    Eq. 7 and 9, arXiv 2405.14953:  -log g(s),  s = beta * (chosen_logratio - rejected_logratio), g = mallows_link.
+    Eq. 7 and 9, arXiv 2405.14953:  -log g(s),  s = beta * (chosen_logratio - rejected_logratio), g
+    = mallows_link.
 
     Args, Returns and Raises are those of dpo, and
-        phi: (batch,), dispersion of each prompt in (0, 1) (dispersion.to_phi of a weight; ValueError names the row).
+        phi: (batch,), dispersion of each prompt in (0, 1) (dispersion.to_phi of a weight;
+        ValueError names the row).
         epsilon: half width, in units of s, of the cubic that replaces the jump of g at 0, > 0.
 
-    The loss is ln 2 where policy and reference agree. Far on the wrong side it grows as |s| times -log phi. It is
-    computed in float64 and in logarithms, so that it and its gradient are finite for every s.
+    The loss is ln 2 where policy and reference agree. Far on the wrong side it grows as |s| times
+    -log phi. It is computed in float64 and in logarithms, so that it and its gradient are finite
+    for every s.
     """
     chosen, rejected = _pair(chosen_logratios, rejected_logratios, beta=beta, epsilon=epsilon)
     s = beta * (chosen.double() - rejected.double())
@@ -230,7 +284,9 @@ def mallows_phi(
 
 
 def _fused(source: Tensor, target: Tensor, rejected: Tensor, alpha: float) -> Tensor:
-    """Check three (batch,) float tensors and alpha; return alpha * source + (1 - alpha) * target."""
+    """Check three (batch,) float tensors and alpha; return alpha * source + (1 - alpha) *
+    target.
+    """
     source, _ = _pair(source, rejected)
     target, _ = _pair(target, rejected)
     if not 0.0 <= alpha <= 1.0:
@@ -239,33 +295,51 @@ def _fused(source: Tensor, target: Tensor, rejected: Tensor, alpha: float) -> Te
 
 
 def wrpo(
-    source_logratios: Tensor, target_logratios: Tensor, rejected_logratios: Tensor, *, alpha: float, beta: float
+    source_logratios: Tensor,
+    target_logratios: Tensor,
+    rejected_logratios: Tensor,
+    *,
+    alpha: float,
+    beta: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the WRPO loss of each quadruple (prompt, source's best, target's best, rejected response).
+    """Compute the WRPO loss of each quadruple (prompt, source's best, target's best, rejected
+    response).
 
-    arXiv 2412.03187:  -log sigmoid(alpha * r(y_ws) + (1 - alpha) * r(y_wt) - r(y_l)),  r(y) = beta * logratio(y).
-    All three share one sigmoid, and so one gradient weight: this is no mix of two DPO losses (hybrid is).
+    arXiv 2412.03187:  -log sigmoid(alpha * r(y_ws) + (1 - alpha) * r(y_wt) - r(y_l)),  r(y) = beta
+    * logratio(y). All three share one sigmoid, and so one gradient weight: this is no mix of two
+    DPO losses (hybrid is).
 
     Args:
-        source_logratios, target_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log pi_ref(y|x), summed
-            over the response: the best one of the source models, the best and the worst of the target's own.
-        alpha: fusion coefficient, the share of the source's response, in [0, 1]; the paper's rises from 0 to 0.1.
+        source_logratios, target_logratios, rejected_logratios: (batch,), nats: log pi(y|x) - log
+        pi_ref(y|x), summed
+            over the response: the best one of the source models, the best and the worst of the
+            target's own.
+        alpha: fusion coefficient, the share of the source's response, in [0, 1]; the paper's rises
+        from 0 to 0.1.
         beta: strength of the KL penalty, > 0.
     Returns and Raises are those of dpo; chosen_reward is the weighted one.
 
-    alpha = 0 is DPO on (target, rejected), alpha = 1 DPO on (source, rejected); ln 2 where policy and reference agree.
+    alpha = 0 is DPO on (target, rejected), alpha = 1 DPO on (source, rejected); ln 2 where policy
+    and reference agree.
     """
     chosen = _fused(source_logratios, target_logratios, rejected_logratios, alpha)
     return dpo(chosen, rejected_logratios, beta=beta)
 
 
 def wrpo_ipo(
-    source_logratios: Tensor, target_logratios: Tensor, rejected_logratios: Tensor, *, alpha: float, tau: float
+    source_logratios: Tensor,
+    target_logratios: Tensor,
+    rejected_logratios: Tensor,
+    *,
+    alpha: float,
+    tau: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute IPO's form of WRPO:  (alpha * h(y_ws) + (1 - alpha) * h(y_wt) - h(y_l) - 1 / (2 tau))^2,  h = logratio.
+    """Compute IPO's form of WRPO:  (alpha * h(y_ws) + (1 - alpha) * h(y_wt) - h(y_l) - 1 / (2
+    tau))^2,  h = logratio.
 
-    Derived here from IPO (Eq. 17, arXiv 2310.12036) with WRPO's weighted reward; arXiv 2412.03187 has such a variant,
-    whose formula is not public to us. Args, Returns and Raises are those of wrpo, with tau as in ipo.
+    Derived here from IPO (Eq. 17, arXiv 2310.12036) with WRPO's weighted reward; arXiv 2412.03187
+    has such a variant, whose formula is not public to us. Args, Returns and Raises are those of
+    wrpo, with tau as in ipo.
     alpha = 0 is IPO on (target, rejected), alpha = 1 IPO on (source, rejected).
     """
     chosen = _fused(source_logratios, target_logratios, rejected_logratios, alpha)
@@ -273,14 +347,21 @@ def wrpo_ipo(
 
 
 def wrpo_simpo(
-    source_mean_logps: Tensor, target_mean_logps: Tensor, rejected_mean_logps: Tensor, *,
-    alpha: float, beta: float, gamma: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute SimPO's form of WRPO:  -log sigmoid(beta * (alpha * l(y_ws) + (1 - alpha) * l(y_wt) - l(y_l)) - gamma).
+    source_mean_logps: Tensor,
+    target_mean_logps: Tensor,
+    rejected_mean_logps: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute SimPO's form of WRPO:  -log sigmoid(beta * (alpha * l(y_ws) + (1 - alpha) * l(y_wt) -
+    l(y_l)) - gamma).
 
-    l is the mean log-probability of a token, in nats; there is no reference model. Derived here from SimPO (Eq. 6,
-    arXiv 2405.14734) with WRPO's weighted reward; arXiv 2412.03187 has such a variant, whose formula is not public to
-    us. Args, Returns and Raises are those of wrpo, with mean_logps, beta and gamma as in simpo.
+    l is the mean log-probability of a token, in nats; there is no reference model. Derived here
+    from SimPO (Eq. 6, arXiv 2405.14734) with WRPO's weighted reward; arXiv 2412.03187 has such a
+    variant, whose formula is not public to us. Args, Returns and Raises are those of wrpo, with
+    mean_logps, beta and gamma as in simpo.
     alpha = 0 is SimPO on (target, rejected), alpha = 1 SimPO on (source, rejected).
     """
     chosen = _fused(source_mean_logps, target_mean_logps, rejected_mean_logps, alpha)
@@ -290,10 +371,12 @@ def wrpo_simpo(
 def hybrid(
     source_logratios: Tensor, target_logratios: Tensor, rejected_logratios: Tensor, *, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the mean of two DPO losses, (source, rejected) and (target, rejected): the baseline of WRPO's authors.
+    """Compute the mean of two DPO losses, (source, rejected) and (target, rejected): the baseline
+    of WRPO's authors.
 
-    It is the `sigmoid` branch of their code (arXiv 2412.03187): each pair has a sigmoid, and so a gradient, of its own.
-    Args, Returns and Raises are those of wrpo; chosen_reward is the mean of both. It is never below wrpo at alpha 1/2.
+    It is the `sigmoid` branch of their code (arXiv 2412.03187): each pair has a sigmoid, and so a
+    gradient, of its own. Args, Returns and Raises are those of wrpo; chosen_reward is the mean of
+    both. It is never below wrpo at alpha 1/2.
     """
     source, chosen, rejected = dpo(source_logratios, rejected_logratios, beta=beta)
     target, other, _ = dpo(target_logratios, rejected_logratios, beta=beta)

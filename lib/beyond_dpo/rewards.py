@@ -1,7 +1,8 @@
 """Reward models: load any by path or hub id, and score texts.
 
-Three rewards that share nothing but the text: `bag_of_words` (TF-IDF and logistic regression), `classifier` (a
-fine-tuned encoder, or any sequence-classification model), `vader` (a lexicon and rules). None ever is a pickle.
+Three rewards that share nothing but the text: `bag_of_words` (TF-IDF and logistic regression),
+`classifier` (a fine-tuned encoder, or any sequence-classification model), `vader` (a lexicon and
+rules). None ever is a pickle.
 """
 
 import json
@@ -48,13 +49,22 @@ def readable_tokens(model) -> int | None:
 class Classifier:
     """Any sequence-classification model from a folder or the hub; scores are raw logits in float32.
 
-    One label: its logit. Two labels: logit of the second minus the first. More: name the label's index. max_tokens is
-    lowered to what the model reads; longer texts lose their end. Only safetensors are read (OSError), and remote code
-    only runs if trust_remote_code says so; ArmoRM needs none. A score depends on its text alone, not on batch, budget
-    or order. On a GPU the model has its checkpoint's precision, else float32.
+    One label: its logit. Two labels: logit of the second minus the first. More: name the label's
+    index. max_tokens is lowered to what the model reads; longer texts lose their end. Only
+    safetensors are read (OSError), and remote code only runs if trust_remote_code says so; ArmoRM
+    needs none. A score depends on its text alone, not on batch, budget or order. On a GPU the model
+    has its checkpoint's precision, else float32.
     """
 
-    def __init__(self, folder, *, label=None, max_tokens=4096, token_budget=8192, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        folder,
+        *,
+        label=None,
+        max_tokens=4096,
+        token_budget=8192,
+        trust_remote_code: bool = False,
+    ):
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -70,13 +80,21 @@ class Classifier:
             options["output_loading_info"] = True
             model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, **options)
         if loaded["missing_keys"]:  # transformers would only warn, and score with random numbers
-            raise ValueError(f"{folder} is no finished reward model, it lacks {sorted(loaded['missing_keys'])[:3]}")
-        if hasattr(model, "set_attn_implementation"):  # armorm's own module has plain attention inside
+            raise ValueError(
+                f"{folder} is no finished reward model, it lacks "
+                f"{sorted(loaded['missing_keys'])[:3]}"
+            )
+        if hasattr(
+            model, "set_attn_implementation"
+        ):  # armorm's own module has plain attention inside
             scoring.compute_caps(model)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.label, labels = label, self.model.config.num_labels
         if labels > 2 if label is None else not 0 <= label < labels:
-            raise ValueError(f"{folder} has {labels} labels, numbered from 0; say which one is the reward, not {label}")
+            raise ValueError(
+                f"{folder} has {labels} labels, numbered from 0; say which one is the reward, not "
+                f"{label}"
+            )
         reads = readable_tokens(self.model) or max_tokens
         self.max_tokens = min(max_tokens, reads, self.tokenizer.model_max_length)
         text_config = self.model.config.get_text_config()
@@ -89,7 +107,9 @@ class Classifier:
             self.token_budget = 0
 
     def score(self, texts: list) -> np.ndarray:
-        """Return one reward per text (or per list of chat turns), in input order; batches hold similar lengths."""
+        """Return one reward per text (or per list of chat turns), in input order; batches hold
+        similar lengths.
+        """
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
@@ -101,9 +121,15 @@ class Classifier:
                 padded = pad_sequence(rows, batch_first=True, padding_value=self.pad or 0)
                 logits = self.model(input_ids=padded, attention_mask=mask).logits.float()
                 two = self.label is None and logits.shape[1] == 2
-                scores[batch] = (logits[:, 1] - logits[:, 0] if two else logits[:, self.label or 0]).cpu().numpy()
+                scores[batch] = (
+                    (logits[:, 1] - logits[:, 0] if two else logits[:, self.label or 0])
+                    .cpu()
+                    .numpy()
+                )
         if not np.isfinite(scores).all():
-            raise ValueError(f"the reward of text {np.flatnonzero(~np.isfinite(scores))[0]} is not finite")
+            raise ValueError(
+                f"the reward of text {np.flatnonzero(~np.isfinite(scores))[0]} is not finite"
+            )
         return scores
 
     def _ids(self, text: str | list[dict]) -> list[int]:
@@ -112,14 +138,18 @@ class Classifier:
             return self.tokenizer(text, **cut)["input_ids"]
 
         ids, bos = templates.chat_ids(self.tokenizer, text), self.tokenizer.bos_token_id
-        front = [bos] * (bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1]))  # one, whoever puts it there
+        front = [bos] * (
+            bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1])
+        )  # one, whoever puts it there
         while front and ids[:1] == front:
             ids = ids[1:]
         return [*front, *ids][: self.max_tokens]
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Return batches of indices, longest texts first, each of at most `budget` tokens when padded (or one text)."""
+    """Return batches of indices, longest texts first, each of at most `budget` tokens when padded
+    (or one text).
+    """
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
@@ -142,20 +172,29 @@ class Vader:
 
 
 def distinct_n(texts_ids: list[list[int]], n: int = 2) -> float:
-    """Return distinct n-grams over all n-grams of a set of token lists, in 0…1 (Li et al. 2016, arXiv 1510.03055)."""
+    """Return distinct n-grams over all n-grams of a set of token lists, in 0…1 (Li et al. 2016,
+    arXiv 1510.03055).
+    """
     grams = [tuple(ids[i : i + n]) for ids in texts_ids for i in range(len(ids) - n + 1)]
     return len(set(grams)) / len(grams) if grams else float("nan")
 
 
 def repetition(ids: list[int], n: int = 3) -> float:
-    """Return the share of a response's n-grams that it has said before, in 0…1; 0 for one shorter than n tokens."""
+    """Return the share of a response's n-grams that it has said before, in 0…1; 0 for one shorter
+    than n tokens.
+    """
     return 1 - distinct_n([ids], n) if len(ids) >= n else 0.0
 
 
 @lru_cache(maxsize=3)  # a profile's judges
 def load(kind: str, **arguments):
     """Return a reward; one that was asked for lately is not loaded again."""
-    kinds = {"bag_of_words": BagOfWords, "classifier": Classifier, "finished": Classifier, "vader": Vader}
+    kinds = {
+        "bag_of_words": BagOfWords,
+        "classifier": Classifier,
+        "finished": Classifier,
+        "vader": Vader,
+    }
     return kinds[kind](**arguments)
 
 

@@ -31,7 +31,8 @@ class RowError(ValueError):
 
 @lru_cache(maxsize=8)
 def load_tokenizer(path):
-    """Load the tokenizer of a local model folder; where it has no pad token, pad with the end token.
+    """Load the tokenizer of a local model folder; where it has no pad token, pad with the end
+    token.
 
     Masks never come from `== pad_id`, so pad and end may be one token (as in SmolLM2).
     """
@@ -143,7 +144,8 @@ def _closing_token(tokenizer, template: str) -> int | None:
 
 
 def _literal(tokenizer, text: str) -> list[int]:
-    # A review that contains "</s>" is talking about it: split_special_tokens keeps such markup plain text.
+    # A review that contains "</s>" is talking about it: split_special_tokens keeps such markup
+    # plain text.
     return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
@@ -151,20 +153,28 @@ def render(tokenizer, prompt: str | list[dict], template: str, begun: str = "") 
     """Turn one prompt into the token ids that a model continues.
 
     Args:
-        prompt: text, or for "chat" also a list of {"role", "content"} turns that does not end with the assistant.
-        template: "plain" (the text itself; markup in it stays text) or "chat" (the tokenizer's chat template).
+        prompt: text, or for "chat" also a list of {"role", "content"} turns that does not end with
+        the assistant.
+        template: "plain" (the text itself; markup in it stays text) or "chat" (the tokenizer's chat
+        template).
         begun: how the answer begins, so that the model goes on right there.
     Raises:
         ValueError: unknown template, no chat template, or two BOS in front.
         RowError: an assistant turn at the end, or turns that the chat template refuses.
         TypeError: the prompt is not what the template takes.
 
-    A BOS stands in front if the tokenizer puts one there by itself (plain), or its template does (chat), never two.
+    A BOS stands in front if the tokenizer puts one there by itself (plain), or its template does
+    (chat), never two.
     """
     if template == "plain":
         if not isinstance(prompt, str):
-            raise TypeError(f'template "plain" takes a string, got {type(prompt).__name__}; use "chat" for turns')
-        front = tokenizer("a", add_special_tokens=True)["input_ids"][:1]  # a BOS, where the tokenizer adds one
+            raise TypeError(
+                f'template "plain" takes a string, got {type(prompt).__name__}; use "chat" for '
+                "turns"
+            )
+        front = tokenizer("a", add_special_tokens=True)["input_ids"][
+            :1
+        ]  # a BOS, where the tokenizer adds one
         ids = _literal(tokenizer, prompt + begun)
         if front == [tokenizer.bos_token_id]:
             ids = front + ids
@@ -175,7 +185,9 @@ def render(tokenizer, prompt: str | list[dict], template: str, begun: str = "") 
     else:
         raise ValueError(f'template must be "plain" or "chat", got {template!r}')
     if ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise ValueError("the rendered prompt starts with two BOS tokens: remove one from the chat template")
+        raise ValueError(
+            "the rendered prompt starts with two BOS tokens: remove one from the chat template"
+        )
     return ids
 
 
@@ -200,9 +212,13 @@ def _turns(prompt: str | list[dict]) -> list[dict]:
 
 
 def encode_response(
-    tokenizer, text: str, *, end: bool = True, prompt: str | list[dict] | None = None,
+    tokenizer,
+    text: str,
+    *,
+    end: bool = True,
+    prompt: str | list[dict] | None = None,
     template: str | None = None,
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Turn a response into token ids: what it adds to the rendering of its prompt.
 
     The ids are the difference of two whole renderings, of the prompt alone and of prompt and
@@ -224,7 +240,9 @@ def encode_response(
     Markup in a response stays text, also in a chat.
     """
     if end and not end_tokens(tokenizer):
-        raise ValueError(f"{tokenizer.name_or_path or 'tokenizer'} has no end token: pass end=False")
+        raise ValueError(
+            f"{tokenizer.name_or_path or 'tokenizer'} has no end token: pass end=False"
+        )
     if template is None:
         template = "chat" if tokenizer.chat_template else "plain"
     if template == "chat":

@@ -1,4 +1,6 @@
-"""Scores of responses against a plain computation with all logits in float64, and the reference's file of scores."""
+"""Scores of responses against a plain computation with all logits in float64, and the reference's
+file of scores.
+"""
 
 import copy
 import json
@@ -29,7 +31,13 @@ def capped():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(1)
-    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 4.0}
     loud = Gemma2ForCausalLM(Gemma2Config(**shape, **heads, attn_implementation="eager")).eval()
     with torch.no_grad():
@@ -45,7 +53,9 @@ def batch(rows, names=("chosen", "rejected"), pad_id=2):
 
 @torch.no_grad()
 def by_hand(model, prompt_ids, response_ids):
-    """Return (sum of ln p, mean entropy / ln |V|) of one response: alone, all logits, float64, a Python loop."""
+    """Return (sum of ln p, mean entropy / ln |V|) of one response: alone, all logits, float64, a
+    Python loop.
+    """
     ids = torch.tensor([prompt_ids + response_ids])
     logp = model(input_ids=ids).logits[0].double().log_softmax(-1)
     start, end = len(prompt_ids), ids.shape[1]
@@ -58,26 +68,38 @@ def test_scores_equal_all_logits_in_float64(which, request, rows):
     """Prompts are shared and rows share lines; response tokens far outnumber the smaller chunks."""
     assert len(batch(rows)["input_ids"]) < len(rows)
     model = request.getfixturevalue(which)
-    wanted = [by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("chosen", "rejected") for r in rows]
+    wanted = [
+        by_hand(model, r["prompt_ids"], r["responses"][n])
+        for n in ("chosen", "rejected")
+        for r in rows
+    ]
     for chunk in (1, 7, 100_000):
         with torch.no_grad():
             scores = ResponseScorer(model, chunk=chunk)(**batch(rows), entropy=True)
         assert scores["logps"].tolist() == pytest.approx([w[0] for w in wanted], rel=1e-5)
         assert scores["entropies"].tolist() == pytest.approx([w[1] for w in wanted], rel=1e-5)
-        assert scores["tokens"].tolist() == [len(r["responses"][n]) for n in ("chosen", "rejected") for r in rows]
-        assert all(v.dtype == torch.float32 and v.shape == (2 * len(rows),) for v in scores.values())
+        assert scores["tokens"].tolist() == [
+            len(r["responses"][n]) for n in ("chosen", "rejected") for r in rows
+        ]
+        assert all(
+            v.dtype == torch.float32 and v.shape == (2 * len(rows),) for v in scores.values()
+        )
         assert ((scores["entropies"] > 0) & (scores["entropies"] < 1)).all()
 
 
 def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
-    """Each response with its prompt, all in one line, no mask: positions alone say where a sequence ends."""
+    """Each response with its prompt, all in one line, no mask: positions alone say where a sequence
+    ends.
+    """
     names = ["chosen", "rejected"]
     scorer = ResponseScorer(model)
     wanted = scorer.score(rows, names, 2, entropy=True)
     scorer.shared = False
     packed = scoring.pack(rows, names, 2, shared=False)
     assert "attention_mask" not in packed and len(packed["input_ids"]) == 1
-    assert packed["input_ids"].numel() == sum(row_length(r, [n]) for r in rows for n in names), "no padding"
+    assert packed["input_ids"].numel() == sum(row_length(r, [n]) for r in rows for n in names), (
+        "no padding"
+    )
     assert packed["ids"] == [r["id"] for r in rows]
     found = scorer.score(rows, names, 2, entropy=True)
     for name in wanted:
@@ -112,15 +134,21 @@ def test_gradients_are_those_of_each_response_alone_however_they_are_cut(model, 
     wanted = gradient(plain)
     assert len(wanted) == 20
     for chunk in (3, 50, 100_000):
-        found = gradient(lambda twin, chunk=chunk: ResponseScorer(twin, chunk=chunk)(**batch(rows))["logps"])
+        found = gradient(
+            lambda twin, chunk=chunk: ResponseScorer(twin, chunk=chunk)(**batch(rows))["logps"]
+        )
         for name, grad in wanted.items():
             torch.testing.assert_close(found[name], grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_three_responses_share_one_prompt(model, rows):
-    """As WRPO needs: source, target and rejected answer of one prompt, each scored as if it stood alone."""
+    """As WRPO needs: source, target and rejected answer of one prompt, each scored as if it stood
+    alone.
+    """
     said = [r["responses"]["chosen"] for r in rows]
-    extra = [{**r, "responses": {**r["responses"], "source": said[i - 1]}} for i, r in enumerate(rows)]
+    extra = [
+        {**r, "responses": {**r["responses"], "source": said[i - 1]}} for i, r in enumerate(rows)
+    ]
     names = ("source", "chosen", "rejected")
     with torch.no_grad():
         scores = ResponseScorer(model)(**batch(extra, names))
@@ -129,15 +157,22 @@ def test_three_responses_share_one_prompt(model, rows):
 
 
 def test_models_that_score_packed_responses_otherwise_are_refused():
-    """GPT-Neo's local layers count columns, not positions; Granite divides its logits after the head."""
+    """GPT-Neo's local layers count columns, not positions; Granite divides its logits after the
+    head.
+    """
     from transformers import GPTNeoConfig, GPTNeoForCausalLM, GraniteConfig, GraniteForCausalLM
 
     torch.manual_seed(1)
     shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
-    granite = {scale: GraniteForCausalLM(GraniteConfig(**shape, **heads, logits_scaling=scale)) for scale in (1.0, 8.0)}
+    granite = {
+        scale: GraniteForCausalLM(GraniteConfig(**shape, **heads, logits_scaling=scale))
+        for scale in (1.0, 8.0)
+    }
     ResponseScorer(granite[1.0])
-    local = GPTNeoConfig(**shape, num_layers=2, num_heads=2, attention_types=[[["local"], 2]], window_size=3)
+    local = GPTNeoConfig(
+        **shape, num_layers=2, num_heads=2, attention_types=[[["local"], 2]], window_size=3
+    )
     for wrong in (granite[8.0], GPTNeoForCausalLM(local)):
         with torch.no_grad():
             for weight in wrong.parameters():
@@ -148,27 +183,50 @@ def test_models_that_score_packed_responses_otherwise_are_refused():
 
 @pytest.mark.parametrize("cap", [4.0, 50.0])
 def test_attention_scores_are_capped_as_in_the_model(tmp_path, cap):
-    """sdpa leaves Gemma-2's cap out in silence; a large one, too weak for a check of the scores to notice, as well."""
+    """sdpa leaves Gemma-2's cap out in silence; a large one, too weak for a check of the scores to
+    notice, as well.
+    """
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(1)
-    shape = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "query_pre_attn_scalar": 16, "initializer_range": 0.8}
-    Gemma2ForCausalLM(Gemma2Config(**shape, **heads, attn_logit_softcapping=cap)).save_pretrained(tmp_path)
+    shape = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+    }
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 16,
+        "initializer_range": 0.8,
+    }
+    Gemma2ForCausalLM(Gemma2Config(**shape, **heads, attn_logit_softcapping=cap)).save_pretrained(
+        tmp_path
+    )
     prompt, said = [5, 6, 7, 8], [9, 10, 11, 12]
     row = {"id": "", "prompt_ids": prompt, "responses": {"said": said}}
     found = {}
     for kind in ("eager", "sdpa"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation=kind).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, attn_implementation=kind
+        ).eval()
         found[kind] = by_hand(model, prompt, said)[0]
         scorer = ResponseScorer(model)
-        assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx([found["eager"]], rel=1e-5)
+        assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx(
+            [found["eager"]], rel=1e-5
+        )
     assert abs(found["eager"] - found["sdpa"]) > 1e-3, "the cap matters"
     scorer = scoring.load_scorer(str(tmp_path))
-    assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx([found["eager"]], rel=1e-5)
+    assert scorer.score([row], ["said"], 2)["logps"].tolist() == pytest.approx(
+        [found["eager"]], rel=1e-5
+    )
 
 
-@pytest.mark.parametrize("name", ["attn_logit_softcapping", "attention_logits_soft_cap", "attn_logit_cap"])
+@pytest.mark.parametrize(
+    "name", ["attn_logit_softcapping", "attention_logits_soft_cap", "attn_logit_cap"]
+)
 def test_which_settings_cap_attention(name):
     from transformers import LlamaConfig
 
@@ -213,7 +271,9 @@ def test_sequences_longer_than_the_window_are_refused(model, rows):
 
 def test_logits_exist_for_response_positions_only_and_a_chunk_at_a_time(model, rows):
     seen, whole, pieces = [], ResponseScorer(model), ResponseScorer(model, chunk=64)
-    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
+    hook = model.lm_head.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.shape[0])
+    )
     total = sum(len(ids) for r in rows for ids in r["responses"].values())
     whole(**batch(rows))
     assert seen == [total]
@@ -231,7 +291,9 @@ def test_a_model_that_knows_nothing_has_entropy_one(model, rows):
         blank.lm_head.weight.zero_()
         scores = ResponseScorer(blank)(**batch(rows), entropy=True)
     assert scores["entropies"].tolist() == pytest.approx([1.0] * 2 * len(rows), abs=2e-7)
-    assert scores["logps"].tolist() == pytest.approx((-math.log(512) * scores["tokens"]).tolist(), rel=1e-6)
+    assert scores["logps"].tolist() == pytest.approx(
+        (-math.log(512) * scores["tokens"]).tolist(), rel=1e-6
+    )
 
 
 def test_a_model_that_is_sure_has_entropy_zero_and_never_less(model, rows):
@@ -243,7 +305,10 @@ def test_a_model_that_is_sure_has_entropy_zero_and_never_less(model, rows):
 
 
 def test_a_response_without_tokens_scores_zero_and_its_entropy_is_nan(model, rows):
-    rows = [{**r, "responses": {"chosen": r["responses"]["chosen"] if i != 1 else []}} for i, r in enumerate(rows[:3])]
+    rows = [
+        {**r, "responses": {"chosen": r["responses"]["chosen"] if i != 1 else []}}
+        for i, r in enumerate(rows[:3])
+    ]
     with torch.no_grad():
         scores = ResponseScorer(model)(**batch(rows, ["chosen"]), entropy=True)
         nothing = ResponseScorer(model)(**batch(rows[1:2], ["chosen"]), entropy=True)
@@ -254,7 +319,10 @@ def test_a_response_without_tokens_scores_zero_and_its_entropy_is_nan(model, row
 
 def test_precision(model, rows):
     with torch.no_grad():
-        exact, rough = (ResponseScorer(model, precision)(**batch(rows))["logps"] for precision in ("fp32", "bf16"))
+        exact, rough = (
+            ResponseScorer(model, precision)(**batch(rows))["logps"]
+            for precision in ("fp32", "bf16")
+        )
     assert rough.dtype == torch.float32 and not torch.equal(exact, rough)
     torch.testing.assert_close(exact, rough, rtol=5e-3, atol=0)
     with pytest.raises(ValueError, match="fp16"):
@@ -280,8 +348,12 @@ def test_scores_keep_the_order_of_the_rows_whatever_the_batches(model, rows):
         for key in ("logps", "tokens", "entropies"):
             assert found[key].shape == (len(rows), 2) and not found[key].requires_grad
             torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-5)
-    backwards = scoring.score_rows(ResponseScorer(model), rows[::-1], names[::-1], pad_id=2, micro_batch=5)
-    torch.testing.assert_close(backwards["logps"].flip(0)[:, columns], wanted["logps"], rtol=1e-5, atol=1e-5)
+    backwards = scoring.score_rows(
+        ResponseScorer(model), rows[::-1], names[::-1], pad_id=2, micro_batch=5
+    )
+    torch.testing.assert_close(
+        backwards["logps"].flip(0)[:, columns], wanted["logps"], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_padding_with_the_end_token_changes_nothing(model, rows):
@@ -289,7 +361,7 @@ def test_padding_with_the_end_token_changes_nothing(model, rows):
     assert all(r["responses"]["chosen"][-1] == 1 for r in rows[:2])
     with_pad, with_end = (
         scoring.score_rows(ResponseScorer(model), rows, ["chosen"], pad_id=pad) for pad in (2, 1)
-    )  # fmt: skip
+    )
     for key, value in with_pad.items():
         assert torch.equal(value, with_end[key])
 
@@ -299,7 +371,9 @@ def test_a_score_that_is_not_finite_names_the_rows(model, rows):
     token = rows[3]["responses"]["chosen"][0]
     holding = [r["id"] for r in rows if token in r["prompt_ids"] + r["responses"]["chosen"][:-1]]
     with torch.no_grad():
-        broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.clone())  # the head stays whole
+        broken.lm_head.weight = torch.nn.Parameter(
+            broken.lm_head.weight.clone()
+        )  # the head stays whole
         broken.get_input_embeddings().weight[token] = float("inf")
     assert 0 < len(holding) < len(rows)
     with pytest.raises(ValueError, match="not finite") as failure:
@@ -317,16 +391,22 @@ def job(tiny, rows, tmp_path_factory):
     empty = {"id": "empty", "prompt_ids": [5], "responses": {"chosen": [], "rejected": [7]}}
     write_rows(folder / "rows.jsonl", [*rows, empty])
     job = {
-        "model": str(tiny), "rows": str(folder / "rows.jsonl"), "names": ["chosen", "rejected"],
-        "limits": {"max_prompt": 6, "max_length": 20}, "precision": "fp32", "micro_batch": 4,
+        "model": str(tiny),
+        "rows": str(folder / "rows.jsonl"),
+        "names": ["chosen", "rejected"],
+        "limits": {"max_prompt": 6, "max_length": 20},
+        "precision": "fp32",
+        "micro_batch": 4,
         "out": str(folder / "reference.safetensors"),
-    }  # fmt: skip
+    }
     launch.run("beyond_dpo.jobs.reference", job, folder / "work", desc="reference")
     return job
 
 
 def test_reference_file_holds_the_scores_of_the_cut_rows(job, model, rows):
-    """The file is whole or missing, has one line per row that is not empty, and can be read in any order."""
+    """The file is whole or missing, has one line per row that is not empty, and can be read in any
+    order.
+    """
     from safetensors import safe_open
 
     with safe_open(job["out"], "pt") as f:
@@ -335,10 +415,15 @@ def test_reference_file_holds_the_scores_of_the_cut_rows(job, model, rows):
         assert set(f.keys()) == {"logps", "tokens", "entropies"}
     kept, dropped = prepare(rows, job["names"], **job["limits"])
     assert dropped == 0 and kept != rows
-    wanted = [[by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("rejected", "chosen")] for r in kept[::-1]]
+    wanted = [
+        [by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("rejected", "chosen")]
+        for r in kept[::-1]
+    ]
     found = reference.load(job["out"], kept[::-1], ["rejected", "chosen"])
     torch.testing.assert_close(found["logps"], torch.tensor(wanted)[..., 0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(found["entropies"], torch.tensor(wanted)[..., 1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found["entropies"], torch.tensor(wanted)[..., 1], rtol=1e-5, atol=1e-5
+    )
     few = reference.load(job["out"], kept[3:5], ["chosen"])
     assert few["tokens"].tolist() == [[len(r["responses"]["chosen"])] for r in kept[3:5]]
 

@@ -84,7 +84,12 @@ child.wait()
 def no_cluster(monkeypatch):
     """Take what the machine of the tests may say of a cluster out of their environment."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "BEYOND_DPO_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        if name.startswith(("SLURM_", "BEYOND_DPO_")) or name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "MASTER_ADDR",
+        ):
             monkeypatch.delenv(name)
 
 
@@ -108,7 +113,9 @@ def test_a_hostfile_gives_launcher_and_processes(hosts):
     assert cluster.nodes("torchrun") == cluster.nodes("plain") == 1
 
 
-@pytest.mark.parametrize("text", ["node-1", "node-1 slots=0", "node-1 slots=two", "a slots=1\na slots=2", "# none"])
+@pytest.mark.parametrize(
+    "text", ["node-1", "node-1 slots=0", "node-1 slots=two", "a slots=1\na slots=2", "# none"]
+)
 def test_a_bad_hostfile_is_refused(hosts, text):
     hosts(text)
     with pytest.raises(ValueError, match="hostfile"):
@@ -139,20 +146,33 @@ def test_the_hostfile_of_the_recipes_is_one(monkeypatch):
 def test_the_environment_sets_the_machine_and_never_a_key(monkeypatch):
     before = config.load("expo", "smoke")
     keys = [stages.sft(before).key, stages.aligned(before, 0.5).key]
-    given = {"LAUNCHER": "srun", "PROCESSES": "2", "MICRO_BATCH": "1", "OFFLOAD": "true", "ZERO": "2", "LR": "7"}
+    given = {
+        "LAUNCHER": "srun",
+        "PROCESSES": "2",
+        "MICRO_BATCH": "1",
+        "OFFLOAD": "true",
+        "ZERO": "2",
+        "LR": "7",
+    }
     for name, value in given.items():
         monkeypatch.setenv(f"BEYOND_DPO_{name}", value)
     cfg = config.load("expo", "smoke")
     assert cfg.sft.launcher == cfg.train.launcher == "srun" and cfg.train.processes == 2
     assert (cfg.train.micro_batch, cfg.train.offload, cfg.train.zero) == (1, True, 2)
-    assert cfg.train.lr == before.train.lr and cfg.train.global_batch == before.train.global_batch, "of the result"
+    assert (
+        cfg.train.lr == before.train.lr and cfg.train.global_batch == before.train.global_batch
+    ), "of the result"
     assert [stages.sft(cfg).key, stages.aligned(cfg, 0.5).key] == keys
-    assert config.load("expo", "smoke", train__processes=4).train.processes == 4, "a notebook's own value counts more"
+    assert config.load("expo", "smoke", train__processes=4).train.processes == 4, (
+        "a notebook's own value counts more"
+    )
     monkeypatch.setenv("BEYOND_DPO_PROCESSES", "two")
     with pytest.raises(config.ConfigError, match=r"processes.*'two'"):
         config.load("expo", "smoke")
     monkeypatch.setenv("BEYOND_DPO_PROCESSES", "16")
-    with pytest.raises(config.ConfigError, match="cannot be split into micro_batch=1 × processes=16"):
+    with pytest.raises(
+        config.ConfigError, match="cannot be split into micro_batch=1 × processes=16"
+    ):
         config.load("expo", "smoke")
 
 
@@ -178,44 +198,93 @@ def test_commands_for_many_nodes(hosts, monkeypatch, tmp_path):
 
 
 def test_processes_of_other_nodes_follow_no_process_of_the_head(hosts, monkeypatch, tmp_path):
-    """Only for the launchers that reach other nodes; DeepSpeed's gets a file of what to export there."""
+    """Only for the launchers that reach other nodes; DeepSpeed's gets a file of what to export
+    there.
+    """
     assert cluster.environment("plain", tmp_path) == cluster.environment("torchrun", tmp_path) == {}
     assert cluster.environment("deepspeed", tmp_path) == {}
-    assert cluster.environment("srun", tmp_path) == {"BEYOND_DPO_PARENT": "0", "OMP_NUM_THREADS": "1"}
+    assert cluster.environment("srun", tmp_path) == {
+        "BEYOND_DPO_PARENT": "0",
+        "OMP_NUM_THREADS": "1",
+    }
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")
     assert cluster.environment("srun", tmp_path)["OMP_NUM_THREADS"] == "12"
     hosts("a slots=4\nb slots=4")
     file = str(tmp_path / "environment")
-    assert cluster.environment("deepspeed", tmp_path) == {"BEYOND_DPO_PARENT": "0", "DS_ENV_FILE": file}
+    assert cluster.environment("deepspeed", tmp_path) == {
+        "BEYOND_DPO_PARENT": "0",
+        "DS_ENV_FILE": file,
+    }
 
 
 def test_what_deepspeed_exports(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path.parent)
     (tmp_path / ".deepspeed_env").write_text("UCX_TLS=tcp\nNCCL_DEBUG=WARN\n")
-    given = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "3", "OPENAI_API_KEY": "secret", "HF_TOKEN": "secret"}
+    given = {
+        "NCCL_DEBUG": "INFO",
+        "OMP_NUM_THREADS": "3",
+        "OPENAI_API_KEY": "secret",
+        "HF_TOKEN": "secret",
+    }
     text = cluster.exported(given)
-    assert text == "UCX_TLS=tcp\nNCCL_DEBUG=WARN\nNCCL_DEBUG=INFO\nOMP_NUM_THREADS=3\n", "no secret leaves the head"
+    assert text == "UCX_TLS=tcp\nNCCL_DEBUG=WARN\nNCCL_DEBUG=INFO\nOMP_NUM_THREADS=3\n", (
+        "no secret leaves the head"
+    )
 
 
 ALONE = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
-STEP = dict(STEP_NUM_TASKS="16", STEP_ID="2", JOB_ID="4242", PROCID="9", LOCALID="1", STEP_NODELIST="n[1-2]")
+STEP = dict(
+    STEP_NUM_TASKS="16", STEP_ID="2", JOB_ID="4242", PROCID="9", LOCALID="1", STEP_NODELIST="n[1-2]"
+)
 
 
 @pytest.mark.parametrize(
     "slurm, devices, want",
     [
         ({}, 0, ALONE),
-        ({"NTASKS": "16", "PROCID": "0", "JOB_ID": "4242"}, 8, ALONE),  # the batch script, which is no step
-        (STEP | {"STEP_NUM_TASKS": "1", "PROCID": "0"}, 8, ALONE),  # a notebook server that srun started
-        (STEP, 0, {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "n1", "MASTER_PORT": "23476"}),
-        (STEP | {"STEP_NODELIST": "gpu[03-07,11],big"}, 8, {"LOCAL_RANK": "1", "MASTER_ADDR": "gpu03"}),
-        (STEP | {"STEP_NODELIST": "gpu[11,13]"}, 1, {"LOCAL_RANK": "0", "MASTER_ADDR": "gpu11"}),  # sees its own only
-        (STEP | {"STEP_NODELIST": "big-7,big-8", "STEP_ID": "3"}, 4, {"MASTER_ADDR": "big-7", "MASTER_PORT": "23477"}),
+        (
+            {"NTASKS": "16", "PROCID": "0", "JOB_ID": "4242"},
+            8,
+            ALONE,
+        ),  # the batch script, which is no step
+        (
+            STEP | {"STEP_NUM_TASKS": "1", "PROCID": "0"},
+            8,
+            ALONE,
+        ),  # a notebook server that srun started
+        (
+            STEP,
+            0,
+            {
+                "RANK": "9",
+                "LOCAL_RANK": "1",
+                "WORLD_SIZE": "16",
+                "MASTER_ADDR": "n1",
+                "MASTER_PORT": "23476",
+            },
+        ),
+        (
+            STEP | {"STEP_NODELIST": "gpu[03-07,11],big"},
+            8,
+            {"LOCAL_RANK": "1", "MASTER_ADDR": "gpu03"},
+        ),
+        (
+            STEP | {"STEP_NODELIST": "gpu[11,13]"},
+            1,
+            {"LOCAL_RANK": "0", "MASTER_ADDR": "gpu11"},
+        ),  # sees its own only
+        (
+            STEP | {"STEP_NODELIST": "big-7,big-8", "STEP_ID": "3"},
+            4,
+            {"MASTER_ADDR": "big-7", "MASTER_PORT": "23477"},
+        ),
     ],
 )
 def test_rank_by_slurm(monkeypatch, slurm, devices, want):
-    """The port is 12000 + (97 · job + step) mod 20000: here 97 · 4242 + 2 = 411476, and 12000 + 11476."""
+    """The port is 12000 + (97 · job + step) mod 20000: here 97 · 4242 + 2 = 411476, and 12000 +
+    11476.
+    """
     for name, value in slurm.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     found = cluster.rank(devices)
@@ -266,19 +335,37 @@ def folder(tiny, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cluster")
     folder.chmod(0o755)
     write_rows(folder / "rows.jsonl", rows)
-    settings = {"lr": 3e-3, "global_batch": 4, "micro_batch": 2, "epochs": 2, "loss": "sft", "precision": "fp32"}
+    settings = {
+        "lr": 3e-3,
+        "global_batch": 4,
+        "micro_batch": 2,
+        "epochs": 2,
+        "loss": "sft",
+        "precision": "fp32",
+    }
     job = {
-        "model": str(tiny), "rows": str(folder / "rows.jsonl"), "names": ["chosen"], "seed": 3, "reference": None,
+        "model": str(tiny),
+        "rows": str(folder / "rows.jsonl"),
+        "names": ["chosen"],
+        "seed": 3,
+        "reference": None,
         "limits": {"max_prompt": 8, "max_length": 24, "bos_id": 0, "eos_id": 1},
         "settings": dataclasses.asdict(config.Train(**settings, warmup=0.2)),
-    }  # fmt: skip
+    }
     (folder / "job.json").write_text(json.dumps(job))
-    launch.run("beyond_dpo.jobs.train", job | {"out": str(folder / "one")}, folder / "one" / "checkpoints", desc="one")
+    launch.run(
+        "beyond_dpo.jobs.train",
+        job | {"out": str(folder / "one")},
+        folder / "one" / "checkpoints",
+        desc="one",
+    )
     return folder
 
 
 class Hosts:
-    """Two hosts, n1 and n2: network and UTS namespaces with addresses 10.77.N.1 and .2; or this machine twice."""
+    """Two hosts, n1 and n2: network and UTS namespaces with addresses 10.77.N.1 and .2; or this
+    machine twice.
+    """
 
     def __init__(self, tmp: Path, alone: bool):
         self.tmp = tmp
@@ -294,7 +381,11 @@ class Hosts:
         first, second = self.addresses
         (tmp / "hosts").write_text(f"127.0.0.1 localhost\n{first} n1\n{second} n2\n")
         a, b = self.names
-        lines = [f"netns add {a}", f"netns add {b}", f"link add eth0 netns {a} type veth peer name eth0 netns {b}"]
+        lines = [
+            f"netns add {a}",
+            f"netns add {b}",
+            f"link add eth0 netns {a} type veth peer name eth0 netns {b}",
+        ]
         for name, address in zip(self.names, self.addresses, strict=True):
             lines.append(f"-n {name} addr add {address}/24 dev eth0")
             lines.append(f"-n {name} link set eth0 up")
@@ -343,7 +434,9 @@ class Hosts:
 
 @pytest.fixture
 def two(tmp_path):
-    """Yield two hosts, or one that plays both where namespaces cannot be made: no `ip`, no root, no leave."""
+    """Yield two hosts, or one that plays both where namespaces cannot be made: no `ip`, no root, no
+    leave.
+    """
     try:
         made = Hosts(tmp_path, alone=False)
     except (OSError, subprocess.CalledProcessError):
@@ -360,7 +453,9 @@ def apart(two):
 
 
 def write_jobs(folder, launcher) -> list[str]:
-    """Write what HEAD runs: a training, a task that fails, one that does not end. Return their names."""
+    """Write what HEAD runs: a training, a task that fails, one that does not end. Return their
+    names.
+    """
     names = [launcher, f"{launcher}-broken", f"{launcher}-endless"]
     training = json.loads((folder / "job.json").read_text()) | {"out": str(folder / launcher)}
     broken = {"notes": str(folder / names[1]), "fail": "1"}
@@ -374,7 +469,9 @@ def write_jobs(folder, launcher) -> list[str]:
 
 
 def named(folder):
-    """Return the processes on all hosts whose command line names the folder: launchers and all that they started."""
+    """Return the processes on all hosts whose command line names the folder: launchers and all that
+    they started.
+    """
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -383,7 +480,9 @@ def named(folder):
 
 
 def losses(folder, name):
-    return [json.loads(line)["loss"] for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / name / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def check_trained(folder, name):
@@ -418,13 +517,25 @@ def endless(folder, way):
 @pytest.mark.slow
 def test_the_torchrun_line_of_the_recipes_on_two_hosts_trains_as_one_process_does(folder, two):
     """The line is taken from the page, with other names; both hosts run it on one job file."""
-    line = next(line for line in (RECIPES / "README.md").read_text().splitlines() if "torchrun --nnodes" in line)
+    line = next(
+        line
+        for line in (RECIPES / "README.md").read_text().splitlines()
+        if "torchrun --nnodes" in line
+    )
     job = folder / "torchrun.json"
-    job.write_text(json.dumps(json.loads((folder / "job.json").read_text()) | {"out": str(folder / "torchrun")}))
+    job.write_text(
+        json.dumps(
+            json.loads((folder / "job.json").read_text()) | {"out": str(folder / "torchrun")}
+        )
+    )
     meeting = "n1:29400"
     if not two.names:  # both meet on loopback, at a port that is free
         meeting = f"127.0.0.1:{launch._free_port()} --local_addr 127.0.0.1"
-    changes = {"--nproc_per_node 8": "--nproc_per_node 1", "node-1:29400": meeting, "JOB.json": str(job)}
+    changes = {
+        "--nproc_per_node 8": "--nproc_per_node 1",
+        "node-1:29400": meeting,
+        "JOB.json": str(job),
+    }
     for old, new in changes.items():
         assert old in line
         line = line.replace(old, new)
@@ -438,18 +549,26 @@ def test_the_torchrun_line_of_the_recipes_on_two_hosts_trains_as_one_process_doe
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("pdsh") and Path("/usr/sbin/sshd").exists()), reason="no pdsh or sshd")
+@pytest.mark.skipif(
+    not (shutil.which("pdsh") and Path("/usr/sbin/sshd").exists()), reason="no pdsh or sshd"
+)
 def test_a_deepspeed_job_over_ssh(folder, apart, monkeypatch):
-    """An own sshd on each host, with own keys; `ssh` on PATH is the real one with a configuration."""
+    """An own sshd on each host, with own keys; `ssh` on PATH is the real one with a
+    configuration.
+    """
     tmp = apart.tmp
     for name in ("host", "id"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp / name)], check=True)
+        subprocess.run(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp / name)], check=True
+        )
     (tmp / "sshd_config").write_text(
-        f"Port 22\nHostKey {tmp}/host\nAuthorizedKeysFile {tmp}/id.pub\nPermitRootLogin yes\nStrictModes no\n"
+        f"Port 22\nHostKey {tmp}/host\nAuthorizedKeysFile {tmp}/id.pub\nPermitRootLogin yes\n"
+        "StrictModes no\n"
         "UsePAM no\nUseDNS no\nPidFile none\n"
     )
     (tmp / "ssh_config").write_text(
-        f"Host *\nIdentityFile {tmp}/id\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"
+        f"Host *\nIdentityFile {tmp}/id\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
+        "LogLevel ERROR\n"
     )
     (tmp / "bin").mkdir()
     (tmp / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {tmp}/ssh_config "$@"\n')
@@ -491,7 +610,9 @@ PartitionName=all Nodes=n1,n2 Default=YES State=UP
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not all(map(shutil.which, ("sbatch", "slurmctld", "slurmd", "munged"))), reason="no SLURM")
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("sbatch", "slurmctld", "slurmd", "munged"))), reason="no SLURM"
+)
 def test_a_slurm_job(folder, apart, monkeypatch):
     """A cluster of two nodes; the batch script starts the head, whose jobs are steps over both.
 
@@ -507,7 +628,10 @@ def test_a_slurm_job(folder, apart, monkeypatch):
     tmp.chmod(0o755)
     monkeypatch.setenv("SLURM_CONF", str(tmp / "slurm.conf"))
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}")
-    files = [f"--{name}={tmp}/munge.{name.split('-')[0]}" for name in ("key-file", "pid-file", "log-file", "seed-file")]
+    files = [
+        f"--{name}={tmp}/munge.{name.split('-')[0]}"
+        for name in ("key-file", "pid-file", "log-file", "seed-file")
+    ]
     apart.start(0, "munged", "--foreground", "--force", *files, f"--socket={tmp}/munge.socket")
     wait_for((tmp / "munge.socket").exists)
     apart.start(0, "slurmctld", "-D")
@@ -518,7 +642,9 @@ def test_a_slurm_job(folder, apart, monkeypatch):
         inside = ["ip", "netns", "exec", apart.names[0], *map(str, command)]
         return subprocess.run(inside, capture_output=True, text=True).stdout
 
-    wait_for(lambda: ask("sinfo", "-h", "-N", "-o", "%N %t").split() == ["n1", "idle", "n2", "idle"], 60)
+    wait_for(
+        lambda: ask("sinfo", "-h", "-N", "-o", "%N %t").split() == ["n1", "idle", "n2", "idle"], 60
+    )
     script = tmp / "job.sh"
     jobs = " ".join(write_jobs(folder, "srun"))
     head = f"{sys.executable} {folder}/a_head.py {folder} srun {jobs} & echo $! > {tmp}/head"

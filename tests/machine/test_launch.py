@@ -1,4 +1,6 @@
-"""Child processes: real ones, with every launcher; none survives its parent, an interrupt, or a failure of its own."""
+"""Child processes: real ones, with every launcher; none survives its parent, an interrupt, or a
+failure of its own.
+"""
 
 import ast
 import json
@@ -86,7 +88,8 @@ from beyond_dpo.machine import launch
 
 pids, work, launcher, processes = sys.argv[1:]
 try:
-    launch.run("a_job", {"hang": pids}, Path(work), desc="job", launcher=launcher, processes=int(processes))
+    how = {"launcher": launcher, "processes": int(processes)}
+    launch.run("a_job", {"hang": pids}, Path(work), desc="job", **how)
 except launch.JobFailed as failure:
     print(failure, flush=True)
     time.sleep(300)
@@ -108,7 +111,9 @@ def worker(tmp_path, start=2):
 
 
 def parent_of_hanging_job(tmp_path, launcher="plain", processes=1):
-    """Start a python that runs `launch.run`; return it and the process ids below: jobs and their own children."""
+    """Start a python that runs `launch.run`; return it and the process ids below: jobs and their
+    own children.
+    """
     arguments = [str(tmp_path / "pids"), str(tmp_path / "work"), launcher, str(processes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     parent = subprocess.Popen([sys.executable, "-m", "a_parent", *arguments], text=True, **pipes)
@@ -126,13 +131,32 @@ def test_commands(tmp_path, monkeypatch):
     config = tmp_path / "c.json"
     assert launch.command("m", config) == [sys.executable, "-m", "m", str(config)]
     assert launch.command("m", config, launcher="torchrun", processes=2) == [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-        "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", "-m", "m", str(config),
-    ]  # fmt: skip
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,2,7")  # says nothing about the machine that a command is printed for
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--rdzv_backend",
+        "c10d",
+        "--rdzv_endpoint",
+        "localhost:0",
+        "-m",
+        "m",
+        str(config),
+    ]
+    monkeypatch.setenv(
+        "CUDA_VISIBLE_DEVICES", "5,2,7"
+    )  # says nothing about the machine that a command is printed for
     rest = ["--no_local_rank", "--module", "m", str(config)]
     line = launch.command("m", config, launcher="deepspeed", processes=2)
-    assert line == [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", *rest]
+    assert line == [
+        sys.executable,
+        "-m",
+        "deepspeed.launcher.runner",
+        "--num_accelerators",
+        "2",
+        *rest,
+    ]
     line = launch.command("m", config, launcher="deepspeed", processes=2, now=True)
     assert line[3:6] == ["--include", "localhost:5,2", "--master_port"] and line[7:] == rest
     assert 1024 <= int(line[6]) < 65536
@@ -143,7 +167,12 @@ def test_commands(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "launcher, processes, visible, message",
-    [("plain", 2, "", "plain"), ("mpi", 1, "", "mpi"), ("deepspeed", 2, "3", "=3"), ("deepspeed", 1, "MIG-1", "MIG")],
+    [
+        ("plain", 2, "", "plain"),
+        ("mpi", 1, "", "mpi"),
+        ("deepspeed", 2, "3", "=3"),
+        ("deepspeed", 1, "MIG-1", "MIG"),
+    ],
 )
 def test_impossible_commands(tmp_path, monkeypatch, launcher, processes, visible, message):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -155,7 +184,9 @@ def test_impossible_commands(tmp_path, monkeypatch, launcher, processes, visible
 
 
 def test_run_tells_the_runner_how_far_it_is(tmp_path, monkeypatch):
-    """Four reports of 0.7 s each; the runner gets the first, one every two seconds, and the last, which is 1."""
+    """Four reports of 0.7 s each; the runner gets the first, one every two seconds, and the last,
+    which is 1.
+    """
     reports = tmp_path / "reports"
     monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
     note = str(tmp_path / "note")
@@ -173,9 +204,16 @@ def test_run_tells_the_runner_how_far_it_is(tmp_path, monkeypatch):
 def test_a_failing_job_raises_with_its_traceback_and_not_an_older_one(tmp_path):
     for attempt in ("first", "second"):
         with pytest.raises(launch.JobFailed) as failure:
-            launch.run("a_job", {"say": f"{attempt} try", "fail": f"{attempt} lamp"}, tmp_path / "work", desc="job")
+            launch.run(
+                "a_job",
+                {"say": f"{attempt} try", "fail": f"{attempt} lamp"},
+                tmp_path / "work",
+                desc="job",
+            )
         message = str(failure.value)
-        assert "job: a_job ended with status 1" in message and f"ValueError: {attempt} lamp" in message
+        assert (
+            "job: a_job ended with status 1" in message and f"ValueError: {attempt} lamp" in message
+        )
         assert "job.log" in message and message.count("Traceback") == 1
     log = (tmp_path / "work" / "job.log").read_text()
     assert "first try" in log and "second try" in log  # a resumed job's log holds all attempts
@@ -184,7 +222,9 @@ def test_a_failing_job_raises_with_its_traceback_and_not_an_older_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers_do_not_hide_the_traceback(tmp_path, monkeypatch, launcher):
-    """Both end with status 1 and tables or lines of their own; torchrun's are longer than a usual tail."""
+    """Both end with status 1 and tables or lines of their own; torchrun's are longer than a usual
+    tail.
+    """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = {"note": str(tmp_path / "note"), "fail": "broken lamp"}
     with pytest.raises(launch.JobFailed, match="ended with status 1") as failure:
@@ -200,7 +240,10 @@ def test_tracebacks_of_processes_that_fail_together_stay_whole(tmp_path):
     with pytest.raises(launch.JobFailed, match="ValueError: broken lamp"):
         launch.run("a_job", config, tmp_path / "work", desc="job", launcher="torchrun", processes=2)
     log = (tmp_path / "work" / "job.log").read_text()
-    for rank in (0, 1):  # torchrun may end the second before it has said anything, never in the middle of a word
+    for rank in (
+        0,
+        1,
+    ):  # torchrun may end the second before it has said anything, never in the middle of a word
         whole = "ValueError: broken lamp\n" + "".join(f"{rank}.{i}\n" for i in range(2000))
         assert whole in log or f"{rank}.0\n" not in log
 
@@ -209,9 +252,16 @@ def test_without_a_traceback_the_last_lines_are_shown(tmp_path):
     log = tmp_path / "log"
     log.write_text("\n".join(f"line {i}" for i in range(100)))
     assert launch._tail(log).splitlines()[1:] == [f"line {i}" for i in range(75, 100)]
-    log.write_text("before\nTraceback (most recent call last):\n" + "\n".join(f"line {i}" for i in range(100)))
+    log.write_text(
+        "before\nTraceback (most recent call last):\n" + "\n".join(f"line {i}" for i in range(100))
+    )
     shown = launch._tail(log).splitlines()[1:]
-    assert shown[0].startswith("Traceback") and shown[-1] == "line 99" and "before" not in shown and len(shown) == 61
+    assert (
+        shown[0].startswith("Traceback")
+        and shown[-1] == "line 99"
+        and "before" not in shown
+        and len(shown) == 61
+    )
 
 
 @pytest.mark.usefixtures("interrupts")
@@ -221,7 +271,9 @@ def test_ctrl_c_leaves_no_process(tmp_path, launcher, processes):
     parent.send_signal(signal.SIGINT)
     _, err = parent.communicate(timeout=20)
     assert parent.returncode and "KeyboardInterrupt" in err
-    ours = pids if launcher == "plain" else pids[::2]  # torchrun gives each process a session of its own
+    ours = (
+        pids if launcher == "plain" else pids[::2]
+    )  # torchrun gives each process a session of its own
     assert not any(map(alive, ours))
     for pid in set(pids) - set(ours):
         with suppress(ProcessLookupError):  # torchrun may have ended them
@@ -339,7 +391,9 @@ def test_a_second_worker_of_one_name_keeps_the_first_ones_log(tmp_path):
 
 
 def test_a_worker_that_starts_slowly_says_so(tmp_path, monkeypatch, capsys):
-    """One line, on stderr or to the batch runner; nothing was said for as long as an engine took to load."""
+    """One line, on stderr or to the batch runner; nothing was said for as long as an engine took to
+    load.
+    """
     slow = {"start": 2, "wait": 3}
     monkeypatch.delenv("TQDM_DISABLE")
     with launch.Worker("a_worker", slow, tmp_path / "logs", desc="counter") as counter:
@@ -367,13 +421,32 @@ def test_what_is_quick_says_nothing(monkeypatch, capsys):
 # ---- what children get to know of this process
 
 
-SECRETS = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "ANTHROPIC_API_KEY", "AWS_SECRET_ACCESS_KEY",
-           "AZURE_OPENAI_KEY", "VLLM_API_KEY", "GITHUB_TOKEN", "CLIENT_SECRET", "DB_PASSWORD")  # fmt: skip
-NEEDED = ("HF_HOME", "HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "SSH_AUTH_SOCK", "VLLM_TARGET_DEVICE")
+SECRETS = (
+    "OPENAI_API_KEY",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "ANTHROPIC_API_KEY",
+    "AWS_SECRET_ACCESS_KEY",
+    "AZURE_OPENAI_KEY",
+    "VLLM_API_KEY",
+    "GITHUB_TOKEN",
+    "CLIENT_SECRET",
+    "DB_PASSWORD",
+)
+NEEDED = (
+    "HF_HOME",
+    "HF_HUB_OFFLINE",
+    "TOKENIZERS_PARALLELISM",
+    "NCCL_DEBUG",
+    "SSH_AUTH_SOCK",
+    "VLLM_TARGET_DEVICE",
+)
 
 
 def test_no_child_gets_a_key_or_a_token(tmp_path, monkeypatch):
-    """Endpoints are asked and the hub is read by this process; the tokenizers' switch and the like are no secrets."""
+    """Endpoints are asked and the hub is read by this process; the tokenizers' switch and the like
+    are no secrets.
+    """
     for name in SECRETS:
         monkeypatch.setenv(name, "sk-secret")
     for name in NEEDED:
@@ -388,7 +461,9 @@ def test_no_child_is_handed_the_whole_environment():
     """Whoever makes one for a child begins with launch.without_secrets()."""
     files = sorted((paths.ROOT / "lib" / "beyond_dpo").rglob("*.py"))
     assert len(files) > 40
-    whole = re.compile(r"os\.environ \| |\*\*os\.environ|os\.environ\.copy|dict\(os\.environ|env=os\.environ")
+    whole = re.compile(
+        r"os\.environ \| |\*\*os\.environ|os\.environ\.copy|dict\(os\.environ|env=os\.environ"
+    )
     assert not [file.name for file in files if whole.search(file.read_text(encoding="utf-8"))]
     assert sum("without_secrets()" in file.read_text(encoding="utf-8") for file in files) == 3
 
@@ -397,7 +472,11 @@ def test_idle_threads_of_children_sleep_unless_the_user_says_otherwise(tmp_path,
     for name in launch.WAITING:
         monkeypatch.delenv(name, raising=False)
     assert launch._environment(tmp_path / "p", 1, {})["OMP_WAIT_POLICY"] == "PASSIVE"
-    for name, value in {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "7", "KMP_BLOCKTIME": "3"}.items():
+    for name, value in {
+        "OMP_WAIT_POLICY": "ACTIVE",
+        "GOMP_SPINCOUNT": "7",
+        "KMP_BLOCKTIME": "3",
+    }.items():
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
             environment = launch._environment(tmp_path / "p", 1, {})
@@ -409,10 +488,21 @@ CORES = len(os.sched_getaffinity(0))
 
 @pytest.mark.parametrize(
     "given, want",
-    [("4,2", 4), ("4", 4), (" 3 , 1", 3), ("12,6,2", 12), (None, CORES), ("", CORES), ("0", CORES), ("four", CORES)],
+    [
+        ("4,2", 4),
+        ("4", 4),
+        (" 3 , 1", 3),
+        ("12,6,2", 12),
+        (None, CORES),
+        ("", CORES),
+        ("0", CORES),
+        ("four", CORES),
+    ],
 )
 def test_nested_numbers_of_threads_are_understood(tmp_path, monkeypatch, given, want):
-    """OMP_NUM_THREADS=4,2 is legal: a number for each level. Children get one, as vLLM reads it with int()."""
+    """OMP_NUM_THREADS=4,2 is legal: a number for each level. Children get one, as vLLM reads it
+    with int().
+    """
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert launch.threads() == want
@@ -431,7 +521,9 @@ def test_a_job_runs_with_nested_numbers_of_threads(tmp_path, monkeypatch):
 
 
 def test_work_goes_on_where_nobody_can_be_told_how_far_it_is(tmp_path, monkeypatch):
-    """Folders stand where the reports and the progress should go: neither parent nor child can write them."""
+    """Folders stand where the reports and the progress should go: neither parent nor child can
+    write them.
+    """
     for folder in ("reports", "work/.progress"):
         (tmp_path / folder).mkdir(parents=True)
     monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(tmp_path / "reports"))
@@ -445,14 +537,27 @@ def test_work_goes_on_where_a_full_disk_takes_no_report(tmp_path, monkeypatch):
         reports.touch()
         monkeypatch.setenv("BEYOND_DPO_PROGRESS", str(reports))
         with filled(tmp_path / "disk"):
-            counter = launch.Worker("a_worker", {"start": 2}, tmp_path / "disk" / "logs", desc="counter")
+            counter = launch.Worker(
+                "a_worker", {"start": 2}, tmp_path / "disk" / "logs", desc="counter"
+            )
             with counter:
                 counter.call("slow")
                 assert counter.call("add", n=3) == {"value": 8}
         assert reports.read_text() == "" == counter.progress_file.read_text()
 
 
-WRONG = [b"", b"\n", b"1 2", b"x y\n", b"0 0\n", b"-1 4\n", b"1 2 3\n", b"1.5 2\n", b"\xff\xfe\n", "² ³\n".encode()]
+WRONG = [
+    b"",
+    b"\n",
+    b"1 2",
+    b"x y\n",
+    b"0 0\n",
+    b"-1 4\n",
+    b"1 2 3\n",
+    b"1.5 2\n",
+    b"\xff\xfe\n",
+    "² ³\n".encode(),
+]
 
 
 def test_a_damaged_progress_file_is_left_out(tmp_path, monkeypatch):
@@ -494,7 +599,8 @@ from beyond_dpo.machine import launch
 from beyond_dpo.notebook import report
 from beyond_dpo.pipeline import config
 
-assert sys.flags.utf8_mode == 0 and sys.stdout.encoding.lower() in ("ascii", "ansi_x3.4-1968"), sys.stdout.encoding
+encoding = sys.stdout.encoding
+assert sys.flags.utf8_mode == 0 and encoding.lower() in ("ascii", "ansi_x3.4-1968"), encoding
 assert "\u03b2 \u00d7 10" in config.load("expo", "cpu").recipes
 work = Path(sys.argv[1])
 try:
@@ -509,7 +615,9 @@ report.main([])
 
 
 def test_files_are_utf8_whatever_the_locale(tmp_path):
-    """Keys hold names of profiles such as "β × 10": with another encoding they were others, or an error."""
+    """Keys hold names of profiles such as "β × 10": with another encoding they were others, or an
+    error.
+    """
     other = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "other.py").write_text(OTHER_LOCALE, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "other.py"), str(tmp_path / "work")]
@@ -525,24 +633,34 @@ def _of_a_child(node) -> bool:
     """Say whether this is a call whose text=True decodes what a child prints."""
     if not isinstance(node, ast.Call):
         return False
-    switched_on = {keyword.arg for keyword in node.keywords if getattr(keyword.value, "value", None) is True}
+    switched_on = {
+        keyword.arg for keyword in node.keywords if getattr(keyword.value, "value", None) is True
+    }
     return bool({"text", "universal_newlines"} & switched_on)
 
 
 def test_no_text_is_read_or_written_in_the_locales_encoding():
-    """Every open(), read_text() and write_text() names its encoding, or is of bytes; so does what reads a child."""
+    """Every open(), read_text() and write_text() names its encoding, or is of bytes; so does what
+    reads a child.
+    """
     files = sorted((paths.ROOT / "lib" / "beyond_dpo").rglob("*.py"))
     assert len(files) > 40
     wrong, seen = [], 0
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
-            if _of_a_child(node) and not {"encoding", None} & {keyword.arg for keyword in node.keywords}:
+            if _of_a_child(node) and not {"encoding", None} & {
+                keyword.arg for keyword in node.keywords
+            }:
                 wrong.append(f"{file.name}:{node.lineno}: {ast.unparse(node)}")
             if name not in ("open", "read_text", "write_text") or ast.unparse(node.func) in BINARY:
                 continue
             seen += 1
-            texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            texts = [
+                a.value
+                for a in node.args
+                if isinstance(a, ast.Constant) and isinstance(a.value, str)
+            ]
             bytes_ = name == "open" and any("b" in text for text in texts[-1:])
             named = {keyword.arg for keyword in node.keywords}  # None: given as **options
             if not bytes_ and not named & {"encoding", None}:
@@ -582,7 +700,9 @@ MODULES = [
 
 @pytest.fixture(scope="module")
 def helped():
-    """Return {module: [exit status, what it printed, children that it left]} of --help, from one process for all."""
+    """Return {module: [exit status, what it printed, children that it left]} of --help, from one
+    process for all.
+    """
     command = [sys.executable, "-c", HELP, *MODULES]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
@@ -606,4 +726,8 @@ def test_an_interrupted_report_is_one_line():
     code += "events.printable = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
     code += "runpy.run_module('beyond_dpo.notebook.report', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 130 and done.stderr.startswith("interrupted: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 130
+        and done.stderr.startswith("interrupted: ")
+        and done.stderr.count("\n") == 1
+    )

@@ -1,4 +1,6 @@
-"""The process that does jobs in turn: one for all, ended by a job that fails, and by the kernel's end."""
+"""The process that does jobs in turn: one for all, ended by a job that fails, and by the kernel's
+end.
+"""
 
 import json
 
@@ -15,7 +17,12 @@ def job(tmp_path, monkeypatch, tiny, rows):
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
     write_rows(tmp_path / "rows.jsonl", rows)
     limits = {"max_prompt": 16, "max_length": 64, "bos_id": 0, "eos_id": 1}
-    job = {"model": str(tiny), "rows": str(tmp_path / "rows.jsonl"), "names": ["chosen"], "limits": limits}
+    job = {
+        "model": str(tiny),
+        "rows": str(tmp_path / "rows.jsonl"),
+        "names": ["chosen"],
+        "limits": limits,
+    }
     yield job | {"precision": "fp32", "micro_batch": 8, "out": str(tmp_path / "out.safetensors")}
     workers.close()
 
@@ -26,10 +33,14 @@ def test_jobs_share_a_process_until_one_fails(tmp_path, job):
     out.mkdir()
     workers.run("beyond_dpo.jobs.reference", job, out, "one")
     first = workers.living["jobs"].child.pid
-    assert (tmp_path / "out.safetensors").exists() and json.loads((out / "checkpoints/config.json").read_text()) == job
+    assert (tmp_path / "out.safetensors").exists() and json.loads(
+        (out / "checkpoints/config.json").read_text()
+    ) == job
     workers.run("beyond_dpo.jobs.reference", job, out, "two")
     assert workers.living["jobs"].child.pid == first
-    with pytest.raises(launch.JobFailed, match=r"(?s)three: Traceback.*row .* has no response 'said'"):
+    with pytest.raises(
+        launch.JobFailed, match=r"(?s)three: Traceback.*row .* has no response 'said'"
+    ):
         workers.run("beyond_dpo.jobs.reference", job | {"names": ["said"]}, out, "three")
     assert "jobs" not in workers.living and not psutil.pid_exists(first)
     workers.run("beyond_dpo.jobs.reference", job, out, "four")

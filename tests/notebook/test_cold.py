@@ -1,4 +1,6 @@
-"""Every notebook runs cold at smoke. The longest test: a file of its own, with which conftest.py begins."""
+"""Every notebook runs cold at smoke. The longest test: a file of its own, with which conftest.py
+begins.
+"""
 
 import os
 import subprocess
@@ -14,13 +16,20 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_notebook_runs_cold_at_smoke(tmp_path, monkeypatch):
-    """`make smoke` into an empty store: real training, sampling, scoring, figures. Then nothing is left to compute."""
-    store = {"BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"), "BEYOND_DPO_FIGURES": str(tmp_path / "figures")}
+    """`make smoke` into an empty store: real training, sampling, scoring, figures. Then nothing is
+    left to compute.
+    """
+    store = {
+        "BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"),
+        "BEYOND_DPO_FIGURES": str(tmp_path / "figures"),
+    }
     command = [sys.executable, "-m", "beyond_dpo.notebook.run", "--all", "--profile", "smoke"]
     env = os.environ | store | {"COMPUTE": "cold"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert {p.name for p in (tmp_path / "figures").glob("*.svg")} == {p.name for p in paths.FIGURES.glob("*.svg")}
+    assert {p.name for p in (tmp_path / "figures").glob("*.svg")} == {
+        p.name for p in paths.FIGURES.glob("*.svg")
+    }
     ran = {p.name for p in (tmp_path / "artifacts" / "runs").glob("*.ipynb")}
     assert {name.split(".")[0] for name in ran} == {p.stem for p in paths.NOTEBOOKS.glob("*.ipynb")}
 

@@ -38,7 +38,14 @@ CASES = [
     (2.6, 2.0, 1.5, 2.7, {}, "reproduced"),  # the paper's value is inside
     (2.6, 2.0, 1.5, 2.5, {}, "direction"),  # just outside, same sign
     (2.6, 2.0, 1.5, 2.6, {}, "reproduced"),  # on the border
-    (2.6, 2.0, 1.5, 2.5, {"tolerance": 0.6}, "reproduced"),  # |2.0 - 2.6| = 0.6 in floats is just within
+    (
+        2.6,
+        2.0,
+        1.5,
+        2.5,
+        {"tolerance": 0.6},
+        "reproduced",
+    ),  # |2.0 - 2.6| = 0.6 in floats is just within
     (2.6, 2.0, 1.5, 2.5, {"tolerance": 0.5}, "direction"),
     (2.6, 0.2, -0.1, 0.5, {}, "not reproduced"),  # same sign, but 0 is inside
     (2.6, 0.2, 0.0, 0.5, {}, "not reproduced"),  # an interval that ends at 0 does not exclude it
@@ -49,7 +56,14 @@ CASES = [
     (2.6, None, None, None, {}, "not run"),
     (2.6, 2.6, None, None, {}, "reproduced"),  # a number without uncertainty
     (2.6, 2.5, None, None, {}, "direction"),
-    (2.6, 2.0, 1.5, 2.7, {"sign_only": True}, "direction"),  # a sign alone is never reproduced as a number
+    (
+        2.6,
+        2.0,
+        1.5,
+        2.7,
+        {"sign_only": True},
+        "direction",
+    ),  # a sign alone is never reproduced as a number
     (1, 2.0, -0.1, 2.7, {"sign_only": True}, "not reproduced"),
     (0.0, 0.1, -0.1, 0.3, {}, "reproduced"),  # the paper found no effect, neither did we
     (0.0, 0.4, 0.3, 0.5, {}, "not reproduced"),
@@ -81,14 +95,22 @@ def test_verdict_refuses(arguments, extra, message):
 
 
 def test_a_sign_without_a_number():
-    assert report.verdict("-", -2.0, -3.0, -1.0) == "direction" and report.verdict("-", 2.0) == "not reproduced"
-    assert report.verdict("+", 2.0, -1.0, 3.0) == "not reproduced" and report.verdict("+", None) == "not run"
+    assert (
+        report.verdict("-", -2.0, -3.0, -1.0) == "direction"
+        and report.verdict("-", 2.0) == "not reproduced"
+    )
+    assert (
+        report.verdict("+", 2.0, -1.0, 3.0) == "not reproduced"
+        and report.verdict("+", None) == "not run"
+    )
     row = report.claim("c", "-", "text", -1.0)
     assert (row["paper"], row["verdict"]) == ("-", "direction")
 
 
 def test_the_readme_shows_the_frozen_scoreboard(tmp_path):
-    """`make render` and `python -m beyond_dpo.notebook.report --readme` were run after the last freeze."""
+    """`make render` and `python -m beyond_dpo.notebook.report --readme` were run after the last
+    freeze.
+    """
     copy = tmp_path / "README.md"
     copy.write_text((paths.ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     assert not report.update_readme(copy)
@@ -112,7 +134,11 @@ def test_tables_repeat_escape_and_round(project):
     html = first._repr_html_()
     assert html == second._repr_html_()
     assert repr(first) == repr(second) and "0x" not in repr(first) and "1.235" in repr(first)
-    assert "a &lt; b &amp; &lt;script&gt;" in html and "<script>" not in html and "caption &lt;i&gt;" in html
+    assert (
+        "a &lt; b &amp; &lt;script&gt;" in html
+        and "<script>" not in html
+        and "caption &lt;i&gt;" in html
+    )
     assert "1.235" in html and "1.2346" not in html and report.SHADES["direction"] in html
     assert "None" not in html + repr(first) and "tolerance" not in html
     assert "sign only" in report.show(pd.DataFrame([claim(sign_only=True)]), "c")._repr_html_()
@@ -126,7 +152,9 @@ def cells(table) -> list[list[tuple[str, str]]]:
 
 
 def test_tables_are_to_be_read():
-    """Texts stand left, numbers right, whole numbers without decimals, and no heading is a name of our data."""
+    """Texts stand left, numbers right, whole numbers without decimals, and no heading is a name of
+    our data.
+    """
     df = pd.DataFrame(
         {
             "model": ["DPO", "DPO + ExPO", None],
@@ -140,17 +168,29 @@ def test_tables_are_to_be_read():
     )
     heading, *rows = cells(report.show(df, "c"))
     names = [text for _, text in heading]
-    assert names == ["model", "α", "share of the pairs", "distinct bigrams", "n", "held-out texts", "some other name"]
+    assert names == [
+        "model",
+        "α",
+        "share of the pairs",
+        "distinct bigrams",
+        "n",
+        "held-out texts",
+        "some other name",
+    ]
     assert [text for _, text in rows[0]] == ["DPO", "0", "0.05", "0.515", "1", "2000", "yes"]
     assert [text for _, text in rows[2]] == ["–", "–", "1.00", "0.000", "3", "–", "yes"]
     for row in (heading, *rows):
         assert [style for style, _ in row][:5] == ["text-align: left"] + 4 * ["text-align: right"]
     text = repr(report.show(df, "c")).splitlines()
-    assert text[1].startswith("DPO        ") and text[2].startswith("DPO + ExPO  128"), "the text form as well"
+    assert text[1].startswith("DPO        ") and text[2].startswith("DPO + ExPO  128"), (
+        "the text form as well"
+    )
 
 
 def test_long_texts_are_wrapped():
-    """Text of many words wraps in both forms, and a word that no browser would break may break anywhere."""
+    """Text of many words wraps in both forms, and a word that no browser would break may break
+    anywhere.
+    """
     df = pd.DataFrame({"text": ["very well " * 20, "!" * 200], "n": [1, 2]})
     table = report.show(df, "c")
     assert max(map(len, repr(table).splitlines())) <= report.PLAIN_WIDTH + 5
@@ -160,11 +200,16 @@ def test_long_texts_are_wrapped():
 
 
 def test_tables_need_no_trust():
-    """The shades of the verdicts and the alignment stand in the cells: an untrusted notebook loses <style>."""
+    """The shades of the verdicts and the alignment stand in the cells: an untrusted notebook loses
+    <style>.
+    """
     table = report.show(pd.DataFrame([claim(), claim("b", None)]), "c")
-    assert not re.search(r"\{[^}]*\}", re.search(r"<style.*?</style>", table._repr_html_(), re.S)[0])
+    assert not re.search(
+        r"\{[^}]*\}", re.search(r"<style.*?</style>", table._repr_html_(), re.S)[0]
+    )
     assert [row[-1][0].partition("; ")[2] for row in cells(table)[1:]] == [
-        f"background-color: {report.SHADES[verdict]}; color: black" for verdict in ("direction", "not run")
+        f"background-color: {report.SHADES[verdict]}; color: black"
+        for verdict in ("direction", "not run")
     ]
 
 
@@ -174,7 +219,11 @@ def test_two_columns_of_one_heading_are_refused():
 
 
 def test_numbers_of_claims_stand_for_themselves():
-    rows = [claim("a", (2.0, 1.5, 2.5)), report.claim("b", 12, "t", 11), report.claim("c", "+", "t", 0.12345)]
+    rows = [
+        claim("a", (2.0, 1.5, 2.5)),
+        report.claim("b", 12, "t", 11),
+        report.claim("c", "+", "t", 0.12345),
+    ]
     _, *shown = cells(report.show(pd.DataFrame(rows), "c"))
     assert [row[1][1] for row in shown] == ["2.6", "12", "+"], "as the paper prints them"
     assert [row[3][1] for row in shown] == ["2", "11", "0.123"]
@@ -184,7 +233,10 @@ def test_numbers_of_claims_stand_for_themselves():
 def test_claim_rows():
     row = report.claim("it rises", 1.5, "Table 1", (2.0, 1.0, 3.0), sign_only=True)
     assert (row["verdict"], row["low"], row["high"]) == ("direction", 1.0, 3.0)
-    (alone, none) = report.claim("12 of 12", 12, "t", np.int64(12)), report.claim("later", "+", "t", None)
+    (alone, none) = (
+        report.claim("12 of 12", 12, "t", np.int64(12)),
+        report.claim("later", "+", "t", None),
+    )
     assert alone["ours"] == 12.0 and alone["low"] is None
     assert [alone["verdict"], none["verdict"]] == ["reproduced", "not run"]
 
@@ -222,7 +274,9 @@ def test_scoreboard_prefers_the_highest_profile(project):
     report.record(NOTEBOOK, [claim("a", (2.5, 1.5, 2.5))], "gpu")
     assert report.scoreboard().equals(board), "local runs must not change the committed scoreboard"
     assert report.scoreboard(local=True)["ours"].tolist() == [2.5, 2.0]
-    report.record(NOTEBOOK, [claim("a, in other words")], "gpu")  # a claim was reworded since the freeze
+    report.record(
+        NOTEBOOK, [claim("a, in other words")], "gpu"
+    )  # a claim was reworded since the freeze
     assert report.scoreboard(local=True)["claim"].tolist() == ["a", "b", "a, in other words"]
 
 
@@ -242,10 +296,14 @@ def test_update_readme(project):
     readme.write_text("# T\n<!-- scoreboard -->\nold\n<!-- /scoreboard -->\nend\n")
     assert report.update_readme() is True
     text = readme.read_text()
-    assert text.startswith("# T\n<!-- scoreboard -->\n| claim |") and text.endswith("<!-- /scoreboard -->\nend\n")
+    assert text.startswith("# T\n<!-- scoreboard -->\n| claim |") and text.endswith(
+        "<!-- /scoreboard -->\nend\n"
+    )
     link = "[11_expo_headline](notebooks/11_expo_headline.ipynb)"
     first = "| a \\| b | +2.6 | +2 [+1.5, +2.5] | cpu | direction"
-    assert f"{first} (1 of 2 hold) | {link} |" in text, "the notebook's first claim, and how many hold"
+    assert f"{first} (1 of 2 hold) | {link} |" in text, (
+        "the notebook's first claim, and how many hold"
+    )
     assert text.count("| a ") == 2 and text.count("| c |") == 1
     assert f"{first} | {link} |" in text.partition("<summary>All 2 claims</summary>")[2]
     assert f"| c | +2.6 | – | cpu | not run | {link} |" in text and "\nold\n" not in text
@@ -262,15 +320,30 @@ def test_main_prints_and_updates(project):
     empty = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert empty.stdout == "No claim has been recorded yet.\n"
     report.record(NOTEBOOK, [claim()], "cpu")
-    assert "No claim" in subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    assert (
+        "No claim"
+        in subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=True
+        ).stdout
+    )
     (project / "README.md").write_text("<!-- scoreboard -->\n<!-- scoreboard -->\n")
     done = subprocess.run(
-        [*command, "--local", "--readme"], capture_output=True, text=True, env=environment, check=True
+        [*command, "--local", "--readme"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
     )
-    assert "ExPO lifts DPO" in done.stdout and "direction" in done.stdout and "README.md updated" in done.stdout
+    assert (
+        "ExPO lifts DPO" in done.stdout
+        and "direction" in done.stdout
+        and "README.md updated" in done.stdout
+    )
     asked = {name: [*command, "--local", name] for name in (NOTEBOOK, NOTEBOOK[:2], "99")}
     shown = {
-        name: subprocess.run(line, capture_output=True, text=True, env=environment, check=True).stdout
+        name: subprocess.run(
+            line, capture_output=True, text=True, env=environment, check=True
+        ).stdout
         for name, line in asked.items()
     }
     assert shown[NOTEBOOK] == shown[NOTEBOOK[:2]] and "ExPO lifts DPO" in shown[NOTEBOOK]
@@ -280,7 +353,10 @@ def test_main_prints_and_updates(project):
 def test_light_imports():
     heavy = {"torch", "transformers", "vllm", "deepspeed"}
     code = f"import sys, beyond_dpo.notebook.report; print({heavy} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
+        == "set()"
+    )
 
 
 def test_table_in_pandas_terms():
@@ -291,5 +367,10 @@ def test_a_report_that_has_no_place_says_so_in_one_line(project):
     environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
     with open("/dev/full", "wb") as full:
         command = [sys.executable, "-m", "beyond_dpo.notebook.report"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
-    assert done.returncode == 1 and done.stderr == "the output cannot be written: No space left on device\n"
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert (
+        done.returncode == 1
+        and done.stderr == "the output cannot be written: No space left on device\n"
+    )

@@ -1,4 +1,6 @@
-"""Artifacts: stable keys, computed once, verified at each use, and honest when a process or a disk fails."""
+"""Artifacts: stable keys, computed once, verified at each use, and honest when a process or a disk
+fails.
+"""
 
 from __future__ import annotations
 
@@ -51,26 +53,42 @@ def demo(calls=None, **inputs):
 
 
 def child(tmp_path, code, **env):
-    """Start a real Python process that shares this test's folders and defines `make` before `code`."""
-    env = os.environ | {"BEYOND_DPO_ROOT": str(tmp_path), "PYTHONPATH": str(LIB), "PYTHONUNBUFFERED": "1"} | env
+    """Start a real Python process that shares this test's folders and defines `make` before
+    `code`.
+    """
+    env = (
+        os.environ
+        | {"BEYOND_DPO_ROOT": str(tmp_path), "PYTHONPATH": str(LIB), "PYTHONUNBUFFERED": "1"}
+        | env
+    )
     env.pop("COMPUTE", None)
     env.pop("BEYOND_DPO_ARTIFACTS", None)
     code = "import os, sys, time, resource\nfrom beyond_dpo.pipeline.artifacts import *\n" + code
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
 def finished(artifact):
-    return any((root / artifact.key / "manifest.json").is_file() for root in (paths.ARTIFACTS, paths.FROZEN))
-
+    return any(
+        (root / artifact.key / "manifest.json").is_file()
+        for root in (paths.ARTIFACTS, paths.FROZEN)
+    )
 
 
 def test_key_is_the_hash_of_the_canonical_recipe():
-    """{"inputs":...,"stage":...,"version":...} without blanks and with sorted names, written out by hand."""
+    """{"inputs":...,"stage":...,"version":...} without blanks and with sorted names, written out by
+    hand.
+    """
     text = '{"inputs":{"alpha":0.1,"beta":1,"names":["a",null,true]},"stage":"demo","version":1}'
     key = demo(names=("a", None, True), beta=1.0, alpha=0.1).key
-    assert key == "demo-" + hashlib.sha256(text.encode()).hexdigest()[:16] == "demo-6359c96457f22a65"
+    assert (
+        key == "demo-" + hashlib.sha256(text.encode()).hexdigest()[:16] == "demo-6359c96457f22a65"
+    )
 
 
 def test_key_ignores_order_and_number_form_and_nothing_else():
@@ -89,7 +107,11 @@ def test_key_ignores_order_and_number_form_and_nothing_else():
 @pytest.mark.parametrize(
     ("inputs", "error", "words"),
     [
-        ({"model": {"x": Path("/data/m")}}, TypeError, r"Path\('/data/m'\) cannot enter a key: .*resolve.* for paths"),
+        (
+            {"model": {"x": Path("/data/m")}},
+            TypeError,
+            r"Path\('/data/m'\) cannot enter a key: .*resolve.* for paths",
+        ),
         ({"a": [1, float("nan")]}, ValueError, "not JSON compliant"),
         ({"a": float("inf")}, ValueError, "not JSON compliant"),
         ({"a": {("x", 1): "x"}}, TypeError, "keys must be str.*not tuple"),
@@ -120,20 +142,35 @@ def test_computed_once_then_found(tmp_path, monkeypatch):
     assert told_of == [(event, "demo", one.key) for event in ("start", "done", "hit")]
     assert one.json() == {"reward": 0.1}
     assert one.csv("sub/rows.csv").reward[0] == 0.30000000000000004
-    assert sorted(p.name for p in (tmp_path / "artifacts").iterdir()) == [one.key, f"{one.key}.lock"]
+    assert sorted(p.name for p in (tmp_path / "artifacts").iterdir()) == [
+        one.key,
+        f"{one.key}.lock",
+    ]
 
 
 def test_manifest_says_what_was_done():
     one = demo(x=1.0)
     manifest = one.manifest
-    assert [manifest[name] for name in ("stage", "version", "inputs", "key")] == ["demo", 1, {"x": 1}, one.key]
-    assert manifest["facts"] == {"rows": 1} and manifest["seconds"] >= 0 and manifest["created"].endswith("+00:00")
+    assert [manifest[name] for name in ("stage", "version", "inputs", "key")] == [
+        "demo",
+        1,
+        {"x": 1},
+        one.key,
+    ]
+    assert (
+        manifest["facts"] == {"rows": 1}
+        and manifest["seconds"] >= 0
+        and manifest["created"].endswith("+00:00")
+    )
     assert "numpy" in manifest["packages"] and "pytest" not in manifest["packages"]
     assert manifest["hardware"]["cores"] >= 1 and manifest["hardware"]["memory_gib"] > 0.1
     assert manifest["git"] is None
     assert sorted(manifest["files"]) == ["result.json", "sub/rows.csv"]
     content = (one.get() / "result.json").read_bytes()
-    assert manifest["files"]["result.json"] == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    assert manifest["files"]["result.json"] == {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+    }
 
 
 def test_manifest_names_the_commit(tmp_path):
@@ -168,7 +205,10 @@ def test_working_state_is_not_published():
         (folder / "result.json").write_text("{}")
 
     folder = Artifact("work", 1, {}, make).get()
-    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == ["manifest.json", "result.json"]
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
+        "manifest.json",
+        "result.json",
+    ]
 
 
 def test_exception_keeps_the_partial_work(tmp_path):
@@ -188,7 +228,9 @@ def test_exception_keeps_the_partial_work(tmp_path):
 
 
 def test_kill_in_the_middle_then_resume(tmp_path):
-    """kill -9 after two of four steps: nothing is published, and the next attempt does the other two."""
+    """kill -9 after two of four steps: nothing is published, and the next attempt does the other
+    two.
+    """
     code = """
 def make(folder):
     done = len(list(folder.glob("step*")))
@@ -296,7 +338,10 @@ def remove_manifest(folder):
 
 
 DAMAGE = {
-    flip: r"result\.json: expected .'sha256': '\w{64}', 'bytes': 15., found .'sha256': '\w{64}', 'bytes': 15.",
+    flip: (
+        r"result\.json: expected .'sha256': '\w{64}', 'bytes': 15., found .'sha256': '\w{64}', "
+        r"'bytes': 15."
+    ),
     truncate: r"result\.json: expected .*'bytes': 15., found .*'bytes': 1.",
     remove: r"sub/rows\.csv: expected .*'bytes': 37., found no such file",
     edit_manifest: r"manifest\.json: expected .*, found ",
@@ -318,7 +363,11 @@ def test_damage_is_noticed_in_both_places(damage, monkeypatch, caplog):
     monkeypatch.setenv("COMPUTE", "cold")
     with caplog.at_level(logging.WARNING):
         one.get()
-    assert len(calls) == 2 and one.json() == {"reward": 0.1} and caplog.text.count("to be computed again") == 1
+    assert (
+        len(calls) == 2
+        and one.json() == {"reward": 0.1}
+        and caplog.text.count("to be computed again") == 1
+    )
     shutil.rmtree(one.get())
     damage(frozen)
     new_process()
@@ -346,7 +395,9 @@ def test_another_artifacts_folder_is_not_taken(tmp_path):
 
 @pytest.mark.parametrize(("limit", "where"), [(4096, "make"), (600, "manifest")])
 def test_full_disk_publishes_nothing(tmp_path, limit, where):
-    """A limit on file sizes fails like a full disk, once inside `make` and once at the manifest; then there is room."""
+    """A limit on file sizes fails like a full disk, once inside `make` and once at the manifest;
+    then there is room.
+    """
     code = """
 def make(folder):
     (folder / "small").write_text("x" * 100)
@@ -358,7 +409,10 @@ print(Artifact("big", 1, {}, make).get().name)
     size = str(10_000 if where == "make" else 500)
     _, err = child(tmp_path, code, SIZE=size, LIMIT=str(limit)).communicate(timeout=30)
     assert "OSError: [Errno 27]" in err
-    assert sorted(p.name.split(".")[-1] for p in (tmp_path / "artifacts").iterdir()) == ["lock", "partial"]
+    assert sorted(p.name.split(".")[-1] for p in (tmp_path / "artifacts").iterdir()) == [
+        "lock",
+        "partial",
+    ]
     out, err = child(tmp_path, code, SIZE=size, LIMIT="0").communicate(timeout=30)
     folder = tmp_path / "artifacts" / out.strip()
     assert (folder / "large").stat().st_size == int(size), err
@@ -406,7 +460,9 @@ def test_the_hash_of_a_large_file_says_what_is_read(tmp_path, monkeypatch, capsy
 
 
 def test_precision_is_told_by_what_a_result_was_made_from():
-    """By its own recipe or by that of anything below it; the dtype of the saved weights says nothing."""
+    """By its own recipe or by that of anything below it; the dtype of the saved weights says
+    nothing.
+    """
 
     def train(precision):
         settings = {"precision": precision, "save_dtype": "float32"}
@@ -415,8 +471,10 @@ def test_precision_is_told_by_what_a_result_was_made_from():
     def above(stage, one):
         return Artifact(stage, 1, {"of": [one]}, lambda folder: one.get() and None)
 
-    single, double = (Artifact("responses", 1, {"decoding": {"dtype": d}}, lambda folder: None)
-                      for d in ("float32", "bfloat16"))  # fmt: skip
+    single, double = (
+        Artifact("responses", 1, {"decoding": {"dtype": d}}, lambda folder: None)
+        for d in ("float32", "bfloat16")
+    )
     for one in (train("fp32"), train("bf16"), single, double):
         one.get()
     assert artifacts.in_float32([train("fp32").key]) and artifacts.in_float32([single.key])

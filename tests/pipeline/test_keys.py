@@ -1,6 +1,7 @@
 """Keys stay as they are, or nothing that is frozen would be found again.
 
-Where a key is to change, `python tests/pipeline/test_keys.py` writes the golden table anew, and the commit says why.
+Where a key is to change, `python tests/pipeline/test_keys.py` writes the golden table anew, and the
+commit says why.
 """
 
 import dataclasses

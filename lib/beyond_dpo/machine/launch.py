@@ -1,7 +1,8 @@
 """Child processes: heavy work never runs in the notebook's kernel, and never outlives it.
 
-`run` starts one job (training, a reference pass) with any launcher and waits for it; `Worker` keeps a process alive
-that answers calls (a generation engine over a whole α sweep). Both show one progress bar and raise with the log's tail.
+`run` starts one job (training, a reference pass) with any launcher and waits for it; `Worker` keeps
+a process alive that answers calls (a generation engine over a whole α sweep). Both show one
+progress bar and raise with the log's tail.
 """
 
 import gc
@@ -23,10 +24,12 @@ from beyond_dpo import events
 from beyond_dpo.machine import cluster, paths
 from beyond_dpo.machine.cluster import follow_parent
 
-# Names of variables that hold what may not leave this process: OPENAI_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, ...
-# Endpoints are asked and the hub is read by the process that starts the children; they need neither.
+# Names of variables that hold what may not leave this process: OPENAI_API_KEY, HF_TOKEN,
+# AWS_SECRET_ACCESS_KEY, ... Endpoints are asked and the hub is read by the process that starts the
+# children; they need neither.
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$", re.IGNORECASE)
-# each says to OpenMP (GNU's, which torch brings along, or LLVM's and Intel's) how long idle threads spin
+# each says to OpenMP (GNU's, which torch brings along, or LLVM's and Intel's) how long idle threads
+# spin
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 
@@ -34,7 +37,9 @@ class JobFailed(RuntimeError):
     """A child process ended with an error; the message holds what its log says about it."""
 
 
-def command(module: str, config: Path, *, launcher: str = "plain", processes: int = 1, now: bool = False) -> list[str]:
+def command(
+    module: str, config: Path, *, launcher: str = "plain", processes: int = 1, now: bool = False
+) -> list[str]:
     """Return the command line that runs `python -m module config` in `processes` processes.
 
     deepspeed and srun share the processes among all nodes (see cluster); torchrun and plain run
@@ -58,17 +63,24 @@ def command(module: str, config: Path, *, launcher: str = "plain", processes: in
     if launcher == "srun":  # the first failure ends all; also inside a step that is the head itself
         step = ["srun", "--ntasks", str(processes), "--kill-on-bad-exit=1", "--overlap"]
         return [*step, "--export=ALL", sys.executable, "-u", "-m", *job]
-    raise ValueError(f"launcher {launcher!r}, {processes} processes: use deepspeed, torchrun, srun, or plain with 1")
+    raise ValueError(
+        f"launcher {launcher!r}, {processes} processes: use deepspeed, torchrun, srun, or plain "
+        "with 1"
+    )
 
 
 def _deepspeed_options(each: int, now: bool) -> list[str]:
-    """Return where DeepSpeed's launcher starts `each` processes: on every host, or on this machine."""
+    """Return where DeepSpeed's launcher starts `each` processes: on every host, or on this
+    machine.
+    """
     options = ["--num_accelerators", str(each)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hosts = cluster.hostfile()
     if hosts:
         options += cluster.over_ssh(hosts, each)
-    elif now and visible:  # given a number of devices, deepspeed would take the machine's first ones
+    elif (
+        now and visible
+    ):  # given a number of devices, deepspeed would take the machine's first ones
         devices = visible.split(",")[:each]
         if len(devices) < each or not all(d.isdigit() for d in devices):
             raise ValueError(
@@ -81,7 +93,15 @@ def _deepspeed_options(each: int, now: bool) -> list[str]:
     return options
 
 
-def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = "plain", processes: int = 1) -> None:
+def run(
+    module: str,
+    config: dict,
+    workdir: Path,
+    *,
+    desc: str,
+    launcher: str = "plain",
+    processes: int = 1,
+) -> None:
     """Run `module` on `config` to its end, with its output in workdir/job.log.
 
     The config is written to workdir/config.json. Raises JobFailed with the log's tail. The whole
@@ -114,20 +134,37 @@ def run(module: str, config: dict, workdir: Path, *, desc: str, launcher: str = 
 class Worker(AbstractContextManager):
     """A child process that builds one object and answers calls on it; `with` or `close()` ends it.
 
-    module must call `serve(factory)` when run; `call(method, **arguments)` takes and returns plain JSON (big data goes
-    through files), and raises JobFailed with the child's traceback, or its log's tail if it died.
+    module must call `serve(factory)` when run; `call(method, **arguments)` takes and returns plain
+    JSON (big data goes through files), and raises JobFailed with the child's traceback, or its
+    log's tail if it died.
     """
 
-    def __init__(self, module: str, config: dict, workdir: Path, *, desc: str, environment: dict | None = None):
+    def __init__(
+        self,
+        module: str,
+        config: dict,
+        workdir: Path,
+        *,
+        desc: str,
+        environment: dict | None = None,
+    ):
         workdir.mkdir(parents=True, exist_ok=True)
         self.settings = config
         name = f"{desc}-{os.getpid()}"  # two notebooks may share a folder
-        self.desc, self.log, self.progress_file = desc, workdir / f"{name}.log", workdir / f".{name}.progress"
+        self.desc, self.log, self.progress_file = (
+            desc,
+            workdir / f"{name}.log",
+            workdir / f".{name}.progress",
+        )
         self._pipe, other_end = Pipe()
         with open(self.log, "ab") as out, other_end:
-            self._begin = out.tell()  # another worker of this name may have written what stands in front
+            self._begin = (
+                out.tell()
+            )  # another worker of this name may have written what stands in front
             arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
-            self.child = _start(arguments, out, self.progress_file, 1, environment, pass_fds=[other_end.fileno()])
+            self.child = _start(
+                arguments, out, self.progress_file, 1, environment, pass_fds=[other_end.fileno()]
+            )
         try:
             with events.slow(f"starting {desc} ..."):
                 self._ask(config, "start")
@@ -153,7 +190,9 @@ class Worker(AbstractContextManager):
             self.close()
             status, told = self.child.returncode, _tail(self.log, self._begin)
             raise JobFailed(f"{self.desc}: the worker died with status {status}; {told}") from end
-        except BaseException:  # an interrupt leaves a half-read answer behind: this worker is of no more use
+        except (
+            BaseException
+        ):  # an interrupt leaves a half-read answer behind: this worker is of no more use
             self.close()
             raise
         if "error" in answer:
@@ -170,7 +209,9 @@ class Worker(AbstractContextManager):
 
 
 def serve(factory) -> None:
-    """Answer a `Worker`'s calls until it closes the pipe (in the child: `serve(Engine)` builds Engine(**config))."""
+    """Answer a `Worker`'s calls until it closes the pipe (in the child: `serve(Engine)` builds
+    Engine(**config)).
+    """
     number = _pipe_number()
     follow_parent()
     pipe, target = Connection(number), None
@@ -189,11 +230,18 @@ def serve(factory) -> None:
 
 
 def _pipe_number() -> int:
-    """Return the file number that the command line names; end here for --help and for anything else."""
+    """Return the file number that the command line names; end here for --help and for anything
+    else.
+    """
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = module.name if module else sys.argv[0]
-    usage = f"usage: python -m {name} --serve FILE_NUMBER\n\nanswers the calls of the process that starts it"
-    usage += " (beyond_dpo.machine.launch.Worker) over a pipe; there is no use in starting it by hand"
+    usage = (
+        f"usage: python -m {name} --serve FILE_NUMBER\n\n"
+        "answers the calls of the process that starts it"
+    )
+    usage += (
+        " (beyond_dpo.machine.launch.Worker) over a pipe; there is no use in starting it by hand"
+    )
     given = sys.argv[1:]
     if len(given) == 2 and given[0] == "--serve" and given[1].isdecimal():
         return int(given[1])
@@ -217,7 +265,8 @@ class Jobs:
 
 
 def threads() -> int:
-    """Return how many threads one process may use: what OMP_NUM_THREADS says, or else one for each core.
+    """Return how many threads one process may use: what OMP_NUM_THREADS says, or else one for each
+    core.
 
     OpenMP takes a list, `4,2`, a number for each level of nesting: the outermost one counts.
     """
@@ -235,13 +284,23 @@ def without_secrets() -> dict[str, str]:
 def _environment(progress_file: Path, processes: int, more: dict) -> dict[str, str]:
     """Return the environment of a child that runs `processes` processes; `more` is laid over it."""
     environment = without_secrets()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # which some clusters give a node's first process
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+    ):  # which some clusters give a node's first process
         environment.pop(name, None)
     if not any(name in environment for name in WAITING):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"  # threads without work leave the core to those that have some
+        environment["OMP_WAIT_POLICY"] = (
+            "PASSIVE"  # threads without work leave the core to those that have some
+        )
     environment |= {
-        "OMP_NUM_THREADS": str(max(1, threads() // processes)),  # those of this job, not of each process
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(paths.LIBRARY), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": str(
+            max(1, threads() // processes)
+        ),  # those of this job, not of each process
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(paths.LIBRARY), os.environ.get("PYTHONPATH")])
+        ),
         "PYTHONUTF8": "1",  # whatever the locale: what it writes is read as UTF-8
         "BEYOND_DPO_CHILD_PROGRESS": str(progress_file.absolute()),
         "BEYOND_DPO_PARENT": str(os.getpid()),
@@ -252,18 +311,30 @@ def _environment(progress_file: Path, processes: int, more: dict) -> dict[str, s
 
 
 def _start(
-    arguments: list[str], out, progress_file: Path, processes: int = 1, more: dict | None = None, **options
+    arguments: list[str],
+    out,
+    progress_file: Path,
+    processes: int = 1,
+    more: dict | None = None,
+    **options,
 ) -> subprocess.Popen:
-    """Start a child in its own session: Ctrl-C reaches the notebook only, and the child's group can be ended whole."""
+    """Start a child in its own session: Ctrl-C reaches the notebook only, and the child's group can
+    be ended whole.
+    """
     more = more or {}
     environment = _environment(progress_file, processes, more)
     if "DS_ENV_FILE" in more:
         text = cluster.exported(environment)
         Path(more["DS_ENV_FILE"]).write_text(text, encoding="utf-8", errors="surrogateescape")
     return subprocess.Popen(
-        arguments, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
-        start_new_session=True, **options,
-    )  # fmt: skip
+        arguments,
+        stdout=out,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        start_new_session=True,
+        **options,
+    )
 
 
 @contextmanager
@@ -289,7 +360,8 @@ def _signal(child, number) -> None:
 
 @contextmanager
 def _bar(desc: str, progress_file: Path):
-    """Yield show(), which passes on what a child's progress file says: to a bar here, and to the batch runner.
+    """Yield show(), which passes on what a child's progress file says: to a bar here, and to the
+    batch runner.
 
     What cannot be read or shown is left out: no work ends because nobody can see how far it is.
     """
@@ -318,7 +390,9 @@ def _bar(desc: str, progress_file: Path):
 
 
 def _counted(progress_file: Path) -> tuple[int, int] | None:
-    """Return (done, total) as the child has written them; None while it writes, and for anything else."""
+    """Return (done, total) as the child has written them; None while it writes, and for anything
+    else.
+    """
     try:
         text = progress_file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -331,9 +405,14 @@ def _counted(progress_file: Path) -> tuple[int, int] | None:
 
 
 def _tail(log: Path, begin: int = 0) -> str:
-    """Quote a failed child's output from its first traceback on (its launcher's come later), or else its last lines."""
+    """Quote a failed child's output from its first traceback on (its launcher's come later), or
+    else its last lines.
+    """
     lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
-    first = next((i for i, line in enumerate(lines) if "Traceback (most recent call" in line), max(0, len(lines) - 25))
+    first = next(
+        (i for i, line in enumerate(lines) if "Traceback (most recent call" in line),
+        max(0, len(lines) - 25),
+    )
     shown = lines[first:]
     if len(shown) > 60:
         shown = [*shown[:40], "...", *shown[-20:]]

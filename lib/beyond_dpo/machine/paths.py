@@ -16,4 +16,6 @@ PUBLISHED = ROOT / "data" / "published"  # numbers as printed in the papers
 FIXTURES = ROOT / "data" / "fixtures"  # invented rows for tests and the smoke profile
 FROZEN = ROOT / "data" / "frozen"  # small measured results, committed
 ARTIFACTS = _folder("BEYOND_DPO_ARTIFACTS", ROOT / "artifacts")  # everything computed, git-ignored
-CACHE = _folder("BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo"))  # downloaded archives, converted models
+CACHE = _folder(
+    "BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo")
+)  # downloaded archives, converted models

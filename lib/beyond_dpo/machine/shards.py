@@ -1,4 +1,6 @@
-"""Shards of work that is cut by prompts: any process can make any of them, and an interrupted run keeps what it has."""
+"""Shards of work that is cut by prompts: any process can make any of them, and an interrupted run
+keeps what it has.
+"""
 
 import json
 from pathlib import Path
@@ -7,7 +9,9 @@ from beyond_dpo.files import write_file
 
 
 def parts(out: str | Path, prompts: int, size: int) -> list[Path]:
-    """Return the file of each shard of `out`, one for every `size` prompts; a dot in front says they are temporary."""
+    """Return the file of each shard of `out`, one for every `size` prompts; a dot in front says
+    they are temporary.
+    """
     out, count = Path(out), max(1, -(-prompts // size))
     return [out.with_name(f".{out.name}-{k}of{count}") for k in range(count)]
 
@@ -18,12 +22,16 @@ def left(files: list[Path], rank: int, world: int) -> list[int]:
 
 
 def merge(out: str | Path, files: list[Path]) -> list[dict]:
-    """Write the rows of all shards in the order of the prompts as `out`, delete the shards, and return the rows.
+    """Write the rows of all shards in the order of the prompts as `out`, delete the shards, and
+    return the rows.
 
     Raises ValueError if one is missing.
     """
     if missing := [file.name for file in files if not file.exists()]:
-        raise ValueError(f"{out}: {len(missing)} of {len(files)} shards are missing, such as {missing[0]}: run again")
+        raise ValueError(
+            f"{out}: {len(missing)} of {len(files)} shards are missing, such as {missing[0]}: run "
+            "again"
+        )
     write_file(Path(out), b"".join(file.read_bytes() for file in files))
     for file in files:
         file.unlink()

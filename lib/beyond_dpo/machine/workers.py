@@ -1,4 +1,6 @@
-"""The processes that live as long as the kernel: those that sample, one that scores, one that does jobs in turn."""
+"""The processes that live as long as the kernel: those that sample, one that scores, one that does
+jobs in turn.
+"""
 
 import atexit
 import json
@@ -23,15 +25,21 @@ def memory_gib() -> float:
 
 
 def make_room(cfg, *needed: str) -> None:
-    """End the living processes that are not needed next and would hold gigabytes, unless there is room for both."""
+    """End the living processes that are not needed next and would hold gigabytes, unless there is
+    room for both.
+    """
     unknown = not cfg.needs.memory_gb  # of a target of one's own
     if unknown or cfg.needs.gpus or memory_gib() < 2 * cfg.needs.memory_gb:
         for name in [name for name in living if name.rstrip("0123456789") not in needed]:
             living.pop(name).close()
 
 
-def run(module: str, job: dict, out: Path, desc: str, *, launcher: str = "plain", processes: int = 1) -> None:
-    """Run a job to its end, in a process of its own, or in the one that does all those that no launcher starts."""
+def run(
+    module: str, job: dict, out: Path, desc: str, *, launcher: str = "plain", processes: int = 1
+) -> None:
+    """Run a job to its end, in a process of its own, or in the one that does all those that no
+    launcher starts.
+    """
     folder = out / "checkpoints"
     if launcher != "plain" or processes > 1:
         return launch.run(module, job, folder, desc=desc, launcher=launcher, processes=processes)

@@ -1,7 +1,9 @@
-"""Draw the papers' kinds of figures from DataFrames, and save them with their numbers as bytes that repeat.
+"""Draw the papers' kinds of figures from DataFrames, and save them with their numbers as bytes that
+repeat.
 
-Every drawing function takes a DataFrame and an Axes and returns the Axes. y, low, high name columns: a mean and the
-ends of its interval, in the unit that `ylabel` or `xlabel` states. Call `style()` first, and draw no wider than WIDTH.
+Every drawing function takes a DataFrame and an Axes and returns the Axes. y, low, high name
+columns: a mean and the ends of its interval, in the unit that `ylabel` or `xlabel` states. Call
+`style()` first, and draw no wider than WIDTH.
 """
 
 import base64
@@ -27,29 +29,46 @@ from beyond_dpo.pipeline import artifacts
 
 WIDTH = 8.5  # inches, 816 CSS pixels: the output area of JupyterLab has 828 in a window of 1,280
 CSS_DPI = 96  # CSS pixels in an inch
-# One colour per name in all figures, safe for colour-blind readers: Okabe-Ito and Tol's muted set for methods and
+# One colour per name in all figures, safe for colour-blind readers: Okabe-Ito and Tol's muted set
+# for methods and
 # judges; for shares of the data viridis, darker for more. Markers tell curves apart in grey print.
 # fmt: off
 COLOURS = {
-    "SFT": "#767676", "DPO": "#0072B2", "ExPO": "#D55E00", "DPO + ExPO": "#D55E00", "IPO": "#56B4E9",
+    "SFT": "#767676", "DPO": "#0072B2", "ExPO": "#D55E00", "DPO + ExPO": "#D55E00", "IPO": (
+        "#56B4E9"
+    ),
     "SimPO": "#009E73", "MallowsPO-θ": "#CC79A7", "MallowsPO-φ": "#882255", "WRPO": "#117733",
     "gold": "#E69F00", "reward model": "#0072B2", "VADER": "#CC79A7",
     "5 %": "#7AD151", "10 %": "#35B779", "20 %": "#21918C", "40 %": "#3B528B", "100 %": "#440154",
 }
 # fmt: on
-SPARE = ("#332288", "#44AA99", "#999933", "#AA4499", "#661100", "#6699CC", "#DDCC77", "#000000")  # any other name
+SPARE = (
+    "#332288",
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+    "#661100",
+    "#6699CC",
+    "#DDCC77",
+    "#000000",
+)  # any other name
 MARKERS = "os^Dv<>P"
 SVG = {"Date": None, "Creator": None}  # both would change the bytes
-# Of an SVG: where coordinates stand, a number with decimals, and what is referred to by a name made of a hash.
+# Of an SVG: where coordinates stand, a number with decimals, and what is referred to by a name made
+# of a hash.
 PLACES = re.compile(r'\b(?:d|x|y|width|height)="[^"]*"|translate\([^)]*\)')
 DECIMAL = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
-IDS = re.compile(r'<(?:path|clipPath) id="([pmhC]\w*[0-9a-f]{10})"(.*?)(?:(?<!/)</clipPath>|/>)', re.DOTALL)
+IDS = re.compile(
+    r'<(?:path|clipPath) id="([pmhC]\w*[0-9a-f]{10})"(.*?)(?:(?<!/)</clipPath>|/>)', re.DOTALL
+)
 
 
 def style() -> None:
-    """Set sizes and fonts, and let notebooks show each figure as SVG and as PNG, both of bytes that repeat.
+    """Set sizes and fonts, and let notebooks show each figure as SVG and as PNG, both of bytes that
+    repeat.
 
-    The PNG is what an untrusted notebook, a forge or a slide shows; it has two pixels for each CSS pixel.
+    The PNG is what an untrusted notebook, a forge or a slide shows; it has two pixels for each CSS
+    pixel.
     """
     mpl.rc("figure", figsize=(WIDTH, 4), dpi=120)
     mpl.rc("figure.constrained_layout", use=True)
@@ -74,17 +93,23 @@ def style() -> None:
 
 
 def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str) -> Path:
-    """Write figures/<name>.svg and figures/<name>.json (drawn numbers, artifact keys, stamp); return the SVG's path.
+    """Write figures/<name>.svg and figures/<name>.json (drawn numbers, artifact keys, stamp);
+    return the SVG's path.
 
-    name: <paper>_<fig|tab><n>_<slug>. data: the drawn numbers. keys: of the artifacts they come from. stamp: profile,
-    model and n, written small under the figure. Raises ValueError for another kind of name.
+    name: <paper>_<fig|tab><n>_<slug>. data: the drawn numbers. keys: of the artifacts they come
+    from. stamp: profile, model and n, written small under the figure. Raises ValueError for another
+    kind of name.
     Drawing the same again writes the same bytes, in any process and on any CPU.
-    In a notebook whose parameters were changed the files go to artifacts/figures, and the stamp says what was changed;
-    so they do where all is computed anew (COMPUTE=cold), and the stamp says if it is in float32, as the committed
-    results are not. A dry run (COMPUTE=plan), which executes a notebook's first cells, writes nothing.
+    In a notebook whose parameters were changed the files go to artifacts/figures, and the stamp
+    says what was changed; so they do where all is computed anew (COMPUTE=cold), and the stamp says
+    if it is in float32, as the committed results are not. A dry run (COMPUTE=plan), which executes
+    a notebook's first cells, writes nothing.
     """
     if not re.fullmatch(r"(expo|mallows|wrpo)_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+", name):
-        raise ValueError(f"figure name {name!r}: use <paper>_<fig|tab><n>_<slug>, as in expo_fig5_reward_vs_alpha")
+        raise ValueError(
+            f"figure name {name!r}: use <paper>_<fig|tab><n>_<slug>, as in "
+            "expo_fig5_reward_vs_alpha"
+        )
     mode, keys = artifacts.compute_mode(), list(dict.fromkeys(keys))
     if mode == "plan":
         return paths.FIGURES / f"{name}.svg"
@@ -107,7 +132,11 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     folder = paths.FIGURES
     if (changes or parameters.anew()) and folder == paths.ROOT / "figures":
         folder = paths.ARTIFACTS / "figures"
-        drawn = f"drawn with {', '.join(changes.values())}" if changes else "drawn from results computed anew"
+        drawn = (
+            f"drawn with {', '.join(changes.values())}"
+            if changes
+            else "drawn from results computed anew"
+        )
         print(f"{name}: {drawn}; it is in {folder}, figures/ stays as it was")
     write_file(folder / f"{name}.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     write_file(folder / f"{name}.svg", picture)
@@ -115,12 +144,16 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
 
 
 def write_stamp(fig, stamp: str) -> Figure:
-    """Write a small text under the figure in a strip of its own, in place of an earlier one; return the figure."""
+    """Write a small text under the figure in a strip of its own, in place of an earlier one; return
+    the figure.
+    """
     for text in [text for text in fig.texts if text.get_gid() == "stamp"]:
         text.remove()
     width, height = fig.get_size_inches()
     lines = textwrap.wrap(stamp, int(width * 17))  # about as many characters of this size as fit
-    note = fig.text(0.995, 0.04 / height, "\n".join(lines), ha="right", va="bottom", fontsize=7, color="#555555")
+    note = fig.text(
+        0.995, 0.04 / height, "\n".join(lines), ha="right", va="bottom", fontsize=7, color="#555555"
+    )
     note.set_gid("stamp")
     note.set_in_layout(False)
     if isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
@@ -130,7 +163,8 @@ def write_stamp(fig, stamp: str) -> Figure:
 
 
 def svg(fig) -> str:
-    """Return a figure as SVG text, the same on every CPU: coordinates are rounded, and ids follow from what they name.
+    """Return a figure as SVG text, the same on every CPU: coordinates are rounded, and ids follow
+    from what they name.
 
     Matplotlib prints coordinates to a millionth of a point and makes ids of unrounded numbers.
     """
@@ -150,7 +184,9 @@ def png(fig) -> bytes:
     drawn, small = io.BytesIO(), io.BytesIO()
     fig.savefig(drawn, format="png", dpi=2 * CSS_DPI, metadata={"Software": None})
     image = Image.open(drawn).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # a third of the bytes
+    image.quantize(256, dither=Image.Dither.NONE).save(
+        small, format="png", optimize=True
+    )  # a third of the bytes
     return small.getvalue()
 
 
@@ -161,7 +197,9 @@ def _png_output(fig) -> tuple[str, dict]:
 
 
 def _settle(fig) -> None:
-    """Lay the figure out once: each further draw would move the axes by a millionth, and so change the bytes."""
+    """Lay the figure out once: each further draw would move the axes by a millionth, and so change
+    the bytes.
+    """
     if isinstance(fig.get_layout_engine(), ConstrainedLayoutEngine):
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
@@ -170,29 +208,58 @@ def _settle(fig) -> None:
 
 
 def _rounded(number: re.Match) -> str:
-    """Return a printed number with two decimals at most; a hundredth of a point is not to be seen."""
+    """Return a printed number with two decimals at most; a hundredth of a point is not to be
+    seen.
+    """
     text = f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
 
 
-def alpha_curves(df, ax, *, y, x="alpha", by="fraction", low=None, high=None, mark: Mapping | None = None,
-                 baseline: Mapping | None = None, ylabel="mean reward", title="preference pairs"):  # fmt: skip
-    """Draw reward (or length, repetition, ...) against α, one curve with its interval per value of `by`.
+def alpha_curves(
+    df,
+    ax,
+    *,
+    y,
+    x="alpha",
+    by="fraction",
+    low=None,
+    high=None,
+    mark: Mapping | None = None,
+    baseline: Mapping | None = None,
+    ylabel="mean reward",
+    title="preference pairs",
+):
+    """Draw reward (or length, repetition, ...) against α, one curve with its interval per value of
+    `by`.
 
-    by: column of names, or of shares in (0, 1], shown as percent. mark: {curve: α} to ring, default the best point of
-    each curve, {} for none. baseline: {name: level} of horizontal lines. title: of the legend. The α axis becomes
-    logarithmic away from 0 when it spans more than 1:20. Raises IndexError for a marked α that is not in `df`.
+    by: column of names, or of shares in (0, 1], shown as percent. mark: {curve: α} to ring, default
+    the best point of each curve, {} for none. baseline: {name: level} of horizontal lines. title:
+    of the legend. The α axis becomes logarithmic away from 0 when it spans more than 1:20. Raises
+    IndexError for a marked α that is not in `df`.
     """
     best = df.loc[df.groupby(by)[y].idxmax()].set_index(by)[x].to_dict() if mark is None else mark
     rings = []
     for name, colour, curve in _lines(df, ax, by, x, y, low, high):
         if name in best:
             point = curve[np.isclose(curve[x], best[name])].iloc[0]
-            ax.plot(point[x], point[y], "o", markersize=11, markerfacecolor="none", markeredgecolor=colour)
+            ax.plot(
+                point[x],
+                point[y],
+                "o",
+                markersize=11,
+                markerfacecolor="none",
+                markeredgecolor=colour,
+            )
             rings.append((point[x], point[y], point[low or y], point[high or y], colour))
     for i, (name, level) in enumerate((baseline or {}).items()):
-        ax.axhline(level, color=COLOURS.get(name, "#333333"), linestyle=("--", ":", "-.")[i % 3], linewidth=1.3,
-                   label=name, zorder=1)  # fmt: skip
+        ax.axhline(
+            level,
+            color=COLOURS.get(name, "#333333"),
+            linestyle=("--", ":", "-.")[i % 3],
+            linewidth=1.3,
+            label=name,
+            zorder=1,
+        )
     _alpha_axis(ax, np.unique(df[x].to_numpy(float)))
     ax.set(xlabel="α, extrapolation beyond the aligned model (α = 0)", ylabel=ylabel, ymargin=0.1)
     _name_rings(ax, rings)
@@ -200,7 +267,8 @@ def alpha_curves(df, ax, *, y, x="alpha", by="fraction", low=None, high=None, ma
 
 
 def interpolation(df, ax, *, y, x="gamma", by, low=None, high=None, ylabel="mean reward"):
-    """Draw reward against γ = 1 + α, the place on the line from the SFT model (0) through the aligned model (1).
+    """Draw reward against γ = 1 + α, the place on the line from the SFT model (0) through the
+    aligned model (1).
 
     by: column of the curves' names. γ in [0, 1] and γ > 1 are shaded apart.
     """
@@ -209,12 +277,22 @@ def interpolation(df, ax, *, y, x="gamma", by, low=None, high=None, ylabel="mean
     spans = [("interpolation", 0, 1, COLOURS["DPO"]), ("extrapolation", 1, right, COLOURS["ExPO"])]
     for name, start, end, colour in spans[: 1 + (right > 1)]:
         ax.axvspan(start, end, color=colour, alpha=0.07, linewidth=0)
-        ax.text((start + end) / 2, 1.01, name, transform=axis, ha="center", va="bottom", color=colour)
+        ax.text(
+            (start + end) / 2, 1.01, name, transform=axis, ha="center", va="bottom", color=colour
+        )
     for at, name in ((0, "SFT"), (1, "aligned")):
         inside = (-3, "right") if at == right else (3, "left")
         ax.axvline(at, color="#555555", linewidth=1, linestyle=":", zorder=1)
-        ax.annotate(name, (at, 0), xycoords=axis, xytext=(inside[0], 4), textcoords="offset points", ha=inside[1],
-                    fontsize=8, color="#555555")  # fmt: skip
+        ax.annotate(
+            name,
+            (at, 0),
+            xycoords=axis,
+            xytext=(inside[0], 4),
+            textcoords="offset points",
+            ha=inside[1],
+            fontsize=8,
+            color="#555555",
+        )
     list(_lines(df, ax, by, x, y, low, high))
     xlabel = "γ = 1 + α, place on the line through SFT and aligned"
     ax.set(xlim=(left - margin, right + margin), xlabel=xlabel, ylabel=ylabel)
@@ -229,10 +307,20 @@ def dot_intervals(df, ax, *, label, value, low, high, colour=None, xlabel="mean 
     names = list(dict.fromkeys(df[label]))
     groups = [(None, df)] if colour is None else list(df.groupby(colour, sort=False))
     for i, (name, group) in enumerate(groups):
-        places = np.array([names.index(n) for n in group[label]]) + 0.22 * (i - (len(groups) - 1) / 2)
+        places = np.array([names.index(n) for n in group[label]]) + 0.22 * (
+            i - (len(groups) - 1) / 2
+        )
         errors = [group[value] - group[low], group[high] - group[value]]
-        ax.errorbar(group[value], places, xerr=errors, fmt=MARKERS[i % len(MARKERS)], color=_colour(name, i),
-                    capsize=3, elinewidth=1.5, label=_label(name))  # fmt: skip
+        ax.errorbar(
+            group[value],
+            places,
+            xerr=errors,
+            fmt=MARKERS[i % len(MARKERS)],
+            color=_colour(name, i),
+            capsize=3,
+            elinewidth=1.5,
+            label=_label(name),
+        )
     ax.set_yticks(range(len(names)), names)
     ax.set(ylim=(len(names) - 0.5, -0.5), xlabel=xlabel)
     ax.grid(axis="y", visible=False)
@@ -246,38 +334,56 @@ def one_legend(fig, title: str | None = None, columns: int = 4):
         names |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
         if ax.get_legend() is not None:
             ax.get_legend().remove()
-    return fig.legend(names.values(), names.keys(), title=title, loc="outside upper center", ncols=columns)
+    return fig.legend(
+        names.values(), names.keys(), title=title, loc="outside upper center", ncols=columns
+    )
 
 
 def _lines(df, ax, by, x, y, low, high):
     """Draw a line with its band per value of `by`; yield each value, its colour and its rows."""
     for i, (name, rows) in enumerate(df.groupby(by, sort=df[by].dtype.kind in "fi")):
         rows, colour = rows.sort_values(x), _colour(name, i)
-        ax.plot(rows[x], rows[y], color=colour, marker=MARKERS[i % len(MARKERS)], label=_label(name))
+        ax.plot(
+            rows[x], rows[y], color=colour, marker=MARKERS[i % len(MARKERS)], label=_label(name)
+        )
         if low:
             ax.fill_between(rows[x], rows[low], rows[high], color=colour, alpha=0.15, linewidth=0)
         yield name, colour, rows
 
 
 def _name_rings(ax, rings: list[tuple]) -> None:
-    """Write the α of each ring (x, y, low, high, colour) beside it; of rings that lie together, in a row."""
+    """Write the α of each ring (x, y, low, high, colour) beside it; of rings that lie together, in
+    a row.
+    """
     ax.autoscale_view()
     groups = _together(ax, rings)
     for ring in rings:
         group = next(group for group in groups if ring in group)
         y, right, up = _free_place(ax, group)
         right += 15 * (group.index(ring) - (len(group) - 1) / 2)
-        ax.annotate(f"{ring[0]:g}", (ring[0], y), xytext=(right, up), textcoords="offset points", ha="center",
-                    va="center", fontsize=8, color=ring[4], fontweight="bold")  # fmt: skip
+        ax.annotate(
+            f"{ring[0]:g}",
+            (ring[0], y),
+            xytext=(right, up),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color=ring[4],
+            fontweight="bold",
+        )
 
 
 def _free_place(ax, group: list[tuple]) -> tuple[float, float, float]:
     """Return where to name rings: a height of the data, and from there points to the right and up.
 
-    Above them, or below where a point of another curve is in the way, or beside them where one is there, too.
+    Above them, or below where a point of another curve is in the way, or beside them where one is
+    there, too.
     """
     own = [ring[1] for ring in group]
-    points = [point for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()]
+    points = [
+        point for line in ax.lines if line.get_marker() != "None" for point in line.get_xydata()
+    ]
     others = [_points(ax, y) for x, y in points if x == group[0][0] and y not in own]
     highest, lowest = max(ring[3] for ring in group), min(ring[2] for ring in group)
     for y, up in ((highest, 11), (lowest, -11)):
@@ -314,19 +420,26 @@ def _colour(name, place: int = 0) -> str:
 
 
 def _legend(ax, title: str | None = None):
-    ax.legend(title=title, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, alignment="left")
+    ax.legend(
+        title=title, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, alignment="left"
+    )
     return ax
 
 
 def _alpha_axis(ax, values: np.ndarray) -> None:
-    """Make a wide α axis logarithmic away from 0, with ticks at drawn values as far as their labels fit."""
+    """Make a wide α axis logarithmic away from 0, with ticks at drawn values as far as their labels
+    fit.
+    """
     sizes = np.abs(values[values != 0])
     if not len(sizes) or sizes.max() / sizes.min() <= 20:
         return
     ax.set_xscale("symlog", linthresh=sizes.min(), linscale=0.6)
     scale = ax.xaxis.get_transform()
     places = scale.transform(values)
-    margin, unit = 0.04 * np.ptp(places), np.ptp(places) / (0.8 * ax.bbox.width * 72 / ax.figure.dpi)  # unit: a point
+    margin, unit = (
+        0.04 * np.ptp(places),
+        np.ptp(places) / (0.8 * ax.bbox.width * 72 / ax.figure.dpi),
+    )  # unit: a point
     ax.set_xlim(scale.inverted().transform(np.array([places[0] - margin, places[-1] + margin])))
     ticks, end = [], -np.inf
     for value, place in zip(values, places, strict=True):

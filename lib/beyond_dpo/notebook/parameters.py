@@ -1,8 +1,8 @@
 """Tell whether what is drawn now may take the place of what is committed.
 
-What comes of other parameters is a trial, and what is computed anew may be of another machine or precision: neither
-must take the place of a committed figure or claim, whoever started the kernel (JupyterLab, papermill, the runner). So
-the functions that write ask here.
+What comes of other parameters is a trial, and what is computed anew may be of another machine or
+precision: neither must take the place of a committed figure or claim, whoever started the kernel
+(JupyterLab, papermill, the runner). So the functions that write ask here.
 """
 
 import ast
@@ -13,14 +13,15 @@ from pathlib import Path
 
 from beyond_dpo.machine import paths
 
-RENEW = "BEYOND_DPO_RENEW"  # set by `run --in-place` and `run --freeze`: what is drawn is what will be committed
+# set by `run --in-place` and `run --freeze`: what is drawn is what will be committed
+RENEW = "BEYOND_DPO_RENEW"
 
 
 def changed(notebook: str) -> dict[str, str]:
     """Return {parameter: "parameter = value"} for each that differs from what is committed.
 
-    notebook: the stem of its file name. Empty outside of a notebook, for an unknown notebook, and where the runner
-    renews what is committed.
+    notebook: the stem of its file name. Empty outside of a notebook, for an unknown notebook, and
+    where the runner renews what is committed.
     """
     namespace = _namespace()
     if namespace is None or os.environ.get(RENEW):
@@ -40,9 +41,11 @@ def anew() -> bool:
 
 
 def committed(notebook: str) -> dict:
-    """Return the parameters with which a notebook's committed figures were drawn, else those of its file.
+    """Return the parameters with which a notebook's committed figures were drawn, else those of its
+    file.
 
-    The figures know better: JupyterLab saves an edited parameters cell into the notebook's file by itself.
+    The figures know better: JupyterLab saves an edited parameters cell into the notebook's file by
+    itself.
     """
     values = declared(notebook)
     for path in sorted((paths.ROOT / "figures").glob("*.json")):
@@ -65,7 +68,9 @@ def declared(notebook: str) -> dict:
 
 
 def current(notebook: str) -> dict:
-    """Return the values that the running notebook has now for the parameters of its file; empty outside of one."""
+    """Return the values that the running notebook has now for the parameters of its file; empty
+    outside of one.
+    """
     namespace = _namespace()
     if namespace is None:
         return {}
@@ -77,7 +82,9 @@ def notebook_of(figure: str) -> str:
     owner = _record(paths.ROOT / "figures" / f"{figure}.json").get("notebook")
     if owner:
         return owner
-    written = json.dumps(json.dumps(figure)).strip('"').encode()  # its name, quoted in a cell, as JSON holds it
+    written = (
+        json.dumps(json.dumps(figure)).strip('"').encode()
+    )  # its name, quoted in a cell, as JSON holds it
     for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
         if written in path.read_bytes():
             return path.stem
@@ -95,7 +102,9 @@ def _namespace() -> dict | None:
 
 
 def _literals(source: str) -> dict:
-    """Return {name: value} of the lines `name = literal`; other lines are the runner's to refuse."""
+    """Return {name: value} of the lines `name = literal`; other lines are the runner's to
+    refuse.
+    """
     values = {}
     for node in ast.parse(source).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
@@ -107,7 +116,9 @@ def _literals(source: str) -> dict:
 
 
 def _plain(value):
-    """Return a value as JSON gives it back, where 1 and 1.0 are equal; its text where it is no JSON."""
+    """Return a value as JSON gives it back, where 1 and 1.0 are equal; its text where it is no
+    JSON.
+    """
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):

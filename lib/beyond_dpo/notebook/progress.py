@@ -1,7 +1,9 @@
-"""Say what a notebook would run, and what it is doing: artifacts and child processes report, the runner follows.
+"""Say what a notebook would run, and what it is doing: artifacts and child processes report, the
+runner follows.
 
-Reports are JSON lines in the file that BEYOND_DPO_PROGRESS names: {event, stage, key} for start, wait, hit and done of
-an artifact, and {event, stage, fraction, eta} (fraction in [0, 1], eta in seconds) for progress of the one that runs.
+Reports are JSON lines in the file that BEYOND_DPO_PROGRESS names: {event, stage, key} for start,
+wait, hit and done of an artifact, and {event, stage, fraction, eta} (fraction in [0, 1], eta in
+seconds) for progress of the one that runs.
 """
 
 import ast
@@ -21,10 +23,12 @@ from beyond_dpo.pipeline import artifacts, config
 
 
 def configuration(nb, values: dict):
-    """Return the configuration that a notebook's set-up loads with these parameters; None where it loads none.
+    """Return the configuration that a notebook's set-up loads with these parameters; None where it
+    loads none.
 
-    Only the set-up's assignments up to that are executed, none of its imports, so that this takes no time. Raises
-    ConfigError as config.load() does, and ValueError for a cluster that the environment does not describe well.
+    Only the set-up's assignments up to that are executed, none of its imports, so that this takes
+    no time. Raises ConfigError as config.load() does, and ValueError for a cluster that the
+    environment does not describe well.
     """
     for cell in nb.cells:
         if cell.cell_type != "code" or "parameters" in cell.metadata.get("tags", []):
@@ -41,7 +45,9 @@ def configuration(nb, values: dict):
 
 
 def _assigned(steps: list[ast.Assign], values: dict):
-    """Return what the last of these assignments assigns; None where they need more than config and the parameters."""
+    """Return what the last of these assignments assigns; None where they need more than config and
+    the parameters.
+    """
     names = {**values, "config": config}
     try:
         exec(compile(ast.Module(steps, []), "set-up", "exec"), names)
@@ -62,10 +68,12 @@ def lacks_results(nb, values: dict) -> bool:
 
 
 def planned(nb, values: dict) -> tuple:
-    """Return a notebook's configuration (None if it has none) and the artifacts that it names, as its own cells say.
+    """Return a notebook's configuration (None if it has none) and the artifacts that it names, as
+    its own cells say.
 
-    Those are the set-up and the one that names its results. values: of its parameters. Nothing is computed, and no
-    network is asked. Raises ValueError where the set-up does, as ConfigError is one.
+    Those are the set-up and the one that names its results. values: of its parameters. Nothing is
+    computed, and no network is asked. Raises ValueError where the set-up does, as ConfigError is
+    one.
     """
     held, cells = dict(values), [cell for cell in nb.cells if cell.cell_type == "code"]
     cells = [cell.source for cell in cells if "parameters" not in cell.metadata.get("tags", [])]
@@ -78,7 +86,9 @@ def planned(nb, values: dict) -> tuple:
         del os.environ["COMPUTE"]
         if before is not None:
             os.environ["COMPUTE"] = before
-    return held.get("cfg"), [value for value in held.values() if isinstance(value, artifacts.Artifact)]
+    return held.get("cfg"), [
+        value for value in held.values() if isinstance(value, artifacts.Artifact)
+    ]
 
 
 def said(nb, values: dict) -> list[str]:
@@ -89,7 +99,9 @@ def said(nb, values: dict) -> list[str]:
         return [f"is refused: {reason}"]
     jobs = [one.upstream for one in named]
     file = str(paths.ARTIFACTS / "{}.partial/checkpoints/config.json")
-    hub = "KEY" * any('"plan": ' in json.dumps(one.recipe) for job in jobs for one in job.values())  # not by commit
+    hub = "KEY" * any(
+        '"plan": ' in json.dumps(one.recipe) for job in jobs for one in job.values()
+    )  # not by commit
     lines = []
     for job in jobs:
         for key, one in job.items():
@@ -99,19 +111,24 @@ def said(nb, values: dict) -> list[str]:
         return ["computes nothing: shows what others found or printed"]
     n, world = cfg.needs, cfg.world
     return [
-        f"needs: {n.gpus} GPUs of {n.gpu_gb} GB, {n.memory_gb} GB memory, {n.disk_gb} GB disk, about {n.hours:g} h",
-        f"models: target {world.target}, reward model {world.reward_model}; data: {world.dataset}, {world.prompts} "
-        f"{'given pairs' if world.pairs == 'given' else 'prompts for pairs'}, {world.dev_prompts} dev, "
+        f"needs: {n.gpus} GPUs of {n.gpu_gb} GB, {n.memory_gb} GB memory, {n.disk_gb} GB disk, "
+        f"about {n.hours:g} h",
+        f"models: target {world.target}, reward model {world.reward_model}; data: "
+        f"{world.dataset}, {world.prompts} "
+        f"{'given pairs' if world.pairs == 'given' else 'prompts for pairs'}, {world.dev_prompts} "
+        "dev, "
         f"{world.test_prompts} test",
         *dict.fromkeys(lines),
     ]
 
 
 class Watch:
-    """Follow one notebook twice a second, in a `with`: memory of its processes, its reports, a live line on stderr.
+    """Follow one notebook twice a second, in a `with`: memory of its processes, its reports, a live
+    line on stderr.
 
     reports: the file that its processes write to, None where there is none.
-    peak: most memory (RSS, bytes) that all processes below this one held together. computed, found: keys of artifacts.
+    peak: most memory (RSS, bytes) that all processes below this one held together. computed, found:
+    keys of artifacts.
     """
 
     def __init__(self, title: str, reports: Path | None = None):
@@ -132,10 +149,15 @@ class Watch:
             events.say("\r\x1b[K", end="")
 
     def line(self) -> str:
-        """Return what is going on: `[2/3] 11_expo_headline · cell 4 of 9 · train-ab12cd · SFT · 43 % · 2 min left`."""
+        """Return what is going on: `[2/3] 11_expo_headline · cell 4 of 9 · train-ab12cd · SFT · 43
+        % · 2 min left`.
+        """
         parts = [self.title, self.cell]
         for key, (began, what, fraction, eta) in list(self.running.items())[-1:]:
-            parts += [key[:-10] if key[-17:-16] == "-" else key, "" if key.startswith(what) else what]
+            parts += [
+                key[:-10] if key[-17:-16] == "-" else key,
+                "" if key.startswith(what) else what,
+            ]
             parts += ["" if fraction is None else f"{100 * fraction:.0f} %"]
             if eta is None:
                 parts.append(f"for {events.duration(time.monotonic() - began)}")
@@ -162,13 +184,17 @@ class Watch:
                 self._printed = (now, line)
 
     def _read(self) -> None:
-        """Take in what has been reported since the last time, whole lines only; none of it can end the run."""
+        """Take in what has been reported since the last time, whole lines only; none of it can end
+        the run.
+        """
         if self.reports is None:
             return
         try:
             with open(self.reports, "rb") as file:
                 file.seek(self._offset)
-                lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+                lines = [
+                    line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")
+                ]
         except OSError:
             return
         self._offset += sum(map(len, lines))
@@ -183,8 +209,15 @@ class Watch:
             self.computed.add(key)
         elif told["event"] == "hit":
             self.found.add(key)
-        elif told.get("fraction") != 1 or key != told.get("stage"):  # a job outside of any artifact ends at 1
-            self.running[key] = (began, told.get("stage") or "", told.get("fraction"), told.get("eta"))
+        elif told.get("fraction") != 1 or key != told.get(
+            "stage"
+        ):  # a job outside of any artifact ends at 1
+            self.running[key] = (
+                began,
+                told.get("stage") or "",
+                told.get("fraction"),
+                told.get("eta"),
+            )
 
 
 def _report(line: bytes) -> dict | None:

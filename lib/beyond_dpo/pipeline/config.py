@@ -1,6 +1,7 @@
 """Profiles: one dial from a laptop test (`smoke`) to the paper's own settings (`paper`).
 
-`load("expo", "cpu")` merges `base` and an overlay of `profiles/<paper>.yaml`; only values enter keys."""
+`load("expo", "cpu")` merges `base` and an overlay of `profiles/<paper>.yaml`; only values enter
+keys."""
 
 import difflib
 import json
@@ -27,7 +28,11 @@ from beyond_dpo.pipeline.settings import Expo, Mallows, Source, World, Wrpo
 # of the settings, for users of this module
 __all__ = ["FUSED", "ConfigError", "Decoding", "Source", "Train", "World", "check_batch"]
 PROFILES = ("smoke", "cpu", "gpu", "paper")
-HIDDEN = ("profile", "pairs.", "wrong_pairs.")  # in no table of differences: its own name, and a list of models
+HIDDEN = (
+    "profile",
+    "pairs.",
+    "wrong_pairs.",
+)  # in no table of differences: its own name, and a list of models
 SCHEMAS = {"expo": Expo, "mallows": Mallows, "wrpo": Wrpo}
 
 
@@ -118,7 +123,11 @@ def _plain_array(key: str, value):
 
     try:
         array = numpy.asarray(value)
-    except (TypeError, ValueError, RuntimeError):  # a tensor of another device, or of no dtype of NumPy's
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # a tensor of another device, or of no dtype of NumPy's
         raise _unusable(key, value) from None
     if array.ndim:
         return [_plain(f"{key}.{i}", inner) for i, inner in enumerate(array)]
@@ -129,7 +138,9 @@ def _plain_array(key: str, value):
 
 def _unusable(key: str, value) -> ConfigError:
     kind = type(value).__name__
-    return ConfigError(f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value")
+    return ConfigError(
+        f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value"
+    )
 
 
 def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
@@ -207,7 +218,9 @@ def _check_names(config, schema, overrides: dict) -> None:
         if fraction not in config.fractions:
             trained = ", ".join(map(str, config.fractions))
             todo = "nothing is trained with it; give others, or seed_fractions=[]"
-            raise ConfigError(f"seed_fractions: {fraction} is none of the fractions ({trained}): {todo}")
+            raise ConfigError(
+                f"seed_fractions: {fraction} is none of the fractions ({trained}): {todo}"
+            )
 
 
 def _check_settings(config) -> None:
@@ -225,9 +238,14 @@ def _check_settings(config) -> None:
             raise ConfigError(f"{room} in {name}.max_model_len={decoding.max_model_len}")
     shortest, longest = config.world.prompt_tokens
     if shortest > longest:
-        raise ConfigError(f"world.prompt_tokens: {shortest} (shortest) is above {longest} (longest)")
+        raise ConfigError(
+            f"world.prompt_tokens: {shortest} (shortest) is above {longest} (longest)"
+        )
     if config.sft.lora_rank:
-        raise ConfigError("sft.lora_rank: the SFT model, where all others start, must be whole; use train.lora_rank")
+        raise ConfigError(
+            "sft.lora_rank: the SFT model, where all others start, must be whole; use "
+            "train.lora_rank"
+        )
     if config.world.pairs == "sampled":
         require_prompts(config.world, "prompts", *_judged_on(config))
     _check_losses(config)
@@ -255,16 +273,22 @@ def check_grid(config: Expo, fraction: float) -> None:
 def _check_losses(config) -> None:
     """Raise ConfigError for a loss where it cannot be trained, and for half of MallowsPO's grid."""
     if config.sft.loss != "sft":
-        raise ConfigError(f"sft.loss: {config.sft.loss!r} compares responses, of which SFT has one: use 'sft'")
+        raise ConfigError(
+            f"sft.loss: {config.sft.loss!r} compares responses, of which SFT has one: use 'sft'"
+        )
     if not isinstance(config, Wrpo) and config.train.loss not in get_args(PairLosses):
         valid = ", ".join(get_args(PairLosses))
-        raise ConfigError(f"train.loss: {config.train.loss!r} does not learn from pairs; valid: {valid}")
+        raise ConfigError(
+            f"train.loss: {config.train.loss!r} does not learn from pairs; valid: {valid}"
+        )
     for name in ("plug_ins", "objectives"):
         for loss, settings in getattr(config, name, {}).items():
             _check_loss(config.train, f"{name}.{loss}", loss, settings)
     if isinstance(config, Mallows) and bool(config.grid_betas) != bool(config.grid_lrs):
         empty = "grid_lrs" if config.grid_betas else "grid_betas"
-        raise ConfigError(f"{empty} is empty, and with it the grid of β and learning rate: fill both, or none")
+        raise ConfigError(
+            f"{empty} is empty, and with it the grid of β and learning rate: fill both, or none"
+        )
 
 
 def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
@@ -278,7 +302,9 @@ def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
 
 
 def differences(config, other) -> list[tuple[str, object, object]]:
-    """Return (dotted key, value here, value there) wherever two configurations of one paper differ."""
+    """Return (dotted key, value here, value there) wherever two configurations of one paper
+    differ.
+    """
     here = _flat(asdict(config))
     there = _flat(asdict(other))
     found = []
@@ -289,7 +315,9 @@ def differences(config, other) -> list[tuple[str, object, object]]:
 
 
 def _section(value) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) for k in value)  # unlike `alphas`, keyed by numbers
+    return isinstance(value, dict) and all(
+        isinstance(k, str) for k in value
+    )  # unlike `alphas`, keyed by numbers
 
 
 def _merge(below: dict, above: dict) -> dict:
@@ -309,4 +337,6 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 def _unknown(what: str, name: str, valid) -> str:
     near = difflib.get_close_matches(name, list(valid), 1, 0.4)
-    return f"unknown {what} {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}")
+    return f"unknown {what} {name!r}" + (
+        f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}"
+    )

@@ -1,6 +1,8 @@
-"""Ask an OpenAI-compatible endpoint many things at once: each reply is kept as it comes, tokens and cost are counted.
+"""Ask an OpenAI-compatible endpoint many things at once: each reply is kept as it comes, tokens and
+cost are counted.
 
-Its key is read from OPENAI_API_KEY by the client and is no argument; it enters no file, log or error.
+Its key is read from OPENAI_API_KEY by the client and is no argument; it enters no file, log or
+error.
 """
 
 import json
@@ -43,25 +45,34 @@ STATUS_OF = {  # errors by the names that servers give them in a 200, as far as 
 
 
 class EndpointError(RuntimeError):
-    """Say what an endpoint answered instead of a reply; what came before is kept, so that a new run goes on."""
+    """Say what an endpoint answered instead of a reply; what came before is kept, so that a new run
+    goes on.
+    """
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Name a model behind an OpenAI-compatible API, and how it is asked; only the model's name belongs into a key."""
+    """Name a model behind an OpenAI-compatible API, and how it is asked; only the model's name
+    belongs into a key.
+    """
 
     model: str
     url: str = ""  # default: the client's own
-    prices: tuple[float, float] | None = None  # of a million prompt tokens and of a million completion tokens
+    prices: tuple[float, float] | None = (
+        None  # of a million prompt tokens and of a million completion tokens
+    )
     at_once: int = 8  # requests
-    timeout: float = 600.0  # seconds, of one attempt: a judge that thinks, or a server without a GPU, takes minutes
-    # after 408, 409, 429, 5xx (told by HTTP, or by an error in a 200), timeouts, lost connections and
+    # seconds, of one attempt: a judge that thinks, or a server without a GPU, takes minutes
+    timeout: float = 600.0
+    # after 408, 409, 429, 5xx (told by HTTP, or by an error in a 200), timeouts, lost connections
+    # and
     # damaged replies; the wait doubles up to 8 s
     retries: int = 6
 
 
 class Used(NamedTuple):
-    """Count what was answered and refused, and the tokens by the endpoint's own count, earlier attempts included.
+    """Count what was answered and refused, and the tokens by the endpoint's own count, earlier
+    attempts included.
 
     A reply without a count adds no tokens: then they are a lower bound, and a warning says so.
     """
@@ -72,8 +83,12 @@ class Used(NamedTuple):
     completion_tokens: int
 
     def cost(self, prices: tuple[float, float] | None) -> float | None:
-        """Return what the tokens cost, in the currency of `prices` (per million tokens); None without prices."""
-        return prices and (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1e6
+        """Return what the tokens cost, in the currency of `prices` (per million tokens); None
+        without prices.
+        """
+        return (
+            prices and (self.prompt_tokens * prices[0] + self.completion_tokens * prices[1]) / 1e6
+        )
 
 
 class Kept(NamedTuple):
@@ -88,24 +103,31 @@ class Kept(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """Say what came instead of a reply: a status as of HTTP, in words, and whether no retry mends it."""
+    """Say what came instead of a reply: a status as of HTTP, in words, and whether no retry mends
+    it.
+    """
 
     status: int
     words: str
     final: bool
 
 
-def ask(endpoint: Endpoint, requests: dict[str, dict], kept: Path, read: Callable) -> tuple[dict, Used]:
-    """Return ({id: what `read` made of its reply}, Used) of all requests; replies that `kept` holds are not asked for.
+def ask(
+    endpoint: Endpoint, requests: dict[str, dict], kept: Path, read: Callable
+) -> tuple[dict, Used]:
+    """Return ({id: what `read` made of its reply}, Used) of all requests; replies that `kept` holds
+    are not asked for.
 
-    requests: {id: arguments of chat.completions.create, but the model}. read(reply): the JSON value to keep of a
-    ChatCompletion, each of whose choices has a message; None if the reply is of no use. read(None): the value of a
-    request that the endpoint refuses (REFUSALS), or whose reply holds the key. kept: a JSONL file of [id, value,
-    [prompt tokens, completion tokens]], one whole line a reply, null in the third place of what was refused, nothing
-    in it where the endpoint does not count; half a line is left out. What an earlier run was refused, or could not
+    requests: {id: arguments of chat.completions.create, but the model}. read(reply): the JSON value
+    to keep of a ChatCompletion, each of whose choices has a message; None if the reply is of no
+    use. read(None): the value of a request that the endpoint refuses (REFUSALS), or whose reply
+    holds the key. kept: a JSONL file of [id, value, [prompt tokens, completion tokens]], one whole
+    line a reply, null in the third place of what was refused, nothing in it where the endpoint does
+    not count; half a line is left out. What an earlier run was refused, or could not
     use, is asked again: the endpoint may be mended since.
-    Raises EndpointError once the retries are used up, and at once for what no retry mends (a wrong key or model). The
-    tokens counted are the sum of the endpoint's own counts of these replies, however often a run was interrupted.
+    Raises EndpointError once the retries are used up, and at once for what no retry mends (a wrong
+    key or model). The tokens counted are the sum of the endpoint's own counts of these replies,
+    however often a run was interrupted.
     """
     import openai
 
@@ -141,10 +163,14 @@ def ask(endpoint: Endpoint, requests: dict[str, dict], kept: Path, read: Callabl
 
 
 def _earlier(kept: Path) -> dict[str, Kept]:
-    """Return an earlier run's replies by id, as far as they are of use, and leave only them in its file."""
+    """Return an earlier run's replies by id, as far as they are of use, and leave only them in its
+    file.
+    """
     found = {}
     for line in kept.read_bytes().split(b"\n") if kept.exists() else ():
-        with suppress(ValueError):  # half a line of a killed process, or of a full disk and another one behind it
+        with suppress(
+            ValueError
+        ):  # half a line of a killed process, or of a full disk and another one behind it
             i, value, *tokens = json.loads(line)
             found[i] = Kept(value, tokens[0] if tokens else [])
     found = {i: reply for i, reply in found.items() if None not in reply}
@@ -215,7 +241,9 @@ def _wrong(reply) -> Trouble | None:
 
 
 def _told(error) -> Trouble:
-    """Read the error that a server put into a 200: its status is a number or a name, or not told."""
+    """Read the error that a server put into a 200: its status is a number or a name, or not
+    told.
+    """
     status = UNKNOWN
     for name in ("type", "status", "code") if isinstance(error, dict) else ():
         value = str(error.get(name)).lower()
@@ -228,7 +256,9 @@ def _told(error) -> Trouble:
 
 
 def _tokens(reply) -> list[int | None]:
-    """Return [prompt tokens, completion tokens] as the endpoint counts them, [] if it counts neither."""
+    """Return [prompt tokens, completion tokens] as the endpoint counts them, [] if it counts
+    neither.
+    """
     usage = getattr(reply, "usage", None)
     counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
     counts = [count if isinstance(count, int) else None for count in counts]
@@ -240,7 +270,9 @@ def _used(model: str, tokens: list[list | None]) -> Used:
     counted = [counts for counts in tokens if counts is not None]
     incomplete = sum(not counts or None in counts for counts in counted)
     if incomplete:
-        log.warning("%s does not count all tokens of %d of %d replies", model, incomplete, len(counted))
+        log.warning(
+            "%s does not count all tokens of %d of %d replies", model, incomplete, len(counted)
+        )
     sums = [sum(counts[k] or 0 for counts in counted if counts) for k in (0, 1)]
     used = Used(len(counted), len(tokens) - len(counted), *sums)
     log.info("%s: %s", model, used)
@@ -248,14 +280,18 @@ def _used(model: str, tokens: list[list | None]) -> Used:
 
 
 def _holds_key(value) -> bool:
-    """Return whether a value to be kept holds the key: an endpoint may send back what it was sent."""
+    """Return whether a value to be kept holds the key: an endpoint may send back what it was
+    sent.
+    """
     key = os.environ.get("OPENAI_API_KEY") or ""
     written = json.dumps(key, ensure_ascii=False)[1:-1]
     return len(key) >= REAL_KEY and written in json.dumps(value, ensure_ascii=False)
 
 
 def _clean(text: str) -> str:
-    """Return an error's text without the key; a placeholder's is only taken out where it is a word."""
+    """Return an error's text without the key; a placeholder's is only taken out where it is a
+    word.
+    """
     key = os.environ.get("OPENAI_API_KEY")
     if not key:
         return text

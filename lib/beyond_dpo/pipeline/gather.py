@@ -1,4 +1,6 @@
-"""Results of many models in one table: computed in an order that keeps engines alive, under one progress bar."""
+"""Results of many models in one table: computed in an order that keeps engines alive, under one
+progress bar.
+"""
 
 import json
 import time
@@ -22,7 +24,8 @@ def watched(items, desc: str):
 
 
 def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
-    """Get the scores of every place: one line a response, and each place with its facts; all trainings come first.
+    """Get the scores of every place: one line a response, and each place with its facts; all
+    trainings come first.
 
     gold: the reward that made the pairs, where no labels train another.
     """

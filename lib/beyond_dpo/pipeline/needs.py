@@ -10,7 +10,9 @@ from beyond_dpo.pipeline import artifacts, config
 
 
 def check(cfg) -> None:
-    """Raise ConfigError, with the numbers and what to do, if this machine lacks what `cfg` needs."""
+    """Raise ConfigError, with the numbers and what to do, if this machine lacks what `cfg`
+    needs.
+    """
     missing = lacking(cfg)
     if not missing:
         return
@@ -31,7 +33,8 @@ def lacking(cfg) -> list[str]:
             missing.append(f"{needs.gpus} GPUs of {needs.gpu_gb} GB (found {gpus})")
     elif _asks_for_bf16(cfg) and not cards() and not precision.computes_bf16(precision.CPUINFO):
         missing.append(
-            "a GPU, or a CPU with AVX512_BF16 or AMX, for bfloat16 (this one would emulate it; set the "
+            "a GPU, or a CPU with AVX512_BF16 or AMX, for bfloat16 (this one would emulate it; "
+            "set the "
             "precisions to fp32 and decoding.dtype to float32, as COMPUTE=cold does)"
         )
     room = free_disk_gb()

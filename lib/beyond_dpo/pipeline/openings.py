@@ -1,4 +1,6 @@
-"""How reviews begin and go on: prompts of a few first words, and texts of whole sentences with an end."""
+"""How reviews begin and go on: prompts of a few first words, and texts of whole sentences with an
+end.
+"""
 
 import random
 import re

@@ -1,7 +1,9 @@
-"""Published preference data, and a user's own, as rows of one kind: an adapter for each schema, and the split.
+"""Published preference data, and a user's own, as rows of one kind: an adapter for each schema, and
+the split.
 
-A row is {"prompt": text or chat turns, "responses": {name: text}}, or a labelled text {"text", "label"}. An adapter
-takes one row of its data set and returns such a row, or as a string why it teaches nothing and is dropped.
+A row is {"prompt": text or chat turns, "responses": {name: text}}, or a labelled text {"text",
+"label"}. An adapter takes one row of its data set and returns such a row, or as a string why it
+teaches nothing and is dropped.
 """
 
 import html
@@ -93,7 +95,9 @@ def _refuse_unread(columns: list[str]) -> None:
 
 
 def _besides(row: dict) -> list[str]:
-    """Return the columns of words beside a prompt that may belong to it: no other answers, no whole chat."""
+    """Return the columns of words beside a prompt that may belong to it: no other answers, no whole
+    chat.
+    """
     return [name for name in _unnamed(row) if _last_word(name) not in ANSWERS]
 
 
@@ -134,17 +138,21 @@ def _holds_words(value) -> bool:
 
 
 def trl(row: dict) -> dict | str:
-    """Read prompt, chosen and rejected as TRL takes them: texts or turns, the prompt given or what both begin with.
+    """Read prompt, chosen and rejected as TRL takes them: texts or turns, the prompt given or what
+    both begin with.
 
-    So are HuggingFaceH4/ultrafeedback_binarized and princeton-nlp/llama3-ultrafeedback-armorm: `prompt` a text,
-    `chosen` and `rejected` whole chats. A prompt without answers is one to generate for.
+    So are HuggingFaceH4/ultrafeedback_binarized and princeton-nlp/llama3-ultrafeedback-armorm:
+    `prompt` a text, `chosen` and `rejected` whole chats. A prompt without answers is one to
+    generate for.
     """
     prompt = question(row)
     chosen, rejected = _given(row, "chosen"), _given(row, "rejected")
     if isinstance(chosen, str) or isinstance(rejected, str):
         return _texts(row, prompt, chosen or "", rejected or "")
     chosen, rejected = chosen or [], rejected or []
-    if (len(chosen), len(rejected)) == (2, 1) and not (isinstance(chosen[0], dict) and chosen[0]["role"] == "user"):
+    if (len(chosen), len(rejected)) == (2, 1) and not (
+        isinstance(chosen[0], dict) and chosen[0]["role"] == "user"
+    ):
         return wrpo(row | {"prompt": prompt})
     asked = _turns(prompt) if prompt else []
     answers = _turns(chosen), _turns(rejected)
@@ -202,7 +210,9 @@ def _chat(asked: list[dict], turns: list[dict]) -> list[dict] | None:
     before = [_words_of(turn) for turn in turns[:-1]]
     told = [_words_of(turn) for turn in asked]
     starts = range(len(before) - len(told) + 1)
-    if any(before[start : start + len(told)] == told for start in starts):  # the whole chat is there
+    if any(
+        before[start : start + len(told)] == told for start in starts
+    ):  # the whole chat is there
         return front + turns
     for size in range(min(len(told), len(before)), 0, -1):
         if told[-size:] == before[:size]:
@@ -224,13 +234,20 @@ def _words_of(turn: dict) -> tuple[str, str]:
 
 
 def wrpo(row: dict) -> dict:
-    """Read AALF/ultrafeedback_wrpo: chosen = [best of the sources, best of the target], rejected = [its worst]."""
+    """Read AALF/ultrafeedback_wrpo: chosen = [best of the sources, best of the target], rejected =
+    [its worst].
+    """
     said = zip(config.FUSED, map(_last, [*row["chosen"], *row["rejected"]]), strict=True)
-    return {"prompt": [row["prompt"]] if isinstance(row["prompt"], dict) else row["prompt"], "responses": dict(said)}
+    return {
+        "prompt": [row["prompt"]] if isinstance(row["prompt"], dict) else row["prompt"],
+        "responses": dict(said),
+    }
 
 
 def hh(row: dict) -> dict | str:
-    """Read Anthropic/hh-rlhf: two dialogues, a text each, alike but for the last thing the assistant says."""
+    """Read Anthropic/hh-rlhf: two dialogues, a text each, alike but for the last thing the
+    assistant says.
+    """
     dialogues = []
     for text in (row["chosen"], row["rejected"]):
         before, *parts = TURN.split(text or "")  # who, what, who, what, …
@@ -242,7 +259,9 @@ def hh(row: dict) -> dict | str:
 
 
 def shp(row: dict) -> dict | str:
-    """Read stanfordnlp/SHP: a post, and two comments, of which labels = 1 prefers A, 0 prefers B."""
+    """Read stanfordnlp/SHP: a post, and two comments, of which labels = 1 prefers A, 0 prefers
+    B.
+    """
     if row["labels"] not in (0, 1):
         return "no preference"
     said = [row["human_ref_A"], row["human_ref_B"]][:: 1 if row["labels"] else -1]
@@ -251,8 +270,14 @@ def shp(row: dict) -> dict | str:
 
 
 def stack_exchange(row: dict) -> dict | str:
-    """Read HuggingFaceH4/stack-exchange-preferences: the answer with the highest pm_score, and that with the lowest."""
-    scored = [(a["pm_score"], _words(a["text"])) for a in row["answers"] or () if a["pm_score"] is not None]
+    """Read HuggingFaceH4/stack-exchange-preferences: the answer with the highest pm_score, and that
+    with the lowest.
+    """
+    scored = [
+        (a["pm_score"], _words(a["text"]))
+        for a in row["answers"] or ()
+        if a["pm_score"] is not None
+    ]
     best, worst = (end(scored, key=lambda answer: answer[0], default=(0, "")) for end in (max, min))
     if best[0] == worst[0]:
         return "no preference"
@@ -261,7 +286,9 @@ def stack_exchange(row: dict) -> dict | str:
 
 
 def imdb(row: dict) -> dict | str:
-    """Read stanfordnlp/imdb: a review, and label 1 = positive, 0 = negative; its unlabelled split has −1."""
+    """Read stanfordnlp/imdb: a review, and label 1 = positive, 0 = negative; its unlabelled split
+    has −1.
+    """
     text = " ".join((row["text"] or "").replace("<br />", " ").split())
     return {"text": text, "label": row["label"]} if row["label"] in (0, 1) else "no label"
 
@@ -272,19 +299,30 @@ def asked(row: dict) -> dict:
 
 
 SCHEMAS = [  # columns and their adapter; in a file the first that fits
-    (("question", "answers"), stack_exchange), (("history", "human_ref_A", "human_ref_B", "labels"), shp),
-    (("text", "label"), imdb), (("chosen", "rejected"), trl), (("instruction",), asked), (("prompt",), asked),
-    (("prompt", "chosen", "rejected"), wrpo), (("chosen", "rejected"), hh),  # in a file trl() sees which it is
-]  # fmt: skip
+    (("question", "answers"), stack_exchange),
+    (("history", "human_ref_A", "human_ref_B", "labels"), shp),
+    (("text", "label"), imdb),
+    (("chosen", "rejected"), trl),
+    (("instruction",), asked),
+    (("prompt",), asked),
+    (("prompt", "chosen", "rejected"), wrpo),
+    (("chosen", "rejected"), hh),  # in a file trl() sees which it is
+]
 HUB = {
-    "HuggingFaceH4/ultrafeedback_binarized": trl, "princeton-nlp/llama3-ultrafeedback-armorm": trl,
-    "AALF/ultrafeedback_wrpo": wrpo, "Anthropic/hh-rlhf": hh, "stanfordnlp/SHP": shp,
-    "HuggingFaceH4/stack-exchange-preferences": stack_exchange, "stanfordnlp/imdb": imdb,
-}  # fmt: skip
+    "HuggingFaceH4/ultrafeedback_binarized": trl,
+    "princeton-nlp/llama3-ultrafeedback-armorm": trl,
+    "AALF/ultrafeedback_wrpo": wrpo,
+    "Anthropic/hh-rlhf": hh,
+    "stanfordnlp/SHP": shp,
+    "HuggingFaceH4/stack-exchange-preferences": stack_exchange,
+    "stanfordnlp/imdb": imdb,
+}
 
 
 def place(ref: str) -> tuple[str, str]:
-    """Return where a data set is, a path or "datasets:org/name@revision", and the split after ":", or ""."""
+    """Return where a data set is, a path or "datasets:org/name@revision", and the split after ":",
+    or "".
+    """
     where, _, part = ref.rpartition(":")
     if not where or "/" in part or Path(ref).expanduser().exists():
         where, part = ref, ""
@@ -293,11 +331,13 @@ def place(ref: str) -> tuple[str, str]:
 
 
 def read(ref: str, streaming: bool = False) -> Iterator[tuple[int, dict | str]]:
-    """Yield (number, row or why it is dropped) of a data set, in one random order that is always the same.
+    """Yield (number, row or why it is dropped) of a data set, in one random order that is always
+    the same.
 
-    ref: a hub id (org/name@revision), a folder, or a file of JSON lines or parquet; ":split" if not the training one;
-    "alpaca_eval" is the 805 prompts of the pinned archive. streaming: for a few rows of one that is too big to load.
-    Raises ConfigError for columns or a row of no known schema, and for a file that cannot be read.
+    ref: a hub id (org/name@revision), a folder, or a file of JSON lines or parquet; ":split" if not
+    the training one; "alpaca_eval" is the 805 prompts of the pinned archive. streaming: for a few
+    rows of one that is too big to load. Raises ConfigError for columns or a row of no known schema,
+    and for a file that cannot be read.
     """
     where, part = place(ref)
     repo = where.removeprefix("datasets:").partition("@")[0]
@@ -341,7 +381,9 @@ def _load(ref: str, where: str, part: str, streaming: bool):
 
     def load():
         if ref == "alpaca_eval":
-            return datasets.Dataset.from_list(json.loads(assets.member("llm_eval", ALPACA_BASELINE)))
+            return datasets.Dataset.from_list(
+                json.loads(assets.member("llm_eval", ALPACA_BASELINE))
+            )
         if where.startswith("datasets:"):
             repo, commit = assets.resolve(where).values()
             return datasets.load_dataset(repo, revision=commit, split=part, streaming=streaming)
@@ -371,7 +413,9 @@ def _readable(ref: str, read):
 
 
 def reason(row: dict | str, use: str = "") -> str:
-    """Return why a row is of no use, or ""; use: "" for its prompt, "sft" for its first response, "pairs" for all."""
+    """Return why a row is of no use, or ""; use: "" for its prompt, "sft" for its first response,
+    "pairs" for all.
+    """
     if isinstance(row, str):
         return row
     if "text" in row:
@@ -390,22 +434,33 @@ def reason(row: dict | str, use: str = "") -> str:
 
 
 def dialogue(prompt: str | list[dict]) -> str:
-    """Return a prompt as text that a plain model goes on with; turns become HH's, up to "Assistant:"."""
+    """Return a prompt as text that a plain model goes on with; turns become HH's, up to
+    "Assistant:".
+    """
     if isinstance(prompt, str):
         return prompt
     who = ("Assistant" if turn["role"] == "assistant" else "Human" for turn in prompt)
-    return "".join(f"\n\n{w}: {turn['content']}" for w, turn in zip(who, prompt, strict=True)) + "\n\nAssistant:"
+    return (
+        "".join(f"\n\n{w}: {turn['content']}" for w, turn in zip(who, prompt, strict=True))
+        + "\n\nAssistant:"
+    )
 
 
 def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) -> dict:
-    """Return {"prompt_ids"} of a whole prompt, or of a review's beginning, and "text", what a chat model is asked.
+    """Return {"prompt_ids"} of a whole prompt, or of a review's beginning, and "text", what a chat
+    model is asked.
 
-    "text" is one user's words or several turns, also for a plain model, as a reward model may read turns.
+    "text" is one user's words or several turns, also for a plain model, as a reward model may read
+    turns.
     """
     if "text" in row:
         return openings.beginning(tokenizer, row["text"], world, rng)
     prompt, chat = row["prompt"], world.template == "chat"
-    made = {"prompt_ids": templates.render(tokenizer, prompt if chat else dialogue(prompt), world.template)}
+    made = {
+        "prompt_ids": templates.render(
+            tokenizer, prompt if chat else dialogue(prompt), world.template
+        )
+    }
     if chat and isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]:
         prompt = prompt[0]["content"]
     return made | ({"text": prompt} if chat or isinstance(prompt, list) else {})
@@ -447,18 +502,22 @@ def _unfit(made: dict, row: dict, world: config.World, taken, paired: bool = Fal
 
 
 def split(world: config.World, out: Path) -> dict:
-    """Write what corpus.split writes, and as pairs.jsonl the data set's own pairs where world.pairs is "given".
+    """Write what corpus.split writes, and as pairs.jsonl the data set's own pairs where world.pairs
+    is "given".
 
     Test prompts are drawn first, then dev, then training rows, none with a prompt that was drawn
     before. Sizes asked for count rows of the data set, some of which drop: empty or equal
     responses, no preference, a repeated prompt, one above world.prompt_tokens (not of given pairs:
     the training cuts those), turns that the chat template refuses, and responses that share a token
-    with their prompt (templates.encode_response). Prompts are whole, but for reviews, which are cut to
+    with their prompt (templates.encode_response). Prompts are whole, but for reviews, which are cut
+    to
     beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too
     small.
     """
     if world.gold_rows or world.reward_rows:
-        raise config.ConfigError(f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows")
+        raise config.ConfigError(
+            f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows"
+        )
     draw = _Draw(world, templates.load_tokenizer(assets.tokenizer_dir(world.target)))
     drawn = {"test": draw.rows("test", world.test_prompts)}
     drawn["dev"] = draw.rows("dev", world.dev_prompts)
@@ -481,14 +540,20 @@ def split(world: config.World, out: Path) -> dict:
     else:
         drawn["train"] = train[: world.prompts]
     for name, file in {"train": "prompts", "dev": "dev_prompts", "test": "test_prompts"}.items():
-        (out / f"{file}.json").write_text(json.dumps([made for made, _, _ in drawn[name]]), encoding="utf-8")
+        (out / f"{file}.json").write_text(
+            json.dumps([made for made, _, _ in drawn[name]]), encoding="utf-8"
+        )
 
     held = []  # labelled reviews that a reward is measured on
     if train and "label" in train[0][1]:
         more = islice(draw.pool(world.test_dataset or world.dataset), openings.HELD_OUT)
         held = [row for _, row in more if not reason(row) and _key(row) not in draw.seen]
     texts = [" ".join(row["text"].split()[: world.reward_words]) for row in held]
-    labelled = {"gold": [[], []], "reward": [[], []], "held_out": [texts, [row["label"] for row in held]]}
+    labelled = {
+        "gold": [[], []],
+        "reward": [[], []],
+        "held_out": [texts, [row["label"] for row in held]],
+    }
     (out / "labelled.json").write_text(json.dumps(labelled), encoding="utf-8")
     return facts | {"held_out": len(held), "dropped": dict(draw.dropped)}
 
@@ -566,7 +631,9 @@ def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, li
         prompt = dialogue(prompt)
         texts = {name: f" {text.strip()}" for name, text in texts.items()}  # after "Assistant:"
     options = {"prompt": prompt, "template": world.template}
-    return {name: templates.encode_response(tokenizer, text, **options) for name, text in texts.items()}
+    return {
+        name: templates.encode_response(tokenizer, text, **options) for name, text in texts.items()
+    }
 
 
 def _key(row: dict) -> str:
@@ -582,9 +649,17 @@ def _shared(chosen: list[dict], rejected: list[dict]) -> dict | str:
 
 
 def _last(answer: str | dict | list) -> str:
-    return answer if isinstance(answer, str) else answer["content"] if isinstance(answer, dict) else _last(answer[-1])
+    return (
+        answer
+        if isinstance(answer, str)
+        else answer["content"]
+        if isinstance(answer, dict)
+        else _last(answer[-1])
+    )
 
 
 def _words(text: str | None) -> str:
-    """Return the words of HTML as Stack Exchange writes it, where < and > that are meant are entities."""
+    """Return the words of HTML as Stack Exchange writes it, where < and > that are meant are
+    entities.
+    """
     return html.unescape(re.sub(r"<[^<>]*>", "", text or "")).strip()

@@ -1,7 +1,8 @@
-"""Responses of other models and of people, in the target's tokens: what WRPO (arXiv 2412.03187) learns from.
+"""Responses of other models and of people, in the target's tokens: what WRPO (arXiv 2412.03187)
+learns from.
 
-A source is one entry of a profile (config.Source): a model by asset, folder or hub id; an OpenAI-compatible endpoint; a
-file of recorded answers; or the reviewers themselves.
+A source is one entry of a profile (config.Source): a model by asset, folder or hub id; an
+OpenAI-compatible endpoint; a file of recorded answers; or the reviewers themselves.
 """
 
 import gzip
@@ -22,7 +23,9 @@ log = logging.getLogger("beyond_dpo")
 
 
 def shown(cfg) -> pd.DataFrame:
-    """Return what a user should know of the sources before they are used: name, kind, model or file, terms."""
+    """Return what a user should know of the sources before they are used: name, kind, model or
+    file, terms.
+    """
     rows = [{"source": name, **asdict(cfg.known_sources[name])} for name in cfg.sources]
     return pd.DataFrame(rows)[["source", "kind", "ref", "ask", "terms"]]
 
@@ -33,7 +36,8 @@ def sampling(cfg):
 
 
 def answers(cfg, name: str) -> Artifact:
-    """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the target's tokens.
+    """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the
+    target's tokens.
 
     They are cut after cfg.sampling.max_tokens; those without a word are left out, and those that
     the target's chat template does not take (templates.encode_response), which are counted. So are
@@ -43,7 +47,12 @@ def answers(cfg, name: str) -> Artifact:
     """
     source, texts = cfg.known_sources[name], stages.texts(cfg.world)
     check(name, source)
-    asked = {"model": source.ref, "ask": source.ask, "samples": cfg.world.samples, "sampling": cfg.sampling.recipe()}
+    asked = {
+        "model": source.ref,
+        "ask": source.ask,
+        "samples": cfg.world.samples,
+        "sampling": cfg.sampling.recipe(),
+    }
     made_of = {"human": {}, "endpoint": asked}.get(source.kind)
     if source.kind == "recorded":
         made_of = {"file": assets.resolve(source.ref)}
@@ -54,7 +63,10 @@ def answers(cfg, name: str) -> Artifact:
         made_of = {"said": said}
 
     def make(out: Path) -> dict:
-        tokenizer, rows = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), texts.json("prompts.json")
+        tokenizer, rows = (
+            templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)),
+            texts.json("prompts.json"),
+        )
         wording = {row["id"]: _wording(row, tokenizer) for row in rows}
         short = 0
         if source.kind == "human":
@@ -67,12 +79,19 @@ def answers(cfg, name: str) -> Artifact:
             else:
                 given, short = _replies(cfg, source, wording, out)
             plain = cfg.world.template == "plain"
-            found = {i: [(_after(text, answer) if plain else answer, ended) for answer, ended in given.get(text, ())]
-                     for i, text in wording.items()}  # fmt: skip
+            found = {
+                i: [
+                    (_after(text, answer) if plain else answer, ended)
+                    for answer, ended in given.get(text, ())
+                ]
+                for i, text in wording.items()
+            }
         lines, refused = _encoded(cfg, tokenizer, rows, found)
         if not lines:
             raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
-        (out / "responses.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        (out / "responses.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
         answered = {line["id"] for line in lines}
         unanswered = sum(row["id"] not in answered for row in rows)
         facts = {"responses": len(lines), "unanswered": unanswered}
@@ -125,7 +144,9 @@ def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict],
 
 
 def _wording(row: dict, tokenizer) -> str:
-    """Return a prompt's text: as the data set keeps it, or of its tokens (a chat's hold its template's words too)."""
+    """Return a prompt's text: as the data set keeps it, or of its tokens (a chat's hold its
+    template's words too).
+    """
     told = row.get("text") or tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
     return preferences.dialogue(told)
 
@@ -133,12 +154,16 @@ def _wording(row: dict, tokenizer) -> str:
 def _put(cfg, source: config.Source) -> Artifact:
     """Put the prompts to a source's model, in its own tokens: prompts.json.
 
-    A text to go on with stands again where the chat model's answer begins, so that it goes on right there.
+    A text to go on with stands again where the chat model's answer begins, so that it goes on right
+    there.
     """
     texts, plain = stages.texts(cfg.world), cfg.world.template == "plain"
 
     def make(out: Path) -> None:
-        reader, own = (templates.load_tokenizer(assets.tokenizer_dir(ref)) for ref in (cfg.world.target, source.ref))
+        reader, own = (
+            templates.load_tokenizer(assets.tokenizer_dir(ref))
+            for ref in (cfg.world.target, source.ref)
+        )
         rows = texts.json("prompts.json")
         for row in rows:
             text = _wording(row, reader)
@@ -149,7 +174,12 @@ def _put(cfg, source: config.Source) -> Artifact:
                 row["prompt_ids"] = templates.render(own, text, "plain")
         (out / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
 
-    recipe = {"texts": texts, "tokenizer": assets.resolve(source.ref), "ask": source.ask, "plain": plain}
+    recipe = {
+        "texts": texts,
+        "tokenizer": assets.resolve(source.ref),
+        "ask": source.ask,
+        "plain": plain,
+    }
     if source.ask:
         recipe |= corpus.rendering(source.ref, "chat")
         if source.ref not in assets.BUILDERS:
@@ -167,12 +197,16 @@ def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
         before = tokenizer.decode(asked[row["id"]], skip_special_tokens=True)
         whole = tokenizer.decode(asked[row["id"]] + row["response_ids"], skip_special_tokens=True)
         ended = bool(row["response_ids"]) and row["response_ids"][-1] in ends
-        found[row["id"]].append((whole[len(before) :], ended))  # a response alone may lose its first blank
+        found[row["id"]].append(
+            (whole[len(before) :], ended)
+        )  # a response alone may lose its first blank
     return found
 
 
 def _written(cfg, prompts: list[dict]) -> dict:
-    """Return how the reviewers went on: whole sentences that fit with an end token, or a first one's beginning."""
+    """Return how the reviewers went on: whole sentences that fit with an end token, or a first
+    one's beginning.
+    """
     tokenizer, found = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     for row in prompts:
@@ -195,10 +229,12 @@ def _written(cfg, prompts: list[dict]) -> dict:
 
 
 def _recorded(source: config.Source) -> dict:
-    """Read recorded answers, {prompt: [(response, True), …]}: a file of JSON lines, or a data set on the hub.
+    """Read recorded answers, {prompt: [(response, True), …]}: a file of JSON lines, or a data set
+    on the hub.
 
-    A row holds "prompt" and "response" (several rows for several responses), or as WRPO's authors publish theirs
-    (AALF/ultrafeedback_wrpo) a list "chosen", whose first is the best source's. Each is a text, or turns of a chat.
+    A row holds "prompt" and "response" (several rows for several responses), or as WRPO's authors
+    publish theirs (AALF/ultrafeedback_wrpo) a list "chosen", whose first is the best source's. Each
+    is a text, or turns of a chat.
     """
     path, found, read = Path(source.ref).expanduser(), {}, 0
     if path.is_file():
@@ -241,7 +277,9 @@ def _asked(prompt: str | dict | list) -> str:
 
 
 def _first(chosen: list) -> str | dict | list:
-    """Return the best source's response of several; a single one, as in files of pairs, would give its first letter."""
+    """Return the best source's response of several; a single one, as in files of pairs, would give
+    its first letter.
+    """
     if not isinstance(chosen, list) or isinstance(chosen[0], dict) and chosen[0]["role"] == "user":
         raise ValueError(f'"chosen" is not a list of responses: {chosen!r:.80}')
     return chosen[0]
@@ -259,11 +297,12 @@ def _text(turns: str | dict | list) -> str:
 def _replies(cfg, source: config.Source, wording: dict, out: Path) -> tuple[dict, int]:
     """Ask an endpoint for every prompt; return its responses, and how many of those asked for lack.
 
-    Each reply is kept as it comes, so that nothing is asked for twice. Temperature, top-p and the number of tokens and
-    samples are sent, no seed: an endpoint repeats nothing exactly. What it refuses to answer (HTTP 400) counts as
-    unanswered. A server that ignores the number of samples, and returns fewer, is asked again for those that lack; what
-    it does not answer then is counted, and warned of. Raises EndpointError where no reply holds a word; then none is
-    kept.
+    Each reply is kept as it comes, so that nothing is asked for twice. Temperature, top-p and the
+    number of tokens and
+    samples are sent, no seed: an endpoint repeats nothing exactly. What it refuses to answer (HTTP
+    400) counts as unanswered. A server that ignores the number of samples, and returns fewer, is
+    asked again for those that lack; what it does not answer then is counted, and warned of. Raises
+    EndpointError where no reply holds a word; then none is kept.
     """
     samples = cfg.world.samples
     asked = endpoint.Endpoint(source.ref, source.url)
@@ -289,7 +328,9 @@ def _replies(cfg, source: config.Source, wording: dict, out: Path) -> tuple[dict
         raise endpoint.EndpointError(f"{source.ref}: no reply to {len(found)} prompts holds a word")
     short = sum(samples - len(responses) for responses in found.values() if responses)
     if short:
-        log.warning("%s: %d responses fewer than asked for, also when asked again", source.ref, short)
+        log.warning(
+            "%s: %d responses fewer than asked for, also when asked again", source.ref, short
+        )
     return found, short
 
 
@@ -318,6 +359,8 @@ def _words(replies: dict) -> bool:
 
 
 def _after(prompt: str, answer: str) -> str:
-    """Return what an answer adds to a text that it was asked to go on with, whether it begins with that text or not."""
+    """Return what an answer adds to a text that it was asked to go on with, whether it begins with
+    that text or not.
+    """
     answer = answer.strip()
     return answer[len(prompt) :] if answer.startswith(prompt) else f" {answer}"
