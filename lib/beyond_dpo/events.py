@@ -1,12 +1,12 @@
-"""What a process tells its parent, the batch runner and whoever watches: how far it is, in ways
-that end no work.
+"""What a process tells its parent, its own listeners and whoever watches: how far it is.
 
-Reports to the batch runner are JSON lines in the file that BEYOND_DPO_PROGRESS names: {event,
-stage, key} for start, wait, hit and done of an artifact, and {event, stage, fraction, eta}
-(fraction in [0, 1], eta in seconds) for progress of the one that runs.
+None of these ways ends any work. Reports within a process are records of the logger REPORTS, whose
+`report` holds {event, stage, key} for start, wait, hit and done of an artifact (done also
+`seconds`), {event, stage, fraction, eta} (fraction in [0, 1], eta in seconds) for the progress of
+the one that runs, and {event: alive} while a child is waited for.
 """
 
-import json
+import logging
 import os
 import re
 import sys
@@ -15,6 +15,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+
+REPORTS = logging.getLogger("beyond_dpo.reports")
+REPORTS.setLevel(logging.INFO)
+REPORTS.propagate = False  # no log file needs them
 
 SLOW = 2.0  # seconds, after which work says what it is doing
 
@@ -25,10 +29,10 @@ UNPRINTABLE = re.compile(
 
 
 def progress(done: int, total: int) -> None:
-    """Tell the parent how far this child is (any process may call it; without a parent it does
-    nothing).
+    """Tell the parent how far this child is.
 
-    A file that cannot be written is no reason to end the work.
+    Any process may call it; without a parent it does nothing. A file that cannot be written is no
+    reason to end the work.
     """
     path = os.environ.get("BEYOND_DPO_CHILD_PROGRESS")
     if path and os.environ.get("RANK", "0") == "0":
@@ -37,35 +41,29 @@ def progress(done: int, total: int) -> None:
 
 
 def announce(stage: str, done: int, total: int, seconds: float) -> None:
-    """Tell the batch runner how far a stage is, and by that how long it still takes."""
+    """Report how far a stage is, and by that how long it still takes."""
     eta = seconds * (total - done) / done if done else None
-    tell(event="progress", stage=stage, fraction=done / total, eta=eta, seconds=seconds)
+    tell(event="progress", stage=stage, fraction=done / total, eta=eta)
 
 
 def tell(**report) -> None:
-    """Send the batch runner a report, if one listens (see `progress`); if it cannot be written, it
-    is lost.
-    """
-    if runner := os.environ.get("BEYOND_DPO_PROGRESS"):
-        with suppress(OSError), open(runner, "a", encoding="utf-8") as f:
-            f.write(json.dumps(report) + "\n")
+    """Report to whoever listens in this process: a handler of the logger REPORTS."""
+    if REPORTS.handlers:
+        REPORTS.info("%s", report, extra={"report": report})
 
 
 def quiet() -> bool:
-    """Say whether this process keeps its stderr clean: the batch runner or a checker started it."""
-    return bool(os.environ.get("TQDM_DISABLE")) or "BEYOND_DPO_PROGRESS" in os.environ
+    """Say whether this process keeps its stderr clean: a runner shows how far it is."""
+    return bool(os.environ.get("TQDM_DISABLE")) or bool(REPORTS.handlers)
 
 
 def note(text: str) -> None:
-    """Say what is being done: on stderr, or where that is kept clean to the batch runner, if it
-    listens.
-    """
+    """Say what is being done: on stderr, or where that is kept clean to whoever listens."""
     if quiet():
         tell(event="progress", stage=text)
         return
-    start_of_line = (
-        "\r\x1b[K" if sys.stderr.isatty() else ""
-    )  # a bar may stand there, which comes again below
+    # a bar may stand in the line, which comes again below
+    start_of_line = "\r\x1b[K" if sys.stderr.isatty() else ""
     say(start_of_line + text)
 
 
@@ -82,10 +80,10 @@ def slow(text: str) -> Iterator[None]:
 
 
 class Bar(AbstractContextManager):
-    """Show how far some work is: a widget in a notebook, else a line on stderr; nothing where
-    TQDM_DISABLE is set.
+    """Show how far some work is: a widget in a notebook, else a line on stderr.
 
-    off_terminal: whether the line is also written where stderr is no terminal. options: of tqdm.
+    Nothing is shown where TQDM_DISABLE is set. off_terminal: whether the line is also written where
+    stderr is no terminal. options: of tqdm.
     No error of the bar ends the work (a full disk behind stderr, a notebook that was closed): it is
     shown no more.
     """
@@ -93,15 +91,13 @@ class Bar(AbstractContextManager):
     def __init__(self, total: int, desc: str = "", *, off_terminal: bool = True, **options):
         self.done = 0
         self._shown = None
-        if os.environ.get(
-            "TQDM_DISABLE"
-        ):  # which the widget does not look at, and the text only when it is imported
+        # the widget does not look at it, and the text only when it is imported
+        if os.environ.get("TQDM_DISABLE"):
             return
         if off_terminal or "ipykernel.zmqshell" in sys.modules or sys.stderr.isatty():
             with self._harmless():
-                self._shown = _tqdm()(
-                    total=total, desc=desc, disable=False, **{"leave": False} | options
-                )
+                options = {"leave": False} | options
+                self._shown = _tqdm()(total=total, desc=desc, disable=False, **options)
 
     @property
     def shown(self) -> bool:
@@ -144,9 +140,7 @@ def _tqdm():
 
 
 def printable() -> None:
-    """Let this process print what its terminal's encoding lacks (α in a C locale) as \\u03b1, and
-    not fail.
-    """
+    """Let this process print what its terminal's encoding lacks (α in a C locale) as \\u03b1."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -156,15 +150,15 @@ def say(text: str, end: str = "\n") -> None:
     """Write to stderr; a full disk or a closed pipe behind it ends no work."""
     try:
         print(text, end=end, file=sys.stderr, flush=True)
-    except (
-        OSError
-    ):  # its buffer keeps what could not be written, and would fail again when the process ends
+    except OSError:
+        # its buffer keeps what could not be written, and would fail again when the process ends
         sys.stderr = open(2, "w", encoding="utf-8", errors="replace", closefd=False)
 
 
 def show(text: str) -> bool:
-    """Write to stdout; return whether that took it, and if not (a full disk, a closed pipe), say
-    so.
+    """Write to stdout; return whether that took it.
+
+    If not (a full disk, a closed pipe), say so on stderr.
     """
     try:
         print(text, flush=True)
@@ -179,10 +173,8 @@ def duration(seconds: float) -> str:
     """Return `45 s`, `2 min 10 s` or `3 h 12 min`."""
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes} min"
-        if hours
-        else f"{minutes} min {rest} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if hours:
+        return f"{hours} h {minutes} min"
+    if minutes:
+        return f"{minutes} min {rest} s"
+    return f"{rest} s"

@@ -70,17 +70,14 @@ def command(
 
 
 def _deepspeed_options(each: int, now: bool) -> list[str]:
-    """Return where DeepSpeed's launcher starts `each` processes: on every host, or on this
-    machine.
-    """
+    """Return where DeepSpeed's launcher starts `each` processes: on all hosts, or on this one."""
     options = ["--num_accelerators", str(each)]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     hosts = cluster.hostfile()
     if hosts:
         options += cluster.over_ssh(hosts, each)
-    elif (
-        now and visible
-    ):  # given a number of devices, deepspeed would take the machine's first ones
+    elif now and visible:
+        # given a number of devices, deepspeed would take the machine's first ones
         devices = visible.split(",")[:each]
         if len(devices) < each or not all(d.isdigit() for d in devices):
             raise ValueError(
@@ -151,19 +148,17 @@ class Worker(AbstractContextManager):
         workdir.mkdir(parents=True, exist_ok=True)
         self.settings = config
         name = f"{desc}-{os.getpid()}"  # two notebooks may share a folder
-        self.desc, self.log, self.progress_file = (
-            desc,
-            workdir / f"{name}.log",
-            workdir / f".{name}.progress",
-        )
+        self.desc = desc
+        self.log = workdir / f"{name}.log"
+        self.progress_file = workdir / f".{name}.progress"
         self._pipe, other_end = Pipe()
         with open(self.log, "ab") as out, other_end:
-            self._begin = (
-                out.tell()
-            )  # another worker of this name may have written what stands in front
-            arguments = [sys.executable, "-m", module, "--serve", str(other_end.fileno())]
+            # another worker of this name may have written what stands in front
+            self._begin = out.tell()
+            number = other_end.fileno()
+            arguments = [sys.executable, "-m", module, "--serve", str(number)]
             self.child = _start(
-                arguments, out, self.progress_file, 1, environment, pass_fds=[other_end.fileno()]
+                arguments, out, self.progress_file, 1, environment, pass_fds=[number]
             )
         try:
             with events.slow(f"starting {desc} ..."):
@@ -190,9 +185,8 @@ class Worker(AbstractContextManager):
             self.close()
             status, told = self.child.returncode, _tail(self.log, self._begin)
             raise JobFailed(f"{self.desc}: the worker died with status {status}; {told}") from end
-        except (
-            BaseException
-        ):  # an interrupt leaves a half-read answer behind: this worker is of no more use
+        except BaseException:
+            # an interrupt leaves a half-read answer behind: this worker is of no more use
             self.close()
             raise
         if "error" in answer:
@@ -209,20 +203,24 @@ class Worker(AbstractContextManager):
 
 
 def serve(factory) -> None:
-    """Answer a `Worker`'s calls until it closes the pipe (in the child: `serve(Engine)` builds
-    Engine(**config)).
+    """Answer a `Worker`'s calls until it closes the pipe; the first one builds the object.
+
+    To be called in the child: `serve(Engine)` builds Engine(**config).
     """
     number = _pipe_number()
     follow_parent()
-    pipe, target = Connection(number), None
+    pipe = Connection(number)
+    target = None
     with suppress(EOFError, ConnectionError):
         while True:
             message = json.loads(pipe.recv_bytes())
             try:
                 if target is None:
-                    target, result = factory(**message), None
+                    target = factory(**message)
+                    result = None
                 else:
-                    result = getattr(target, message["method"])(**message["arguments"])
+                    method = getattr(target, message["method"])
+                    result = method(**message["arguments"])
                 answer = json.dumps({"result": result})
             except Exception:
                 answer = json.dumps({"error": traceback.format_exc()})
@@ -230,22 +228,18 @@ def serve(factory) -> None:
 
 
 def _pipe_number() -> int:
-    """Return the file number that the command line names; end here for --help and for anything
-    else.
-    """
+    """Return the file number that the command line names; end here for anything else."""
+    arguments = sys.argv[1:]
+    if len(arguments) == 2 and arguments[0] == "--serve" and arguments[1].isdecimal():
+        return int(arguments[1])
     module = getattr(sys.modules["__main__"], "__spec__", None)
     name = module.name if module else sys.argv[0]
     usage = (
         f"usage: python -m {name} --serve FILE_NUMBER\n\n"
-        "answers the calls of the process that starts it"
+        "answers the calls of the process that starts it (beyond_dpo.machine.launch.Worker) over a "
+        "pipe; there is no use in starting it by hand"
     )
-    usage += (
-        " (beyond_dpo.machine.launch.Worker) over a pipe; there is no use in starting it by hand"
-    )
-    given = sys.argv[1:]
-    if len(given) == 2 and given[0] == "--serve" and given[1].isdecimal():
-        return int(given[1])
-    if "--help" in given or "-h" in given:
+    if "--help" in arguments or "-h" in arguments:
         print(usage)
         sys.exit(0)
     print(usage, file=sys.stderr)
@@ -265,8 +259,7 @@ class Jobs:
 
 
 def threads() -> int:
-    """Return how many threads one process may use: what OMP_NUM_THREADS says, or else one for each
-    core.
+    """Return how many threads one process may use: what OMP_NUM_THREADS says, else one a core.
 
     OpenMP takes a list, `4,2`, a number for each level of nesting: the outermost one counts.
     """
@@ -284,29 +277,22 @@ def without_secrets() -> dict[str, str]:
 def _environment(progress_file: Path, processes: int, more: dict) -> dict[str, str]:
     """Return the environment of a child that runs `processes` processes; `more` is laid over it."""
     environment = without_secrets()
-    for name in (
-        "RANK",
-        "LOCAL_RANK",
-        "WORLD_SIZE",
-    ):  # which some clusters give a node's first process
-        environment.pop(name, None)
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        environment.pop(name, None)  # some clusters give them to a node's first process
     if not any(name in environment for name in WAITING):
-        environment["OMP_WAIT_POLICY"] = (
-            "PASSIVE"  # threads without work leave the core to those that have some
-        )
-    environment |= {
-        "OMP_NUM_THREADS": str(
-            max(1, threads() // processes)
-        ),  # those of this job, not of each process
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(paths.LIBRARY), os.environ.get("PYTHONPATH")])
-        ),
-        "PYTHONUTF8": "1",  # whatever the locale: what it writes is read as UTF-8
-        "BEYOND_DPO_CHILD_PROGRESS": str(progress_file.absolute()),
-        "BEYOND_DPO_PARENT": str(os.getpid()),
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+        # threads without work leave the core to those that have some
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    # as many threads as this job may have, shared by its processes
+    environment["OMP_NUM_THREADS"] = str(max(1, threads() // processes))
+    search = [str(paths.LIBRARY)]
+    if os.environ.get("PYTHONPATH"):
+        search.append(os.environ["PYTHONPATH"])
+    environment["PYTHONPATH"] = os.pathsep.join(search)
+    environment["PYTHONUTF8"] = "1"  # whatever the locale: what it writes is read as UTF-8
+    environment["BEYOND_DPO_CHILD_PROGRESS"] = str(progress_file.absolute())
+    environment["BEYOND_DPO_PARENT"] = str(os.getpid())
+    environment["TQDM_DISABLE"] = "1"
+    environment["TOKENIZERS_PARALLELISM"] = "false"
     return environment | more
 
 
@@ -318,8 +304,9 @@ def _start(
     more: dict | None = None,
     **options,
 ) -> subprocess.Popen:
-    """Start a child in its own session: Ctrl-C reaches the notebook only, and the child's group can
-    be ended whole.
+    """Start a child in its own session.
+
+    Ctrl-C then reaches the notebook only, and the child's group can be ended whole.
     """
     more = more or {}
     environment = _environment(progress_file, processes, more)
@@ -360,26 +347,28 @@ def _signal(child, number) -> None:
 
 @contextmanager
 def _bar(desc: str, progress_file: Path):
-    """Yield show(), which passes on what a child's progress file says: to a bar here, and to the
-    batch runner.
+    """Yield show(), which passes on what a child's progress file says: to a bar and to listeners.
 
     What cannot be read or shown is left out: no work ends because nobody can see how far it is.
     """
     with suppress(OSError):
         progress_file.write_text("", encoding="utf-8")
-    start, bar, last = time.monotonic(), None, _counted(progress_file)
+    began = time.monotonic()
+    bar = None
+    last = _counted(progress_file)
 
     def show():
         nonlocal bar, last
         counted = _counted(progress_file)
         if counted is None or counted == last:
+            events.tell(event="alive")
             return
         last = counted
         done, total = counted
         if bar is None:
             bar = events.Bar(total, desc)
         bar.update(done - bar.done)
-        events.announce(desc, done, total, time.monotonic() - start)
+        events.announce(desc, done, total, time.monotonic() - began)
 
     try:
         yield show
@@ -390,9 +379,7 @@ def _bar(desc: str, progress_file: Path):
 
 
 def _counted(progress_file: Path) -> tuple[int, int] | None:
-    """Return (done, total) as the child has written them; None while it writes, and for anything
-    else.
-    """
+    """Return (done, total) as the child wrote them; None while it writes, and for all else."""
     try:
         text = progress_file.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -405,14 +392,16 @@ def _counted(progress_file: Path) -> tuple[int, int] | None:
 
 
 def _tail(log: Path, begin: int = 0) -> str:
-    """Quote a failed child's output from its first traceback on (its launcher's come later), or
-    else its last lines.
+    """Quote a failed child's output from its first traceback on, or else its last lines.
+
+    begin: bytes of the log before it. The first traceback is the child's, a launcher's come later.
     """
     lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
-    first = next(
-        (i for i, line in enumerate(lines) if "Traceback (most recent call" in line),
-        max(0, len(lines) - 25),
-    )
+    first = max(0, len(lines) - 25)
+    for number, line in enumerate(lines):
+        if "Traceback (most recent call" in line:
+            first = number
+            break
     shown = lines[first:]
     if len(shown) > 60:
         shown = [*shown[:40], "...", *shown[-20:]]

@@ -30,8 +30,9 @@ def make_room(cfg, *needed: str) -> None:
     """
     unknown = not cfg.needs.memory_gb  # of a target of one's own
     if unknown or cfg.needs.gpus or memory_gib() < 2 * cfg.needs.memory_gb:
-        for name in [name for name in living if name.rstrip("0123456789") not in needed]:
-            living.pop(name).close()
+        for name in list(living):
+            if name.rstrip("0123456789") not in needed:
+                living.pop(name).close()
 
 
 def run(

@@ -1,81 +1,39 @@
-"""The kernel that the notebooks of one run share, and with it the processes that live as long as a
-kernel does.
-"""
+"""The kernels that notebooks are executed in: fresh ones of this very interpreter."""
 
 import contextlib
-import os
 from pathlib import Path
 
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
-from jupyter_core.utils import run_sync
-
-# no warning at each start that the loopback is not encrypted, no traceback of a kernel that is
-# ended in the middle of a cell; no trace in the user's history
-QUIET = ["--IPKernelApp.log_level=CRITICAL", "--HistoryManager.hist_file=:memory:"]
 
 
-class Kernel(AsyncKernelManager):
-    """A kernel of this interpreter, whatever kernels are installed on this machine; papermill takes
-    it as `km`.
-    """
+class OwnKernelManager(AsyncKernelManager):
+    """Start kernels of this interpreter, whatever kernels are installed on this machine."""
 
-    def __init__(self):
-        super().__init__(
-            kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
-        )
-        self.clients = []
-        self.answers = False  # one that still starts tells an interrupt in many lines
+    def __init__(self, **options):
+        super().__init__(**options, kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
 
-    def client(self, **options):
-        self.clients.append(super().client(**options))  # papermill leaves its own open
-        return self.clients[-1]
 
-    def prepare(self, folder: Path, log: Path) -> None:
-        """Start it, or empty the names that another notebook left; it works in `folder` and logs to
-        `log`.
+def options(log: Path) -> list[str]:
+    """Return the arguments of a kernel whose library logs to the file `log`."""
+    logs = f"__import__('logging').basicConfig(filename={str(log)!r}, level='INFO', force=True)"
+    return [
+        f"--IPKernelApp.exec_lines={logs}",
+        # no warning at each start that the loopback is not encrypted, and no traceback of a kernel
+        # that is ended in the middle of a cell
+        "--IPKernelApp.log_level=CRITICAL",
+        "--HistoryManager.hist_file=:memory:",  # no trace in the user's history
+        "--InteractiveShell.colors=nocolor",  # of tracebacks, which go to logs
+    ]
 
-        It gets this process's BEYOND_DPO_ variables. Raises RuntimeError if it cannot.
-        """
-        told = {name: value for name, value in os.environ.items() if name.startswith("BEYOND_DPO_")}
-        code = (
-            f"get_ipython().reset(); import logging, os; os.environ |= {told}; "
-            f"os.chdir({str(folder)!r}); "
-        )
-        code += (
-            f"logging.basicConfig(filename={str(log)!r}, level='INFO', force=True); del logging, os"
-        )
-        if (answer := run_sync(self._answer)(code))["status"] != "ok":
-            raise RuntimeError(f"the kernel cannot be prepared: {answer}")
 
-    async def _answer(self, code: str) -> dict:
-        if not self.has_kernel:
-            await self.start_kernel(extra_arguments=QUIET)
-        client = self.client()
-        client.start_channels()
-        try:
-            await client.wait_for_ready(timeout=120)
-            self.answers = True
-            return (await client.execute(code, silent=True, reply=True, timeout=60))["content"]
-        finally:
-            self._hang_up()
+def end_children() -> None:
+    """End all processes below this one: first in words, those that stay by force."""
+    import psutil
 
-    def _hang_up(self) -> None:
-        while self.clients:
-            self.clients.pop().stop_channels()
-
-    def end(self) -> None:
-        """End it, which closes what it opened, and then all processes that are left below this
-        one.
-        """
-        import psutil
-
-        self._hang_up()
-        if self.has_kernel:
-            run_sync(self.shutdown_kernel)(now=not self.answers)
-        for how in ("terminate", "kill"):
-            left = psutil.Process().children(recursive=True)
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    getattr(process, how)()
-            psutil.wait_procs(left, timeout=3)
+    for way in ("terminate", "kill"):
+        left = psutil.Process().children(recursive=True)
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                getattr(process, way)()
+        psutil.wait_procs(left, timeout=3)

@@ -1,22 +1,18 @@
-"""Run notebooks with papermill, strictly: `python -m beyond_dpo.notebook.run 11 --profile cpu -p
-seed=1`.
+"""Run notebooks with papermill: `python -m beyond_dpo.notebook.run 11 --profile cpu -p seed=1`.
 
-papermill alone lets a misspelt parameter pass with exit 0. Here it is refused, as are wrong types
-and parameters that papermill cannot see. What the stages do is shown while it happens, and no
-process that was started outlives the run.
+What a notebook will ask for is computed first, in this process, which keeps engines alive from one
+notebook to the next and shows how far it all is. Then papermill executes the notebook in a fresh
+kernel, which finds everything. No process that was started outlives the run.
 """
 
 import argparse
-import ast
 import contextlib
 import ctypes
-import difflib
 import json
 import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,241 +20,132 @@ from pathlib import Path
 from beyond_dpo import events
 from beyond_dpo.files import write_file
 from beyond_dpo.machine import paths
-from beyond_dpo.notebook import progress
-from beyond_dpo.notebook.kernels import Kernel
+from beyond_dpo.notebook import kernels, plan
 from beyond_dpo.notebook.parameters import RENEW
-from beyond_dpo.pipeline import artifacts, config, needs
+from beyond_dpo.notebook.plan import Plan, Refused
+from beyond_dpo.notebook.progress import Progress, Timetable
+from beyond_dpo.pipeline import artifacts
 
-CELLS = (
-    "papermill execution ExecuteTime collapsed heading_collapsed hidden scrolled".split()
-)  # that each run changes
+# What each run changes in a cell's metadata.
+OF_A_RUN = (
+    "papermill",
+    "execution",
+    "ExecuteTime",
+    "collapsed",
+    "heading_collapsed",
+    "hidden",
+    "scrolled",
+)
 # language_info stays: JupyterLab writes it whenever a notebook is saved, and nbconvert needs its
 # file extension.
-KEYS = [f"metadata.{k}" for k in ("papermill", "widgets")] + [f"cell.metadata.{k}" for k in CELLS]
-# Recomputed from published tables, replayed or exact: seconds each, without any model.
-QUICK = ("18", "19", "21", "22", "23")
+CLEANED = ["metadata.papermill", "metadata.widgets", *(f"cell.metadata.{key}" for key in OF_A_RUN)]
 RESUME = "the same command goes on from there"
 WIDGET = "application/vnd.jupyter.widget-view+json"  # lives in the kernel that made it
+PR_SET_CHILD_SUBREAPER = 36  # of prctl: orphans below this process become its own children
 
 
-class Refused(ValueError):
-    """Say why nothing is run."""
-
-
-def find(names: list[str]) -> list[Path]:
-    """Return the notebooks meant by number prefix, stem or path; without names all.
-
-    Of all, the quick ones come first and the scoreboard of all last.
-    Raises Refused for a name that fits none or several.
-    """
-    known = sorted(paths.NOTEBOOKS.glob("*.ipynb"), key=_turn)
-    found = [] if names else known
-    for name in names:
-        fits = [path for path in known if name == path.stem or path.name.startswith(f"{name}_")]
-        fits = [Path(name).resolve()] if name.endswith(".ipynb") and Path(name).is_file() else fits
-        if len(fits) != 1:
-            near = difflib.get_close_matches(name, [path.stem for path in known], n=3, cutoff=0)
-            raise Refused(
-                f"{name}: fits {len(fits)} notebooks of {paths.NOTEBOOKS}; nearest: "
-                f"{', '.join(near)}"
-            )
-        found += fits
-    if not found:
-        raise Refused(f"no notebook in {paths.NOTEBOOKS}")
-    return found
-
-
-def _turn(path: Path) -> tuple[int, str]:
-    """Return the place of a notebook among all of them, to sort by."""
-    number = path.name[:2]
-    if number in QUICK:
-        return 0, path.name
-    return (2 if number == "00" else 1), path.name
-
-
-def parameters(nb, name: str) -> dict:
-    """Return the parameters that a notebook declares, with their defaults, from the cell tagged
-    `parameters`.
-
-    Raises Refused for a cell that holds anything but `name = literal`, once each, or a line that
-    papermill cannot see.
-    """
-    from papermill.translators import PythonTranslator
-
-    declared: dict = {}
-    for cell in [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]:
-        try:
-            body = ast.parse(cell.source).body
-        except SyntaxError as error:
-            raise Refused(f"{name}: parameters cell, line {error.lineno}: {error.msg}") from None
-        for node in body:
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            try:  # derived values would go stale, and papermill passes tuples and sets on as text
-                value = ast.literal_eval(node.value)
-                fine = (
-                    len(targets) == 1
-                    and targets[0].id not in declared
-                    and json.loads(json.dumps(value)) == value
-                )
-            except (ValueError, TypeError, AttributeError):
-                fine = False
-            if not fine:
-                what = (
-                    "is not `name = value` with None or a bool, int, float, str, list or dict, "
-                    "each name once"
-                )
-                raise Refused(
-                    f"{name}: parameters cell, line {node.lineno}: `{ast.unparse(node)}` {what}"
-                )
-            declared[targets[0].id] = value
-        logging.getLogger("papermill").setLevel(logging.ERROR)
-        if hidden := sorted(set(declared) - {seen.name for seen in PythonTranslator.inspect(cell)}):
-            advice = "without an annotation and with one '=' in the line, its comment included"
-            raise Refused(
-                f"{name}: papermill cannot see {', '.join(hidden)}; write `name = value` {advice}"
-            )
-    return declared
-
-
-def check(name: str, declared: dict, given: dict[str, str]) -> dict:
-    """Return the `given` texts as values of the declared types: Python literals, else text; an int
-    may be a float.
-
-    Raises Refused for an unknown name, with the nearest one, and for a wrong type.
-    """
-    values = {}
-    for key, text in given.items():
-        if key not in declared:
-            near = difflib.get_close_matches(key, declared, n=1, cutoff=0)
-            hint = (
-                f"did you mean '{near[0]}'? It declares {', '.join(declared)}"
-                if near
-                else "it declares none"
-            )
-            raise Refused(f"{name}: no parameter '{key}'; {hint}")
-        default, value = declared[key], text
-        with contextlib.suppress(ValueError, SyntaxError):
-            value = ast.literal_eval(text)
-        value = text if isinstance(default, str) and not isinstance(value, str) else value
-        if not _fits(default, value):
-            raise Refused(
-                f"{name}: {key}={text} is a {type(value).__name__}, unlike its default {default!r}"
-            )
-        values[key] = (
-            list(value)
-            if isinstance(value, tuple)
-            else float(value)
-            if type(default) is float
-            else value
-        )
-    return values
-
-
-def _fits(default, value) -> bool:
-    if isinstance(default, list):
-        return isinstance(value, list | tuple) and all(
-            any(_fits(d, v) for d in default or [None]) for v in value
-        )
-    return (
-        default is None
-        or type(value) is type(default)
-        or (type(default) is float and type(value) is int)
-    )
-
-
-def clean(nb) -> None:
-    """Drop what changes with each run, but outputs and counts. Doing it again changes nothing."""
+def clean(notebook) -> None:
+    """Drop what changes with each run, but outputs and counts; doing it again changes nothing."""
     from nbstripout import strip_output
 
-    strip_output(nb, keep_output=True, keep_count=True, keep_id=False, extra_keys=KEYS)
-    for cell in nb.cells:
+    strip_output(notebook, keep_output=True, keep_count=True, keep_id=False, extra_keys=CLEANED)
+    for cell in notebook.cells:
         if "outputs" in cell:
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
 
 
-def execute(path: Path, nb, values: dict, watch: progress.Watch, copy: Path, kernel: Kernel) -> str:
-    """Run the notebook at `path` in the kernel, write the executed copy, return why it failed (and
-    end the kernel).
+def compute(one: Plan) -> None:
+    """Compute in this process what a notebook will ask for and is not there.
+
+    Raises MissingArtifact under COMPUTE=never, and what the work raises.
+    """
+    if plan.configuration(one.notebook, one.parameters) is None:
+        return  # it computes nothing of the pipeline, or is a notebook of one's own
+    _, results = plan.planned(one.notebook, one.parameters)
+    for result in results:
+        result.get()
+
+
+def execute(one: Plan, copy: Path, progress: Progress) -> None:
+    """Execute the notebook in a fresh kernel, and write the executed copy.
+
+    Raises PapermillExecutionError if a cell fails.
     """
     import papermill
 
-    at = 0  # the cell that runs, in the notebook's own count
-    watch.cell = "starting"  # of the kernel, which takes seconds
+    progress.executes("starting a kernel")  # which takes seconds
+    number = 0  # of the cell that runs, in the notebook's own count
 
-    def start(cell, cell_index):
-        nonlocal at
-        at += "injected-parameters" not in cell.metadata.get("tags", [])
-        watch.cell = f"cell {at} of {len(nb.cells)}"
+    def begin(cell, cell_index):
+        nonlocal number
+        if "injected-parameters" not in cell.metadata.get("tags", []):
+            number += 1
+        progress.executes(f"cell {number} of {len(one.notebook.cells)}")
 
-    how = {"kernel_name": "python3", "language": "python", "km": kernel, "on_cell_start": start}
-    try:
-        kernel.prepare(path.parent, copy.with_suffix(".log"))
-        papermill.execute_notebook(
-            path, copy, values, **how, progress_bar=False, coalesce_streams=True
-        )
-        return ""
-    except papermill.PapermillExecutionError as error:
-        text = events.UNPRINTABLE.sub(
-            "", "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
-        )
-        reason = "\n".join(text.splitlines()[-30:])
-    except Exception as error:
-        reason = (
-            f"{type(error).__name__}: {error}\nIts processes held {watch.peak / 2**30:.1f} GiB; "
-            "out of memory?"
-        )
-    kernel.end()
-    return f"{watch.cell}\n\n{nb.cells[max(at, 1) - 1].source}\n\n{reason}\n\nexecuted copy: {copy}"
+    papermill.execute_notebook(
+        one.path,
+        copy,
+        one.changes,
+        cwd=one.path.parent,
+        kernel_name="python3",
+        language="python",
+        kernel_manager_class=kernels.OwnKernelManager,
+        extra_arguments=kernels.options(copy.with_suffix(".log")),
+        on_cell_start=begin,
+        progress_bar=False,
+        coalesce_streams=True,
+    )
 
 
-def write_back(path: Path, nb, copy: Path) -> None:
-    """Put the outputs and counts of the executed copy into the notebook at `path`, cleaned; nothing
-    else changes.
+def write_back(one: Plan, copy: Path) -> None:
+    """Put outputs and counts of the executed copy into the notebook itself; nothing else changes.
+
+    They are cleaned before.
     """
     import nbformat
 
-    for cell, done in zip(nb.cells, nbformat.read(copy, as_version=4).cells, strict=True):
+    executed = nbformat.read(copy, as_version=4)
+    for cell, done in zip(one.notebook.cells, executed.cells, strict=True):
         if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = done.outputs, done.execution_count
-    clean(nb)
-    write_file(path, nbformat.writes(nb) + "\n")
+            cell.outputs = done.outputs
+            cell.execution_count = done.execution_count
+    clean(one.notebook)
+    write_file(one.path, nbformat.writes(one.notebook) + "\n")
 
 
 def freeze(since: float) -> list[str]:
-    """Copy into data/frozen the claims recorded since then, and the artifacts named by them and by
-    figures drawn since.
+    """Copy into data/frozen the claims recorded since then, and the artifacts behind them.
 
-    since: seconds since the epoch. Returns the keys. Raises as artifacts.freeze().
+    Those are named by the claims, and by the figures drawn since. since: seconds since the epoch.
+    Returns the keys. Raises as artifacts.freeze().
     """
-    claims = [
-        p
-        for p in (paths.ARTIFACTS / "runs" / "claims").glob("*.json")
-        if p.stat().st_mtime >= since
-    ]
-    records = claims + [p for p in paths.FIGURES.glob("*.json") if p.stat().st_mtime >= since]
-    keys = sorted(
-        {key for path in records for key in json.loads(path.read_text(encoding="utf-8"))["keys"]}
-    )
-    for key in keys:
+    claims = _changed_since(since, paths.ARTIFACTS / "runs" / "claims")
+    records = claims + _changed_since(since, paths.FIGURES)
+    keys: set[str] = set()
+    for path in records:
+        keys.update(json.loads(path.read_text(encoding="utf-8"))["keys"])
+    for key in sorted(keys):
         artifacts.freeze(key)
     for path in claims:
         write_file(paths.FROZEN / "claims" / path.name, path.read_bytes())
-    return keys
+    return sorted(keys)
+
+
+def _changed_since(since: float, folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.json") if path.stat().st_mtime >= since]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line names; return 0, 1 if a notebook failed, 2 if one was refused, 130
-    if interrupted.
+    """Run what the command line names.
 
-    A Ctrl-C that is ignored since before the start (nohup, a background job of a script) stays so;
-    SIGTERM does not.
+    Returns 0, 1 if a notebook failed, 2 if one was refused, 130 if interrupted. A Ctrl-C that is
+    ignored since before the start (nohup, a background job of a script) stays so; SIGTERM does not.
     """
     events.printable()
-    before = signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a batch system's stop is a Ctrl-C
+    # a batch system's stop is a Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _main(arguments)
+        return _main(_options(arguments))
     except KeyboardInterrupt:
         events.say(f"interrupted; {RESUME}")
         return 130
@@ -266,14 +153,15 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, before)
 
 
-def _main(arguments: list[str] | None) -> int:
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m beyond_dpo.notebook.run", description=__doc__.splitlines()[0]
     )
-    parser.add_argument("notebooks", nargs="*", help="number prefix, stem or path")
-    parser.add_argument("--all", action="store_true", help="every notebook")
-    parser.add_argument("--profile", help="smoke, cpu, gpu or paper; short for -p profile=...")
-    parser.add_argument(
+    add = parser.add_argument
+    add("notebooks", nargs="*", help="number prefix, stem or path")
+    add("--all", action="store_true", help="every notebook")
+    add("--profile", help="smoke, cpu, gpu or paper; short for -p profile=...")
+    add(
         "-p",
         dest="given",
         action="append",
@@ -281,224 +169,211 @@ def _main(arguments: list[str] | None) -> int:
         metavar="NAME=VALUE",
         help="set a parameter",
     )
-    parser.add_argument(
+    add(
         "--in-place",
         action="store_true",
         help="run the defaults, write the outputs into the notebook",
     )
-    parser.add_argument(
-        "--freeze", action="store_true", help="copy the results behind its figures to data/frozen"
-    )
-    parser.add_argument("--force", action="store_true", help="run also what needs a larger machine")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would run and what it needs"
-    )
-    options = parser.parse_args(arguments)
+    add("--freeze", action="store_true", help="copy the results behind its figures to data/frozen")
+    add("--force", action="store_true", help="run also what needs a larger machine")
+    add("--dry-run", action="store_true", help="say what would run and what it needs")
+    return parser.parse_args(arguments)
+
+
+def _main(options: argparse.Namespace) -> int:
     try:
         with events.slow("planning: looking at what is there for each notebook"):
-            plan = _plan(options)
+            plans = plan.plan(options)
     except Refused as reason:
         events.say(f"refused: {reason}")
         return 2
     if options.dry_run:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asks nobody
-        for path, nb, values, _ in plan:
-            head = " ".join([path.stem, *(f"{key}={value!r}" for key, value in values.items())])
-            with events.slow(f"looking at what {path.stem} would run"):
-                lines = progress.said(nb, parameters(nb, path.stem) | values)
-            if not events.show("\n  ".join([head, *lines])):
-                return 1
-        return 0
-    package = str(paths.LIBRARY)  # the kernel runs in another folder, with this very code
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    os.environ |= {
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-    }
-    os.environ["PYTHONUTF8"] = "1"  # of the kernel, whatever the locale
-    os.environ["MPLBACKEND"] = (
-        "module://matplotlib_inline.backend_inline"  # with a cluster's Agg no figure is shown
-    )
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", str(len(os.sched_getaffinity(0)))
-    )  # of this job, not of the host
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(
-            36, 1
-        )  # PR_SET_CHILD_SUBREAPER: orphans become ours, so that we can end them
-    changed = any(set(values) - {"profile"} for _, _, values, _ in plan)
-    renew = (
-        options.in_place or options.freeze
-    )  # what is drawn and claimed now is what will be committed
-    if not renew or any(profile == "smoke" for *_, profile in plan):  # no figure of the project
-        os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
-    os.environ |= {"BEYOND_DPO_CLAIMS": "trials"} if changed else {}
-    if renew:
-        os.environ[RENEW] = "1"
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # of an interrupt it tells tasks that nobody asks for
-    rows, kernel = [], Kernel()
+        return _describe(plans)
+    _prepare(plans, options)
     try:
-        for i, notebook in enumerate(plan, 1):
-            rows.append(_run(f"[{i}/{len(plan)}] {notebook[0].stem}", *notebook, options, kernel))
-            if rows[-1]["status"] == "interrupted":
-                return 130
-            kernel = kernel if kernel.has_kernel else Kernel()
+        rows = _run_all(plans, options)
     finally:
-        kernel.end()
-    import pandas as pd
-
-    total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
-    total |= {name: sum(row[name] for row in rows) for name in ("seconds", "computed", "found")}
-    events.show(pd.DataFrame([*rows, total] if rows[1:] else rows).to_string(index=False))
+        _end()
+    if any(row["status"] == "interrupted" for row in rows):
+        return 130
+    _show_table(rows)
     return int(any(row["status"] != "ok" for row in rows))
 
 
-def _plan(options) -> list[tuple]:
-    """Check all notebooks before the first one runs."""
-    if bool(options.notebooks) == options.all:
-        raise Refused("name notebooks, or give --all")
-    given = dict(pair.partition("=")[::2] for pair in options.given)
-    given |= {"profile": options.profile} if options.profile else {}
-    if options.in_place and given:
-        raise Refused("--in-place runs the values written in the parameters cell; edit them there")
-    if options.freeze and options.given:
-        raise Refused("--freeze keeps what a profile gives by itself: leave -p away")
-    _check_mode()
-    plan = []
-    for path in find(options.notebooks):
-        nb = _opened(path)
-        declared = parameters(nb, path.stem)
-        drop = (
-            {"profile"} if options.all and "profile" not in declared else set()
-        )  # it only shows what others found
-        values = check(
-            path.stem, declared, {key: text for key, text in given.items() if key not in drop}
-        )
-        if (profile := (declared | values).get("profile")) not in (
-            None,
-            *config.PROFILES,
-        ):  # it names files
-            raise Refused(
-                f"{path.stem}: profile {profile!r} is none of {', '.join(config.PROFILES)}"
-            )
-        if options.freeze and profile == "smoke":
-            raise Refused(
-                f"{path.stem}: --freeze keeps results, and those of profile smoke mean nothing; "
-                "use cpu"
-            )
-        if not options.dry_run:  # which says so for each notebook
-            _check_setup(path.stem, nb, declared | values, options)
-        plan.append((path, nb, values, profile))
-    return plan
+def _describe(plans: list[Plan]) -> int:
+    """Say what would run; return the exit status."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # asks nobody
+    for one in plans:
+        changes = [f"{key}={value!r}" for key, value in one.changes.items()]
+        with events.slow(f"looking at what {one.name} would run"):
+            lines = plan.described(one.notebook, one.parameters)
+        if not events.show("\n  ".join([" ".join([one.name, *changes]), *lines])):
+            return 1
+    return 0
 
 
-def _opened(path: Path):
-    import nbformat
+def _prepare(plans: list[Plan], options: argparse.Namespace) -> None:
+    """Set what this process, its kernels and all their children find in the environment."""
+    search = [str(paths.LIBRARY)]  # the kernel runs in another folder, with this very code
+    if os.environ.get("PYTHONPATH"):
+        search.append(os.environ["PYTHONPATH"])
+    os.environ["PYTHONPATH"] = os.pathsep.join(search)
+    os.environ["PYTHONUTF8"] = "1"  # of the kernel, whatever the locale
+    os.environ["TQDM_DISABLE"] = "1"  # the runner shows how far it is
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+    # with a cluster's Agg no figure is shown
+    os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+    # of this job, not of the host
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    # only what is drawn and claimed by a rendering or a freeze will be committed
+    renew = options.in_place or options.freeze
+    if renew:
+        os.environ[RENEW] = "1"
+    if not renew or any(one.profile == "smoke" for one in plans):  # no figure of the project
+        os.environ.setdefault("BEYOND_DPO_FIGURES", str(paths.ARTIFACTS / "figures"))
+    if any(set(one.changes) - {"profile"} for one in plans):
+        os.environ["BEYOND_DPO_CLAIMS"] = "trials"
+    # of an interrupt it tells tasks that nobody asks for
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)  # so that we can end orphans
 
+
+def _end() -> None:
+    """End the living engines, which close what they opened, and then whatever else is left."""
+    workers = sys.modules.get("beyond_dpo.machine.workers")
+    if workers is not None:
+        workers.close()
+    kernels.end_children()
+
+
+def _run_all(plans: list[Plan], options: argparse.Namespace) -> list[dict]:
+    """Run one notebook after the other, until one is interrupted; return a row about each."""
+    rows = []
+    with Progress(Timetable(_missing(plans))) as progress:
+        for number, one in enumerate(plans, 1):
+            progress.begin(f"[{number}/{len(plans)}] {one.name}")
+            rows.append(_run(one, options, progress))
+            if rows[-1]["status"] == "interrupted":
+                break
+    return rows
+
+
+def _missing(plans: list[Plan]) -> dict[str, artifacts.Artifact]:
+    """Return {key: artifact} of what the notebooks will compute, as far as they say beforehand."""
+    missing: dict[str, artifacts.Artifact] = {}
+    with events.slow("planning: what is missing"):
+        for one in plans:
+            with contextlib.suppress(Exception):  # it will be told when it is run
+                if plan.configuration(one.notebook, one.parameters) is None:
+                    continue
+                for result in plan.planned(one.notebook, one.parameters)[1]:
+                    missing |= result.missing()
+    return missing
+
+
+def _run(one: Plan, options: argparse.Namespace, progress: Progress) -> dict:
+    """Compute what a notebook needs, execute it, and return a row about it."""
+    folder = paths.ARTIFACTS.absolute() / "runs"
+    copy = folder / (f"{one.name}.{one.profile}.ipynb" if one.profile else one.path.name)
+    began = time.time()
+    status, note = "failed", ""
     try:
-        return nbformat.read(path, as_version=4)
-    except (OSError, ValueError, AttributeError) as error:  # the last for JSON that is no notebook
-        why = " ".join(str(error).split())[:200]
-        raise Refused(
-            f"{path} cannot be read as a notebook ({type(error).__name__}: {why})"
-        ) from None
-
-
-def _check_mode() -> None:
-    """Refuse a COMPUTE with which no notebook could run."""
-    try:
-        mode = artifacts.compute_mode()
-    except ValueError as error:
-        raise Refused(str(error)) from None
-    if mode == "plan":
-        raise Refused(
-            "COMPUTE=plan finds and computes nothing; to see what would run, use --dry-run"
-        )
-
-
-def _check_setup(name: str, nb, values: dict, options) -> None:
-    """Refuse what a notebook's own set-up would refuse, and a profile that this machine is too
-    small for.
-
-    On any machine a notebook shows results that are there.
-    """
-    try:
-        cfg = progress.configuration(nb, values)
-    except ValueError as error:
-        raise Refused(f"{name}: {error}") from None
-    if cfg is None or options.force or os.environ.get("COMPUTE") == "never":
-        return
-    try:
-        needs.check(cfg)
-    except config.ConfigError as lack:
-        if progress.lacks_results(nb, values):
-            raise Refused(f"{name}: {lack} (--force runs it all the same)") from None
-    except ValueError as error:  # of the variables that describe a cluster
-        raise Refused(f"{name}: {error}") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with _log_file(copy.with_suffix(".log")):
+            note = _fail(one, copy, progress)
+        if not note:
+            note = _keep(one, copy, options, began)
+            status = "ok"
+    except KeyboardInterrupt:
+        where = progress.cell or "before the first cell"
+        status, note = "interrupted", f"{where}, executed copy: {copy}; {RESUME}"
+    except (ValueError, RuntimeError) as error:  # too big to freeze, damaged, nowhere
+        note = f"the notebook ran, but its results are not stored: {error}"
+    except OSError as error:  # nowhere to write
+        note = f"{type(error).__name__}: {error}"
+    seconds = time.time() - began
+    progress.clear()
+    words = [progress.title, status, events.duration(seconds)]
+    if note:
+        words.append(note)
+    events.say(" · ".join(words))
+    return {
+        "notebook": one.name,
+        "seconds": round(seconds),
+        "peak GiB": round(progress.peak / 2**30, 1),
+        "computed": len(progress.computed),
+        "found": len(progress.found - progress.computed),
+        "status": status,
+    }
 
 
 @contextlib.contextmanager
-def _reports(folder: Path) -> Iterator[Path | None]:
-    """Yield a file that the processes of a notebook find by BEYOND_DPO_PROGRESS; None where there
-    can be none.
-    """
+def _log_file(path: Path) -> Iterator[None]:
+    """Write what the library logs in this process to a file, as the kernel does after it."""
     try:
-        file = tempfile.NamedTemporaryFile(suffix=".jsonl", dir=folder)
-    except OSError:  # a full disk, say: the notebook runs, it only cannot be watched
-        os.environ["BEYOND_DPO_PROGRESS"] = ""
-        yield None
-        return
-    with file:
-        os.environ["BEYOND_DPO_PROGRESS"] = file.name
-        yield Path(file.name)
+        handler = logging.FileHandler(path, mode="w", encoding="utf-8")
+    except OSError:  # a full disk, say: the run itself goes on
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    log = logging.getLogger("beyond_dpo")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+        handler.close()
 
 
-def _run(
-    title: str, path: Path, nb, values: dict, profile: str | None, options, kernel: Kernel
-) -> dict:
-    folder = paths.ARTIFACTS / "runs"
-    copy = folder / (f"{path.stem}.{profile}.ipynb" if profile else path.name)
-    watch, began = progress.Watch(title), time.time()
+def _fail(one: Plan, copy: Path, progress: Progress) -> str:
+    """Compute and execute; return why that failed, "" if it did not."""
+    import papermill
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _reports(folder) as reports:
-            watch.reports = reports
-            with watch:
-                note = execute(path, nb, values, watch, copy, kernel)
-        status = "failed" if note else "ok"
-        if options.in_place and not note:
-            write_back(path, nb, copy)
-        if options.freeze and not note:
-            note = (
-                "frozen: "
-                f"{', '.join(freeze(began - 1)) or 'nothing, no figure or claim names a key'}"
-            )
-    except KeyboardInterrupt:
-        status, note = (
-            "interrupted",
-            f"{watch.cell or 'before the first cell'}, executed copy: {copy}; {RESUME}",
+        compute(one)
+    except Exception as error:
+        logging.getLogger("beyond_dpo").exception("computing for %s", one.name)
+        held = f"{progress.peak / 2**30:.1f} GiB"
+        return (
+            f"computing what it shows\n\n{type(error).__name__}: {error}\n\n"
+            f"its processes held {held}; log: {copy.with_suffix('.log')}"
         )
-    except (ValueError, RuntimeError) as error:  # too big to freeze, damaged, nowhere
-        status, note = "failed", f"the notebook ran, but its results are not stored: {error}"
-    except OSError as error:  # nowhere to write
-        status, note = "failed", f"{type(error).__name__}: {error}"
-    seconds = time.time() - began
-    events.say(f"{title} · {status} · {events.duration(seconds)}" + f" · {note}" * bool(note))
-    row = {
-        "notebook": path.stem,
-        "seconds": round(seconds),
-        "peak GiB": round(watch.peak / 2**30, 1),
-    }
-    return row | {
-        "computed": len(watch.computed),
-        "found": len(watch.found - watch.computed),
-        "status": status,
-    }
+    try:
+        execute(one, copy, progress)
+    except papermill.PapermillExecutionError as error:
+        source, reason = error.source, "\n".join(error.traceback)
+    except Exception as error:
+        source, reason = "", f"{type(error).__name__}: {error}\nout of memory?"
+    else:
+        return ""
+    shown = "\n".join(reason.splitlines()[-30:])
+    return "\n\n".join(filter(None, [progress.cell, source, shown, f"executed copy: {copy}"]))
+
+
+def _keep(one: Plan, copy: Path, options: argparse.Namespace, began: float) -> str:
+    """Write the outputs back and freeze the results, where that is asked for; return a note."""
+    if options.in_place:
+        write_back(one, copy)
+    if not options.freeze:
+        return ""
+    keys = freeze(began - 1)
+    return f"frozen: {', '.join(keys) or 'nothing, no figure or claim names a key'}"
+
+
+def _show_table(rows: list[dict]) -> None:
+    import pandas as pd
+
+    if len(rows) > 1:
+        total = {"notebook": "all", "peak GiB": max(row["peak GiB"] for row in rows), "status": ""}
+        for name in ("seconds", "computed", "found"):
+            total[name] = sum(row[name] for row in rows)
+        rows = [*rows, total]
+    events.show(pd.DataFrame(rows).to_string(index=False))
 
 
 if __name__ == "__main__":

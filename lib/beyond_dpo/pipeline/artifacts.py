@@ -221,11 +221,11 @@ class Artifact:
             os.close(handle)
         os.rename(partial, folder)
         log.info("finished %s in %.1f s", self.key, seconds)
-        self._tell("done")
+        self._tell("done", seconds=seconds)
         return folder
 
-    def _tell(self, event: str) -> None:
-        events.tell(event=event, stage=self.stage, key=self.key)
+    def _tell(self, event: str, **more) -> None:
+        events.tell(event=event, stage=self.stage, key=self.key, **more)
 
 
 def expect(artifact: Artifact) -> None:
@@ -242,7 +242,7 @@ def expect(artifact: Artifact) -> None:
     trainings = [one.does.partition(" (")[0] for one in working if one.stage == "train"]
     if trainings:
         line += f", trainings: {', '.join(trainings)}"
-    known = [seconds for one in working if (seconds := _took(one)) is not None]
+    known = [seconds for one in working if (seconds := took(one)) is not None]
     if known:
         line += f"; {len(known)} like these took {events.duration(sum(known))}"
     if artifact.hours and len(known) < len(working):
@@ -252,18 +252,23 @@ def expect(artifact: Artifact) -> None:
     )
 
 
-def _took(artifact: Artifact) -> float | None:
-    """Return the seconds of a finished result of the same stage and with the same settings; None
-    without one.
+def settings(artifact: Artifact) -> dict:
+    """Return the settings among an artifact's inputs: what decides how long it takes, mostly."""
+    inputs = artifact.recipe["inputs"]
+    return {name: value for name, value in inputs.items() if isinstance(value, dict)}
+
+
+def took(artifact: Artifact) -> float | None:
+    """Return the seconds of a finished result of the same stage with the same settings.
+
+    None without one.
     """
-    settings = {
-        name: value for name, value in artifact.recipe["inputs"].items() if isinstance(value, dict)
-    }
+    wanted = settings(artifact)
     for store in (paths.ARTIFACTS, paths.FROZEN):
         for path in store.glob(f"{artifact.stage}-*/manifest.json"):
             with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # damaged
                 manifest = json.loads(path.read_text(encoding="utf-8"))
-                alike = settings.items() <= manifest["inputs"].items()
+                alike = wanted.items() <= manifest["inputs"].items()
                 if manifest["stage"] == artifact.stage and alike:
                     return float(manifest["seconds"])
     return None
