@@ -1,24 +1,19 @@
 """What a process tells its parent, its own listeners and whoever watches: how far it is.
 
-None of these ways ends any work. Reports within a process are records of the logger REPORTS, whose
-`report` holds {event, stage, key} for start, wait, hit and done of an artifact (done also
-`seconds`), {event, stage, fraction, eta} (fraction in [0, 1], eta in seconds) for the progress of
-the one that runs, and {event: alive} while a child is waited for.
+None of these ways ends any work. Reports within a process are {event, stage, key} for start, wait,
+hit and done of an artifact (done also `seconds`), {event, stage, fraction, eta} (fraction in
+[0, 1], eta in seconds) for the progress of the one that runs, and {event: alive} while a child is
+waited for.
 """
 
-import logging
 import os
 import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-
-REPORTS = logging.getLogger("beyond_dpo.reports")
-REPORTS.setLevel(logging.INFO)
-REPORTS.propagate = False  # no log file needs them
 
 SLOW = 2.0  # seconds, after which work says what it is doing
 
@@ -26,6 +21,9 @@ SLOW = 2.0  # seconds, after which work says what it is doing
 UNPRINTABLE = re.compile(
     r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b\n]*(\x07|\x1b\\)?)?|[^\t\n\x20-\x7e\xa0-\U0010ffff]"
 )
+
+
+_listeners: list[Callable] = []  # those inside a `with listening(...)` of this process
 
 
 def progress(done: int, total: int) -> None:
@@ -47,14 +45,25 @@ def announce(stage: str, done: int, total: int, seconds: float) -> None:
 
 
 def tell(**report) -> None:
-    """Report to whoever listens in this process: a handler of the logger REPORTS."""
-    if REPORTS.handlers:
-        REPORTS.info("%s", report, extra={"report": report})
+    """Report to whoever listens in this process."""
+    for listener in _listeners:
+        with suppress(Exception):  # no work ends because nobody can see how far it is
+            listener(**report)
+
+
+@contextmanager
+def listening(listener: Callable) -> Iterator[None]:
+    """Inside, pass every report of this process to `listener`, as keyword arguments."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def quiet() -> bool:
     """Say whether this process keeps its stderr clean: a runner shows how far it is."""
-    return bool(os.environ.get("TQDM_DISABLE")) or bool(REPORTS.handlers)
+    return bool(os.environ.get("TQDM_DISABLE")) or bool(_listeners)
 
 
 def note(text: str) -> None:

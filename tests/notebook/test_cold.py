@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 from beyond_dpo.machine import paths
-from beyond_dpo.notebook import progress, run
+from beyond_dpo.notebook import plan
 
 pytestmark = pytest.mark.slow
 
@@ -36,12 +36,12 @@ def test_every_notebook_runs_cold_at_smoke(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
     monkeypatch.setenv("COMPUTE", "cold")
     results = 0
-    for path in run.find([]):
+    for path in plan.find([]):
         notebook = nbformat.read(path, as_version=4)
-        values = run.parameters(notebook, path.stem)
+        values = plan.parameters(notebook, path.stem)
         if "profile" in values:
             values["profile"] = "smoke"
-        _, named = progress.planned(notebook, values)
+        _, named = plan.planned(notebook, values)
         results += len(named)
         assert not [key for artifact in named for key in artifact.missing()], path.stem
     assert results >= 20

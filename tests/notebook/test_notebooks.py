@@ -20,7 +20,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from beyond_dpo.machine import paths
-from beyond_dpo.notebook import progress, report, run
+from beyond_dpo.notebook import plan, report, run
 from beyond_dpo.pipeline import assets, config, expo, stages
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
@@ -228,7 +228,7 @@ def test_the_quick_notebooks_need_no_model_and_no_download(monkeypatch):
 def upstream(stem: str) -> list:
     """Return all that a notebook's results are made from, and they themselves."""
     nb = nbformat.read(paths.NOTEBOOKS / f"{stem}.ipynb", 4)
-    _, named = progress.planned(nb, run.parameters(nb, stem))
+    _, named = plan.planned(nb, plan.parameters(nb, stem))
     return [job for one in named for job in one.upstream.values()]
 
 
@@ -394,7 +394,7 @@ def test_a_dry_run_draws_nothing(tmp_path, monkeypatch, mode):
     path = paths.NOTEBOOKS / "23_mallows_links.ipynb"
     nb = nbformat.read(path, 4)
     assert "figures.save" in code_cells(path)[2].source
-    progress.planned(nb, run.parameters(nb, path.stem))
+    plan.planned(nb, plan.parameters(nb, path.stem))
     assert not (tmp_path / "figures").exists()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from beyond_dpo.jobs import settings as job_settings
 from beyond_dpo.machine import paths
-from beyond_dpo.notebook import progress, run
+from beyond_dpo.notebook import plan
 from beyond_dpo.pipeline import artifacts
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
@@ -128,7 +128,7 @@ def test_the_plan_of_a_notebook_names_what_its_claims_and_figures_were_made_from
     record = json.loads(file.read_text(encoding="utf-8"))
     name = record["notebook"]
     notebook = nbformat.read(paths.NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    _, named = progress.planned(notebook, run.parameters(notebook, name))
+    _, named = plan.planned(notebook, plan.parameters(notebook, name))
     assert sorted(artifact.key for artifact in named) == sorted(record["keys"])
     drawn = [json.loads(path.read_text(encoding="utf-8")) for path in paths.FIGURES.glob("*.json")]
     figures = [figure for figure in drawn if figure["notebook"] == name]

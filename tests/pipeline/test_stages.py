@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from beyond_dpo import rewards, templates
 from beyond_dpo.files import link_file
 from beyond_dpo.machine import launch, paths, workers
-from beyond_dpo.notebook import progress, run
+from beyond_dpo.notebook import plan
 from beyond_dpo.pipeline import artifacts, assets, config, expo, stages
 
 
@@ -334,10 +334,10 @@ def test_a_target_that_needs_no_fine_tuning_is_the_sft_model():
 @pytest.mark.parametrize("profile", config.PROFILES)
 def test_the_dry_run_names_every_training_of_every_notebook(profile):
     cfg, found = config.load("expo", profile), {}
-    for path in run.find([]):
+    for path in plan.find([]):
         nb = nbformat.read(path, as_version=4)
-        found[path.stem[:2]] = progress.said(
-            nb, run.parameters(nb, path.stem) | {"profile": profile}
+        found[path.stem[:2]] = plan.described(
+            nb, plan.parameters(nb, path.stem) | {"profile": profile}
         )
     count = {
         number: sum("beyond_dpo.jobs.train" in line for line in lines)

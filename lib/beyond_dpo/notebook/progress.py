@@ -1,11 +1,10 @@
 """Show one line about a run: which notebook, which result, how far, and how long it all takes.
 
-What this process reports is heard as log records (see beyond_dpo.events): start, wait, hit and done
-of an artifact, and how far the work of the one that runs has come.
+What this process reports (see beyond_dpo.events) is heard: start, wait, hit and done of an
+artifact, and how far the work of the one that runs has come.
 """
 
 import contextlib
-import logging
 import shutil
 import sys
 import time
@@ -66,15 +65,14 @@ class Working:
     seconds_left: float | None = None
 
 
-class Progress(logging.Handler):
-    """Hear what this process reports, in a `with`, and show it as one line on stderr.
+class Progress:
+    """Hear what this process reports, and show it as one line on stderr.
 
     computed, found: keys of artifacts, and peak: most memory (RSS, bytes) that this process and
     those below it held together, all since the last begin().
     """
 
     def __init__(self, timetable: Timetable):
-        super().__init__()
         self._timetable = timetable
         self._planned = len(timetable._missing)
         self._shown_at, self._shown = 0.0, ""
@@ -88,24 +86,10 @@ class Progress(logging.Handler):
         self.found: set[str] = set()
         self._running: dict[str, Working] = {}
 
-    def __enter__(self):
-        events.REPORTS.addHandler(self)
-        return self
-
-    def __exit__(self, *_):
-        events.REPORTS.removeHandler(self)
-        self.clear()
-
-    def emit(self, record: logging.LogRecord) -> None:
+    def hear(self, **report) -> None:
         """Take in one report, and show the line anew if it is time to."""
-        try:
-            self._take(**record.report)
-            self.show()
-        except Exception:
-            self.handleError(record)
-
-    def handleError(self, record) -> None:  # noqa: N802, the name is logging's
-        """Leave it out: no work ends because nobody can see how far it is."""
+        self._take(**report)
+        self.show()
 
     def executes(self, cell: str) -> None:
         """Show which cell of the notebook is executed."""

@@ -252,7 +252,8 @@ def _end() -> None:
 def _run_all(plans: list[Plan], options: argparse.Namespace) -> list[dict]:
     """Run one notebook after the other, until one is interrupted; return a row about each."""
     rows = []
-    with Progress(Timetable(_missing(plans))) as progress:
+    progress = Progress(Timetable(_missing(plans)))
+    with events.listening(progress.hear):
         for number, one in enumerate(plans, 1):
             progress.begin(f"[{number}/{len(plans)}] {one.name}")
             rows.append(_run(one, options, progress))
