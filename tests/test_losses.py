@@ -1,13 +1,17 @@
 """Pairwise losses: values derived by hand, limits, gradients, and faults."""
 
+import inspect
 import itertools
 import math
+import typing
 from decimal import Decimal, localcontext
 
 import pytest
 import torch
 
+from beyond_dpo.jobs import settings
 from beyond_dpo.losses import (
+    LOSSES,
     dpo,
     hybrid,
     ipo,
@@ -22,7 +26,7 @@ from beyond_dpo.losses import (
     wrpo_simpo,
 )
 
-LOSSES = {
+OF_A_PAIR = {
     "dpo": lambda c, r: dpo(c, r, beta=0.1),
     "dpo_smooth": lambda c, r: dpo(c, r, beta=0.1, label_smoothing=0.2),
     "ipo": lambda c, r: ipo(c, r, tau=0.1),
@@ -40,7 +44,7 @@ LOSSES = {
     "wrpo_simpo": lambda c, r: wrpo_simpo(c, c / 2, r, alpha=0.3, beta=2.0, gamma=0.5),
     "hybrid": lambda c, r: hybrid(c, c / 2, r, beta=0.1),
 }
-each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+each_loss = pytest.mark.parametrize("loss", OF_A_PAIR.values(), ids=OF_A_PAIR)
 
 
 def row(*values, dtype=torch.float64, grad=False):
@@ -565,3 +569,32 @@ def test_alpha_out_of_range_raises(alpha):
             call(row(1.0), row(1.0), row(0.0), alpha=alpha, beta=0.1)
     with pytest.raises(ValueError, match="differ in length"):
         wrpo(row(1.0, 1.0), row(1.0), row(0.0), alpha=0.1, beta=0.1)
+
+
+# ---- the table of losses
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_table_names_the_arguments_of_each_function(name):
+    loss = LOSSES[name]
+    parameters = inspect.signature(loss.function).parameters.values()
+    keywords = {
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    assert keywords == set(loss.settings)
+    positional = len(parameters) - len(keywords)
+    for responses in loss.responses:
+        assert positional == len(responses) + int(loss.needs_weights)
+
+
+def test_every_loss_but_fine_tuning_can_be_set():
+    assert {*LOSSES, "sft"} == set(typing.get_args(settings.Losses))
+
+
+@pytest.mark.parametrize("setting", settings.USED_BY)
+def test_a_setting_is_in_the_recipe_of_the_losses_that_use_it(setting):
+    argument = "alpha" if setting == "dynamic" else setting
+    users = {name for name, loss in LOSSES.items() if argument in loss.settings}
+    assert set(settings.USED_BY[setting]) == users

@@ -1,8 +1,13 @@
 """Preference losses: free functions on tensors, derived from the equations of the papers."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from beyond_dpo.rows import FUSED
 
 
 def _vector(name: str, x: Tensor) -> None:
@@ -381,3 +386,38 @@ def hybrid(
     source, chosen, rejected = dpo(source_logratios, rejected_logratios, beta=beta)
     target, other, _ = dpo(target_logratios, rejected_logratios, beta=beta)
     return (source + target) / 2, (chosen + other) / 2, rejected
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it has to be given."""
+
+    # takes a (batch,) tensor for each response, the weights if it needs them, and its settings
+    function: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    # the responses that it takes, by name and in its order: one of these tuples
+    responses: tuple[tuple[str, ...], ...]
+    # the names of its keyword arguments
+    settings: tuple[str, ...]
+    # takes log-ratios to the reference model; without it, mean log-probabilities of a token
+    needs_reference: bool = True
+    # takes a weight for each prompt (dispersion.weights), or phi of that weight
+    needs_weights: bool = False
+
+
+PAIRS = (("chosen", "rejected"), ("source_chosen", "rejected"), ("target_chosen", "rejected"))
+TRIPLE = (FUSED,)
+LOSSES: dict[str, Loss] = {
+    "dpo": Loss(dpo, PAIRS, ("beta", "label_smoothing")),
+    "ipo": Loss(ipo, PAIRS, ("tau",)),
+    "simpo": Loss(simpo, PAIRS, ("beta", "gamma"), needs_reference=False),
+    "mallows_theta": Loss(mallows_theta, PAIRS, ("beta",), needs_weights=True),
+    "mallows_phi": Loss(mallows_phi, PAIRS, ("beta", "epsilon"), needs_weights=True),
+    "mallows_ipo": Loss(mallows_ipo, PAIRS, ("tau",), needs_weights=True),
+    "mallows_simpo": Loss(
+        mallows_simpo, PAIRS, ("beta", "gamma"), needs_reference=False, needs_weights=True
+    ),
+    "wrpo": Loss(wrpo, TRIPLE, ("alpha", "beta")),
+    "wrpo_ipo": Loss(wrpo_ipo, TRIPLE, ("alpha", "tau")),
+    "wrpo_simpo": Loss(wrpo_simpo, TRIPLE, ("alpha", "beta", "gamma"), needs_reference=False),
+    "hybrid": Loss(hybrid, TRIPLE, ("beta",)),
+}

@@ -31,11 +31,14 @@ Losses = Literal[
     "wrpo_simpo",
     "hybrid",
 ]
-FUSED = (
-    "source_chosen",
-    "target_chosen",
-    "rejected",
-)  # WRPO's responses, in the order that its losses take them
+# Settings that came after the first results, and the losses that use them. They stay out of the
+# recipes of all other losses, so that no key changed with them.
+FUSION_LOSSES = ("wrpo", "wrpo_ipo", "wrpo_simpo")
+USED_BY = {
+    "epsilon": ("mallows_phi",),
+    "alpha": FUSION_LOSSES,
+    "dynamic": FUSION_LOSSES,
+}
 
 # Numbers that no run can use are refused when a configuration is loaded.
 Count = Annotated[int, Field(ge=0)]
@@ -110,10 +113,15 @@ class Train:
         """Return what the result depends on: every field but the machine's, and but what this loss
         does not know.
         """
-        unused = ["epsilon"] * (self.loss != "mallows_phi") + ["parts"] * (self.parts == 1)
-        unused += ["alpha", "dynamic"] * (not self.loss.startswith("wrpo"))
-        unused += ["lora_rank", "lora_alpha"] * (not self.lora_rank)
-        return {k: v for k, v in asdict(self).items() if k not in [*self.MACHINE, *unused]}
+        left_out = list(self.MACHINE)
+        for name, losses in USED_BY.items():
+            if self.loss not in losses:
+                left_out.append(name)
+        if self.parts == 1:
+            left_out.append("parts")
+        if not self.lora_rank:
+            left_out += ["lora_rank", "lora_alpha"]
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -24,12 +24,13 @@ from pathlib import Path
 
 import torch
 
-from beyond_dpo import dispersion, events, lora, losses, precision, scoring, templates
+from beyond_dpo import dispersion, events, lora, precision, scoring, templates
 from beyond_dpo.files import share_weights, sync, write_file
 from beyond_dpo.jobs import reference
-from beyond_dpo.jobs.settings import FUSED, ConfigError, Train, check_batch
+from beyond_dpo.jobs.settings import ConfigError, Train, check_batch
+from beyond_dpo.losses import LOSSES, PAIRS
 from beyond_dpo.machine import cluster, launch
-from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length
+from beyond_dpo.rows import FUSED, epoch_order, prepare, read_rows, row_length
 
 log = logging.getLogger("beyond_dpo.jobs.train")
 OPTIMIZERS = {
@@ -88,34 +89,40 @@ def row_losses(
     it. weight: (rows,) dispersion.weights, for MallowsPO. alpha: of WRPO. Raises ValueError for a
     loss that does not fit the responses' names, or lacks its reference.
     """
-    logps, loss = scores["logps"].view(len(names), -1), settings.loss
-    if loss == "sft":
+    logps = scores["logps"].view(len(names), -1)
+    if settings.loss == "sft":
         return (
             -logps.sum(0),
             torch.zeros_like(logps[0]),
             torch.zeros_like(logps[0]),
             torch.zeros_like(logps),
         )
-    fuses = loss.startswith(("wrpo", "hybrid"))
-    pair = len(names) == 2 and names[0].endswith("chosen") and names[1] == "rejected"
-    if (tuple(names) != FUSED) if fuses else not pair:
-        wanted = FUSED if fuses else "a chosen and the rejected one"
-        raise ValueError(f"loss {loss!r} takes the responses {wanted}, in this order, got {names}")
-    if base is None and not loss.endswith("simpo") or weight is None and loss.startswith("mallows"):
-        raise ValueError(f"loss {loss!r} needs a reference file")
-    given = {"tau" if loss.endswith("ipo") else "beta": settings.beta}
-    given |= {"alpha": alpha} if loss.startswith("wrpo") else {}
-    takes = {"dpo": "label_smoothing", "mallows_phi": "epsilon"}.get(
-        loss, "gamma" if loss.endswith("simpo") else ""
-    )
-    given |= {takes: getattr(settings, takes)} if takes else {}
-    inputs = (
-        logps / scores["tokens"].view(len(names), -1) if loss.endswith("simpo") else logps - base
-    )
-    if loss == "mallows_phi":
-        weight = torch.exp(-weight)  # dispersion.to_phi
-    weights = [weight] if loss.startswith("mallows") else []
-    return *getattr(losses, loss)(*inputs, *weights, **given), settings.beta * inputs.detach()
+    loss = LOSSES[settings.loss]
+    if tuple(names) not in loss.responses:
+        wanted = "a chosen and the rejected one" if loss.responses == PAIRS else FUSED
+        raise ValueError(
+            f"loss {settings.loss!r} takes the responses {wanted}, in this order, got {names}"
+        )
+    if (loss.needs_reference and base is None) or (loss.needs_weights and weight is None):
+        raise ValueError(f"loss {settings.loss!r} needs a reference file")
+    if loss.needs_reference:
+        inputs = logps - base
+    else:
+        inputs = logps / scores["tokens"].view(len(names), -1)
+    arguments = list(inputs)
+    if loss.needs_weights:
+        # the φ loss takes dispersion.to_phi of the weight
+        arguments.append(torch.exp(-weight) if settings.loss == "mallows_phi" else weight)
+    values = {
+        "beta": settings.beta,
+        "tau": settings.beta,
+        "gamma": settings.gamma,
+        "epsilon": settings.epsilon,
+        "label_smoothing": settings.label_smoothing,
+        "alpha": alpha,
+    }
+    keywords = {name: values[name] for name in loss.settings}
+    return *loss.function(*arguments, **keywords), settings.beta * inputs.detach()
 
 
 def engine_config(settings: Train, accumulation: int) -> dict:
@@ -174,7 +181,7 @@ def main(path: str) -> None:
     if job["reference"]:
         held = reference.load(job["reference"], rows, names)
         base = dict(zip(everyone, held["logps"], strict=True))
-        if settings.loss.startswith("mallows"):
+        if settings.loss != "sft" and LOSSES[settings.loss].needs_weights:
             found, _ = dispersion.weights(*held["entropies"].T, everyone)
             dispersed = dict(zip(everyone, found, strict=True))
 
@@ -302,7 +309,8 @@ def main(path: str) -> None:
         if rank == 0:
             rate = engine.optimizer.param_groups[0]["lr"]
             entry = {"step": step, "lr": rate, "grad_norm": norm}
-            entry |= {"alpha": alpha} if settings.loss.startswith("wrpo") else {}
+            if settings.loss != "sft" and "alpha" in LOSSES[settings.loss].settings:
+                entry["alpha"] = alpha
             entry |= _measured(sums.tolist(), batch, names, settings.loss, time.time() - began)
             with open(log_file, "a", encoding="utf-8") as f:
                 f.write(json.dumps(entry) + "\n")
