@@ -87,15 +87,17 @@ def mallows_rankings(n_items: int, phi: float, draws: int, seed: int) -> np.ndar
     if not 0 <= phi <= 1:
         raise ValueError(f"phi must be in [0, 1], got {phi!r}")
     generator = np.random.default_rng(seed)
-    ranks = np.empty((draws, n_items), dtype=int)
+    shape = (draws, n_items)
+    ranks = np.empty(shape, dtype=int)
     for k in range(n_items):
         places = k + 1
-        chances = float(phi) ** np.arange(places)
+        passes = np.arange(places)
+        chances = float(phi) ** passes
         chances /= chances.sum()
         passed = generator.choice(places, size=draws, p=chances)
         rank = k - passed
         ranks[:, k] = rank
         earlier = ranks[:, :k]
-        # the items that k passed fall by one
-        earlier += earlier >= rank[:, np.newaxis]
+        is_passed = earlier >= rank[:, np.newaxis]
+        earlier += is_passed  # in place: the items that k passed fall by one rank
     return ranks

@@ -21,7 +21,7 @@ def top_k_top_p(logits: Tensor, k: int, p: float) -> Tensor:
         kept = vocabulary
     else:
         return logits
-    top = logits.topk(kept, dim=-1).values
+    top = logits.topk(kept, dim=-1).values  # in falling order
     if p < 1:
         lowest = _lowest_of_mass(logits, top, p)
     else:
@@ -41,7 +41,8 @@ def _lowest_of_mass(logits: Tensor, top: Tensor, p: float) -> Tensor:
     smallest = top[:, -1:]
     mass = (top - largest).exp()
     # how many logits of each row are not below the k-th, in a third of the time of .sum(-1)
-    rows = (logits >= smallest).nonzero()[:, 0]
+    is_among = logits >= smallest
+    rows = is_among.nonzero()[:, 0]
     counts = torch.bincount(rows, minlength=len(logits))
     # logits equal to the k-th, yet not among the k: common in bfloat16
     ties = counts[:, None] - k
@@ -70,9 +71,11 @@ class CpuPenalties(LogitsProcessor):
 
     def update_state(self, batch_update) -> None:
         """Note which requests came, left or moved to another row."""
-        process_dict_updates(
-            self.tokens, batch_update, lambda parameters, prompt, response: response
-        )
+
+        def tokens_of(parameters, prompt, response):
+            return response
+
+        process_dict_updates(self.tokens, batch_update, tokens_of)
 
     def apply(self, logits: Tensor) -> Tensor:
         """Subtract the penalties in place from logits, (rows, vocabulary)."""

@@ -104,6 +104,11 @@ class Run:
         return self.job.out / "checkpoints" / f"zero{self.job.settings.zero}-of{self.processes}"
 
     @property
+    def save_dtype(self) -> torch.dtype:
+        """Return the dtype of the weights in the files."""
+        return getattr(torch, self.job.settings.save_dtype)
+
+    @property
     def trains_all(self) -> bool:
         """Tell whether all weights are trained, and so are in a checkpoint."""
         return not self.job.settings.lora_rank
@@ -269,7 +274,7 @@ def main(path: str) -> None:
     if rank == 0:
         _write_facts(job, first)
     _train(run, first)
-    _save(run.model, run.tokenizer, job.out, getattr(torch, job.settings.save_dtype), rank)
+    _save(run.model, run.tokenizer, job.out, run.save_dtype, rank)
     if rank == 0:
         write_file(job.out / "checkpoints" / "finished", "")
     _wait_for_all()
@@ -343,7 +348,7 @@ def _read_reference(path: str, rows: list[dict], names: list[str], loss: str) ->
 def _start_engine(job: Job, rank: int, processes: int) -> Run:
     """Join the other processes, load the model and build the engine that trains it."""
     device = _join_group()
-    import deepspeed
+    import deepspeed  # which reads the environment that _join_group has completed
 
     settings = job.settings
     tokenizer = templates.load_tokenizer(job.model)
@@ -454,7 +459,6 @@ def _write_facts(job: Job, first: int) -> None:
 def _train(run: Run, first: int) -> None:
     """Take the optimizer steps from `first` on, and log, save and checkpoint on the way."""
     job = run.job
-    save_dtype = getattr(torch, job.settings.save_dtype)
     for step in range(first, job.steps):
         entry = _train_step(run, step)
         done = step + 1
@@ -463,7 +467,8 @@ def _train(run: Run, first: int) -> None:
                 file.write(json.dumps(entry) + "\n")
             events.progress(done, job.steps)
         if done in job.parts:
-            _save(run.model, run.tokenizer, job.out / job.parts[done], save_dtype, run.rank)
+            part = job.out / job.parts[done]
+            _save(run.model, run.tokenizer, part, run.save_dtype, run.rank)
         if done % job.settings.checkpoint_every == 0 and done < job.steps:
             _save_checkpoint(
                 run.engine, run.checkpoints, done, run.log_file, run.rank, run.trains_all
