@@ -1,13 +1,18 @@
 """Pairwise losses: values derived by hand, limits, gradients, and faults."""
 
+import inspect
 import itertools
 import math
+import typing
 from decimal import Decimal, localcontext
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from beyond_dpo.jobs import settings as job_settings
 from beyond_dpo.losses import (
+    LOSSES,
     dpo,
     hybrid,
     ipo,
@@ -22,183 +27,248 @@ from beyond_dpo.losses import (
     wrpo_simpo,
 )
 
-LOSSES = {
-    "dpo": lambda c, r: dpo(c, r, beta=0.1),
-    "dpo_smooth": lambda c, r: dpo(c, r, beta=0.1, label_smoothing=0.2),
-    "ipo": lambda c, r: ipo(c, r, tau=0.1),
-    "simpo": lambda c, r: simpo(c, r, beta=2.0, gamma=0.5),
-    "mallows_theta": lambda c, r: mallows_theta(c, r, torch.full((len(c),), 1.7), beta=0.1),
-    "mallows_ipo": lambda c, r: mallows_ipo(c, r, torch.full((len(c),), 1.7), tau=0.1),
-    "mallows_simpo": lambda c, r: mallows_simpo(
-        c, r, torch.full((len(c),), 1.7), beta=2.0, gamma=0.5
-    ),
-    "mallows_phi": lambda c, r: mallows_phi(
-        c, r, torch.full((len(c),), 0.3), beta=0.1, epsilon=0.05
-    ),
-    "wrpo": lambda c, r: wrpo(c, c / 2, r, alpha=0.3, beta=0.1),
-    "wrpo_ipo": lambda c, r: wrpo_ipo(c, c / 2, r, alpha=0.3, tau=0.1),
-    "wrpo_simpo": lambda c, r: wrpo_simpo(c, c / 2, r, alpha=0.3, beta=2.0, gamma=0.5),
-    "hybrid": lambda c, r: hybrid(c, c / 2, r, beta=0.1),
-}
-each_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+LN2 = math.log(2)
+LN3 = math.log(3)
 
 
-def row(*values, dtype=torch.float64, grad=False):
+def tensor(*values, dtype=torch.float64, grad=False):
     return torch.tensor(values, dtype=dtype, requires_grad=grad)
+
+
+def constant(like, value):
+    return torch.full((len(like),), value)
+
+
+def drawn(count, seed, size=64, dtype=torch.float64):
+    """Return `count` tensors (size,) from a normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, size, generator=generator, dtype=dtype)
+
+
+def assert_values(found, expected, **tolerance):
+    assert found.tolist() == pytest.approx(expected, **tolerance)
+
+
+def assert_same(found, expected):
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+OF_A_PAIR = {
+    "dpo": lambda chosen, rejected: dpo(chosen, rejected, beta=0.1),
+    "dpo_smooth": lambda chosen, rejected: dpo(chosen, rejected, beta=0.1, label_smoothing=0.2),
+    "ipo": lambda chosen, rejected: ipo(chosen, rejected, tau=0.1),
+    "simpo": lambda chosen, rejected: simpo(chosen, rejected, beta=2.0, gamma=0.5),
+    "mallows_theta": lambda chosen, rejected: mallows_theta(
+        chosen, rejected, constant(chosen, 1.7), beta=0.1
+    ),
+    "mallows_ipo": lambda chosen, rejected: mallows_ipo(
+        chosen, rejected, constant(chosen, 1.7), tau=0.1
+    ),
+    "mallows_simpo": lambda chosen, rejected: mallows_simpo(
+        chosen, rejected, constant(chosen, 1.7), beta=2.0, gamma=0.5
+    ),
+    "mallows_phi": lambda chosen, rejected: mallows_phi(
+        chosen, rejected, constant(chosen, 0.3), beta=0.1, epsilon=0.05
+    ),
+    "wrpo": lambda chosen, rejected: wrpo(chosen, chosen / 2, rejected, alpha=0.3, beta=0.1),
+    "wrpo_ipo": lambda chosen, rejected: wrpo_ipo(chosen, chosen / 2, rejected, alpha=0.3, tau=0.1),
+    "wrpo_simpo": lambda chosen, rejected: wrpo_simpo(
+        chosen, chosen / 2, rejected, alpha=0.3, beta=2.0, gamma=0.5
+    ),
+    "hybrid": lambda chosen, rejected: hybrid(chosen, chosen / 2, rejected, beta=0.1),
+}
+each_loss = pytest.mark.parametrize("loss", OF_A_PAIR.values(), ids=OF_A_PAIR)
+
+
+# ---- DPO
 
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.49])
 def test_dpo_is_ln2_where_policy_equals_reference(beta, smoothing):
-    losses, chosen, rejected = dpo(
-        row(0.0, 0.0), row(0.0, 0.0), beta=beta, label_smoothing=smoothing
-    )
-    assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-15)
-    assert chosen.tolist() == rejected.tolist() == [0.0, 0.0]
+    zeros = tensor(0.0, 0.0)
+    losses, chosen, rejected = dpo(zeros, zeros, beta=beta, label_smoothing=smoothing)
+    assert_values(losses, [LN2, LN2], abs=1e-15)
+    assert chosen.tolist() == [0.0, 0.0]
+    assert rejected.tolist() == [0.0, 0.0]
 
 
 def test_dpo_hand_values():
-    """beta 0.5, log-ratios 2 ln 3 and 0: s = 0.5 * 2 ln 3 = ln 3, sigmoid(s) = 3/4, loss = ln(4/3).
+    """beta 0.5, log-ratios 2 ln 3 and 0: s = 0.5 * 2 ln 3 = ln 3, sigmoid(s) = 3/4, loss ln(4/3).
 
-    The other way round s = -ln 3, sigmoid(s) = 1/4, loss = ln 4. A shift of both log-ratios changes
-    no loss.
+    The other way round s = -ln 3, sigmoid(s) = 1/4, and the loss is ln 4. A shift of both
+    log-ratios changes no loss.
     """
-    a, b = 2 * math.log(3), 0.0
-    losses, chosen, rejected = dpo(row(a, b, a + 7), row(b, a, b + 7), beta=0.5)
-    assert losses.tolist() == pytest.approx(
-        [math.log(4 / 3), math.log(4), math.log(4 / 3)], abs=1e-14
+    high = 2 * LN3
+    losses, chosen, rejected = dpo(
+        tensor(high, 0.0, high + 7),
+        tensor(0.0, high, 7.0),
+        beta=0.5,
     )
-    assert chosen.tolist() == pytest.approx([math.log(3), 0.0, math.log(3) + 3.5])
-    assert rejected.tolist() == pytest.approx([0.0, math.log(3), 3.5])
+    assert_values(losses, [math.log(4 / 3), math.log(4), math.log(4 / 3)], abs=1e-14)
+    assert_values(chosen, [LN3, 0.0, LN3 + 3.5])
+    assert_values(rejected, [0.0, LN3, 3.5])
 
 
 def test_dpo_gradient_by_hand():
-    """d loss / d chosen = -beta * sigmoid(-s): at s = ln 3 and beta 0.5 that is -0.5 / 4 = -1/8;
-    +1/8 for rejected.
-    """
-    c, r = row(2 * math.log(3), grad=True), row(0.0, grad=True)
-    dpo(c, r, beta=0.5)[0].sum().backward()
-    assert c.grad.item() == pytest.approx(-0.125) and r.grad.item() == pytest.approx(0.125)
+    """d loss / d chosen = -beta * sigmoid(-s): -0.5 / 4 at s = ln 3 and beta 0.5."""
+    chosen = tensor(2 * LN3, grad=True)
+    rejected = tensor(0.0, grad=True)
+    losses, _, _ = dpo(chosen, rejected, beta=0.5)
+    losses.sum().backward()
+    assert_values(chosen.grad, [-0.125])
+    assert_values(rejected.grad, [0.125])
 
 
 def test_label_smoothing_is_the_plain_loss_plus_e_times_s():
     """-log sigmoid(-s) = s - log sigmoid(s), so (1-e) L(s) + e L(-s) = L(s) + e * s."""
-    c, r = torch.randn(2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 20
-    plain, _, _ = dpo(c, r, beta=0.3)
-    flipped, _, _ = dpo(r, c, beta=0.3)
-    smooth, _, _ = dpo(c, r, beta=0.3, label_smoothing=0.2)
-    torch.testing.assert_close(smooth, 0.8 * plain + 0.2 * flipped)
-    torch.testing.assert_close(smooth, plain + 0.2 * 0.3 * (c - r))
+    chosen, rejected = 20 * drawn(2, seed=0)
+    plain, _, _ = dpo(chosen, rejected, beta=0.3)
+    flipped, _, _ = dpo(rejected, chosen, beta=0.3)
+    smooth, _, _ = dpo(chosen, rejected, beta=0.3, label_smoothing=0.2)
+    assert_close(smooth, 0.8 * plain + 0.2 * flipped)
+    assert_close(smooth, plain + 0.2 * 0.3 * (chosen - rejected))
+
+
+def test_dpo_is_linear_when_the_policy_is_far_on_the_wrong_side():
+    """s = 0.1 * (-2e4): log(1 + e^2000) is 2000, where a naive log(sigmoid) is infinite."""
+    chosen = tensor(-1e4, dtype=torch.float32)
+    rejected = tensor(1e4, dtype=torch.float32)
+    losses, _, _ = dpo(chosen, rejected, beta=0.1)
+    assert_values(losses, [2000.0], rel=1e-6)
+
+
+def test_half_precision_inputs_are_not_rounded_again():
+    """1.0, 0.00390625 and their difference are exact in bfloat16, but beta times it is not."""
+    chosen = tensor(1.0, dtype=torch.float32)
+    rejected = tensor(0.00390625, dtype=torch.float32)
+    half = dpo(chosen.bfloat16(), rejected.bfloat16(), beta=0.1)
+    assert_same(half, dpo(chosen, rejected, beta=0.1))
+
+
+# ---- IPO, SimPO
 
 
 def test_ipo_hand_values():
-    """tau 0.1: the target is 1 / 0.2 = 5. h = 5 gives 0, h = 0 gives 25, h = 7 gives 4, h = -1
-    gives 36.
-    """
-    losses, chosen, rejected = ipo(row(5.0, 1.0, 3.0, -4.0), row(0.0, 1.0, -4.0, -3.0), tau=0.1)
-    assert losses.tolist() == pytest.approx([0.0, 25.0, 4.0, 36.0], abs=1e-12)
-    assert chosen.tolist() == pytest.approx([0.5, 0.1, 0.3, -0.4])
-    assert rejected.tolist() == pytest.approx([0.0, 0.1, -0.4, -0.3])
+    """tau 0.1: the target is 1 / 0.2 = 5; h = 5, 0, 7 and -1 give 0, 25, 4 and 36."""
+    losses, chosen, rejected = ipo(
+        tensor(5.0, 1.0, 3.0, -4.0),
+        tensor(0.0, 1.0, -4.0, -3.0),
+        tau=0.1,
+    )
+    assert_values(losses, [0.0, 25.0, 4.0, 36.0], abs=1e-12)
+    assert_values(chosen, [0.5, 0.1, 0.3, -0.4])
+    assert_values(rejected, [0.0, 0.1, -0.4, -0.3])
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0])
 def test_ipo_minimum_is_at_half_over_tau(tau):
-    h = 1 / (2 * tau)
-    c, r = row(h, h - 0.01, h + 0.01, grad=True), row(0.0, 0.0, 0.0)
-    losses, _, _ = ipo(c, r, tau=tau)
+    target = 1 / (2 * tau)
+    chosen = tensor(target, target - 0.01, target + 0.01, grad=True)
+    losses, _, _ = ipo(chosen, tensor(0.0, 0.0, 0.0), tau=tau)
     losses.sum().backward()
-    assert losses[0] == 0 and c.grad[0] == 0
-    assert losses[1].item() == pytest.approx(1e-4) and losses[2].item() == pytest.approx(1e-4)
-    assert c.grad[1] < 0 < c.grad[2]
+    at_target, below, above = chosen.grad
+    assert losses[0] == 0
+    assert_values(losses[1:], [1e-4, 1e-4])
+    assert at_target == 0
+    assert below < 0 < above
 
 
 def test_simpo_hand_values():
-    """beta 2, gamma 0.5. Means -1 and -1.25 differ by 0.25: the rewards differ by exactly gamma,
-    the loss is ln 2.
+    """beta 2, gamma 0.5: means -1 and -1.25 give rewards that differ by exactly gamma, loss ln 2.
 
     Equal means: s = -0.5, loss = ln(1 + e^0.5) = 0.974077. gamma is the margin itself, not a share
     of beta.
     """
-    losses, chosen, rejected = simpo(row(-1.0, -1.0), row(-1.25, -1.0), beta=2.0, gamma=0.5)
-    assert losses.tolist() == pytest.approx([math.log(2), math.log1p(math.exp(0.5))], abs=1e-14)
+    losses, chosen, rejected = simpo(tensor(-1.0, -1.0), tensor(-1.25, -1.0), beta=2.0, gamma=0.5)
+    assert_values(losses, [LN2, math.log1p(math.exp(0.5))], abs=1e-14)
     assert losses[1].item() == pytest.approx(0.974077, abs=1e-6)
-    assert chosen.tolist() == [-2.0, -2.0] and rejected.tolist() == [-2.5, -2.0]
+    assert chosen.tolist() == [-2.0, -2.0]
+    assert rejected.tolist() == [-2.5, -2.0]
 
 
 def test_simpo_without_margin_is_dpo_on_the_same_numbers():
-    c, r = row(-0.5, -2.0), row(-1.5, -0.1)
-    torch.testing.assert_close(simpo(c, r, beta=2.0, gamma=0.0), dpo(c, r, beta=2.0))
+    chosen = tensor(-0.5, -2.0)
+    rejected = tensor(-1.5, -0.1)
+    without_margin = simpo(chosen, rejected, beta=2.0, gamma=0.0)
+    assert_close(without_margin, dpo(chosen, rejected, beta=2.0))
+
+
+# ---- every loss
 
 
 @each_loss
 def test_gradient_equals_finite_differences(loss):
-    c, r = row(-3.0, 0.2, 4.0, grad=True), row(1.0, -0.7, 3.5, grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: loss(a, b)[0], (c, r), eps=1e-6, atol=1e-8)
+    chosen = tensor(-3.0, 0.2, 4.0, grad=True)
+    rejected = tensor(1.0, -0.7, 3.5, grad=True)
+
+    def losses(chosen, rejected):
+        return loss(chosen, rejected)[0]
+
+    assert torch.autograd.gradcheck(losses, (chosen, rejected), eps=1e-6, atol=1e-8)
 
 
 @each_loss
-def test_rewards_are_detached_and_everything_is_per_pair(loss):
-    losses, chosen, rejected = loss(row(1.0, 2.0, 3.0, grad=True), row(0.0, 0.0, 0.0, grad=True))
-    assert losses.requires_grad and not chosen.requires_grad and not rejected.requires_grad
+def test_rewards_are_detached(loss):
+    losses, chosen, rejected = loss(tensor(1.0, grad=True), tensor(0.0, grad=True))
+    assert losses.requires_grad
+    assert not chosen.requires_grad
+    assert not rejected.requires_grad
+
+
+@each_loss
+def test_the_loss_of_a_pair_does_not_depend_on_its_batch(loss):
+    losses, chosen, rejected = loss(tensor(1.0, 2.0, 3.0), tensor(0.0, 0.0, 0.0))
     assert losses.shape == chosen.shape == rejected.shape == (3,)
-    alone = loss(row(2.0), row(0.0))[0]
-    assert losses[1].item() == alone.item()  # a pair's loss does not depend on its batch
+    alone, _, _ = loss(tensor(2.0), tensor(0.0))
+    assert losses[1].item() == alone.item()
 
 
 @each_loss
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_magnitudes_stay_finite(loss, dtype):
-    c = torch.tensor([3e4, -3e4, 0.0], dtype=dtype, requires_grad=True)
-    losses, chosen, rejected = loss(c, -c.detach())
+    chosen = tensor(3e4, -3e4, 0.0, dtype=dtype, grad=True)
+    losses, chosen_reward, rejected_reward = loss(chosen, -chosen.detach())
     losses.sum().backward()
-    for x in (losses, chosen, rejected, c.grad):
-        assert torch.isfinite(x).all()
-    assert losses.dtype == chosen.dtype == torch.float32 and c.grad.dtype == dtype
+    for values in (losses, chosen_reward, rejected_reward, chosen.grad):
+        assert values.isfinite().all()
+    assert losses.dtype == torch.float32
+    assert chosen_reward.dtype == torch.float32
+    assert chosen.grad.dtype == dtype
     assert (losses >= 0).all()
 
 
-def test_dpo_is_linear_when_the_policy_is_far_on_the_wrong_side():
-    """s = 0.1 * (-2e4) = -2000: log(1 + e^2000) = 2000 to the last bit, where a naive log(sigmoid)
-    is infinite.
-    """
-    losses, _, _ = dpo(row(-1e4, dtype=torch.float32), row(1e4, dtype=torch.float32), beta=0.1)
-    assert losses.item() == pytest.approx(2000.0, rel=1e-6)
-
-
-def test_half_precision_inputs_are_not_rounded_again():
-    """1.0 and 0.00390625 are exact in bfloat16, their difference 0.99609375 is, but not beta times
-    it.
-    """
-    values = [1.0], [0.00390625]
-    half = dpo(*(torch.tensor(v, dtype=torch.bfloat16) for v in values), beta=0.1)
-    full = dpo(*(torch.tensor(v, dtype=torch.float32) for v in values), beta=0.1)
-    torch.testing.assert_close(half, full, rtol=0, atol=0)
+NO_VECTORS = {
+    "length": (torch.zeros(2), torch.zeros(3), "differ in length"),
+    "broadcast": (torch.zeros(1), torch.zeros(3), "differ in length"),
+    "matrix": (
+        torch.zeros(2, 1),
+        torch.zeros(2, 1),
+        r"chosen: expected a float tensor of shape \(batch,\)",
+    ),
+    "scalar": (
+        torch.zeros(2),
+        torch.tensor(0.0),
+        r"rejected: expected .* got \(\) torch.float32",
+    ),
+    "integer": (
+        torch.zeros(2, dtype=torch.long),
+        torch.zeros(2),
+        "chosen: expected .* torch.int64",
+    ),
+    "list": (torch.zeros(2), [0.0, 0.0], "rejected: expected .* got list"),
+}
 
 
 @each_loss
-@pytest.mark.parametrize(
-    "chosen, rejected, says",
-    [
-        (torch.zeros(2), torch.zeros(3), "differ in length"),
-        (torch.zeros(1), torch.zeros(3), "differ in length"),
-        (
-            torch.zeros(2, 1),
-            torch.zeros(2, 1),
-            r"chosen: expected a float tensor of shape \(batch,\)",
-        ),
-        (torch.zeros(2), torch.tensor(0.0), r"rejected: expected .* got \(\) torch.float32"),
-        (torch.zeros(2, dtype=torch.long), torch.zeros(2), "chosen: expected .* torch.int64"),
-        (torch.zeros(2), [0.0, 0.0], "rejected: expected .* got list"),
-    ],
-    ids=["length", "broadcast", "matrix", "scalar", "integer", "list"],
-)
-def test_wrong_inputs_raise(loss, chosen, rejected, says):
-    with pytest.raises(ValueError, match=says):
+@pytest.mark.parametrize("chosen, rejected, message", NO_VECTORS.values(), ids=NO_VECTORS)
+def test_wrong_inputs_raise(loss, chosen, rejected, message):
+    with pytest.raises(ValueError, match=message):
         loss(chosen, rejected)
 
 
 @pytest.mark.parametrize(
-    "call, says",
+    "call, message",
     [
         (lambda x: dpo(x, x, beta=0.0), "beta"),
         (lambda x: dpo(x, x, beta=float("nan")), "beta"),
@@ -216,9 +286,12 @@ def test_wrong_inputs_raise(loss, chosen, rejected, says):
         (lambda x: mallows_link(0.5, x + 0.5, 0.1), "s: expected .* got float"),
     ],
 )
-def test_parameters_out_of_range_raise(call, says):
-    with pytest.raises(ValueError, match=says):
-        call(row(0.0))
+def test_parameters_out_of_range_raise(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tensor(0.0))
+
+
+# ---- MallowsPO: weights
 
 
 WEIGHTED = {
@@ -229,67 +302,97 @@ WEIGHTED = {
 each_weighted = pytest.mark.parametrize(
     "weighted, plain, settings", WEIGHTED.values(), ids=WEIGHTED
 )
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 
 
 @each_weighted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@each_dtype
 def test_weight_one_is_the_plain_loss(weighted, plain, settings, dtype):
-    c, r = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(dtype) * 30
-    expected = plain(c, r, **settings)
-    torch.testing.assert_close(weighted(c, r, torch.ones(64), **settings), expected, rtol=0, atol=0)
-    other = weighted(c, r, torch.full((64,), 3.0), **settings)
-    assert (other[0] != expected[0]).any()
-    torch.testing.assert_close(
-        other[1:], expected[1:], rtol=0, atol=0
-    )  # rewards are those of the plain loss
+    chosen, rejected = drawn(2, seed=1, dtype=torch.float32).to(dtype) * 30
+    expected = plain(chosen, rejected, **settings)
+    assert_same(weighted(chosen, rejected, torch.ones(64), **settings), expected)
 
 
-def test_weighted_hand_values():
-    """theta: beta 0.5, log-ratios 2 ln 3 and 0, weights 1, 2, 1/2: s = ln 3, 2 ln 3, ln(3)/2; loss
-    ln(1 + e^-s).
+@each_weighted
+@each_dtype
+def test_a_weight_changes_the_loss_but_not_the_rewards(weighted, plain, settings, dtype):
+    chosen, rejected = drawn(2, seed=1, dtype=torch.float32).to(dtype) * 30
+    plain_losses, *plain_rewards = plain(chosen, rejected, **settings)
+    losses, *rewards = weighted(chosen, rejected, constant(chosen, 3.0), **settings)
+    assert (losses != plain_losses).any()
+    assert_same(rewards, plain_rewards)
 
-    ipo: tau 0.1, target 5: h = 2 with weights 1, 2.5 and 3 gives 9, 0 and 1.
-    simpo: beta 2, gamma 0.5, means 1 apart: logit 1.5; weight 2 gives 3, so the margin is weighted
-    too.
+
+def test_mallows_theta_hand_values():
+    """beta 0.5, log-ratios 2 ln 3 and 0, weights 1, 2, 1/2: s = ln 3, 2 ln 3, ln(3)/2.
+
+    The loss is ln(1 + e^-s).
     """
-    h = row(*[2 * math.log(3)] * 3)
-    losses, _, _ = mallows_theta(h, 0 * h, row(1.0, 2.0, 0.5), beta=0.5)
-    assert losses.tolist() == pytest.approx(
-        [math.log(4 / 3), math.log(10 / 9), math.log1p(3**-0.5)], abs=1e-14
-    )
-    losses, _, _ = mallows_ipo(row(2.0, 2.0, 2.0), row(0.0, 0.0, 0.0), row(1.0, 2.5, 3.0), tau=0.1)
-    assert losses.tolist() == pytest.approx([9.0, 0.0, 1.0], abs=1e-14)
-    losses, _, _ = mallows_simpo(
-        row(-1.0, -1.0), row(-2.0, -2.0), row(1.0, 2.0), beta=2.0, gamma=0.5
-    )
-    assert losses.tolist() == pytest.approx(
-        [math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3.0))], abs=1e-14
-    )
+    chosen = tensor(2 * LN3, 2 * LN3, 2 * LN3)
+    rejected = tensor(0.0, 0.0, 0.0)
+    losses, _, _ = mallows_theta(chosen, rejected, tensor(1.0, 2.0, 0.5), beta=0.5)
+    assert_values(losses, [math.log(4 / 3), math.log(10 / 9), math.log1p(3**-0.5)], abs=1e-14)
+
+
+def test_mallows_ipo_hand_values():
+    """tau 0.1, target 5: h = 2 with weights 1, 2.5 and 3 gives 9, 0 and 1."""
+    chosen = tensor(2.0, 2.0, 2.0)
+    rejected = tensor(0.0, 0.0, 0.0)
+    losses, _, _ = mallows_ipo(chosen, rejected, tensor(1.0, 2.5, 3.0), tau=0.1)
+    assert_values(losses, [9.0, 0.0, 1.0], abs=1e-14)
+
+
+def test_mallows_simpo_hand_values():
+    """beta 2, gamma 0.5, means 1 apart: logit 1.5; weight 2 gives 3, so it weighs gamma too."""
+    chosen = tensor(-1.0, -1.0)
+    rejected = tensor(-2.0, -2.0)
+    losses, _, _ = mallows_simpo(chosen, rejected, tensor(1.0, 2.0), beta=2.0, gamma=0.5)
+    assert_values(losses, [math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3.0))], abs=1e-14)
 
 
 CONSTANTS = {
-    "theta": (lambda x, k: mallows_theta(x, x, k, beta=1.0), "weight", "inf"),
-    "ipo": (lambda x, k: mallows_ipo(x, x, k, tau=1.0), "weight", "inf"),
-    "simpo": (lambda x, k: mallows_simpo(x, x, k, beta=1.0, gamma=0.0), "weight", "inf"),
-    "phi": (lambda x, k: mallows_phi(x, x, k, beta=1.0, epsilon=0.1), "phi", "1.0"),
-    "link": (lambda x, k: mallows_link(x, k, 0.1), "phi", "1.0"),
+    "theta": (lambda x, weight: mallows_theta(x, x, weight, beta=1.0)[0], "weight", "inf"),
+    "ipo": (lambda x, weight: mallows_ipo(x, x, weight, tau=1.0)[0], "weight", "inf"),
+    "simpo": (
+        lambda x, weight: mallows_simpo(x, x, weight, beta=1.0, gamma=0.0)[0],
+        "weight",
+        "inf",
+    ),
+    "phi": (lambda x, phi: mallows_phi(x, x, phi, beta=1.0, epsilon=0.1)[0], "phi", "1.0"),
+    "link": (lambda x, phi: mallows_link(x, phi, 0.1), "phi", "1.0"),
 }
+each_constant = pytest.mark.parametrize("call, name, below", CONSTANTS.values(), ids=CONSTANTS)
 
 
-@pytest.mark.parametrize("call, name, below", CONSTANTS.values(), ids=CONSTANTS)
+@each_constant
 def test_bad_weights_and_dispersions_name_the_row(call, name, below):
-    for bad in (0.0, -0.5, math.inf, math.nan) + ((1.0,) if name == "phi" else ()):
-        with pytest.raises(
-            ValueError, match=rf"{name} must be in \(0, {below}\), got {bad} in row 1"
-        ):
-            call(row(0.0, 0.0, 0.0), row(0.5, bad, 0.0))
+    bad_values = [0.0, -0.5, math.inf, math.nan]
+    if name == "phi":
+        bad_values.append(1.0)
+    for bad in bad_values:
+        message = rf"{name} must be in \(0, {below}\), got {bad} in row 1"
+        with pytest.raises(ValueError, match=message):
+            call(tensor(0.0, 0.0, 0.0), tensor(0.5, bad, 0.0))
+
+
+@each_constant
+def test_weights_and_dispersions_are_one_for_each_pair(call, name, below):
     with pytest.raises(ValueError, match=f"{name} has 1 values for 2 pairs"):
-        call(row(0.0, 0.0), row(0.5))
+        call(tensor(0.0, 0.0), tensor(0.5))
     with pytest.raises(ValueError, match=f"{name}: expected a float tensor .* got float"):
-        call(row(0.0, 0.0), 0.5)
-    x, constant = row(1.0, 2.0, grad=True), row(0.5, 0.5, grad=True)
-    call(x, constant)[0].sum().backward()
-    assert constant.grad is None and x.grad is not None
+        call(tensor(0.0, 0.0), 0.5)
+
+
+@each_constant
+def test_no_gradient_flows_into_weights_and_dispersions(call, name, below):
+    x = tensor(1.0, 2.0, grad=True)
+    values = tensor(0.5, 0.5, grad=True)
+    call(x, values).sum().backward()
+    assert values.grad is None
+    assert x.grad is not None
+
+
+# ---- MallowsPO: the link and the phi loss
 
 
 def link(s, phi, epsilon):
@@ -297,32 +400,36 @@ def link(s, phi, epsilon):
     return mallows_link(s, torch.full_like(s, phi), epsilon)
 
 
+def inversions(ranks):
+    return sum(first > second for first, second in itertools.combinations(ranks, 2))
+
+
 @pytest.mark.parametrize("phi", [0.05, 0.3, 0.95])
-def test_link_is_the_pairwise_chance_of_the_mallows_law(phi):
-    """Items d ranks apart, summed over all 720 rankings of 6 items with the chance phi^inversions /
-    Z.
-    """
-    rankings = list(itertools.permutations(range(6)))
-    mass = [phi ** sum(a > b for a, b in itertools.combinations(ranks, 2)) for ranks in rankings]
-    for i, j in ((0, 1), (0, 2), (1, 4), (0, 5)):
-        chance = sum(
-            m for m, ranks in zip(mass, rankings, strict=True) if ranks[i] < ranks[j]
-        ) / sum(mass)
-        assert link([j - i, i - j], phi, 0.1).tolist() == pytest.approx(
-            [chance, 1 - chance], abs=1e-13
-        )
+@pytest.mark.parametrize("better, worse", [(0, 1), (0, 2), (1, 4), (0, 5)])
+def test_link_is_the_pairwise_chance_of_the_mallows_law(phi, better, worse):
+    """Summed over all 720 rankings of 6 items, each with the chance phi^inversions / Z."""
+    total = 0.0
+    in_order = 0.0
+    for ranks in itertools.permutations(range(6)):
+        mass = phi ** inversions(ranks)
+        total += mass
+        if ranks[better] < ranks[worse]:
+            in_order += mass
+    chance = in_order / total
+    distance = worse - better
+    assert_values(link([distance, -distance], phi, 0.1), [chance, 1 - chance], abs=1e-13)
 
 
 def test_link_published_values():
-    """phi 0.3 at 1, 2, 5; g(1) = 1 / (1 + phi); the jump at 0 from 0.2812 to 0.7188 for phi
-    0.05.
-    """
-    assert link([1.0, 2.0, 5.0], 0.3, 0.1).tolist() == pytest.approx(
-        [0.769231, 0.885445, 0.992198], abs=5e-7
-    )
-    for phi in (1e-6, 0.05, 0.5, 1 - 1e-6):
-        assert link([1.0], phi, 0.1).item() == pytest.approx(1 / (1 + phi), abs=1e-15)
-    assert link([-1e-9, 1e-9], 0.05, 1e-12).tolist() == pytest.approx([0.2812, 0.7188], abs=5e-5)
+    """phi 0.3 at 1, 2, 5, and the jump at 0 for phi 0.05."""
+    assert_values(link([1.0, 2.0, 5.0], 0.3, 0.1), [0.769231, 0.885445, 0.992198], abs=5e-7)
+    assert_values(link([-1e-9, 1e-9], 0.05, 1e-12), [0.2812, 0.7188], abs=5e-5)
+
+
+@pytest.mark.parametrize("phi", [1e-6, 0.05, 0.5, 1 - 1e-6])
+def test_link_one_rank_apart(phi):
+    """g(1) = 1 / (1 + phi)."""
+    assert_values(link([1.0], phi, 0.1), [1 / (1 + phi)], abs=1e-15)
 
 
 @pytest.mark.parametrize("phi", [1e-6, 0.05, 0.5, 0.99])
@@ -330,238 +437,333 @@ def test_link_published_values():
 def test_link_is_odd_about_a_half_and_rises(phi, epsilon):
     s = torch.arange(-1000, 1001, dtype=torch.float64) * 0.006
     g = link(s, phi, epsilon)
-    torch.testing.assert_close(g + g.flip(0), torch.ones_like(g), rtol=0, atol=1e-15)
-    assert (
-        (g.diff() >= 0).all()
-        and (g[:-1] < g[1:])[900:1100].all()
-        and link([0.0], phi, epsilon).item() == 0.5
-    )
+    assert_close(g + g.flip(0), torch.ones_like(g), rtol=0, atol=1e-15)
+    rises = g.diff()
+    assert (rises >= 0).all()
+    assert (rises[900:1100] > 0).all()
+    assert link([0.0], phi, epsilon).item() == 0.5
 
 
 def test_cubic_of_the_bandit():
     """phi = epsilon = 0.05: G = 0.237798, D = 0.372183, a1 = 6.947840, a3 = -876.7543."""
     s = torch.linspace(-0.0499, 0.0499, 101, dtype=torch.float64)
     cubic = 0.5 + 6.947840 * s - 876.7543 * s**3
-    torch.testing.assert_close(link(s, 0.05, 0.05), cubic, rtol=0, atol=1e-7)
-    assert link([0.05], 0.05, 0.05).item() == pytest.approx(0.737798, abs=5e-7)
-    at = torch.tensor([0.0, 0.05, 0.05 * (1 - 1e-12)], dtype=torch.float64, requires_grad=True)
-    mallows_link(at, torch.full_like(at, 0.05), 0.05).sum().backward()
-    assert at.grad.tolist() == pytest.approx([6.947840, 0.372183, 0.372183], abs=5e-7)
+    assert_close(link(s, 0.05, 0.05), cubic, rtol=0, atol=1e-7)
+    assert_values(link([0.05], 0.05, 0.05), [0.737798], abs=5e-7)
+
+
+def test_slope_of_the_bandits_cubic():
+    """a1 at 0, and D where the cubic ends, from both sides."""
+    s = tensor(0.0, 0.05, 0.05 * (1 - 1e-12), grad=True)
+    mallows_link(s, torch.full_like(s, 0.05), 0.05).sum().backward()
+    assert_values(s.grad, [6.947840, 0.372183, 0.372183], abs=5e-7)
 
 
 @pytest.mark.parametrize("phi", [1e-6, 0.05, 0.5, 0.999])
 @pytest.mark.parametrize("epsilon", [0.01, 0.1, 1.386])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_link_and_slope_are_continuous_where_the_cubic_ends(phi, epsilon, sign):
-    at = sign * epsilon * torch.tensor([1 - 1e-9, 1.0, 1 + 1e-9], dtype=torch.float64)
-    at.requires_grad = True
-    g = mallows_link(at, torch.full_like(at, phi), epsilon)
-    (slope,) = torch.autograd.grad(g.sum(), at)
-    assert g.max() - g.min() < 1e-7 and slope.max() - slope.min() < 1e-6
+    s = sign * epsilon * tensor(1 - 1e-9, 1.0, 1 + 1e-9)
+    s.requires_grad = True
+    g = mallows_link(s, torch.full_like(s, phi), epsilon)
+    (slope,) = torch.autograd.grad(g.sum(), s)
+    assert g.max() - g.min() < 1e-7
+    assert slope.max() - slope.min() < 1e-6
 
 
 @pytest.mark.parametrize("phi", [1e-6, 0.05, 0.5, 0.99])
 @pytest.mark.parametrize("epsilon", [0.05, 1.386])
 def test_phi_gradient_equals_finite_differences(phi, epsilon):
-    """Also at 0, where training starts and |s| has no derivative, and across the ends of the
-    cubic.
-    """
-    e = epsilon
-    s = row(
-        0.0,
-        0.3 * e,
-        -0.3 * e,
-        e - 1e-3,
-        1e-3 - e,
-        e + 1e-3,
-        -e - 1e-3,
-        1.5,
-        -1.5,
-        20.0,
-        -20.0,
-        300.0,
-        -300.0,
-    )
-    s.requires_grad = True
+    """Also at 0, where training starts and |s| has no derivative, and across the cubic's ends."""
+    distances = [0.3 * epsilon, epsilon - 1e-3, epsilon + 1e-3, 1.5, 20.0, 300.0]
+    opposite = [-distance for distance in distances]
+    s = tensor(0.0, *distances, *opposite, grad=True)
     phis = torch.full_like(s, phi).detach()
 
-    def loss(c):
-        return mallows_phi(c, torch.zeros_like(c), phis, beta=1.0, epsilon=e)[0]
+    def losses(chosen):
+        return mallows_phi(chosen, torch.zeros_like(s), phis, beta=1.0, epsilon=epsilon)[0]
 
-    assert torch.autograd.gradcheck(loss, (s,), eps=1e-7, atol=2e-5, rtol=2e-5)
+    assert torch.autograd.gradcheck(losses, (s,), eps=1e-7, atol=2e-5, rtol=2e-5)
+
+
+def exact_miss(t, p):
+    """Return 1 - g(t) for t >= epsilon."""
+    return t / (p**-t - 1) - (t + 1) / (p ** -(t + 1) - 1)
+
+
+def printed_link(t, p):
+    """Return g(t) for t > 0 as Eq. 9 is printed."""
+    return (t + 1) / (1 - p ** (t + 1)) - t / (1 - p**t)
+
+
+def exact_slope(t, p):
+    """Return g'(t) for t >= epsilon, Eq. 12."""
+    q = p**t
+    r = p ** (t + 1)
+    first = (t + 1) * r / (1 - r) ** 2
+    second = t * q / (1 - q) ** 2
+    return 1 / (1 - r) - 1 / (1 - q) + p.ln() * (first - second)
+
+
+def exact_cubic(t, p, epsilon):
+    """Return g(t) for 0 <= t < epsilon."""
+    rise = Decimal("0.5") - exact_miss(epsilon, p)
+    a3 = (exact_slope(epsilon, p) * epsilon - rise) / (2 * epsilon**3)
+    a1 = rise / epsilon - a3 * epsilon**2
+    return Decimal("0.5") + a1 * t + a3 * t**3
 
 
 def exact_phi_loss(s: float, phi: float, epsilon: float) -> float:
-    """-log g(s) in 60 digits, with 1 - g(t) = t / (phi^-t - 1) - (t + 1) / (phi^-(t + 1) - 1)."""
+    """Return -log g(s) in 60 digits."""
     with localcontext() as context:
         context.prec = 60
-        p, e, t = Decimal(phi), Decimal(epsilon), abs(Decimal(s))
-
-        def miss(x):
-            return x / (p**-x - 1) - (x + 1) / (p ** -(x + 1) - 1)
-
-        def slope(x):  # Eq. 12
-            q, r = p**x, p ** (x + 1)
-            fall = p.ln() * ((x + 1) * r / (1 - r) ** 2 - x * q / (1 - q) ** 2)
-            return 1 / (1 - r) - 1 / (1 - q) + fall
-
-        if t < e:
-            half, d = Decimal("0.5") - miss(e), slope(e)
-            a3 = (d * e - half) / (2 * e**3)
-            wrong = Decimal("0.5") - (half / e - a3 * e * e) * t - a3 * t**3
+        p = Decimal(phi)
+        t = abs(Decimal(s))
+        if t < Decimal(epsilon):
+            miss = 1 - exact_cubic(t, p, Decimal(epsilon))
         else:
-            wrong = miss(t)
-            if t < 5:  # Eq. 9 as it is printed
-                assert abs(1 - wrong - ((t + 1) / (1 - p ** (t + 1)) - t / (1 - p**t))) < Decimal(
-                    "1e-40"
-                )
-        return float(-(wrong if s < 0 else 1 - wrong).ln())
+            miss = exact_miss(t, p)
+            if t < 5:
+                assert abs(1 - miss - printed_link(t, p)) < Decimal("1e-40")
+        chance = miss if s < 0 else 1 - miss
+        return float(-chance.ln())
 
 
-GRID = [0.0, 0.01, 0.0499, 0.05, 0.0501, 0.7, 3.0, 40.0, 1e3, 1e4]
+DISTANCES = [0.0, 0.01, 0.0499, 0.05, 0.0501, 0.7, 3.0, 40.0, 1e3, 1e4]
+each_phi = pytest.mark.parametrize("phi", [1e-6, 1e-3, 0.05, 0.5, 0.99, 1 - 1e-6])
 
 
-@pytest.mark.parametrize("phi", [1e-6, 1e-3, 0.05, 0.5, 0.99, 1 - 1e-6])
-def test_phi_loss_against_sixty_digits(phi):
-    s = [x * sign for x in GRID for sign in (1, -1)]
-    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-7)):
-        c = torch.tensor(s, dtype=dtype, requires_grad=True)
-        phis = torch.full((len(s),), phi, dtype=dtype)
-        losses, _, _ = mallows_phi(c, torch.zeros_like(c), phis, beta=1.0, epsilon=0.05)
-        losses.sum().backward()
-        exact = [exact_phi_loss(a, b, 0.05) for a, b in zip(c.tolist(), phis.tolist(), strict=True)]
-        assert losses.tolist() == pytest.approx(exact, rel=rel, abs=1e-37)
-        assert losses.dtype == c.grad.dtype == dtype and (c.grad <= 0).all()
-        for a, b, slope in zip(c.tolist(), phis.tolist(), c.grad.tolist(), strict=True):
-            if abs(a) > 0.06:  # differences of the exact loss, away from the ends of the cubic
-                h = 1e-5 * abs(a)
-                rise = (exact_phi_loss(a + h, b, 0.05) - exact_phi_loss(a - h, b, 0.05)) / (2 * h)
-                assert slope == pytest.approx(rise, rel=1e-6, abs=1e-10)
+def phi_losses(distances, phi, dtype, epsilon):
+    """Return s of both signs, phi, the losses and their gradients, each a tensor of `dtype`."""
+    s = []
+    for distance in distances:
+        s += [distance, -distance]
+    chosen = tensor(*s, dtype=dtype, grad=True)
+    phis = torch.full_like(chosen, phi).detach()
+    losses, _, _ = mallows_phi(chosen, torch.zeros_like(chosen), phis, beta=1.0, epsilon=epsilon)
+    losses.sum().backward()
+    return chosen, phis, losses, chosen.grad
+
+
+@each_phi
+@pytest.mark.parametrize("dtype, rel", [(torch.float64, 1e-12), (torch.float32, 1e-7)])
+def test_phi_loss_against_sixty_digits(phi, dtype, rel):
+    s, phis, losses, _ = phi_losses(DISTANCES, phi, dtype, epsilon=0.05)
+    points = zip(s.tolist(), phis.tolist(), strict=True)
+    exact = [exact_phi_loss(*point, epsilon=0.05) for point in points]
+    assert_values(losses, exact, rel=rel, abs=1e-37)
+    assert losses.dtype == dtype
+
+
+@each_phi
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_phi_gradient_against_sixty_digits(phi, dtype):
+    """Differences of the exact loss, away from the ends of the cubic."""
+    s, phis, _, gradients = phi_losses(DISTANCES, phi, dtype, epsilon=0.05)
+    assert gradients.dtype == dtype
+    assert (gradients <= 0).all()
+    for point, exact_phi, slope in zip(s.tolist(), phis.tolist(), gradients.tolist(), strict=True):
+        if abs(point) <= 0.06:
+            continue
+        step = 1e-5 * abs(point)
+        above = exact_phi_loss(point + step, exact_phi, 0.05)
+        below = exact_phi_loss(point - step, exact_phi, 0.05)
+        assert slope == pytest.approx((above - below) / (2 * step), rel=1e-6, abs=1e-10)
 
 
 @pytest.mark.parametrize("phi", [1e-30, 1e-6, 0.05, 0.5, 1 - 1e-6, 1 - 2**-24])
 @pytest.mark.parametrize("epsilon", [1e-6, 0.05, 5.0, 1e3])
-def test_phi_loss_and_gradient_are_finite_everywhere(phi, epsilon):
-    """Also for phi = 1 - 2^-24, the float32 next to 1, where g is 1/2, and where phi^|s| underflows
-    (s = ±1e4).
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_phi_loss_and_gradient_are_finite_everywhere(phi, epsilon, dtype):
+    """Also where phi^|s| underflows (s = ±1e4), and for phi = 1 - 2^-24, where g is 1/2.
+
+    That phi is the float32 next to 1.
     """
-    s = [0.0, 1e-30, epsilon, epsilon * (1 - 1e-7), epsilon / 2, 1.0, 300.0, 1e4, 1e30]
-    for dtype in (torch.float32, torch.float64):
-        c = torch.tensor([*s, *(-x for x in s)], dtype=dtype, requires_grad=True)
-        losses, _, _ = mallows_phi(
-            c, torch.zeros_like(c), torch.full_like(c, phi).detach(), beta=1.0, epsilon=epsilon
-        )
-        losses.sum().backward()
-        assert (
-            losses.isfinite().all()
-            and (losses >= 0).all()
-            and c.grad.isfinite().all()
-            and (c.grad <= 0).all()
-        )
+    near = [0.0, 1e-30, epsilon, epsilon * (1 - 1e-7), epsilon / 2]
+    far = [1.0, 300.0, 1e4, 1e30]
+    _, _, losses, gradients = phi_losses(near + far, phi, dtype, epsilon)
+    assert losses.isfinite().all()
+    assert (losses >= 0).all()
+    assert gradients.isfinite().all()
+    assert (gradients <= 0).all()
 
 
 def test_phi_loss_is_ln2_at_zero_and_linear_far_on_the_wrong_side():
-    """phi 0.5, s = -1e4: 1 - g = q (t (1 - phi) - phi) with q = 2^-1e4, over 1: loss 1e4 ln 2 -
-    ln(4999.5).
-    """
+    """phi 0.5, s = -1e4: 1 - g = 2^-1e4 (t (1 - phi) - phi), loss 1e4 ln 2 - ln 4999.5."""
     losses, chosen, rejected = mallows_phi(
-        row(0.0, -5e3), row(0.0, 5e3), row(0.9, 0.5), beta=1.0, epsilon=0.1
+        tensor(0.0, -5e3),
+        tensor(0.0, 5e3),
+        tensor(0.9, 0.5),
+        beta=1.0,
+        epsilon=0.1,
     )
-    assert losses.tolist() == pytest.approx(
-        [math.log(2), 1e4 * math.log(2) - math.log(4999.5)], rel=1e-14
-    )
-    assert chosen.tolist() == [0.0, -5e3] and rejected.tolist() == [0.0, 5e3]
+    assert_values(losses, [LN2, 1e4 * LN2 - math.log(4999.5)], rel=1e-14)
+    assert chosen.tolist() == [0.0, -5e3]
+    assert rejected.tolist() == [0.0, 5e3]
 
 
 def test_phi_near_one_tends_to_no_preference():
     """To first order in a = -log phi, g(s) = 1/2 + a (2 s + 1) / 12 for s > 0."""
-    a, s = 1e-5, row(0.5, 1.0, 4.0)
-    assert ((link(s, math.exp(-a), 0.1) - 0.5) / a).tolist() == pytest.approx(
-        ((2 * s + 1) / 12).tolist(), rel=1e-5
-    )
+    a = 1e-5
+    s = tensor(0.5, 1.0, 4.0)
+    expected = (2 * s + 1) / 12
+    above_half = link(s, math.exp(-a), 0.1) - 0.5
+    assert_values(above_half / a, expected.tolist(), rel=1e-5)
 
 
 # ---- WRPO
 
 
-FUSED = {
+FUSING = {
     "dpo": (wrpo, dpo, {"beta": 0.1}),
     "ipo": (wrpo_ipo, ipo, {"tau": 0.1}),
     "simpo": (wrpo_simpo, simpo, {"beta": 2.0, "gamma": 0.5}),
 }
+each_fusing = pytest.mark.parametrize("fused, plain, settings", FUSING.values(), ids=FUSING)
 
 
-@pytest.mark.parametrize("fused, plain, settings", FUSED.values(), ids=FUSED)
+@each_fusing
 def test_alpha_0_takes_the_targets_pair_and_alpha_1_the_sources(fused, plain, settings):
-    s, t, r = torch.randn(3, 64, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(
-        fused(s, t, r, alpha=0.0, **settings), plain(t, r, **settings), rtol=0, atol=0
-    )
-    torch.testing.assert_close(
-        fused(s, t, r, alpha=1.0, **settings), plain(s, r, **settings), rtol=0, atol=0
-    )
-    between, swapped = (fused(*both, r, alpha=0.1, **settings) for both in ((s, t), (t, s)))
-    assert (between[0] != swapped[0]).all(), "the source's response comes first"
-    torch.testing.assert_close(fused(t, t, r, alpha=0.1, **settings), plain(t, r, **settings))
+    source, target, rejected = drawn(3, seed=2, dtype=torch.float32)
+    of_target = fused(source, target, rejected, alpha=0.0, **settings)
+    of_source = fused(source, target, rejected, alpha=1.0, **settings)
+    assert_same(of_target, plain(target, rejected, **settings))
+    assert_same(of_source, plain(source, rejected, **settings))
+
+
+@each_fusing
+def test_the_response_of_the_source_comes_first(fused, plain, settings):
+    source, target, rejected = drawn(3, seed=2, dtype=torch.float32)
+    losses, _, _ = fused(source, target, rejected, alpha=0.1, **settings)
+    swapped, _, _ = fused(target, source, rejected, alpha=0.1, **settings)
+    assert (losses != swapped).all()
+
+
+@each_fusing
+def test_two_equal_chosen_responses_are_one(fused, plain, settings):
+    _, target, rejected = drawn(3, seed=2, dtype=torch.float32)
+    twice = fused(target, target, rejected, alpha=0.1, **settings)
+    assert_close(twice, plain(target, rejected, **settings))
 
 
 def test_wrpo_hand_values():
-    """beta 0.5, alpha 1/4, log-ratios 8 ln 3, 0 and 2 ln 3: reward 1/4 * 4 ln 3 = ln 3 for chosen
-    and ln 3: ln 2.
+    """beta 0.5, alpha 1/4, log-ratios 8 ln 3 and 0: the chosen reward is 1/4 * 4 ln 3 = ln 3.
 
-    With the rejected one at 0, s = ln 3 and the loss is ln 4/3. IPO: h = 1/4 * 8 = 2 at tau 1/4 is
-    its minimum, 0. SimPO: 2 * (1/4 * -1 + 3/4 * -3 + 3) - 1 = 0, the loss is ln 2. Hybrid: (ln 10/9
-    + ln 2) / 2 at s = 2 ln 3 and 0.
+    Against a rejected one with the log-ratio 2 ln 3 the loss is ln 2; with 0, s = ln 3 and it is
+    ln 4/3.
     """
-    a = 8 * math.log(3)
-    losses, chosen, rejected = wrpo(row(a, a), row(0.0, 0.0), row(a / 4, 0.0), alpha=0.25, beta=0.5)
-    assert losses.tolist() == pytest.approx([math.log(2), math.log(4 / 3)], abs=1e-14)
-    assert chosen.tolist() == pytest.approx([math.log(3)] * 2)
-    assert rejected.tolist() == pytest.approx([math.log(3), 0.0])
-    assert wrpo_ipo(row(8.0), row(0.0), row(0.0), alpha=0.25, tau=0.25)[0].item() == 0
-    fused = wrpo_simpo(row(-1.0), row(-3.0), row(-3.0), alpha=0.25, beta=2.0, gamma=1.0)
-    assert fused[0].item() == pytest.approx(math.log(2))
-    both, chosen, _ = hybrid(row(a / 2), row(0.0), row(0.0), beta=0.5)
-    assert both.item() == pytest.approx(
-        (math.log(10 / 9) + math.log(2)) / 2
-    ) and chosen.item() == pytest.approx(a / 8)
+    source = tensor(8 * LN3, 8 * LN3)
+    target = tensor(0.0, 0.0)
+    rejected = tensor(2 * LN3, 0.0)
+    losses, chosen_reward, rejected_reward = wrpo(source, target, rejected, alpha=0.25, beta=0.5)
+    assert_values(losses, [LN2, math.log(4 / 3)], abs=1e-14)
+    assert_values(chosen_reward, [LN3, LN3])
+    assert_values(rejected_reward, [LN3, 0.0])
+
+
+def test_wrpo_ipo_hand_values():
+    """h = 1/4 * 8 = 2 is the minimum at tau 1/4."""
+    losses, _, _ = wrpo_ipo(tensor(8.0), tensor(0.0), tensor(0.0), alpha=0.25, tau=0.25)
+    assert losses.item() == 0
+
+
+def test_wrpo_simpo_hand_values():
+    """2 * (1/4 * -1 + 3/4 * -3 + 3) - 1 = 0: the loss is ln 2."""
+    losses, _, _ = wrpo_simpo(
+        tensor(-1.0), tensor(-3.0), tensor(-3.0), alpha=0.25, beta=2.0, gamma=1.0
+    )
+    assert_values(losses, [LN2])
+
+
+def test_hybrid_hand_values():
+    """beta 0.5: (ln 10/9 + ln 2) / 2 at s = 2 ln 3 and 0."""
+    losses, chosen_reward, _ = hybrid(tensor(4 * LN3), tensor(0.0), tensor(0.0), beta=0.5)
+    assert_values(losses, [(math.log(10 / 9) + LN2) / 2])
+    assert_values(chosen_reward, [LN3])
+
+
+def gradients_of(function):
+    """Return the gradients of a loss by its source's, target's and rejected log-ratio."""
+    source = tensor(8 * LN3, grad=True)
+    target = tensor(0.0, grad=True)
+    rejected = tensor(0.0, grad=True)
+    function(source, target, rejected).sum().backward()
+    return [source.grad.item(), target.grad.item(), rejected.grad.item()]
 
 
 def test_wrpo_has_one_sigmoid_for_all_three():
-    """Its gradient is -beta sigmoid(-s) times (alpha, 1 - alpha, -1); two DPO losses weigh each
-    pair by its own.
+    """Its gradient is -beta sigmoid(-s) times (alpha, 1 - alpha, -1), with s = ln 3.
+
+    Two DPO losses weigh each pair by its own sigmoid: s is 4 ln 3 and 0.
     """
-    beta, alpha, values = 0.5, 0.25, (8 * math.log(3), 0.0, 0.0)
-    s, t, r = (row(x, grad=True) for x in values)
-    wrpo(s, t, r, alpha=alpha, beta=beta)[0].sum().backward()
-    shared = beta / 4  # sigmoid(-ln 3)
-    found = [x.grad.item() for x in (s, t, r)]
+    beta = 0.5
+    alpha = 0.25
+
+    def of_two_dpo_losses(source, target, rejected):
+        source_losses, _, _ = dpo(source, rejected, beta=beta)
+        target_losses, _, _ = dpo(target, rejected, beta=beta)
+        return alpha * source_losses + (1 - alpha) * target_losses
+
+    found = gradients_of(lambda *logratios: wrpo(*logratios, alpha=alpha, beta=beta)[0])
+    shared = beta / 4  # sigmoid(-ln 3) is 1/4
     assert found == pytest.approx([-alpha * shared, -(1 - alpha) * shared, shared])
-    s, t, r = (row(x, grad=True) for x in values)
-    mixed = alpha * dpo(s, r, beta=beta)[0] + (1 - alpha) * dpo(t, r, beta=beta)[0]
-    mixed.sum().backward()
-    own = [beta / 82, beta / 2]  # sigmoid(-4 ln 3) and sigmoid(0)
-    assert [s.grad.item(), t.grad.item()] == pytest.approx([-alpha * own[0], -(1 - alpha) * own[1]])
-    assert s.grad.item() != pytest.approx(found[0], rel=0.1)
+    mixed = gradients_of(of_two_dpo_losses)
+    source_own = beta / 82  # sigmoid(-4 ln 3)
+    target_own = beta / 2  # sigmoid(0)
+    assert mixed[:2] == pytest.approx([-alpha * source_own, -(1 - alpha) * target_own])
+    assert mixed[0] != pytest.approx(found[0], rel=0.1)
 
 
 def test_hybrid_is_never_below_wrpo_at_one_half():
-    s, t, r = (
-        torch.randn(3, 256, generator=torch.Generator().manual_seed(3), dtype=torch.float64) * 30
-    )
-    gap = hybrid(s, t, r, beta=0.1)[0] - wrpo(s, t, r, alpha=0.5, beta=0.1)[0]
-    assert (gap > -1e-12).all() and (gap > 0.01).any()
-    torch.testing.assert_close(hybrid(s, s, r, beta=0.1), dpo(s, r, beta=0.1))
+    source, target, rejected = 30 * drawn(3, seed=3, size=256)
+    mixed, _, _ = hybrid(source, target, rejected, beta=0.1)
+    fused, _, _ = wrpo(source, target, rejected, alpha=0.5, beta=0.1)
+    gap = mixed - fused
+    assert (gap > -1e-12).all()
+    assert (gap > 0.01).any()
+
+
+def test_hybrid_of_two_equal_pairs_is_dpo():
+    source, _, rejected = 30 * drawn(3, seed=3, size=256)
+    assert_close(hybrid(source, source, rejected, beta=0.1), dpo(source, rejected, beta=0.1))
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_alpha_out_of_range_raises(alpha):
-    for call in (
-        wrpo,
-        lambda *x, beta, **k: wrpo_ipo(*x, tau=beta, **k),
-        lambda *x, **k: wrpo_simpo(*x, gamma=0, **k),
-    ):
-        with pytest.raises(ValueError, match="alpha must be in"):
-            call(row(1.0), row(1.0), row(0.0), alpha=alpha, beta=0.1)
+@each_fusing
+def test_alpha_out_of_range_raises(fused, plain, settings, alpha):
+    with pytest.raises(ValueError, match="alpha must be in"):
+        fused(tensor(1.0), tensor(1.0), tensor(0.0), alpha=alpha, **settings)
+
+
+def test_three_responses_of_unequal_lengths_raise():
     with pytest.raises(ValueError, match="differ in length"):
-        wrpo(row(1.0, 1.0), row(1.0), row(0.0), alpha=0.1, beta=0.1)
+        wrpo(tensor(1.0, 1.0), tensor(1.0), tensor(0.0), alpha=0.1, beta=0.1)
+
+
+# ---- the table of losses
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_table_names_the_arguments_of_each_function(name):
+    loss = LOSSES[name]
+    keywords = set()
+    tensors = []
+    for parameter in inspect.signature(loss.function).parameters.values():
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            keywords.add(parameter.name)
+        else:
+            tensors.append(parameter.name)
+    assert keywords == set(loss.settings)
+    for responses in loss.responses:
+        assert len(tensors) == len(responses) + int(loss.needs_weights)
+
+
+def test_every_loss_but_fine_tuning_can_be_set():
+    assert {*LOSSES, "sft"} == set(typing.get_args(job_settings.Losses))
+
+
+@pytest.mark.parametrize("setting", job_settings.USED_BY)
+def test_a_setting_is_in_the_recipe_of_the_losses_that_use_it(setting):
+    argument = "alpha" if setting == "dynamic" else setting
+    users = {name for name, loss in LOSSES.items() if argument in loss.settings}
+    assert set(job_settings.USED_BY[setting]) == users

@@ -1,77 +1,103 @@
-"""Dispersion of prompts from the reference model's entropies (MallowsPO, arXiv 2405.14953), and
-Mallows rankings.
+"""Dispersion of prompts, estimated from the reference model's entropies, and Mallows rankings.
 
-A prompt whose answers the reference model is sure of has a small dispersion index phi; -log phi
-weights its pair.
+MallowsPO, arXiv 2405.14953. A prompt whose answers the reference model is sure of has a small
+dispersion index phi; -log phi weights its pair.
 """
 
 import numpy as np
 
 
 def weights(
-    chosen_entropies, rejected_entropies, ids, phi_star: float | None = None
+    chosen_entropies,
+    rejected_entropies,
+    ids,
+    phi_star: float | None = None,
 ) -> tuple[np.ndarray, float]:
     """Return the weight of every pair and the scale phi_star that gave it.
 
-    Eq. 10 and 11 as in the authors' code:  weight = -phi_star * ln H,  H = (chosen_entropy +
-    rejected_entropy) / 2, and phi_star = 1 / mean(-ln H), so that the mean weight of the data set
-    is 1.
+    Eq. 10 and 11 as in the authors' code:
+        weight = -phi_star * ln H,  H = (chosen_entropy + rejected_entropy) / 2,
+        phi_star = 1 / mean(-ln H),
+    so that the mean weight of the data set is 1.
 
     Args:
-        chosen_entropies, rejected_entropies: (rows,), as reference.load gives them: entropy / ln
-            |V| of the reference model, averaged over the tokens of the response, each in (0, 1).
+        chosen_entropies: (rows,), as reference.load gives them: the reference model's entropy
+            divided by ln |V|, averaged over the tokens of the response, each in (0, 1).
+        rejected_entropies: (rows,), the same of the rejected response.
         ids: (rows,), named in errors.
         phi_star: a scale found before, > 0: that of the training set, to weight another set alike.
     Returns:
         weight, (rows,) float64, > 0 and without unit; phi_star.
     Raises:
-        ValueError: no rows, unequal lengths, an entropy out of range or NaN as of an empty response
-            (naming the id), or a phi_star that is not positive and finite.
+        ValueError: no rows, unequal lengths, a phi_star that is not positive and finite, or an
+            entropy out of its range or NaN, as that of an empty response is (naming the id).
     """
-    chosen, rejected = (np.asarray(x, dtype=float) for x in (chosen_entropies, rejected_entropies))
-    if not chosen.shape == rejected.shape == (len(ids),) or not len(ids):
-        raise ValueError(
-            f"entropies {chosen.shape} and {rejected.shape} for {len(ids)} rows; give one of each "
-            "per row"
-        )
-    mean = (chosen + rejected) / 2
-    fine = (chosen > 0) & (chosen < 1) & (rejected > 0) & (rejected < 1)
-    if not fine.all():
-        row = int(np.argmin(fine))
-        raise ValueError(
-            f"row {ids[row]}: normalised entropies {chosen[row]} and {rejected[row]} have no "
-            "weight; "
-            "each must be in (0, 1) (NaN: the response is empty)"
-        )
-    phi_star = float(1 / -np.log(mean).mean()) if phi_star is None else phi_star
+    chosen = np.asarray(chosen_entropies, dtype=float)
+    rejected = np.asarray(rejected_entropies, dtype=float)
+    _check_entropies(chosen, rejected, ids)
+    entropies = (chosen + rejected) / 2
+    sureness = -np.log(entropies)
+    if phi_star is None:
+        phi_star = float(1 / sureness.mean())
     if not 0 < phi_star < np.inf:
         raise ValueError(f"phi_star must be a positive finite number, got {phi_star!r}")
-    return -phi_star * np.log(mean), phi_star
+    weight = phi_star * sureness
+    return weight, phi_star
+
+
+def _check_entropies(chosen: np.ndarray, rejected: np.ndarray, ids) -> None:
+    """Raise ValueError unless every row has two entropies in (0, 1)."""
+    rows = len(ids)
+    one_of_each = chosen.shape == rejected.shape == (rows,)
+    if rows == 0 or not one_of_each:
+        shapes = f"{chosen.shape} and {rejected.shape}"
+        raise ValueError(f"entropies {shapes} for {rows} rows; give one of each per row")
+    lower = np.minimum(chosen, rejected)
+    higher = np.maximum(chosen, rejected)
+    is_valid = (lower > 0) & (higher < 1)  # False for NaN
+    if is_valid.all():
+        return
+    row = int(np.argmin(is_valid))
+    entropies = f"{chosen[row]} and {rejected[row]}"
+    raise ValueError(
+        f"row {ids[row]}: normalised entropies {entropies} have no weight; "
+        "each must be in (0, 1) (NaN: the response is empty)"
+    )
 
 
 def to_phi(weight) -> np.ndarray:
     """Return the dispersion index exp(-weight) for losses.mallows_phi, (rows,) float64 in (0, 1).
 
-    The weight stands for the paper's -log phi (Eq. 10). For the theta loss, whose factor is -2 log
-    phi, it is taken as
-    it is: its scale is fixed by the mean 1.
+    The weight stands for the paper's -log phi (Eq. 10). For the theta loss, whose factor is
+    -2 log phi, it is taken as it is: the mean 1 fixes its scale.
     """
-    return np.exp(-np.asarray(weight, dtype=float))
+    weight = np.asarray(weight, dtype=float)
+    return np.exp(-weight)
 
 
 def mallows_rankings(n_items: int, phi: float, draws: int, seed: int) -> np.ndarray:
-    """Return ranks drawn from P(ranks) = phi^inversions / Z (Eq. 5, Kendall's distance), (draws,
-    n_items) integers.
+    """Draw rankings from P(ranks) = phi^inversions / Z (Eq. 5, Kendall's distance).
 
-    ranks[i, k] is the rank of item k in draw i, 0 the best; the central ranking is 0, 1, 2, …
     Repeated insertion: item k passes j of the k items before it with a chance in proportion to
-    phi^j. phi in [0, 1], 1 is uniform. Raises ValueError for another phi.
+    phi^j. phi is in [0, 1], and 1 is uniform; raises ValueError for another one.
+
+    Returns (draws, n_items) integers: [i, k] is the rank of item k in draw i, 0 the best. The
+    central ranking is 0, 1, 2, …
     """
     if not 0 <= phi <= 1:
         raise ValueError(f"phi must be in [0, 1], got {phi!r}")
-    generator, ranks = np.random.default_rng(seed), np.empty((draws, n_items), dtype=int)
+    generator = np.random.default_rng(seed)
+    shape = (draws, n_items)
+    ranks = np.empty(shape, dtype=int)
     for k in range(n_items):
-        chances = float(phi) ** np.arange(k + 1)
-        ranks[:, k] = k - generator.choice(k + 1, size=draws, p=chances / chances.sum())
-        ranks[:, :k] += ranks[:, :k] >= ranks[:, k : k + 1]
+        places = k + 1
+        passes = np.arange(places)
+        chances = float(phi) ** passes
+        chances /= chances.sum()
+        passed = generator.choice(places, size=draws, p=chances)
+        rank = k - passed
+        ranks[:, k] = rank
+        earlier = ranks[:, :k]
+        is_passed = earlier >= rank[:, np.newaxis]
+        earlier += is_passed  # in place: the items that k passed fall by one rank
     return ranks

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from beyond_dpo.files import write_file
 
+# WRPO's responses to a prompt, in the order that its losses take them
+FUSED = ("source_chosen", "target_chosen", "rejected")
+
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """Write rows as JSONL, one {"id", "prompt_ids", "responses": {name: ids}} a line; the file

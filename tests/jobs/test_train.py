@@ -1,8 +1,7 @@
-"""Training on a real DeepSpeed engine in real processes, against a plain torch loop and against
-itself.
+"""Training on a real DeepSpeed engine in real processes, against a plain loop and against itself.
 
-Many jobs share one start: `python -m test_train` runs a list of them (a start costs more than all
-the training).
+Many jobs share one start, which costs more than all the training: `python -m test_train` runs a
+list of them.
 """
 
 import dataclasses
@@ -21,7 +20,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cosine_similarity, logsigmoid
 
 from beyond_dpo import lora, precision, scoring, templates
 from beyond_dpo.jobs import fit_reward, reference, score, train
@@ -31,6 +31,7 @@ from beyond_dpo.pipeline import config
 from beyond_dpo.rows import epoch_order, prepare, write_rows
 
 pytestmark = pytest.mark.slow
+PAIR = ["chosen", "rejected"]
 LIMITS = {"max_prompt": 8, "max_length": 24, "bos_id": 0, "eos_id": 1}
 SETTINGS = {
     "lr": 3e-3,
@@ -39,6 +40,15 @@ SETTINGS = {
     "epochs": 2,
     "loss": "sft",
     "precision": "fp32",
+}
+# twelve rows, twice, in batches of four
+ROWS = 12
+STEPS = 6
+PLAIN = {
+    "sft": {},
+    "adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01},
+    "decay": {"weight_decay": 0.1},
+    "clipped": {"max_grad_norm": 0.1},
 }
 PAIRS = {
     "dpo": {"loss": "dpo", "beta": 0.5, "label_smoothing": 0.1},
@@ -57,6 +67,7 @@ FUSED = {
     "wrpo_simpo": {"loss": "wrpo_simpo", "beta": 2.0, "gamma": 0.5, "alpha": 0.3},
     "hybrid": {"loss": "hybrid", "beta": 0.5},
 }
+FUSED_LOSSES = {settings["loss"] for settings in FUSED.values()}
 LORA = {**PAIRS["dpo"], "lora_rank": 2, "lora_alpha": 8.0, "lr": 1e-2}
 LONG = {"epochs": 40, "checkpoint_every": 20}  # 120 steps: long enough to be killed before its end
 BF16 = precision.computes_bf16(precision.CPUINFO) or torch.cuda.is_available()
@@ -64,126 +75,143 @@ needs_bf16 = pytest.mark.skipif(
     not BF16, reason="bfloat16 is refused on this CPU, which would emulate it"
 )
 ROUGH = {"precision": "bf16" if BF16 else "fp32"}
+MODULE = "beyond_dpo.jobs.train"
+
+
+# ---- the jobs
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, rows, tmp_path_factory):
+def good(rows):
+    """Return the rows as a job cuts them."""
+    good, dropped = prepare(rows, PAIR, **LIMITS)
+    assert len(good) == ROWS
+    assert dropped == 0
+    return good
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, rows, good, tmp_path_factory):
     """Write twelve good rows with a reference of theirs, and two with nothing to train on."""
     folder = tmp_path_factory.mktemp("train")
-    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
-    empty = [
-        {"id": "no answer", "prompt_ids": [0, 7], "responses": {"chosen": [], "rejected": []}},
-        {"id": "no prompt", "prompt_ids": [], "responses": {"chosen": [9], "rejected": [8]}},
-    ]
-    write_rows(folder / "rows.jsonl", [empty[0], *rows, empty[1]])
-    write_rows(folder / "empty.jsonl", empty)
-    write_rows(folder / "fused.jsonl", three(rows))
-    from transformers import AutoModelForCausalLM
-
-    job = {
-        "model": str(tiny),
-        "rows": str(folder / "rows.jsonl"),
-        "names": ["chosen", "rejected"],
-        "limits": LIMITS,
-        "precision": "fp32",
-        "micro_batch": 5,
-        "out": str(folder / "reference"),
+    no_answer = {
+        "id": "no answer",
+        "prompt_ids": [0, 7],
+        "responses": {"chosen": [], "rejected": []},
     }
-    fused = {
-        "rows": str(folder / "fused.jsonl"),
-        "names": config.FUSED,
-        "out": str(folder / "fused_reference"),
+    no_prompt = {
+        "id": "no prompt",
+        "prompt_ids": [],
+        "responses": {"chosen": [9], "rejected": [8]},
     }
-    for each in (job, job | fused):
-        (folder / "reference.json").write_text(json.dumps(each))
-        reference.main(str(folder / "reference.json"))
-    broken = AutoModelForCausalLM.from_pretrained(
-        tiny, dtype=torch.float32
-    )  # NaN for one row only: the head is untied
-    broken.config.tie_word_embeddings = False
-    broken.lm_head.weight = torch.nn.Parameter(broken.lm_head.weight.detach().clone())
-    used = [set(r["prompt_ids"] + r["responses"]["chosen"][:-1]) for r in good]
-    token = min(used[5] - set().union(*(u for i, u in enumerate(used) if i != 5)))
-    with torch.no_grad():
-        broken.get_input_embeddings().weight[token] = float("nan")
-    broken.save_pretrained(folder / "broken")
-    templates.load_tokenizer(tiny).save_pretrained(folder / "broken")
-    os.environ["PYTHONPATH"] = f"{Path(__file__).parent}{os.pathsep}{os.environ['PYTHONPATH']}"
+    write_rows(folder / "rows.jsonl", [no_answer, *rows, no_prompt])
+    write_rows(folder / "empty.jsonl", [no_answer, no_prompt])
+    write_rows(folder / "fused.jsonl", with_source(rows))
+    write_reference(folder, tiny, "rows.jsonl", PAIR, "reference")
+    write_reference(folder, tiny, "fused.jsonl", config.FUSED, "fused_reference")
+    save_broken_model(tiny, good, folder / "broken")
+    # for the child processes that run this file
+    python_path = [str(Path(__file__).parent), os.environ["PYTHONPATH"]]
+    os.environ["PYTHONPATH"] = os.pathsep.join(python_path)
     return folder
 
 
-def three(rows):
+def with_source(rows):
     """Return rows with a source's response as well, which is the chosen one of another row."""
-    said = [r["responses"] for r in rows]
-    sources = [said[i - 1]["chosen"] for i in range(len(rows))]
-    responses = [
-        dict(zip(config.FUSED, (s, *r.values()), strict=True))
-        for s, r in zip(sources, said, strict=True)
-    ]
-    return [row | {"responses": response} for row, response in zip(rows, responses, strict=True)]
+    extended = []
+    for i, row in enumerate(rows):
+        source = rows[i - 1]["responses"]["chosen"]
+        target, rejected = row["responses"].values()
+        responses = dict(zip(config.FUSED, (source, target, rejected), strict=True))
+        extended.append(row | {"responses": responses})
+    return extended
 
 
-def a_job(folder, name, tiny, **changes):
-    """Return a job that trains into folder/name; a loss on pairs gets both responses and the
-    reference.
-    """
-    if changes.get("loss", "").startswith(("wrpo", "hybrid")):
-        job = a_job(folder, name, tiny, **changes | {"loss": "dpo"}) | {"names": list(config.FUSED)}
-        job |= {"rows": str(folder / "fused.jsonl"), "reference": str(folder / "fused_reference")}
-        return job | {"settings": job["settings"] | {"loss": changes["loss"]}}
-    special = {key: changes.pop(key) for key in ("model", "rows") if key in changes}
+def write_reference(folder, model, rows, names, out):
+    job = {
+        "model": str(model),
+        "rows": str(folder / rows),
+        "names": names,
+        "limits": LIMITS,
+        "precision": "fp32",
+        "micro_batch": 5,
+        "out": str(folder / out),
+    }
+    file = folder / "reference.json"
+    file.write_text(json.dumps(job))
+    reference.main(str(file))
+
+
+def save_broken_model(tiny, rows, out):
+    """Save a model that computes NaN for row 5 alone, by the embedding of one of its tokens."""
+    from transformers import AutoModelForCausalLM
+
+    inputs = []
+    for row in rows:
+        inputs.append(set(row["prompt_ids"] + row["responses"]["chosen"][:-1]))
+    others = inputs[:5] + inputs[6:]
+    token = min(inputs[5].difference(*others))
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    # the head is untied, and stays whole
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        model.get_input_embeddings().weight[token] = float("nan")
+    model.save_pretrained(out)
+    templates.load_tokenizer(tiny).save_pretrained(out)
+
+
+def a_job(folder, name, model, rows="rows.jsonl", **changes):
+    """Return a job that trains into folder/name, with the responses and reference of its loss."""
     settings = config.Train(**{"warmup": 0.2, **SETTINGS, **changes})
-    pairs = settings.loss != "sft"
-    return {
-        "model": str(tiny),
-        "rows": str(folder / "rows.jsonl"),
+    job = {
+        "model": str(model),
+        "rows": str(folder / rows),
+        "names": PAIR,
         "limits": LIMITS,
         "seed": 3,
         "out": str(folder / name),
-        "names": ["chosen", "rejected"] if pairs else ["chosen"],
         "settings": dataclasses.asdict(settings),
-        "reference": str(folder / "reference") if settings.loss not in ("sft", "simpo") else None,
-    } | special
+        "reference": str(folder / "reference"),
+    }
+    if settings.loss == "sft":
+        job["names"] = ["chosen"]
+        job["reference"] = None
+    elif settings.loss == "simpo":
+        job["reference"] = None
+    elif settings.loss in FUSED_LOSSES:
+        job["rows"] = str(folder / "fused.jsonl")
+        job["names"] = list(config.FUSED)
+        job["reference"] = str(folder / "fused_reference")
+    return job
 
 
-def run_all(jobs, workdir, **how):
+def run_all(jobs, workdir, **options):
     """Run many jobs in one start."""
-    launch.run("test_train", {"jobs": jobs}, workdir, desc="jobs", **how)
+    launch.run("test_train", {"jobs": jobs}, workdir, desc="jobs", **options)
 
 
 @pytest.fixture(scope="module")
 def single(folder, tiny):
-    """Run all that one process can show; `killed` is `long`, killed by force after its first
-    checkpoint and resumed.
-    """
-    killed = a_job(folder, "killed", tiny, **LONG)
-    (folder / "killed.json").write_text(json.dumps(killed))
-    child = subprocess.Popen(
-        launch.command("beyond_dpo.jobs.train", folder / "killed.json"), start_new_session=True
-    )
-    end = time.monotonic() + 300
-    while not (folder / "killed" / "checkpoints" / "zero0-of1" / "latest").exists():
-        assert child.poll() is None and time.monotonic() < end
-        time.sleep(0.005)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    named = (folder / "killed" / "checkpoints" / "zero0-of1" / "latest").read_text()
-    assert named in ("step20", "step40"), "the name of a checkpoint appears whole, or not at all"
-    with open(folder / "killed" / "log.jsonl", "a") as f:  # as if it had been killed while it wrote
-        f.write('{"step": 2')
-    (folder / "steps_at_kill").write_text(
-        str(len((folder / "killed" / "log.jsonl").read_text().splitlines()))
-    )
+    """Run all that one process can show.
 
+    `killed` is `long`, killed by force after its first checkpoint and resumed.
+    """
+    kill_after_a_checkpoint(folder, a_job(folder, "killed", tiny, **LONG))
+    overflow = {
+        "lr": 1e6,
+        "epochs": 1,
+        "global_batch": 12,
+        "save_dtype": "float16",
+        "warmup": 0.0,
+    }
     changes = {
-        "sft": {},
+        **PLAIN,
+        **PAIRS,
+        **FUSED,
         "sft_1": {"micro_batch": 1},
         "sft_2": {"micro_batch": 2},
-        "adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01},
-        "decay": {"weight_decay": 0.1},
-        **PAIRS,
         "dpo_1": {**PAIRS["dpo"], "micro_batch": 1},
-        **FUSED,
         "wrpo_2": {**FUSED["wrpo"], "micro_batch": 2},
         "parts": {"parts": 3},
         "recomputed": {**PAIRS["dpo"], "micro_batch": 2, "gradient_checkpointing": True},
@@ -191,109 +219,126 @@ def single(folder, tiny):
         "lora": LORA,
         "lora_bf16": {**LORA, **ROUGH},
         "offload": {"zero": 2, "offload": True},
-        "clipped": {"max_grad_norm": 0.1},
         "plain_dpo": {"loss": "dpo", "beta": 0.1},
         "long": LONG,
         "killed": LONG,
-        "overflow": {
-            "lr": 1e6,
-            "epochs": 1,
-            "global_batch": 12,
-            "save_dtype": "float16",
-            "warmup": 0.0,
-        },
+        "overflow": overflow,
+        "step2": {"checkpoint_every": 2},
+        "step3": {"checkpoint_every": 3},
+        "step4": {"checkpoint_every": 4},
     }
     jobs = [a_job(folder, name, tiny, **change) for name, change in changes.items()]
-    jobs += [
-        a_job(folder, "step3", tiny, checkpoint_every=3),
-        a_job(folder, "step4", tiny, checkpoint_every=4),
-    ]
-    jobs += [jobs[-1] | {"spoil": "damaged"}, a_job(folder, "step2", tiny, checkpoint_every=2)]
-    jobs += [jobs[-1] | {"spoil": "foreign"}]
+    # once more, after their checkpoints were spoilt
+    jobs.append(a_job(folder, "step4", tiny, checkpoint_every=4) | {"spoil": "damaged"})
+    jobs.append(a_job(folder, "step2", tiny, checkpoint_every=2) | {"spoil": "foreign"})
     run_all(jobs, folder / "single")
     return folder
 
 
-def spoil(out, how):
-    """Damage the checkpoint after step 4 as a power cut does, its length unchanged, and lay the one
-    before beside it.
+def kill_after_a_checkpoint(folder, job):
+    """Run a job until its first checkpoint is named, and kill it."""
+    out = Path(job["out"])
+    file = folder / "killed.json"
+    file.write_text(json.dumps(job))
+    child = subprocess.Popen(launch.command(MODULE, file), start_new_session=True)
+    latest = out / "checkpoints" / "zero0-of1" / "latest"
+    end = time.monotonic() + 300
+    while not latest.exists():
+        assert child.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    named = latest.read_text()
+    assert named in ("step20", "step40"), "the name of a checkpoint appears whole, or not at all"
+    log_file = out / "log.jsonl"
+    with open(log_file, "a") as log:
+        log.write('{"step": 2')  # as if it had been killed while it wrote
+    lines = log_file.read_text().splitlines()
+    (folder / "steps_at_kill").write_text(str(len(lines)))
 
-    "foreign": put whole files in its place that are of no model.
+
+def spoil(out, kind):
+    """Spoil the checkpoint after step 4 of a finished training.
+
+    "damaged": as a power cut does, with its length unchanged; the one after step 3 of another
+    training is laid beside it. "foreign": put whole files in its place that are of no model.
     """
     saved = out / "checkpoints" / "zero0-of1"
     (state,) = (saved / "step4").glob("*.pt")
-    if how == "foreign":
+    if kind == "foreign":
         torch.save({}, state)
-        (state.parent / train.SIZES).write_text(json.dumps({state.name: state.stat().st_size}))
-    else:
-        content = bytearray(state.read_bytes())
-        content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
-        state.write_bytes(content)
-        shutil.copytree(
-            out.with_name("step3") / "checkpoints" / "zero0-of1" / "step3", saved / "step3"
-        )
+        sizes = {state.name: state.stat().st_size}
+        (state.parent / train.SIZES).write_text(json.dumps(sizes))
+        return
+    content = state.read_bytes()
+    half = len(content) // 2
+    zeros = bytes(len(content) - half)
+    state.write_bytes(content[:half] + zeros)
+    before = out.with_name("step3") / "checkpoints" / "zero0-of1" / "step3"
+    shutil.copytree(before, saved / "step3")
 
 
 @pytest.fixture(scope="module")
 def double(folder, tiny):
-    """Run with two processes that torchrun started; each ZeRO stage twice, the second time from its
-    checkpoint.
+    """Run with two processes that torchrun started.
+
+    Each ZeRO stage runs twice, the second time from its checkpoint.
     """
-    stages = [
-        a_job(folder, f"zero{z}_2", tiny, zero=z, micro_batch=2, checkpoint_every=4)
-        for z in range(4)
+    again = [
+        a_job(folder, f"zero{zero}_2", tiny, zero=zero, micro_batch=2, checkpoint_every=4)
+        for zero in range(4)
     ]
-    pairs = a_job(
-        folder,
-        "dpo_2",
-        tiny,
-        zero=3,
-        gradient_checkpointing=True,
-        **PAIRS["dpo"] | {"micro_batch": 1},
-    )
-    sharded = a_job(folder, "sharded_2", tiny, zero=3, **PAIRS["dpo"] | {"micro_batch": 1}) | {
-        "sharded": True
-    }
-    adapter = a_job(folder, "lora_2", tiny, zero=3, micro_batch=2, checkpoint_every=4, **LORA)
-    run_all(
-        [*stages, pairs, adapter, *stages, adapter, sharded],
-        folder / "double",
-        launcher="torchrun",
-        processes=2,
-    )
+    again.append(a_job(folder, "lora_2", tiny, zero=3, micro_batch=2, checkpoint_every=4, **LORA))
+    pairs = {**PAIRS["dpo"], "zero": 3, "micro_batch": 1}
+    once = [
+        a_job(folder, "dpo_2", tiny, gradient_checkpointing=True, **pairs),
+        a_job(folder, "sharded_2", tiny, **pairs) | {"sharded": True},
+    ]
+    # what changes the engine's configuration comes last
+    jobs = [*again, *again, *once]
+    run_all(jobs, folder / "double", launcher="torchrun", processes=2)
     return folder
 
 
+# ---- what a training left
+
+
 def log(folder, name):
-    return [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    lines = (folder / name / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def column(folder, name, key):
+    return [entry[key] for entry in log(folder, name)]
 
 
 def losses(folder, name):
-    return [entry["loss"] for entry in log(folder, name)]
+    return column(folder, name, "loss")
 
 
 def weights(path, file="model.safetensors"):
-    from safetensors.torch import load_file
-
     return load_file(path / file)
 
 
 # How far rounding may lead the weights astray: root mean square over all weights, in learning
-# rates.
-# The largest difference of any one weight would say little. These optimizers step by lr·g/√(mean of
-# g²),
-# so the error of a gradient g counts relative to g, and of 131,392 gradients some are nearly zero:
-# one
-# weight alone was 0.03 off where the root mean square was 1e-4. Up to 1.4e-4 was seen for rounding;
-# 1 % of any setting of any loss moves it by 1.08e-3 or more (test_training_is_a_plain_torch_loop).
+# rates. The largest difference of any one weight would say little. These optimizers step by
+# lr·g/√(mean of g²), so the error of a gradient g counts relative to g, and of 131,392 gradients
+# some are nearly zero: one weight alone was 0.03 off where the root mean square was 1e-4. Up to
+# 1.4e-4 was seen for rounding; 1 % of any setting of any loss moves it by 1.08e-3 or more
+# (test_training_is_a_plain_torch_loop).
 ROUNDED = 5e-4
 
 
-def difference(a, b, lr=SETTINGS["lr"]):
+def difference(first, second, lr=SETTINGS["lr"]):
     """Return the root mean square difference of all weights, in learning rates."""
-    assert a.keys() == b.keys() and a
-    differences = torch.cat([(a[name] - b[name]).flatten() for name in a])
-    return differences.square().mean().sqrt().item() / lr
+    assert first
+    assert first.keys() == second.keys()
+    differences = []
+    for name, weight in first.items():
+        differences.append((weight - second[name]).flatten())
+    mean_square = torch.cat(differences).square().mean()
+    return mean_square.sqrt().item() / lr
 
 
 # ---- against a plain torch loop
@@ -305,76 +350,107 @@ BY_HAND = {
 }
 
 
-def log_sigmoid(x):
-    return torch.nn.functional.logsigmoid(x)
-
-
 def logp_by_hand(model, row, name):
     """Return a response's summed log-probability from all logits of the model."""
     response = row["responses"][name]
     ids = torch.tensor([row["prompt_ids"] + response])
-    table = model(input_ids=ids).logits[0, -len(response) - 1 : -1].log_softmax(-1)
-    return table[range(len(response)), response].sum()
+    logits = model(input_ids=ids).logits[0, -len(response) - 1 : -1]
+    logps = logits.log_softmax(-1)
+    positions = range(len(response))
+    return logps[positions, response].sum()
 
 
-def pair_loss_by_hand(loss, settings, share, margin, mean_margin):
-    """Return a pair's loss of the log-ratios' margin, or (SimPO's) of the mean log-probabilities'
-    margin.
-    """
+def logps_by_hand(model, row):
+    """Return {response: its summed log-probability}."""
+    return {name: logp_by_hand(model, row, name) for name in row["responses"]}
+
+
+def pair_loss_by_hand(loss, settings, weight, margin, mean_margin):
+    """Return a pair's loss of a margin: of log-ratios, or (SimPO) of mean log-probabilities."""
     beta = settings["beta"]
+    ipo_target = 1 / (2 * beta)
     if loss == "dpo":
         flipped = settings.get("label_smoothing", 0.0)
-        return -(1 - flipped) * log_sigmoid(beta * margin) - flipped * log_sigmoid(-beta * margin)
+        right = logsigmoid(beta * margin)
+        wrong = logsigmoid(-beta * margin)
+        return -(1 - flipped) * right - flipped * wrong
     if loss == "ipo":
-        return (margin - 1 / (2 * beta)) ** 2
+        return (margin - ipo_target) ** 2
     if loss == "simpo":
-        return -log_sigmoid(beta * mean_margin - settings["gamma"])
+        return -logsigmoid(beta * mean_margin - settings["gamma"])
     if loss == "mallows_theta":
-        return -log_sigmoid(share * beta * margin)
+        return -logsigmoid(weight * beta * margin)
     if loss == "mallows_phi":
-        phi = torch.tensor([math.exp(-share)])
-        return -mallows_link(beta * margin[None], phi, settings["epsilon"])[0].log().float()
+        phi = torch.tensor([math.exp(-weight)])
+        chance = mallows_link(beta * margin[None], phi, settings["epsilon"])
+        return -chance[0].log().float()
     if loss == "mallows_ipo":
-        return (share * margin - 1 / (2 * beta)) ** 2
+        return (weight * margin - ipo_target) ** 2
     assert loss == "mallows_simpo"
-    return -log_sigmoid(share * (beta * mean_margin - settings["gamma"]))
+    return -logsigmoid(weight * (beta * mean_margin - settings["gamma"]))
 
 
-def fused_loss_by_hand(
-    loss, settings, done, source_margin, margin, source_mean, mean, rejected_mean
-):
-    """Return the loss of a source's, the target's and the rejected response; `done`: the share of
-    steps done.
+def fused_loss_by_hand(loss, settings, done, margins, mean_margins):
+    """Return the loss of three responses.
+
+    margins: of the source's and of the target's response against the rejected one, as in
+    pair_loss_by_hand. done: the share of the steps that are done.
     """
     beta = settings["beta"]
+    source_margin, target_margin = margins
     if loss == "hybrid":
-        return -(log_sigmoid(beta * source_margin) + log_sigmoid(beta * margin)) / 2
+        return -(logsigmoid(beta * source_margin) + logsigmoid(beta * target_margin)) / 2
     alpha = settings["alpha"]
     if settings.get("dynamic", True):
         alpha *= done
-    fused = alpha * source_margin + (1 - alpha) * margin
+    margin = alpha * source_margin + (1 - alpha) * target_margin
     if loss == "wrpo":
-        return -log_sigmoid(beta * fused)
+        return -logsigmoid(beta * margin)
     if loss == "wrpo_ipo":
-        return (fused - 1 / (2 * beta)) ** 2
+        return (margin - 1 / (2 * beta)) ** 2
     assert loss == "wrpo_simpo"
-    fused_mean = alpha * source_mean + (1 - alpha) * mean
-    return -log_sigmoid(beta * (fused_mean - rejected_mean) - settings["gamma"])
+    source_mean, target_mean = mean_margins
+    mean_margin = alpha * source_mean + (1 - alpha) * target_mean
+    return -logsigmoid(beta * mean_margin - settings["gamma"])
 
 
-def row_loss_by_hand(row, logps, base, share, done, loss, settings):
-    """Return the loss of one preference row from its responses' log-probabilities and the
-    reference's.
-    """
-    ratios = {name: logps[name] - base[row["id"], name] for name in logps}
-    means = {name: logps[name] / len(row["responses"][name]) for name in logps}
-    *source, chosen, rejected = logps
-    margin = ratios[chosen] - ratios[rejected]
-    if not source:
-        return pair_loss_by_hand(loss, settings, share, margin, means[chosen] - means[rejected])
-    source_margin = ratios[source[0]] - ratios[rejected]
-    three_means = means[source[0]], means[chosen], means[rejected]
-    return fused_loss_by_hand(loss, settings, done, source_margin, margin, *three_means)
+def row_loss_by_hand(row, logps, reference_logps, weight, done, loss, settings):
+    """Return the loss of one preference row from log-probabilities {response: nats}."""
+    ratios = []
+    means = []
+    for name, response in row["responses"].items():
+        ratios.append(logps[name] - reference_logps[name])
+        means.append(logps[name] / len(response))
+    *chosen_ratios, rejected_ratio = ratios
+    *chosen_means, rejected_mean = means
+    margins = [ratio - rejected_ratio for ratio in chosen_ratios]
+    mean_margins = [mean - rejected_mean for mean in chosen_means]
+    if len(margins) == 1:
+        return pair_loss_by_hand(loss, settings, weight, margins[0], mean_margins[0])
+    return fused_loss_by_hand(loss, settings, done, margins, mean_margins)
+
+
+def weights_by_hand(rows, entropies):
+    """Return {row: MallowsPO's weight, whose mean is 1} from the rows' entropies of a pair."""
+    sureness = {}
+    for row, (chosen, rejected) in zip(rows, entropies, strict=True):
+        sureness[row["id"]] = -math.log((chosen + rejected) / 2)
+    mean = sum(sureness.values()) / len(rows)
+    return {row_id: value / mean for row_id, value in sureness.items()}
+
+
+def sft_loss_by_hand(model, batch):
+    """Return the mean over the tokens of a step."""
+    logps = [logp_by_hand(model, row, "chosen") for row in batch]
+    tokens = [len(row["responses"]["chosen"]) for row in batch]
+    return -sum(logps) / sum(tokens)
+
+
+def rate_by_hand(lr, step):
+    """Return one step of warm-up, then five of a cosine."""
+    if step == 0:
+        return 0.5 * lr
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / 5))
 
 
 def by_hand(
@@ -389,324 +465,326 @@ def by_hand(
     max_grad_norm=1.0,
     **settings,
 ):
-    """Train with all logits, no engine, and the losses' formulas written out; return losses and
-    weights.
-    """
+    """Train with all logits, no engine and formulas written out; return losses and weights."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     stepper = BY_HAND[optimizer](model.parameters(), lr=lr, weight_decay=weight_decay)
-    names = list(rows[0]["responses"])
-    rows, dropped = prepare(rows, names, **LIMITS)
-    assert len(rows) == 12 and dropped == 0
-    visits = [rows[i] for epoch in range(2) for i in epoch_order(12, 3, epoch)]
+    rows, dropped = prepare(rows, list(rows[0]["responses"]), **LIMITS)
+    assert len(rows) == ROWS
+    assert dropped == 0
+    order = [*epoch_order(ROWS, 3, 0), *epoch_order(ROWS, 3, 1)]
     with torch.no_grad():
-        base = {(row["id"], name): logp_by_hand(model, row, name) for row in rows for name in names}
-    spread = [-math.log((a + b) / 2) for a, b in entropies]
-    share = {
-        row["id"]: value / (sum(spread) / 12) for row, value in zip(rows, spread, strict=True)
-    }  # mean 1
-    found = []
-    for step in range(6):
-        batch = visits[4 * step : 4 * step + 4]
-        values = []
-        for row in batch:
-            if loss == "sft":  # mean over the tokens of the step
-                tokens = sum(len(row["responses"]["chosen"]) for row in batch)
-                values.append(-logp_by_hand(model, row, "chosen") / tokens * 4)
-            else:
-                logps = {name: logp_by_hand(model, row, name) for name in names}
-                values.append(
-                    row_loss_by_hand(row, logps, base, share[row["id"]], step / 6, loss, settings)
-                )
-        value = sum(values) / 4
-        found.append(value.item())
+        reference_logps = {row["id"]: logps_by_hand(model, row) for row in rows}
+    row_weights = weights_by_hand(rows, entropies)
+    step_losses = []
+    for step in range(STEPS):
+        batch = [rows[i] for i in order[4 * step : 4 * step + 4]]
+        if loss == "sft":
+            step_loss = sft_loss_by_hand(model, batch)
+        else:
+            row_losses = []
+            for row in batch:
+                logps = logps_by_hand(model, row)
+                base = reference_logps[row["id"]]
+                weight = row_weights[row["id"]]
+                done = step / STEPS
+                row_losses.append(row_loss_by_hand(row, logps, base, weight, done, loss, settings))
+            step_loss = sum(row_losses) / 4
+        step_losses.append(step_loss.item())
         stepper.zero_grad()
-        value.backward()
+        step_loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-        cosine = 0.5 * (1 + math.cos(math.pi * (step - 1) / 5))
-        stepper.param_groups[0]["lr"] = lr * (cosine if step else 0.5)  # one step of warm-up
+        stepper.param_groups[0]["lr"] = rate_by_hand(lr, step)
         stepper.step()
-    return found, {name: w.detach() for name, w in model.named_parameters()}
+    trained = {name: weight.detach() for name, weight in model.named_parameters()}
+    return step_losses, trained
 
 
 def faults(settings):
-    """Return the settings with one number wrong by 1 %, for each number of the loss; or else the
-    rate by 0.1 %.
+    """Return the settings with one number wrong, for each number of the loss by 1 %.
+
+    If the loss has none, the rate is wrong by 0.1 %.
     """
     general = ("lr", "weight_decay", "max_grad_norm")
-    numbers = [
-        key for key, value in settings.items() if type(value) is float and key not in general
-    ]
-    wrong = [{**settings, key: 1.01 * settings[key]} for key in numbers]
-    return wrong or [{**settings, "lr": 1.001 * settings["lr"]}]
+    wrong = []
+    for key, value in settings.items():
+        if type(value) is float and key not in general:
+            wrong.append({**settings, key: 1.01 * value})
+    if not wrong:
+        wrong.append({**settings, "lr": 1.001 * settings["lr"]})
+    return wrong
 
 
-@pytest.mark.parametrize("name", ["sft", "adagrad", "decay", "clipped", *PAIRS])
-def test_training_is_a_plain_torch_loop(single, tiny, rows, name):
+@pytest.mark.parametrize("name", [*PLAIN, *PAIRS])
+def test_training_is_a_plain_torch_loop(single, tiny, rows, good, name):
     """And a loop whose settings are 1 % off would not pass for it."""
-    changes = {
-        "adagrad": {"optimizer": "adagrad", "lr": 0.03, "weight_decay": 0.01},
-        "decay": {"weight_decay": 0.1},
-        "clipped": {"max_grad_norm": 0.1},
-        **PAIRS,
-    }.get(name, {})
-    settings = {"lr": SETTINGS["lr"], **changes}
-    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
-    entropies = reference.load(single / "reference", good, ["chosen", "rejected"])[
-        "entropies"
-    ].tolist()
-    wanted, theirs = by_hand(tiny, rows, entropies, **settings)
-    assert losses(single, name) == pytest.approx(wanted, rel=1e-4)
-    assert [e["step"] for e in log(single, name)] == list(range(6))
-    ours = weights(single / name)
-    assert difference(ours, theirs, settings["lr"]) < ROUNDED
+    settings = {"lr": SETTINGS["lr"], **(PLAIN | PAIRS)[name]}
+    entropies = reference.load(single / "reference", good, PAIR)["entropies"].tolist()
+    expected_losses, expected = by_hand(tiny, rows, entropies, **settings)
+    assert losses(single, name) == pytest.approx(expected_losses, rel=1e-4)
+    assert column(single, name, "step") == list(range(STEPS))
+    trained = weights(single / name)
+    assert difference(trained, expected, settings["lr"]) < ROUNDED
     for wrong in faults(settings):
-        assert (
-            difference(ours, by_hand(tiny, rows, entropies, **wrong)[1], settings["lr"]) > ROUNDED
-        ), wrong
+        _, other = by_hand(tiny, rows, entropies, **wrong)
+        assert difference(trained, other, settings["lr"]) > ROUNDED, wrong
 
 
 @pytest.mark.parametrize("name", FUSED)
 def test_wrpo_is_a_plain_torch_loop(single, tiny, rows, name):
-    """With α = 0 at the first step and 5/6 of the largest at the last of six, or constant."""
     settings = {"lr": SETTINGS["lr"], **FUSED[name]}
-    entropies = [(0.5, 0.5)] * 12
-    wanted, theirs = by_hand(tiny, three(rows), entropies, **settings)
-    assert losses(single, name) == pytest.approx(wanted, rel=1e-4)
-    ours = weights(single / name)
-    assert difference(ours, theirs) < ROUNDED
+    entropies = [(0.5, 0.5)] * ROWS  # of no use here
+    rows = with_source(rows)
+    expected_losses, expected = by_hand(tiny, rows, entropies, **settings)
+    assert losses(single, name) == pytest.approx(expected_losses, rel=1e-4)
+    trained = weights(single / name)
+    assert difference(trained, expected) < ROUNDED
     for wrong in faults(settings):
-        assert difference(ours, by_hand(tiny, three(rows), entropies, **wrong)[1]) > ROUNDED, wrong
-    if name != "hybrid":
-        settings = config.Train(**SETTINGS | FUSED[name])
-        alphas = [settings.alpha * (step / 6 if settings.dynamic else 1) for step in range(6)]
-        assert [entry["alpha"] for entry in log(single, name)] == pytest.approx(alphas)
+        _, other = by_hand(tiny, rows, entropies, **wrong)
+        assert difference(trained, other) > ROUNDED, wrong
+
+
+@pytest.mark.parametrize("name", ["wrpo", "wrpo_ipo", "wrpo_simpo"])
+def test_dynamic_alpha_rises_with_the_steps(single, name):
+    """0 at the first step, 5/6 of the largest at the last of six."""
+    largest = FUSED[name]["alpha"]
+    expected = [largest * step / STEPS for step in range(STEPS)]
+    assert column(single, name, "alpha") == pytest.approx(expected)
+
+
+def test_static_alpha_is_constant(single):
+    assert column(single, "wrpo_static", "alpha") == [0.6] * STEPS
 
 
 def test_the_log_holds_the_reward_of_every_response(single):
     """α = 0 at the first step: the weighted reward is the target's; later it lies in between."""
-    first, last = log(single, "wrpo")[0], log(single, "wrpo")[-1]
+    entries = log(single, "wrpo")
+    first = entries[0]
+    last = entries[-1]
     assert abs(first["source_chosen_reward"]) + abs(first["target_chosen_reward"]) < 1e-5
-    parts = [
-        last["alpha"] * last["source_chosen_reward"],
-        (1 - last["alpha"]) * last["target_chosen_reward"],
-    ]
-    assert last["chosen_reward"] == pytest.approx(sum(parts), rel=1e-5) and last[
-        "alpha"
-    ] == pytest.approx(0.5)
+    assert last["alpha"] == pytest.approx(0.5)
+    of_source = last["alpha"] * last["source_chosen_reward"]
+    of_target = (1 - last["alpha"]) * last["target_chosen_reward"]
+    assert last["chosen_reward"] == pytest.approx(of_source + of_target, rel=1e-5)
     assert last["margin"] == pytest.approx(last["chosen_reward"] - last["rejected_reward"])
-    assert {
-        "source_chosen_accuracy",
-        "target_chosen_accuracy",
-        "source_chosen_logps",
-    } <= last.keys()
-    static, pair = log(single, "wrpo_static")[0], log(single, "plain_dpo")[0]
-    assert static["alpha"] == 0.6 and not {"alpha", "source_chosen_reward"} & pair.keys()
+
+
+def test_the_columns_of_a_log(single):
+    """Tables and notebooks read them by these names."""
+    every = ["step", "lr", "grad_norm", "loss", "tokens_per_s", "rows_per_s"]
+    assert list(log(single, "sft")[0]) == every
+    pair = ["chosen_reward", "chosen_accuracy", "chosen_logps"]
+    pair += ["rejected_reward", "rejected_logps", "margin", "accuracy"]
+    assert list(log(single, "plain_dpo")[0]) == every + pair
+    fused = ["source_chosen_reward", "source_chosen_accuracy", "source_chosen_logps"]
+    fused += ["target_chosen_reward", "target_chosen_accuracy", "target_chosen_logps"]
+    fused += ["rejected_reward", "rejected_logps", "chosen_reward", "margin", "accuracy"]
+    with_alpha = every[:3] + ["alpha"] + every[3:]
+    assert list(log(single, "wrpo_static")[0]) == with_alpha + fused
 
 
 def test_one_step_of_wrpo_is_dpo_on_the_targets_pair(single, tiny):
-    """Trap of a short run: α of the first step is 0. Fewer rows than a batch are one step, and
-    divide nothing by 0.
+    """Trap of a short run: α of the first step is 0.
+
+    Fewer rows than a batch are one step, and divide nothing by 0.
     """
     few = {"epochs": 1, "global_batch": 24, "micro_batch": 12}
-    fused = a_job(single, "one_wrpo", tiny, **FUSED["wrpo"], **few)
-    target = a_job(single, "one_dpo", tiny, **PAIRS["dpo"] | {"label_smoothing": 0.0}, **few)
-    target |= {
-        "rows": fused["rows"],
-        "reference": fused["reference"],
-        "names": list(config.FUSED[1:]),
-    }
-    source = a_job(single, "one_source", tiny, **FUSED["wrpo_static"] | {"alpha": 1.0}, **few)
-    run_all([fused, target, source], single / "one_step")
-    assert len(log(single, "one_wrpo")) == 1 and log(single, "one_wrpo")[0]["alpha"] == 0
-    assert difference(weights(single / "one_wrpo"), weights(single / "one_dpo")) < ROUNDED
-    assert difference(weights(single / "one_wrpo"), weights(single / "one_source")) > 0.1
+    wrpo = a_job(single, "one_wrpo", tiny, **FUSED["wrpo"], **few)
+    source = a_job(single, "one_source", tiny, **{**FUSED["wrpo_static"], "alpha": 1.0}, **few)
+    dpo = a_job(single, "one_dpo", tiny, loss="dpo", beta=0.5, **few)
+    dpo["names"] = list(config.FUSED[1:])
+    for key in ("rows", "reference"):
+        dpo[key] = wrpo[key]
+    run_all([wrpo, dpo, source], single / "one_step")
+    assert column(single, "one_wrpo", "alpha") == [0]
+    trained = weights(single / "one_wrpo")
+    assert difference(trained, weights(single / "one_dpo")) < ROUNDED
+    assert difference(trained, weights(single / "one_source")) > 0.1
 
 
 def test_parts_are_the_model_on_its_way(single):
-    """Of six steps in three parts: after the second and the fourth; a third of the way is not two
-    thirds.
-    """
-    assert (single / "parts/model.safetensors").read_bytes() == (
-        single / "sft/model.safetensors"
-    ).read_bytes()
-    assert sorted(p.name for p in (single / "parts").glob("part*")) == ["part1", "part2"]
-    moved = [
-        difference(weights(single / "parts" / at), weights(single / "sft"))
-        for at in ("part1", "part2")
-    ]
-    assert moved[0] > moved[1] > 0.01
-    assert (single / "parts/part1/tokenizer.json").exists()
+    """Of six steps in three parts: after the second and the fourth."""
+    parts = single / "parts"
+    whole = (parts / "model.safetensors").read_bytes()
+    assert whole == (single / "sft" / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in parts.glob("part*")) == ["part1", "part2"]
+    end = weights(single / "sft")
+    first_distance = difference(weights(parts / "part1"), end)
+    second_distance = difference(weights(parts / "part2"), end)
+    assert first_distance > second_distance > 0.01
+    assert (parts / "part1" / "tokenizer.json").exists()
 
 
-def test_three_steps_lower_the_loss(single):
+@pytest.mark.parametrize("name", ["sft", *PAIRS, "adagrad", "bf16"])
+def test_three_steps_lower_the_loss(single, name):
     """Each epoch is three steps over the same rows."""
-    for name in ("sft", *PAIRS, "adagrad", "bf16"):
-        value = losses(single, name)
-        assert sum(value[3:]) < 0.99 * sum(value[:3]), name
-    assert log(single, "dpo")[-1]["accuracy"] == 1 and log(single, "dpo")[-1]["margin"] > 0.1
+    step_losses = losses(single, name)
+    first_epoch = sum(step_losses[:3])
+    second_epoch = sum(step_losses[3:])
+    assert second_epoch < 0.99 * first_epoch
 
 
-def test_at_step_0_the_cached_reference_is_the_policy(single, rows):
-    """DPO's loss is ln 2 to 1e-6, its rewards 0; IPO's is 1 / (2 beta)^2 = 25. The reference had
-    other batches.
+def test_dpo_learns_the_preferences(single):
+    last = log(single, "dpo")[-1]
+    assert last["accuracy"] == 1
+    assert last["margin"] > 0.1
+
+
+def test_at_step_0_the_cached_reference_is_the_policy(single, good):
+    """DPO's loss is ln 2 to 1e-6, its rewards 0; IPO's is 1 / (2 beta)^2 = 25.
+
+    The reference had other batches.
     """
     first = log(single, "plain_dpo")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(first["chosen_reward"]) + abs(first["rejected_reward"]) < 1e-5
     assert losses(single, "ipo")[0] == pytest.approx(25, abs=1e-3)
-    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
-    base = reference.load(single / "reference", good, ["chosen", "rejected"])["logps"]
-    visited = base[epoch_order(12, 3, 0)[:4]].mean(0)
-    assert [first["chosen_logps"], first["rejected_logps"]] == pytest.approx(
-        visited.tolist(), rel=1e-6
-    )
+    logps = reference.load(single / "reference", good, PAIR)["logps"]
+    first_rows = epoch_order(ROWS, 3, 0)[:4]
+    chosen_logps, rejected_logps = logps[first_rows].mean(0).tolist()
+    assert first["chosen_logps"] == pytest.approx(chosen_logps, rel=1e-6)
+    assert first["rejected_logps"] == pytest.approx(rejected_logps, rel=1e-6)
 
 
 # ---- adapters
 
 
-def test_lora_trains_an_adapter_alone_in_any_number_of_processes(single, double, tiny):
-    """The first loss is DPO's (B = 0), the later ones fall, two processes, ZeRO-3 and a resume
-    change nothing.
-    """
-    assert losses(single, "lora")[0] == pytest.approx(losses(single, "dpo")[0], rel=1e-5)
-    assert sum(losses(single, "lora")[3:]) < 0.9 * sum(losses(single, "lora")[:3])
+def test_lora_begins_as_dpo_and_learns(single):
+    """B is 0 at the first step."""
+    step_losses = losses(single, "lora")
+    assert step_losses[0] == pytest.approx(losses(single, "dpo")[0], rel=1e-5)
+    assert sum(step_losses[3:]) < 0.9 * sum(step_losses[:3])
+
+
+def test_lora_saves_an_adapter_alone(single):
+    out = single / "lora"
+    assert not (out / "model.safetensors").exists()
+    assert (out / "tokenizer.json").exists()
+    matrices = weights(out, lora.WEIGHTS)
+    assert len(matrices) == 2 * 7 * 2, "A and B of seven linear layers in two blocks"
+    assert "/" not in (out / lora.CONFIG).read_text(), "no path of this machine"
+
+
+def test_lora_in_two_processes_with_zero_3_and_a_resume_is_the_same(single, double):
     assert losses(single, "lora") == pytest.approx(losses(double, "lora_2"), rel=1e-4)
-    assert (
-        not (single / "lora" / "model.safetensors").exists()
-        and (single / "lora" / "tokenizer.json").exists()
-    )
-    one, two = (
-        weights(folder / name, lora.WEIGHTS)
-        for folder, name in ((single, "lora"), (double, "lora_2"))
-    )
-    assert one.keys() == two.keys() and len(one) == 2 * 7 * 2, (
-        "A and B of seven linear layers in two blocks"
-    )
+    one = weights(single / "lora", lora.WEIGHTS)
+    two = weights(double / "lora_2", lora.WEIGHTS)
     # B begins as zeros, so that the first gradients of A are little but rounding: 5.5e-4 was seen
     assert difference(one, two, LORA["lr"]) < 10 * ROUNDED
-    assert "/" not in (single / "lora" / lora.CONFIG).read_text(), "no path of this machine"
 
 
-def test_peft_loads_the_adapter_as_it_was_trained(single, tiny, rows):
-    """peft's own model and lora.tensors() at α = 0 score alike, and the last logged margin is near
-    theirs.
-    """
+def test_peft_loads_the_adapter_as_it_was_trained(single, tiny, good):
+    """peft's own model and lora.tensors() at α = 0 score alike, and as the training meant it."""
     import peft
     from transformers import AutoModelForCausalLM
 
-    good, _ = prepare(rows, ["chosen", "rejected"], **LIMITS)
+    def logps(model):
+        return scoring.ResponseScorer(model).score(good, PAIR, 2)["logps"]
+
     plain = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    before = scoring.ResponseScorer(plain).score(good, ["chosen", "rejected"], 2)["logps"]
+    before = logps(plain)
     own = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     own.load_state_dict(dict(lora.tensors(tiny, single / "lora", 0.0)), strict=False)
     theirs = peft.PeftModel.from_pretrained(plain, single / "lora").merge_and_unload()
-    scores = [
-        scoring.ResponseScorer(m).score(good, ["chosen", "rejected"], 2)["logps"]
-        for m in (own, theirs)
-    ]
-    assert scores[0].tolist() == pytest.approx(scores[1].tolist(), rel=1e-5)
-    moved = (scores[0] - before).view(2, -1)
-    assert (moved[0] - moved[1]).mean() > 0.2, "in nats: the chosen responses became likelier"
+    after = logps(own)
+    assert after.tolist() == pytest.approx(logps(theirs).tolist(), rel=1e-5)
+    chosen, rejected = (after - before).view(2, -1)
+    assert (chosen - rejected).mean() > 0.2, "in nats: the chosen responses became likelier"
 
 
 # ---- however it is computed
 
 
-def test_accumulation_does_not_change_the_result(single):
-    for name, others in {"sft": ["sft_1", "sft_2"], "dpo": ["dpo_1"], "wrpo": ["wrpo_2"]}.items():
-        for other in others:
-            assert losses(single, other) == pytest.approx(losses(single, name), rel=1e-5)
-            assert difference(weights(single / other), weights(single / name)) < ROUNDED
-
-
-def test_gradient_checkpointing_and_offload_do_not_change_the_result(single):
-    for name, other in [("dpo", "recomputed"), ("sft", "offload")]:
-        assert losses(single, other) == pytest.approx(losses(single, name), rel=1e-5)
-        assert difference(weights(single / other), weights(single / name)) < ROUNDED
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("sft", "sft_1"),
+        ("sft", "sft_2"),
+        ("dpo", "dpo_1"),
+        ("wrpo", "wrpo_2"),
+        ("dpo", "recomputed"),
+        ("sft", "offload"),
+    ],
+)
+def test_how_it_is_computed_does_not_change_the_result(single, name, other):
+    """Accumulation, gradient checkpointing and offload."""
+    assert losses(single, other) == pytest.approx(losses(single, name), rel=1e-5)
+    assert difference(weights(single / other), weights(single / name)) < ROUNDED
 
 
 @pytest.mark.parametrize("zero", range(4))
 def test_two_processes_are_one(single, double, zero):
-    one, two = log(single, "sft"), log(double, f"zero{zero}_2")
+    name = f"zero{zero}_2"
     for key in ("step", "loss", "lr", "grad_norm"):
-        assert [e[key] for e in two] == pytest.approx([e[key] for e in one], rel=1e-5), key
-    assert (
-        difference(weights(double / f"zero{zero}_2", "first.safetensors"), weights(single / "sft"))
-        < ROUNDED
-    )
+        expected = column(single, "sft", key)
+        assert column(double, name, key) == pytest.approx(expected, rel=1e-5), key
+    trained = weights(double / name, "first.safetensors")
+    assert difference(trained, weights(single / "sft")) < ROUNDED
 
 
 @pytest.mark.parametrize("zero", range(4))
 def test_two_processes_resume_from_their_checkpoint(double, zero):
     """The second run finds the checkpoint after step 4 of 6, and writes steps 4 and 5 again."""
-    again = double / f"zero{zero}_2"
-    assert [e["step"] for e in log(double, again.name)] == list(range(6))
-    assert difference(weights(again, "first.safetensors"), weights(again)) < ROUNDED
-    assert (double / "double" / "job.log").read_text().count("steps 4 to 6") == 5, "and the adapter"
+    name = f"zero{zero}_2"
+    assert column(double, name, "step") == list(range(STEPS))
+    first = weights(double / name, "first.safetensors")
+    assert difference(first, weights(double / name)) < ROUNDED
+    messages = (double / "double" / "job.log").read_text()
+    assert messages.count("steps 4 to 6") == 5, "four stages and the adapter"
 
 
 def test_two_processes_with_pairs(single, double):
-    one, two = log(single, "dpo"), log(double, "dpo_2")
-    for key in (
+    keys = [
         "loss",
         "chosen_reward",
         "rejected_reward",
         "margin",
         "chosen_logps",
         "rejected_logps",
-    ):
-        assert [e[key] for e in two] == pytest.approx([e[key] for e in one], rel=1e-4, abs=1e-5), (
-            key
-        )
+    ]
+    for key in keys:
+        expected = column(single, "dpo", key)
+        assert column(double, "dpo_2", key) == pytest.approx(expected, rel=1e-4, abs=1e-5), key
     # at step 0 the policy is the reference: which of two rewards is larger is rounding alone
-    assert [e["accuracy"] for e in two[1:]] == [e["accuracy"] for e in one[1:]]
+    assert column(double, "dpo_2", "accuracy")[1:] == column(single, "dpo", "accuracy")[1:]
     assert difference(weights(double / "dpo_2"), weights(single / "dpo")) < ROUNDED
 
 
 def test_the_deepspeed_launcher(single, tiny):
-    """It sets LOCAL_SIZE, by which DeepSpeed would leave 66 MiB of shared memory behind for each
-    process.
-    """
-    job = a_job(single, "launched", tiny, zero=2, micro_batch=2)
-    launch.run(
-        "beyond_dpo.jobs.train",
-        job,
-        single / "launched",
-        desc="SFT",
-        launcher="deepspeed",
-        processes=2,
-    )
-    assert losses(single, "launched") == pytest.approx(losses(single, "sft"), rel=1e-5)
-    assert difference(weights(single / "launched"), weights(single / "sft")) < ROUNDED
-    port = re.search(r"--master_port=(\d+)", (single / "launched" / "job.log").read_text())[1]
-    assert not [p for p in Path("/dev/shm").iterdir() if port in p.name]
+    """It sets LOCAL_SIZE, by which DeepSpeed would leave 66 MiB of shared memory a process."""
+    out = single / "launched"
+    job = a_job(single, out.name, tiny, zero=2, micro_batch=2)
+    launch.run(MODULE, job, out, desc="SFT", launcher="deepspeed", processes=2)
+    assert losses(single, out.name) == pytest.approx(losses(single, "sft"), rel=1e-5)
+    assert difference(weights(out), weights(single / "sft")) < ROUNDED
+    port = re.search(r"--master_port=(\d+)", (out / "job.log").read_text())[1]
+    left = [path.name for path in Path("/dev/shm").iterdir() if port in path.name]
+    assert not left
 
 
 def test_tasks_that_export_their_rank_need_no_launcher(single, tiny):
-    """RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are all they share; of a task of `srun`, what SLURM
-    says instead.
+    """RANK, LOCAL_RANK, WORLD_SIZE and MASTER_* are all they share.
+
+    Of a task of `srun`, what SLURM says stands in their place.
     """
     file = single / "tasks.json"
     file.write_text(json.dumps(a_job(single, "tasks", tiny, zero=1, micro_batch=2)))
-    shared = {"MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(launch._free_port())
-    step = {
-        "STEP_NUM_TASKS": "2",
-        "PROCID": "1",
-        "LOCALID": "1",
-        "JOB_ID": "1",
-        "STEP_ID": "0",
-        "STEP_NODELIST": "n1",
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch._free_port())}
+    first = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    second = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_PROCID": "1",
+        "SLURM_LOCALID": "1",
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "n1",
     }
-    ranks = [
-        {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"},
-        {f"SLURM_{k}": v for k, v in step.items()},
-    ]
-    command = [sys.executable, "-m", "beyond_dpo.jobs.train", str(file)]
-    tasks = [subprocess.Popen(command, env=os.environ | shared | rank) for rank in ranks]
+    command = [sys.executable, "-m", MODULE, str(file)]
+    tasks = []
+    for variables in (first, second):
+        environment = os.environ | shared | variables
+        tasks.append(subprocess.Popen(command, env=environment))
     assert [task.wait(120) for task in tasks] == [0, 0]
     assert losses(single, "tasks") == pytest.approx(losses(single, "sft"), rel=1e-5)
     assert difference(weights(single / "tasks"), weights(single / "sft")) < ROUNDED
@@ -716,189 +794,231 @@ def test_tasks_that_export_their_rank_need_no_launcher(single, tiny):
 
 
 def test_killed_and_resumed_is_uninterrupted(single):
-    """Killed by force after the first of its checkpoints, in one process with float32: every bit is
-    the same.
+    """Killed by force after the first of its checkpoints: every bit is the same.
+
+    That is so in one process with float32.
     """
-    assert 20 <= int((single / "steps_at_kill").read_text()) < 120
+    steps_at_kill = int((single / "steps_at_kill").read_text())
+    assert 20 <= steps_at_kill < 120
     assert "steps 20 to 120" in (single / "single" / "job.log").read_text()
+    assert column(single, "killed", "step") == list(range(120))
     for key in ("step", "loss", "lr", "grad_norm"):
-        assert [e[key] for e in log(single, "killed")] == [e[key] for e in log(single, "long")]
-    assert [e["step"] for e in log(single, "killed")] == list(range(120))
+        assert column(single, "killed", key) == column(single, "long", key)
     assert difference(weights(single / "killed"), weights(single / "long")) == 0
-    kept = sorted(p.name for p in (single / "killed" / "checkpoints" / "zero0-of1").iterdir())
-    assert kept == ["latest", "step100"]  # older ones are gone, and the end needs none
+
+
+def test_the_last_checkpoint_alone_is_kept(single):
+    saved = single / "killed" / "checkpoints" / "zero0-of1"
+    # older ones are gone, and the end needs none
+    assert sorted(path.name for path in saved.iterdir()) == ["latest", "step100"]
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_training_goes_on_from_the_one_before(single):
-    """After the power failed: the last checkpoint has its length, but half of it is zeros. Bit for
-    bit as without.
+    """After the power failed: the last checkpoint has its length, but half of it is zeros.
+
+    The result is bit for bit that of a training without it.
     """
-    words = (single / "single" / "job.log").read_text()
-    assert re.search(
-        r"step4 is damaged \(.*other bytes.*kept as damaged-zero0-of1-step4; .* goes on from step3",
-        words,
-    )
-    assert "steps 3 to 6" in words
-    kept = sorted(p.name for p in (single / "step4" / "checkpoints").iterdir())
+    messages = (single / "single" / "job.log").read_text()
+    damage = r"step4 is damaged \(.*other bytes.*kept as damaged-zero0-of1-step4"
+    assert re.search(f"{damage}; .* goes on from step3", messages)
+    assert "steps 3 to 6" in messages
+    checkpoints = single / "step4" / "checkpoints"
+    kept = sorted(path.name for path in checkpoints.iterdir())
     assert kept == ["damaged-zero0-of1-step4", "finished", "zero0-of1"]
+    expected = weights(single / "sft")
     for file in ("first.safetensors", "model.safetensors"):
-        assert difference(weights(single / "step4", file), weights(single / "sft")) == 0
+        assert difference(weights(single / "step4", file), expected) == 0
     assert losses(single, "step4") == losses(single, "sft")
 
 
 def test_a_whole_checkpoint_that_cannot_be_loaded_says_what_to_delete(single):
     message = (single / "step2" / "error").read_text()
-    assert re.search(
-        r"checkpoint \S+/step4 cannot be loaded \(.+\); .* delete that folder, and the training",
-        message,
-    )
+    problem = r"checkpoint \S+/step4 cannot be loaded \(.+\)"
+    assert re.search(f"{problem}; .* delete that folder, and the training", message)
     assert "\n" not in message
 
 
 @pytest.fixture
-def checkpoints(tmp_path):
+def log_file(tmp_path):
+    """Write the log of six steps."""
+    file = tmp_path / "log.jsonl"
+    lines = [json.dumps({"step": step}) + "\n" for step in range(STEPS)]
+    file.write_text("".join(lines))
+    return file
+
+
+@pytest.fixture
+def checkpoints(tmp_path, log_file):
     """Make the folder of two checkpoints, after steps 2 and 4 of six; `latest` names the second."""
     saved = tmp_path / "checkpoints" / "zero1-of2"
-    (tmp_path / "log.jsonl").write_text(
-        "".join(json.dumps({"step": step}) + "\n" for step in range(6))
-    )
-    before = None
-    for step in (2, 4):
-        folder = saved / f"step{step}"
-        folder.mkdir(parents=True)
-        for rank in range(2):
-            torch.save({"weights": torch.arange(1000.0) + rank}, folder / f"rank{rank}.pt")
-        before = before and shutil.copytree(before, tmp_path / "kept")
-        train._name_checkpoint(folder, tmp_path / "log.jsonl")
-        before = folder
-    assert sorted(p.name for p in saved.iterdir()) == ["latest", "step4"], (
-        "the one before is of no more use"
-    )
-    shutil.copytree(tmp_path / "kept", saved / "step2")
+    copy = tmp_path / "kept"
+    write_checkpoint(saved / "step2", log_file)
+    shutil.copytree(saved / "step2", copy)
+    write_checkpoint(saved / "step4", log_file)
+    names = sorted(path.name for path in saved.iterdir())
+    assert names == ["latest", "step4"], "the one before is of no more use"
+    shutil.copytree(copy, saved / "step2")
     return saved
 
 
-def flip(file, at):
+def write_checkpoint(folder, log_file):
+    folder.mkdir(parents=True)
+    for rank in range(2):
+        torch.save({"weights": torch.arange(1000.0) + rank}, folder / f"rank{rank}.pt")
+    train._name_checkpoint(folder, log_file)
+
+
+def empty(folder):
+    (folder / "rank1.pt").write_bytes(b"")
+
+
+def fill_with_zeros(folder):
+    file = folder / "rank1.pt"
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip_a_bit(folder):
+    file = folder / "rank1.pt"
     content = bytearray(file.read_bytes())
-    content[at] ^= 1
+    content[2000] ^= 1
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "damage, why",
-    [
-        (lambda f: (f / "rank1.pt").write_bytes(b""), r"rank1.pt has 0 bytes of \d+"),
-        (
-            lambda f: (f / "rank1.pt").write_bytes(bytes((f / "rank1.pt").stat().st_size)),
-            "rank1.pt has other bytes",
-        ),
-        (lambda f: flip(f / "rank1.pt", 2000), "rank1.pt has other bytes"),
-        (lambda f: os.truncate(f / "rank0.pt", 1000), "rank0.pt has 1000 bytes of"),
-        (lambda f: (f / "rank0.pt").unlink(), "rank0.pt is missing"),
-        (lambda f: (f / train.SIZES).write_bytes(bytes(30)), "no readable sizes.json"),
-        (lambda f: (f / train.SIZES).unlink(), "no readable sizes.json"),
-    ],
-    ids=["empty", "zeros", "a bit", "cut", "a missing file", "zeros for sizes", "no sizes"],
+def cut_off(folder):
+    os.truncate(folder / "rank0.pt", 1000)
+
+
+def delete_a_file(folder):
+    (folder / "rank0.pt").unlink()
+
+
+def fill_sizes_with_zeros(folder):
+    (folder / train.SIZES).write_bytes(bytes(30))
+
+
+def delete_sizes(folder):
+    (folder / train.SIZES).unlink()
+
+
+DAMAGES = [
+    (empty, r"rank1.pt has 0 bytes of \d+"),
+    (fill_with_zeros, "rank1.pt has other bytes"),
+    (flip_a_bit, "rank1.pt has other bytes"),
+    (cut_off, "rank0.pt has 1000 bytes of"),
+    (delete_a_file, "rank0.pt is missing"),
+    (fill_sizes_with_zeros, "no readable sizes.json"),
+    (delete_sizes, "no readable sizes.json"),
+]
+each_damage = pytest.mark.parametrize(
+    "damage, reason", DAMAGES, ids=[damage.__name__ for damage, _ in DAMAGES]
 )
-def test_a_damaged_checkpoint_is_found_whatever_is_damaged(checkpoints, caplog, damage, why):
-    log_file = checkpoints.parents[1] / "log.jsonl"
-    with caplog.at_level("INFO", "beyond_dpo.jobs.train"):
+
+
+def test_a_whole_checkpoint_is_found_without_a_warning(checkpoints, log_file, caplog):
+    with caplog.at_level("INFO", MODULE):
         assert train._find_checkpoint(checkpoints, log_file) == 4
-    assert [record.getMessage() for record in caplog.records] == [
-        f"checking {checkpoints / 'step4'}"
-    ]
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [f"checking {checkpoints / 'step4'}"]
+
+
+@each_damage
+def test_a_damaged_checkpoint_is_found_whatever_is_damaged(
+    checkpoints, log_file, caplog, damage, reason
+):
     damage(checkpoints / "step4")
     assert train._find_checkpoint(checkpoints, log_file) == 2
     kept = "kept as damaged-zero1-of2-step4; the training goes on from step2"
-    assert re.search(f"step4 is damaged .{why}.*{kept}", caplog.text)
+    assert re.search(f"step4 is damaged .{reason}.*{kept}", caplog.text)
+
+
+# without its sizes, nothing says that a checkpoint which is not the latest ever was whole
+@pytest.mark.parametrize("damage", [damage for damage, _ in DAMAGES if damage is not delete_sizes])
+def test_where_all_checkpoints_are_damaged_the_training_begins_anew(
+    checkpoints, log_file, caplog, damage
+):
+    damage(checkpoints / "step4")
     damage(checkpoints / "step2")
-    if (checkpoints / "step2" / train.SIZES).exists():  # else nothing says that it ever was whole
-        assert train._find_checkpoint(checkpoints, log_file) == 0
-        assert "kept as damaged-zero1-of2-step2; the training begins anew" in caplog.text
-        kept = ["damaged-zero1-of2-step2", "damaged-zero1-of2-step4", "zero1-of2"]
-        assert sorted(p.name for p in checkpoints.parent.iterdir()) == kept
+    assert train._find_checkpoint(checkpoints, log_file) == 0
+    assert "kept as damaged-zero1-of2-step2; the training begins anew" in caplog.text
+    names = sorted(path.name for path in checkpoints.parent.iterdir())
+    assert names == ["damaged-zero1-of2-step2", "damaged-zero1-of2-step4", "zero1-of2"]
 
 
 @pytest.mark.parametrize("named", ["", "\0\0\0\0\0", "step6", "step", "../../log.jsonl"])
-def test_latest_that_names_no_checkpoint_is_not_followed(checkpoints, caplog, named):
-    """After a power cut the file may be empty or of zeros, or its folder may be gone: the newest
-    whole one is taken.
+def test_latest_that_names_no_checkpoint_is_not_followed(checkpoints, log_file, caplog, named):
+    """After a power cut the file may be empty or of zeros, or its folder may be gone.
+
+    The newest whole one is taken.
     """
     (checkpoints / "latest").write_text(named)
-    assert train._find_checkpoint(checkpoints, checkpoints.parents[1] / "log.jsonl") == 4
-    assert (
-        "latest names no checkpoint that is there" in caplog.text
-        and "goes on from step4" in caplog.text
-    )
+    assert train._find_checkpoint(checkpoints, log_file) == 4
+    assert "latest names no checkpoint that is there" in caplog.text
+    assert "goes on from step4" in caplog.text
 
 
-def test_a_checkpoint_without_the_log_of_its_steps_is_not_taken(checkpoints, caplog):
+def test_a_checkpoint_without_the_log_of_its_steps_is_not_taken(checkpoints, log_file, caplog):
     """The finished log would lack them, or be no JSON."""
-    log_file = checkpoints.parents[1] / "log.jsonl"
     lines = log_file.read_bytes().splitlines(keepends=True)
-    log_file.write_bytes(b"".join(lines[:3]) + bytes(len(lines[3])))
+    zeros = bytes(len(lines[3]))
+    log_file.write_bytes(b"".join(lines[:3]) + zeros)
     assert train._find_checkpoint(checkpoints, log_file) == 2
     assert "step4 is damaged (log.jsonl does not hold its 4 steps)" in caplog.text
+
+
+def test_no_checkpoint_is_taken_without_a_log(checkpoints, log_file):
     log_file.unlink()
     assert train._find_checkpoint(checkpoints, log_file) == 0
 
 
-def test_a_checkpoint_that_was_never_finished_is_no_damage(checkpoints, caplog):
-    """Killed while it wrote: nothing to keep, nothing to say, and the one before is still the one
-    to go on from.
-    """
+def test_a_checkpoint_that_was_never_finished_is_no_damage(checkpoints, log_file, caplog):
+    """Killed while it wrote: nothing to keep or to say, and the one before is taken."""
     shutil.copytree(checkpoints / "step4", checkpoints / "step6")
-    (checkpoints / "step6" / train.SIZES).unlink()
-    assert (
-        train._find_checkpoint(checkpoints, checkpoints.parents[1] / "log.jsonl") == 4
-        and not caplog.records
-    )
+    delete_sizes(checkpoints / "step6")
+    assert train._find_checkpoint(checkpoints, log_file) == 4
+    assert not caplog.records
 
 
-def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tmp_path, monkeypatch):
-    """Every file and folder first; and the one before goes when it is on the disk what `latest`
-    names.
-    """
+class WritingEngine:
+    """What DeepSpeed does of a checkpoint: it writes files, which nobody brings to the disk."""
+
+    def save_checkpoint(self, folder, tag, state, **options):
+        (folder / tag).mkdir()
+        (folder / tag / "model.pt").write_bytes(b"weights")
+
+
+def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tmp_path, log_file, monkeypatch):
+    """Every file and folder first; the one before goes when the disk has what `latest` names."""
     from deepspeed import comm
 
-    saved, sync, events = tmp_path / "checkpoints" / "zero0-of1", os.fsync, []
+    saved = tmp_path / "checkpoints" / "zero0-of1"
     (saved / "step2").mkdir(parents=True)
     (saved / "latest").write_text("step2")
-
-    class Writes:
-        """What DeepSpeed's engine does of a checkpoint: it writes files, which nobody brings to the
-        disk.
-        """
-
-        def save_checkpoint(self, folder, tag, state, **options):
-            (folder / tag).mkdir()
-            (folder / tag / "model.pt").write_bytes(b"weights")
-
-    (tmp_path / "log.jsonl").write_text("{}\n")
+    fsync = os.fsync
+    synced = []  # (file, what `latest` names then)
 
     def watched(number):
-        sync(number)
-        file = os.readlink(f"/proc/self/fd/{number}").removeprefix(str(tmp_path))
-        events.append((file, (saved / "latest").read_text(), (saved / "step2").exists()))
+        fsync(number)
+        assert (saved / "step2").exists()
+        path = os.readlink(f"/proc/self/fd/{number}")
+        synced.append((path.removeprefix(str(tmp_path)), (saved / "latest").read_text()))
 
     monkeypatch.setattr(os, "fsync", watched)
-    monkeypatch.setattr(comm, "barrier", lambda: events.append(("all are here", "", True)))
-    train._save_checkpoint(Writes(), saved, 4, tmp_path / "log.jsonl", 0, True)
-    assert [file for file, *_ in events[:2]] == [
-        "/checkpoints/zero0-of1/step4/model.pt",
-        "all are here",
-    ]
-    before = {file for file, named, _ in events if named == "step2"}
-    places = {
+    monkeypatch.setattr(comm, "barrier", lambda: synced.append(("all are here", "")))
+    train._save_checkpoint(WritingEngine(), saved, 4, log_file, 0, True)
+    first, second = synced[:2]
+    assert first == ("/checkpoints/zero0-of1/step4/model.pt", "step2")
+    assert second == ("all are here", "")
+    before = {file for file, named in synced if named == "step2"}
+    needed = {
         "",
         "/log.jsonl",
         "/checkpoints",
         "/checkpoints/zero0-of1",
         "/checkpoints/zero0-of1/step4",
     }
-    assert places <= before
-    assert all(older for _, _, older in events) and not (saved / "step2").exists()
-    assert events[-1][:2] == ("/checkpoints/zero0-of1", "step4")
+    assert needed <= before
+    assert synced[-1] == ("/checkpoints/zero0-of1", "step4")
+    assert not (saved / "step2").exists()
 
 
 # ---- what is saved
@@ -906,115 +1026,143 @@ def test_a_checkpoint_is_on_the_disk_before_latest_names_it(tmp_path, monkeypatc
 
 def test_a_model_that_lacks_a_tensor_is_not_trained(folder, tiny, tmp_path):
     """transformers would draw it at random, and say so in a table among other lines."""
-    shutil.copytree(tiny, tmp_path / "lacking")
-    kept = weights(tiny)
-    name = next(name for name in kept if "layers.1.mlp.up_proj" in name)
-    del kept[name]
-    save_file(kept, tmp_path / "lacking" / "model.safetensors", metadata={"format": "pt"})
-    job = a_job(folder, "untrained", tmp_path / "lacking")
-    with pytest.raises(
-        launch.JobFailed, match=rf"no {re.escape(name)} for the model \(1 missing\): .* not whole"
-    ):
-        launch.run("beyond_dpo.jobs.train", job, tmp_path, desc="SFT")
+    lacking = tmp_path / "lacking"
+    shutil.copytree(tiny, lacking)
+    tensors = weights(tiny)
+    name = next(name for name in tensors if "layers.1.mlp.up_proj" in name)
+    del tensors[name]
+    save_file(tensors, lacking / "model.safetensors", metadata={"format": "pt"})
+    job = a_job(folder, "untrained", lacking)
+    message = rf"no {re.escape(name)} for the model \(1 missing\): .* not whole"
+    with pytest.raises(launch.JobFailed, match=message):
+        launch.run(MODULE, job, tmp_path, desc="SFT")
 
 
-def test_persistent_buffers_and_weights_with_two_names_are_saved(tmp_path, tiny):
-    """A router's correction is no parameter, and a head may share the embeddings though the
-    configuration says no.
+@pytest.fixture
+def mixture():
+    """Return a model whose router has a correction, and whose head shares the embeddings.
+
+    A router's correction is no parameter but a buffer. The configuration says that the head shares
+    nothing.
     """
     from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-    shape = {
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "moe_intermediate_size": 16,
-    }
-    shape |= {
-        "num_hidden_layers": 2,
-        "first_k_dense_replace": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-    }
-    shape |= {
-        "n_routed_experts": 4,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "n_shared_experts": 1,
-    }
-    shape |= {
-        "q_lora_rank": 8,
-        "kv_lora_rank": 8,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 8,
-    }
-    model = AutoModelForCausalLM.from_config(DeepseekV3Config(**shape))
-    model.model.layers[1].mlp.gate.e_score_correction_bias += torch.tensor([0.5, -0.25, 0.0, 1.0])
+    config = DeepseekV3Config(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        first_k_dense_replace=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    correction(model).add_(torch.tensor([0.5, -0.25, 0.0, 1.0]))
     assert not model.config.tie_word_embeddings
     model.lm_head.weight = model.model.embed_tokens.weight
-    train._save(model, templates.load_tokenizer(tiny), tmp_path / "out", torch.float32, 0)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    before, after = model.state_dict(), loaded.state_dict()
-    assert before.keys() == after.keys() and "lm_head.weight" in after
-    for name in before:
-        assert torch.equal(before[name], after[name]), name
+    return model
+
+
+def correction(model):
+    return model.model.layers[1].mlp.gate.e_score_correction_bias
+
+
+def test_persistent_buffers_and_weights_with_two_names_are_saved(tmp_path, tiny, mixture):
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    train._save(mixture, templates.load_tokenizer(tiny), out, torch.float32, 0)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    before = mixture.state_dict()
+    after = loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert "lm_head.weight" in after
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
     ids = torch.tensor([[5, 6, 7, 8]])
-    assert torch.equal(model.eval()(ids).logits, loaded.eval()(ids).logits)
-    model.model.layers[1].mlp.gate.e_score_correction_bias[0] = math.nan
+    assert torch.equal(mixture.eval()(ids).logits, loaded.eval()(ids).logits)
+
+
+def test_a_buffer_that_is_not_finite_is_not_saved(tmp_path, tiny, mixture):
+    correction(mixture)[0] = math.nan
+    tokenizer = templates.load_tokenizer(tiny)
     with pytest.raises(train.NonFiniteLoss, match="e_score_correction_bias is not finite"):
-        train._save(model, templates.load_tokenizer(tiny), tmp_path / "bad", torch.float32, 0)
+        train._save(mixture, tokenizer, tmp_path / "bad", torch.float32, 0)
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["whole", "adapter"])
 def test_trained_files_have_the_mode_that_the_umask_says(tmp_path, tiny, rank):
-    """safetensors writes for the owner alone: a colleague of the group could not read what was
-    trained.
-    """
+    """safetensors writes for the owner alone: a colleague of the group could not read it."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     if rank:
         lora.inject(model, rank, 4.0)
-    mask = os.umask(0o027)
+    out = tmp_path / "part1"
+    umask = os.umask(0o027)
     try:
-        train._save(model, templates.load_tokenizer(tiny), tmp_path / "part1", torch.float32, 0)
+        train._save(model, templates.load_tokenizer(tiny), out, torch.float32, 0)
     finally:
-        os.umask(mask)
-    modes = {p.name: oct(p.stat().st_mode & 0o777) for p in (tmp_path / "part1").iterdir()}
+        os.umask(umask)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in out.iterdir()}
     assert set(modes.values()) == {"0o640"}, modes
-    assert any(name.endswith(".safetensors") for name in modes) and "tokenizer.json" in modes
+    assert "tokenizer.json" in modes
+    assert list(out.glob("*.safetensors"))
 
 
-def test_saved_model(single, tiny):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.mark.parametrize("name, dtype", [("sft", torch.float32), ("bf16", torch.bfloat16)])
+def test_saved_model(single, name, dtype):
+    from transformers import AutoModelForCausalLM
 
-    for name, dtype in [("sft", torch.float32), ("bf16", torch.bfloat16)]:
-        assert {w.dtype for w in weights(single / name).values()} == {
-            dtype
-        }  # 20 weights: no second copy of the tied
-        model = AutoModelForCausalLM.from_pretrained(single / name)
-        assert model.dtype == dtype and model.lm_head.weight is model.get_input_embeddings().weight
-        assert model.config.use_cache and model.config.vocab_size == 512
+    # 20 weights: no second copy of the tied one
+    assert {weight.dtype for weight in weights(single / name).values()} == {dtype}
+    model = AutoModelForCausalLM.from_pretrained(single / name)
+    assert model.dtype == dtype
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert model.config.use_cache
+    assert model.config.vocab_size == 512
+
+
+def test_saved_tokenizer(single, tiny):
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(single / "sft")
-    assert tokenizer("A patient film.") == AutoTokenizer.from_pretrained(tiny)("A patient film.")
+    before = AutoTokenizer.from_pretrained(tiny)
+    assert tokenizer("A patient film.") == before("A patient film.")
     assert tokenizer.chat_template
+
+
+def test_saved_facts(single):
     facts = json.loads((single / "sft" / "facts.json").read_text())
-    assert facts == {"rows": 12, "dropped": 2, "steps": 6}
+    assert facts == {"rows": ROWS, "dropped": 2, "steps": STEPS}
 
 
 @needs_bf16
 def test_bf16_is_close_to_fp32(single, tiny):
-    """Losses within 1 %, and the same way through weight space but for rounding (weights stay
-    float32 in training).
+    """Losses within 1 %, and the same way through weight space but for rounding.
+
+    The weights stay float32 in training.
     """
     assert losses(single, "bf16") == pytest.approx(losses(single, "sft"), rel=0.01)
-    start, exact, rough = weights(tiny), weights(single / "sft"), weights(single / "bf16")
-    a, b = (
-        torch.cat([(end[n].float() - start[n]).flatten() for n in start]) for end in (exact, rough)
-    )
-    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
+    start = weights(tiny)
+
+    def moved(name):
+        end = weights(single / name)
+        steps = [(end[key].float() - start[key]).flatten() for key in start]
+        return torch.cat(steps)
+
+    assert cosine_similarity(moved("sft"), moved("bf16"), dim=0) > 0.95
 
 
 # ---- failures
@@ -1026,11 +1174,12 @@ def test_weights_that_overflow_in_the_files_dtype_are_not_saved(single):
 
 
 def test_processes_with_different_numbers_of_chunks_wait_for_each_other(single, double):
-    """Under ZeRO-3 each call of the head gathers it: with unequal numbers of calls two processes
-    would hang.
+    """Under ZeRO-3 each call of the head gathers it.
+
+    With unequal numbers of calls two processes would hang.
     """
     assert losses(double, "sharded_2") == pytest.approx(losses(single, "dpo"), rel=1e-4)
-    assert difference(weights(single / "dpo"), weights(double / "sharded_2")) < ROUNDED
+    assert difference(weights(double / "sharded_2"), weights(single / "dpo")) < ROUNDED
 
 
 @pytest.mark.parametrize("launcher, processes", [("plain", 1), ("torchrun", 2), ("deepspeed", 2)])
@@ -1039,19 +1188,25 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(
 ):
     """Of two processes one fails; the other waits for it in vain until the launcher ends it."""
     job = a_job(folder, tmp_path.name, folder / "broken", micro_batch=2)
-    with pytest.raises(
-        launch.JobFailed, match=r"NonFiniteLoss: step \d: the loss of rows \['r5'\]"
-    ) as failure:
-        launch.run(
-            "beyond_dpo.jobs.train",
-            job,
-            tmp_path,
-            desc="SFT",
-            launcher=launcher,
-            processes=processes,
-        )
+    message = r"NonFiniteLoss: step \d: the loss of rows \['r5'\]"
+    options = {"launcher": launcher, "processes": processes}
+    with pytest.raises(launch.JobFailed, match=message) as failure:
+        launch.run(MODULE, job, tmp_path, desc="SFT", **options)
     assert "ended with status 1" in str(failure.value)
     assert not list((folder / tmp_path.name).glob("*.safetensors"))
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """Let this process be the only one of a training."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+def run_here(main, job, folder):
+    file = folder / "job.json"
+    file.write_text(json.dumps(job))
+    main(str(file))
 
 
 @pytest.mark.parametrize(
@@ -1075,61 +1230,94 @@ def test_a_loss_that_is_not_finite_stops_all_and_names_the_row(
             ValueError,
             "Input should be 'float32', 'bfloat16' or 'float16'",
         ),
-        ({"rows": "empty.jsonl"}, ValueError, r"no row is left to train on \(2 dropped"),
-        ({"rows": "prompts.jsonl"}, ValueError, "no response 'chosen'"),
     ],
 )
-def test_impossible_jobs_fail_at_once(folder, tiny, tmp_path, monkeypatch, changes, error, message):
-    write_rows(folder / "prompts.jsonl", [{"id": "p", "prompt_ids": [0, 5], "responses": {}}])
+def test_impossible_settings_fail_at_once(
+    folder, tiny, tmp_path, one_process, changes, error, message
+):
     job = a_job(folder, "impossible", tiny)
-    if "rows" in changes:
-        job["rows"] = str(folder / changes.pop("rows"))
     job["settings"] |= changes
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
-        monkeypatch.setenv(name, value)
-    (tmp_path / "job.json").write_text(json.dumps(job))
     with pytest.raises(error, match=message):
-        train.main(str(tmp_path / "job.json"))
+        run_here(train.main, job, tmp_path)
     assert not (folder / "impossible").exists()
 
 
-@pytest.mark.skipif(
-    torch.cuda.is_available(), reason="a GPU computes in bfloat16, whatever the CPU can"
-)
-def test_bf16_is_refused_on_a_cpu_that_would_emulate_it(folder, tiny, tmp_path, monkeypatch):
-    """Such as one with AVX2 only, where a run of an hour took days; float32 goes as before."""
-    (tmp_path / "cpuinfo").write_text(
-        "processor\t: 0\nflags\t\t: fpu sse4_2 avx f16c avx2 avx512f avx512_vnni\n"
-    )
-    monkeypatch.setattr(precision, "CPUINFO", str(tmp_path / "cpuinfo"))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    limits = {
+def test_a_training_without_rows_fails_at_once(folder, tiny, tmp_path, one_process):
+    job = a_job(folder, "impossible", tiny, rows="empty.jsonl")
+    with pytest.raises(ValueError, match=r"no row is left to train on \(2 dropped"):
+        run_here(train.main, job, tmp_path)
+    assert not (folder / "impossible").exists()
+
+
+def test_a_training_without_responses_fails_at_once(folder, tiny, tmp_path, one_process):
+    rows = tmp_path / "prompts.jsonl"
+    write_rows(rows, [{"id": "p", "prompt_ids": [0, 5], "responses": {}}])
+    job = a_job(folder, "impossible", tiny, rows=rows)
+    with pytest.raises(ValueError, match="no response 'chosen'"):
+        run_here(train.main, job, tmp_path)
+    assert not (folder / "impossible").exists()
+
+
+@pytest.fixture
+def without_bf16(tmp_path, monkeypatch):
+    """Let the processor be one with AVX2 only, where a run in bfloat16 of an hour took days."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU computes in bfloat16, whatever the CPU can")
+    cpuinfo = tmp_path / "cpuinfo"
+    flags = "fpu sse4_2 avx f16c avx2 avx512f avx512_vnni"
+    cpuinfo.write_text(f"processor\t: 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(precision, "CPUINFO", str(cpuinfo))
+
+
+REFUSAL = 'precision "bf16" needs a GPU, or .* set precision to "fp32"$'
+
+
+def test_bf16_training_is_refused_on_a_cpu_that_would_emulate_it(
+    folder, tiny, tmp_path, one_process, without_bf16
+):
+    job = a_job(folder, "refused", tiny, precision="bf16")
+    with pytest.raises(ValueError, match=REFUSAL):
+        run_here(train.main, job, tmp_path)
+    assert not (folder / "refused").exists()
+
+
+def test_a_bf16_reference_is_refused_on_a_cpu_that_would_emulate_it(
+    folder, tiny, tmp_path, without_bf16
+):
+    job = {
         "limits": LIMITS,
         "model": str(tiny),
         "rows": str(folder / "rows.jsonl"),
         "out": str(tmp_path / "out"),
+        "names": ["chosen"],
+        "precision": "bf16",
+        "micro_batch": 4,
     }
-    passing = limits | {"names": ["chosen"], "precision": "bf16", "micro_batch": 4}
-    reward = {
+    with pytest.raises(ValueError, match=REFUSAL):
+        run_here(reference.main, job, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bf16_reward_is_refused_on_a_cpu_that_would_emulate_it(tmp_path, without_bf16):
+    job = {
         "texts": ["a"] * 40,
         "labels": [0, 1] * 20,
         "held_out": [["a", "b"], [0, 1]],
         "seed": 0,
+        "out": str(tmp_path),
+        "reward": "reward",
+        "encoder": "unread",
+        "precision": "bf16",
     }
-    reward |= {"out": str(tmp_path), "reward": "reward", "encoder": "unread", "precision": "bf16"}
-    training = a_job(folder, "refused", tiny, precision="bf16")
-    jobs = {train.main: training, reference.main: passing, fit_reward.main: reward}
-    for main, job in jobs.items():
-        (tmp_path / "job.json").write_text(json.dumps(job))
-        with pytest.raises(
-            ValueError, match='precision "bf16" needs a GPU, or .* set precision to "fp32"$'
-        ):
-            main(str(tmp_path / "job.json"))
+    with pytest.raises(ValueError, match=REFUSAL):
+        run_here(fit_reward.main, job, tmp_path)
+
+
+def test_bf16_scores_are_refused_on_a_cpu_that_would_emulate_them(tiny, without_bf16):
+    """float32 goes as before."""
     with pytest.raises(ValueError, match="AVX512_BF16 or AMX"):
         score.Scorer(str(tiny), "bf16")
     assert score.Scorer(str(tiny), "fp32").precision == "fp32"
-    assert not (folder / "refused").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -1142,13 +1330,16 @@ def test_bf16_is_refused_on_a_cpu_that_would_emulate_it(folder, tiny, tmp_path, 
         ("Features\t: fp asimd\n", False),
         ("flags\t\t: avx2\nbugs\t\t: avx512_bf16\n", False),
         ("model name\t: of a machine that lists no flags\n", True),
-        (None, True),
     ],
 )
 def test_what_a_processor_says_of_bfloat16(tmp_path, text, computes):
-    if text is not None:
-        (tmp_path / "cpuinfo").write_text(text)
-    assert precision.computes_bf16(str(tmp_path / "cpuinfo")) is computes
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(text)
+    assert precision.computes_bf16(str(cpuinfo)) is computes
+
+
+def test_a_system_that_says_nothing_of_its_processor(tmp_path):
+    assert precision.computes_bf16(str(tmp_path / "missing")) is True
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -1160,91 +1351,131 @@ def test_help_says_how_and_starts_nothing(tmp_path, monkeypatch, capsys, module)
     monkeypatch.setattr(sys, "argv", [module, "--help"])
     with pytest.raises(SystemExit) as end:
         runpy.run_module(f"beyond_dpo.{module}", run_name="__main__")
-    assert end.value.code == 0 and capsys.readouterr().out.startswith(
-        f"usage: python -m beyond_dpo.{module}"
-    )
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: python -m beyond_dpo.{module}")
     assert not (tmp_path / "cache").exists()
 
 
-def test_losses_that_do_not_fit_the_rows():
+ZEROS = torch.zeros(2, 2)
+MISFITS = [
+    ("dpo", PAIR, None, "needs a reference"),
+    ("ipo", ["rejected", "chosen"], ZEROS, "takes the responses"),
+    ("simpo", ["chosen"], None, "takes the responses"),
+    ("mallows_theta", PAIR, ZEROS, "'mallows_theta' needs a reference"),
+    ("mallows_simpo", PAIR, ZEROS, "'mallows_simpo' needs a reference"),
+    (
+        "wrpo",
+        PAIR,
+        None,
+        "takes the responses .'source_chosen', 'target_chosen', 'rejected'., in this",
+    ),
+    ("wrpo", ["target_chosen", "source_chosen", "rejected"], None, "in this order"),
+    ("dpo", list(config.FUSED), None, "takes the responses a chosen and the rejected one"),
+]
+
+
+@pytest.mark.parametrize("loss, names, reference_logps, message", MISFITS)
+def test_losses_that_do_not_fit_the_rows(loss, names, reference_logps, message):
     scores = {"logps": torch.zeros(12), "tokens": torch.ones(12)}
-    for loss, names, message in [
-        ("dpo", ["chosen", "rejected"], "needs a reference"),
-        ("ipo", ["rejected", "chosen"], "takes the responses"),
-        ("simpo", ["chosen"], "takes the responses"),
-        ("kto", ["chosen", "rejected"], "Input should be 'sft', 'dpo'"),
-        ("mallows_simpo", ["chosen", "rejected"], "'mallows_simpo' needs a reference"),
-        (
-            "wrpo",
-            ["chosen", "rejected"],
-            "takes the responses .'source_chosen', 'target_chosen', 'rejected'., in this",
-        ),
-        ("wrpo", ["target_chosen", "source_chosen", "rejected"], "in this order"),
-        ("dpo", list(config.FUSED), "takes the responses a chosen and the rejected one"),
-    ]:
-        base = torch.zeros(2, 2) if loss == "mallows_simpo" else None
-        with pytest.raises(ValueError, match=message):
-            train.row_losses(config.Train(**SETTINGS | {"loss": loss}), scores, base, names)
+    settings = config.Train(**{**SETTINGS, "loss": loss})
+    with pytest.raises(ValueError, match=message):
+        train.row_losses(settings, scores, reference_logps, names)
+
+
+def test_a_loss_that_is_not_known():
+    with pytest.raises(ValueError, match="Input should be 'sft', 'dpo'"):
+        config.Train(**{**SETTINGS, "loss": "kto"})
 
 
 # ---- small parts
 
 
+def factors(total, warmup):
+    return [train.schedule(step, total, warmup) for step in range(total)]
+
+
 def test_schedule_by_hand():
-    """Ten steps, 20 % warm-up: 1/3, 2/3, then 8 steps of (1 + cos(pi k / 8)) / 2; three steps are
-    1, 0.75, 0.25.
-    """
-    found = [train.schedule(step, 10, 0.2) for step in range(10)]
-    assert found[:3] == pytest.approx([1 / 3, 2 / 3, 1]) and found[6] == pytest.approx(0.5)
-    assert all(0 < f <= 1 for f in found) and found[2:] == sorted(found[2:], reverse=True)
-    assert [train.schedule(step, 3, 0.1) for step in range(3)] == pytest.approx([1, 0.75, 0.25])
-    assert 0 < train.schedule(0, 1, 0.1) <= 1 and 0 < train.schedule(0, 1, 1.0) <= 1
+    """Ten steps, 20 % warm-up: 1/3, 2/3, then 8 steps of (1 + cos(pi k / 8)) / 2."""
+    ten = factors(10, 0.2)
+    assert ten[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert ten[6] == pytest.approx(0.5)
+    assert ten[2:] == sorted(ten[2:], reverse=True)
 
 
-def test_every_epoch_visits_each_row_once_and_no_batch_is_short():
-    """Ten rows in batches of four: the third batch takes two rows of the first epoch and two of the
-    second.
-    """
-    rows = [
-        {"id": f"{i}", "prompt_ids": [1], "responses": {"chosen": [1] * (1 + i % 3)}}
-        for i in range(10)
-    ]
-    batches = [train._step_rows(rows, ["chosen"], step, 4, seed=7) for step in range(5)]
-    assert all(len(b) == 4 for b in batches)
-    ids = [r["id"] for b in batches for r in b]
-    assert {ids.count(f"{i}") for i in range(10)} == {2}
-    for epoch in range(2):
-        places = epoch_order(10, 7, epoch)
-        visited = (
-            sorted(f"{i}" for i in places[:8]) if epoch == 0 else sorted(f"{i}" for i in places[2:])
-        )
-        assert sorted(r["id"] for b in batches[3 * epoch : 3 * epoch + 2] for r in b) == visited
-    assert all(
-        len(b[0]["responses"]["chosen"]) <= len(b[3]["responses"]["chosen"]) for b in batches
-    )
+def test_schedule_of_three_steps():
+    assert factors(3, 0.1) == pytest.approx([1, 0.75, 0.25])
 
 
-if (
-    __name__ == "__main__"
-):  # run a list of jobs in this process (one of several, if a launcher started it)
-    logging.basicConfig(level=logging.INFO)
-    todo = json.loads(Path(sys.argv[1]).read_text())
-    for number, each in enumerate(todo["jobs"]):
-        rank, out = os.environ.get("RANK", "0"), Path(each["out"])
-        file = Path(sys.argv[1]).with_name(f"job{number}-{rank}.json")
-        file.write_text(json.dumps(each))
-        if rank == "0" and (out / "model.safetensors").exists():
-            os.rename(out / "model.safetensors", out / "first.safetensors")
-        if each.get("spoil"):
-            spoil(out, each["spoil"])
-        if each.get(
-            "sharded"
-        ):  # tiny weights too are gathered at each use, and logits exist for 8 tokens at a time
-            settings = train.engine_config(config.Train(**each["settings"]), 2)
-            settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-            train.engine_config = lambda *_, settings=settings: settings
-            scoring.ResponseScorer.__init__.__defaults__ = ("fp32", 8)
+@pytest.mark.parametrize("total, warmup", [(10, 0.2), (1, 0.1), (1, 1.0)])
+def test_every_step_has_a_positive_rate(total, warmup):
+    for factor in factors(total, warmup):
+        assert 0 < factor <= 1
+
+
+@pytest.fixture
+def ten_batches():
+    """Return the ids and responses of ten rows in batches of four: two epochs, five batches."""
+    rows = []
+    for i in range(10):
+        response = [1] * (1 + i % 3)
+        rows.append({"id": f"{i}", "prompt_ids": [1], "responses": {"chosen": response}})
+    return [train._step_rows(rows, ["chosen"], step, 4, seed=7) for step in range(5)]
+
+
+def test_every_epoch_visits_each_row_once_and_no_batch_is_short(ten_batches):
+    """The third batch takes two rows of the first epoch and two of the second."""
+    for batch in ten_batches:
+        assert len(batch) == 4
+    visited = [{row["id"] for row in batch} for batch in ten_batches]
+    first_epoch = [f"{i}" for i in epoch_order(10, 7, 0)]
+    second_epoch = [f"{i}" for i in epoch_order(10, 7, 1)]
+    assert visited[0] | visited[1] == set(first_epoch[:8])
+    assert visited[3] | visited[4] == set(second_epoch[2:])
+    third = [row["id"] for row in ten_batches[2]]
+    assert sorted(third) == sorted(first_epoch[8:] + second_epoch[:2])
+
+
+def test_a_batch_is_sorted_by_length(ten_batches):
+    for batch in ten_batches:
+        lengths = [len(row["responses"]["chosen"]) for row in batch]
+        assert lengths == sorted(lengths)
+
+
+# ---- the program that runs a list of jobs
+
+
+def run_jobs(path):
+    """Run a list of jobs in this process (one of several, if a launcher started it)."""
+    rank = os.environ.get("RANK", "0")
+    jobs = json.loads(path.read_text())["jobs"]
+    for number, job in enumerate(jobs):
+        out = Path(job["out"])
+        file = path.with_name(f"job{number}-{rank}.json")
+        file.write_text(json.dumps(job))
+        earlier = out / "model.safetensors"
+        if rank == "0" and earlier.exists():
+            earlier.rename(out / "first.safetensors")
+        if job.get("spoil"):
+            spoil(out, job["spoil"])
+        if job.get("sharded"):
+            shard_everything(config.Train(**job["settings"]))
         try:
             train.main(str(file))
         except (train.NonFiniteLoss, train.UnusableCheckpoint) as failure:
             (out / "error").write_text(str(failure))
+
+
+def shard_everything(settings):
+    """Gather tiny weights too at each use, and let logits exist for 8 tokens at a time.
+
+    This holds for all later jobs of this process.
+    """
+    changed = train.engine_config(settings, 2)
+    changed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    train.engine_config = lambda settings, accumulation: changed
+    scoring.ResponseScorer.__init__.__defaults__ = ("fp32", 8)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    run_jobs(Path(sys.argv[1]))

@@ -1,15 +1,14 @@
-"""The one pass of the reference model over the pairs: `python -m beyond_dpo.jobs.reference
-JOB.json`.
+"""The reference job: the one pass of the reference model over the pairs.
 
-Everything a loss, a KL estimate or a dispersion weight needs of the reference is computed here
-once, without β, loss or seed in its key; training then holds one model.
+    python -m beyond_dpo.jobs.reference JOB.json
+
+Everything that a loss, a KL estimate or a dispersion weight needs of the reference is computed here
+once, without β, loss or seed in its key. Training then holds one model.
 """
 
 import argparse
 import json
 from pathlib import Path
-
-import torch
 
 from beyond_dpo import events, templates
 from beyond_dpo.files import write_file
@@ -20,81 +19,91 @@ from beyond_dpo.scoring import load_scorer, score_rows
 
 
 def main(path: str) -> None:
-    """Score the rows of a job file: model, rows, names, limits, precision, micro_batch, out (a
-    .safetensors file).
+    """Score the rows of a job file.
+
+    It holds: model, rows, names, limits, precision, micro_batch, out (a .safetensors file).
     """
     from safetensors.torch import save
 
     job = json.loads(Path(path).read_text(encoding="utf-8"))
+    names = job["names"]
     require_precision(job["precision"])
-    rows, dropped = prepare(read_rows(job["rows"]), job["names"], **job["limits"])
+    rows, dropped = prepare(read_rows(job["rows"]), names, **job["limits"])
+    ids = [row["id"] for row in rows]
     if not rows:
-        why = f"{dropped} dropped, without prompt or response"
-        raise ValueError(f"{job['rows']}: no row is left to score ({why})")
-    if len({r["id"] for r in rows}) < len(rows):
+        raise ValueError(
+            f"{job['rows']}: no row is left to score ({dropped} dropped, without prompt or "
+            "response)"
+        )
+    if len(set(ids)) < len(ids):
         raise ValueError(
             f"{job['rows']}: rows share an id, so their scores could not be told apart"
         )
-    scorer, pad = (
-        load_scorer(job["model"], job["precision"]),
-        templates.load_tokenizer(job["model"]).pad_token_id,
-    )
+    scorer = load_scorer(job["model"], job["precision"])
+    tokenizer = templates.load_tokenizer(job["model"])
     scores = score_rows(
-        scorer, rows, job["names"], pad_id=pad, micro_batch=job["micro_batch"], tell=events.progress
+        scorer,
+        rows,
+        names,
+        pad_id=tokenizer.pad_token_id,
+        micro_batch=job["micro_batch"],
+        tell=events.progress,
     )
-    about = {
-        "ids": json.dumps([r["id"] for r in rows]),
-        "names": json.dumps(job["names"]),
-        "dropped": str(dropped),
-    }
-    write_file(Path(job["out"]), _sorted(save(scores, metadata=about)))
+    metadata = {"ids": json.dumps(ids), "names": json.dumps(names), "dropped": str(dropped)}
+    content = save(scores, metadata=metadata)
+    write_file(Path(job["out"]), _sorted(content))
 
 
 def _sorted(content: bytes) -> bytes:
-    """Return a safetensors file whose header stands in one order: the library writes metadata in
-    another each time.
+    """Return a safetensors file with its header sorted.
+
+    The library writes the metadata in another order each time, so that equal scores would have
+    unequal files.
     """
+    # the length of the header in 8 bytes, the header, the tensors
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(
-        json.loads(content[8:end]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    ).encode()
-    return content[:8] + header.ljust(end - 8) + content[end:]
+    header = json.loads(content[8:end])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    padded = text.encode().ljust(end - 8)
+    return content[:8] + padded + content[end:]
 
 
 def load(path, rows: list[dict], names: list[str]) -> dict:
-    """Return a reference file's logps (nats), tokens and entropies, each float32 (len(rows),
-    len(names)), for `rows`.
+    """Return a reference file's scores of `rows`: logps (nats), tokens and entropies.
 
-    Raises ValueError if the file lacks a row or a response, or was made from responses of other
-    lengths.
+    Each is float32 (len(rows), len(names)). Raises ValueError if the file lacks a row or a
+    response, or was made from responses of other lengths.
     """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as f:
-        ids, known = (json.loads(f.metadata()[k]) for k in ("ids", "names"))
-        tensors = {k: f.get_tensor(k) for k in f.keys()}
-    place = {row: i for i, row in enumerate(ids)}
-    if missing := [n for n in names if n not in known] + [
-        r["id"] for r in rows if r["id"] not in place
-    ]:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    known_names = json.loads(metadata["names"])
+    index_of = {row_id: i for i, row_id in enumerate(json.loads(metadata["ids"]))}
+    missing = [name for name in names if name not in known_names]
+    missing += [row["id"] for row in rows if row["id"] not in index_of]
+    if missing:
         raise ValueError(
             f"{path} holds no {missing[0]!r} ({len(missing)} missing): it is of other rows; make "
             "it again"
         )
-    columns = [known.index(n) for n in names]
-    out = {k: v[[place[r["id"]] for r in rows]][:, columns] for k, v in tensors.items()}
-    tokens = torch.tensor([[float(len(r["responses"][n])) for n in names] for r in rows])
-    if differ := (out["tokens"] != tokens).any(1).nonzero()[:, 0].tolist():
-        raise ValueError(
-            f"{path}: row {rows[differ[0]]['id']} had responses of other lengths (other limits or "
-            "data)"
-        )
-    return out
+    columns = [known_names.index(name) for name in names]
+    indices = [index_of[row["id"]] for row in rows]
+    scores = {key: tensor[indices][:, columns] for key, tensor in tensors.items()}
+    for row, lengths in zip(rows, scores["tokens"].tolist(), strict=True):
+        if lengths != [len(row["responses"][name]) for name in names]:
+            raise ValueError(
+                f"{path}: row {row['id']} had responses of other lengths (other limits or data)"
+            )
+    return scores
 
 
 if __name__ == "__main__":
-    name = "python -m beyond_dpo.jobs.reference"
-    parser = argparse.ArgumentParser(prog=name, description=main.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m beyond_dpo.jobs.reference",
+        description=main.__doc__,
+    )
     parser.add_argument("job", help="the job file (JSON)")
     arguments = parser.parse_args()
     launch.follow_parent()

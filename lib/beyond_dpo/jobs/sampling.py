@@ -1,85 +1,113 @@
-"""Penalties, top-k and top-p for vLLM on the CPU, without counting or sorting the whole
-vocabulary.
-"""
+"""Penalties, top-k and top-p for vLLM on the CPU, without a pass over the whole vocabulary."""
 
 import torch
+from torch import Tensor
 from vllm.v1.sample.logits_processor import LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 
-def top_k_top_p(logits: torch.Tensor, k: int, p: float) -> torch.Tensor:
-    """Set to −inf, in place, all but the k largest logits of each row, then all whose more likely
-    ones hold the mass p.
+def top_k_top_p(logits: Tensor, k: int, p: float) -> Tensor:
+    """Keep the k largest logits of each row, then those that hold the mass p; set others to −inf.
 
-    logits (rows, vocabulary), float; k below 1 and p 1 mean no limit. Equal logits stay or go
-    together, the largest stays. The same as sorting each row, at a tenth of its time on a CPU for
-    |V| = 49,152.
+    logits: (rows, vocabulary), float, changed in place. k below 1 and p = 1 mean no limit. A token
+    stays while the more likely ones of those k hold less than p. Equal logits stay or go together,
+    and the largest stays. The result is that of sorting each row, at a tenth of its time on a CPU
+    for |V| = 49,152.
     """
-    size = logits.shape[-1]
-    if not 0 < k < size and p >= 1:
+    vocabulary = logits.shape[-1]
+    if 0 < k < vocabulary:
+        kept = k
+    elif p < 1:
+        kept = vocabulary
+    else:
         return logits
-    top = logits.topk(k if 0 < k < size else size, dim=-1).values
-    lowest = top[:, -1:]
+    top = logits.topk(kept, dim=-1).values  # in falling order
     if p < 1:
-        mass = (top - top[:, :1]).exp()
-        kept = torch.bincount(
-            (logits >= lowest).nonzero()[:, 0], minlength=len(logits)
-        )  # a third of .sum(-1)'s time
-        ties = (
-            kept[:, None] - top.shape[-1]
-        )  # equal to the k-th, yet not among the k: common in bfloat16
-        total = mass.sum(-1, keepdim=True) + ties * mass[:, -1:]
-        inside = mass.cumsum(-1) - mass < p * total
-        inside[:, 0] = True
-        lowest = top.masked_fill(~inside, float("inf")).amin(-1, keepdim=True)
-    return logits.masked_fill_(logits < lowest, -float("inf"))
+        lowest = _lowest_of_mass(logits, top, p)
+    else:
+        lowest = top[:, -1:]
+    is_left_out = logits < lowest
+    return logits.masked_fill_(is_left_out, -float("inf"))
+
+
+def _lowest_of_mass(logits: Tensor, top: Tensor, p: float) -> Tensor:
+    """Return the smallest logit of each row, (rows, 1), that the mass p still needs.
+
+    top: (rows, k), the k largest logits in falling order. The mass is that of all logits which are
+    not below the k-th.
+    """
+    k = top.shape[-1]
+    largest = top[:, :1]
+    smallest = top[:, -1:]
+    mass = (top - largest).exp()
+    # how many logits of each row are not below the k-th, in a third of the time of .sum(-1)
+    is_among = logits >= smallest
+    rows = is_among.nonzero()[:, 0]
+    counts = torch.bincount(rows, minlength=len(logits))
+    # logits equal to the k-th, yet not among the k: common in bfloat16
+    ties = counts[:, None] - k
+    mass_of_ties = ties * mass[:, -1:]
+    total = mass.sum(-1, keepdim=True) + mass_of_ties
+    mass_before = mass.cumsum(-1) - mass
+    is_needed = mass_before < p * total
+    is_needed[:, 0] = True
+    needed = top.masked_fill(~is_needed, float("inf"))
+    return needed.amin(-1, keepdim=True)
 
 
 class CpuPenalties(LogitsProcessor):
-    """Apply presence and frequency penalties to what was said, in place of vLLM's own passes over
-    all logits.
+    """Apply presence and frequency penalties to the tokens of the responses so far.
 
-    Those are a quarter of the time of a step with 256 requests.
+    vLLM's own passes go over all logits, and are a quarter of the time of a step with 256 requests.
     """
 
     def __init__(self, vllm_config, device, is_pin_memory):
-        self.penalties, self.said = (
-            vllm_config.additional_config,
-            {},
-        )  # row -> its tokens, which vLLM appends to
+        self.penalties = vllm_config.additional_config
+        self.tokens = {}  # row -> its response's token ids, a list that vLLM appends to
 
     def is_argmax_invariant(self) -> bool:
-        return False  # so it runs where vLLM's own penalties do
+        """Return False, so that it runs where vLLM's own penalties do."""
+        return False
 
     def update_state(self, batch_update) -> None:
-        process_dict_updates(self.said, batch_update, lambda params, prompt, said: said)
+        """Note which requests came, left or moved to another row."""
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
-        size = logits.shape[-1]
-        places = torch.tensor(
-            [row * size + token for row, said in self.said.items() for token in said]
-        ).long()
-        places, counts = places.unique(return_counts=True)
-        taken = counts * self.penalties["frequency_penalty"] + self.penalties["presence_penalty"]
-        logits[places // size, places % size] -= taken
+        def tokens_of(parameters, prompt, response):
+            return response
+
+        process_dict_updates(self.tokens, batch_update, tokens_of)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Subtract the penalties in place from logits, (rows, vocabulary)."""
+        vocabulary = logits.shape[-1]
+        positions = []
+        for row, tokens in self.tokens.items():
+            positions += [row * vocabulary + token for token in tokens]
+        # an empty list would make floats
+        positions = torch.tensor(positions, dtype=torch.long)
+        positions, counts = positions.unique(return_counts=True)
+        frequency = self.penalties["frequency_penalty"]
+        presence = self.penalties["presence_penalty"]
+        rows = positions // vocabulary
+        tokens = positions % vocabulary
+        penalties = counts * frequency + presence
+        logits[rows, tokens] -= penalties
         return logits
 
 
 class CpuTopKTopP(LogitsProcessor):
-    """Apply `top_k_top_p` to every request, in place of vLLM's own sampler, which sorts all rows at
-    each step.
-    """
+    """Apply `top_k_top_p` to every request; vLLM's own sampler sorts all rows at each step."""
 
     def __init__(self, vllm_config, device, is_pin_memory):
         self.limits = vllm_config.additional_config
 
     def is_argmax_invariant(self) -> bool:
-        return (
-            True  # so it runs after penalties and temperature, where vLLM's own top-k and top-p run
-        )
+        """Return True, so that it runs after the temperature, as vLLM's own top-k and top-p do."""
+        return True
 
     def update_state(self, batch_update) -> None:
         """Need no state: all requests of an engine decode alike."""
 
-    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+    def apply(self, logits: Tensor) -> Tensor:
+        """Limit logits, (rows, vocabulary), in place."""
         return top_k_top_p(logits, self.limits["top_k"], self.limits["top_p"])

@@ -1,6 +1,4 @@
-"""What can be set of a training and of a sampling: the jobs read nothing else of a
-configuration.
-"""
+"""What can be set of a training and of a sampling; jobs read nothing else of a configuration."""
 
 from dataclasses import asdict
 from typing import Annotated, ClassVar, Literal
@@ -8,12 +6,11 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-# an int is a float, "1" and True are not; a default may be out of range, where a profile has to
-# give the value
+# An int is taken as a float, but "1" and True are no numbers. Defaults are checked too: one that is
+# out of range, such as an empty grid, has to be set by the profile.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-PlainLosses = Literal[
-    "dpo", "ipo", "simpo"
-]  # each has a weighted form (MallowsPO) and a fused one (WRPO)
+# each has a weighted form (MallowsPO) and a fused one (WRPO)
+PlainLosses = Literal["dpo", "ipo", "simpo"]
 PairLosses = Literal[
     "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"
 ]
@@ -31,11 +28,14 @@ Losses = Literal[
     "wrpo_simpo",
     "hybrid",
 ]
-FUSED = (
-    "source_chosen",
-    "target_chosen",
-    "rejected",
-)  # WRPO's responses, in the order that its losses take them
+# Settings that came after the first results, and the losses that use them. They stay out of the
+# recipes of all other losses, so that no key changed with them.
+FUSION_LOSSES = ("wrpo", "wrpo_ipo", "wrpo_simpo")
+USED_BY = {
+    "epsilon": ("mallows_phi",),
+    "alpha": FUSION_LOSSES,
+    "dynamic": FUSION_LOSSES,
+}
 
 # Numbers that no run can use are refused when a configuration is loaded.
 Count = Annotated[int, Field(ge=0)]
@@ -55,9 +55,7 @@ Precision = Literal["bf16", "fp32"]
 
 
 class ConfigError(ValueError):
-    """A key or value of a configuration is not usable; the message names it and the nearest valid
-    one.
-    """
+    """A key or value of a configuration is not usable; the message names the nearest valid one."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -82,44 +80,54 @@ class Train:
     max_prompt: AtLeastOne = 64  # tokens kept of a prompt (its end)
     max_length: AtLeastOne = 128  # tokens kept of prompt and response together
     precision: Precision = "bf16"  # bf16 is autocast over float32 master weights
-    save_dtype: Dtype = (
-        "float32"  # small Δθ vanish in bf16 rounding, see README "known differences"
-    )
+    # small Δθ vanish in bf16 rounding, see README "known differences"
+    save_dtype: Dtype = "float32"
     parts: AtLeastOne = 1  # equal parts of the training, after each of which the model is saved
     zero: Annotated[int, Field(ge=0, le=3)] = 0  # DeepSpeed ZeRO stage (machine, never in a key)
     offload: bool = False  # optimizer state in host memory (machine)
     gradient_checkpointing: bool = False  # (machine)
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = (
-        "auto"  # see scoring.attention (machine)
-    )
+    # see scoring.attention (machine)
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     # train a low-rank adapter of all linear layers (Hu et al., arXiv 2106.09685); 0: every weight
     lora_rank: Count = 0
     lora_alpha: Positive = 16.0  # the adapter's step is lora_alpha / lora_rank · BA
     processes: int = 1  # of all nodes (machine)
     launcher: Literal["deepspeed", "torchrun", "srun", "plain"] = "deepspeed"  # (machine)
-    checkpoint_every: AtLeastOne = (
-        50  # optimizer steps between checkpoints to resume from (machine)
-    )
+    checkpoint_every: AtLeastOne = 50  # optimizer steps between two checkpoints (machine)
 
     MACHINE: ClassVar = (
-        "micro_batch zero offload gradient_checkpointing attention processes launcher "
-        "checkpoint_every"
-    ).split()
+        "micro_batch",
+        "zero",
+        "offload",
+        "gradient_checkpointing",
+        "attention",
+        "processes",
+        "launcher",
+        "checkpoint_every",
+    )
 
     def recipe(self) -> dict:
-        """Return what the result depends on: every field but the machine's, and but what this loss
-        does not know.
+        """Return what the result depends on.
+
+        That is every field but the machine's, those that this loss does not know, and `parts` and
+        the adapter's where they are not used.
         """
-        unused = ["epsilon"] * (self.loss != "mallows_phi") + ["parts"] * (self.parts == 1)
-        unused += ["alpha", "dynamic"] * (not self.loss.startswith("wrpo"))
-        unused += ["lora_rank", "lora_alpha"] * (not self.lora_rank)
-        return {k: v for k, v in asdict(self).items() if k not in [*self.MACHINE, *unused]}
+        left_out = list(self.MACHINE)
+        for name, losses in USED_BY.items():
+            if self.loss not in losses:
+                left_out.append(name)
+        if self.parts == 1:
+            left_out.append("parts")
+        if not self.lora_rank:
+            left_out += ["lora_rank", "lora_alpha"]
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True, config=STRICT)
 class Decoding:
-    """How responses are sampled (ExPO: temperature 0.7, top-k 40, top-p 0.9, penalties 0.1; arXiv
-    2404.16792).
+    """How responses are sampled.
+
+    ExPO (arXiv 2404.16792): temperature 0.7, top-k 40, top-p 0.9, penalties 0.1.
     """
 
     backend: Literal["vllm", "transformers"] = "vllm"  # part of the key, never a silent fallback
@@ -132,54 +140,53 @@ class Decoding:
     dtype: Dtype = "bfloat16"
     max_model_len: AtLeastOne = 4096
     shard: AtLeastOne = 512  # prompts that are sampled in one go, each shard with a seed of its own
-    engines: AtLeastOne = (
-        1  # that take shards in turn, each on devices of its own (machine, never in a key)
-    )
+    # engines that take shards in turn, each on devices of its own (machine, never in a key)
+    engines: AtLeastOne = 1
     tensor_parallel: AtLeastOne = 1  # devices that one vLLM engine spreads its model over (machine)
-    gpu_share: PositiveShare = (
-        0.45  # of a card's memory for a vLLM engine, beside a reward model (machine)
-    )
-    launcher: Literal["", "deepspeed", "torchrun", "srun"] = (
-        ""  # "": engines live here; else in a job (machine)
-    )
+    # share of a card's memory for a vLLM engine, which leaves room for a reward model (machine)
+    gpu_share: PositiveShare = 0.45
+    # "": the engines live in this process; else they are a job of their own (machine)
+    launcher: Literal["", "deepspeed", "torchrun", "srun"] = ""
 
-    MACHINE: ClassVar = "engines tensor_parallel gpu_share launcher".split()
+    MACHINE: ClassVar = ("engines", "tensor_parallel", "gpu_share", "launcher")
 
     def recipe(self) -> dict:
-        """Return what responses depend on: every field but the machine's; `shard` where it is not
-        the default.
+        """Return what responses depend on.
+
+        That is every field but the machine's, and `shard` only where it is not the default.
         """
-        recipe = {name: value for name, value in asdict(self).items() if name not in self.MACHINE}
+        left_out = list(self.MACHINE)
         if self.shard == type(self).shard:
-            del recipe["shard"]
-        return recipe
+            left_out.append("shard")
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 def check_batch(train: Train, where: str = "train") -> int:
-    """Return the gradient accumulation steps that make up `global_batch`; raise ConfigError if it
-    cannot be split.
+    """Return the gradient accumulation steps that make up `global_batch`.
 
     accumulation × micro_batch × processes == global_batch, always: the number of machines never
-    changes the batch.
+    changes the batch. Raises ConfigError if it cannot be split.
     """
     for name in ("global_batch", "micro_batch", "processes"):
-        if getattr(train, name) < 1:
-            raise ConfigError(f"{where}.{name} must be at least 1, got {getattr(train, name)}")
-    per_pass = train.micro_batch * train.processes
-    if train.global_batch % per_pass:
-        fits = [
-            n
-            for n in range(1, train.global_batch + 1)
-            if train.global_batch % (n * train.processes) == 0
-        ]
-        nearest = min(fits, key=lambda n: abs(n - train.micro_batch)) if fits else None
-        hint = (
-            f"the nearest that fits is micro_batch={nearest}"
-            if fits
-            else "change processes or global_batch"
-        )
-        split = f"micro_batch={train.micro_batch} × processes={train.processes}"
-        raise ConfigError(
-            f"{where}.global_batch={train.global_batch} cannot be split into {split}; {hint}"
-        )
-    return train.global_batch // per_pass
+        value = getattr(train, name)
+        if value < 1:
+            raise ConfigError(f"{where}.{name} must be at least 1, got {value}")
+    rows_per_pass = train.micro_batch * train.processes
+    if train.global_batch % rows_per_pass == 0:
+        return train.global_batch // rows_per_pass
+    nearest = _nearest_micro_batch(train)
+    if nearest is None:
+        advice = "change processes or global_batch"
+    else:
+        advice = f"the nearest that fits is micro_batch={nearest}"
+    split = f"micro_batch={train.micro_batch} × processes={train.processes}"
+    raise ConfigError(
+        f"{where}.global_batch={train.global_batch} cannot be split into {split}; {advice}"
+    )
+
+
+def _nearest_micro_batch(train: Train) -> int | None:
+    """Return the micro-batch nearest to the one that is set which splits the batch, if any does."""
+    sizes = range(1, train.global_batch + 1)
+    fitting = [size for size in sizes if train.global_batch % (size * train.processes) == 0]
+    return min(fitting, key=lambda size: abs(size - train.micro_batch), default=None)

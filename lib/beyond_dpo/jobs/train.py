@@ -1,10 +1,12 @@
-"""One training loop on a DeepSpeed engine: `python -m beyond_dpo.jobs.train CONFIG.json`, under any
-launcher.
+"""The training job: one loop on a DeepSpeed engine, `python -m beyond_dpo.jobs.train JOB.json`.
 
-Reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so `deepspeed`, `torchrun`, `srun` and plain python
-start it alike. The job file holds config.Train's fields and: model, rows, names, reference (or
-null), limits, seed, out.
+It reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so `deepspeed`, `torchrun`, `srun` and plain
+python start it alike. The job file holds: model, rows, names, reference (or null), limits, seed,
+out, and as "settings" the fields of settings.Train.
 Supervised fine-tuning is the loss "sft" on rows with one response.
+
+Into `out` go log.jsonl (a line for each optimizer step), facts.json, checkpoints to resume from,
+and the model. The file checkpoints/finished appears last.
 """
 
 import argparse
@@ -20,107 +22,223 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from beyond_dpo import dispersion, events, lora, losses, precision, scoring, templates
+from beyond_dpo import dispersion, events, lora, precision, scoring, templates
 from beyond_dpo.files import share_weights, sync, write_file
 from beyond_dpo.jobs import reference
-from beyond_dpo.jobs.settings import FUSED, ConfigError, Train, check_batch
+from beyond_dpo.jobs.settings import ConfigError, Train, check_batch
+from beyond_dpo.losses import LOSSES, PAIRS
 from beyond_dpo.machine import cluster, launch
-from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length
+from beyond_dpo.rows import FUSED, epoch_order, prepare, read_rows, row_length
 
 log = logging.getLogger("beyond_dpo.jobs.train")
 OPTIMIZERS = {
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
 }
-OPTIMIZERS["rmsprop"] = torch.optim.RMSprop
 SIZES = "sizes.json"  # in a checkpoint: {file: bytes}, written when all of them are on the disk
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss of a row, a gradient or a weight is not finite; the message holds the row ids or the
-    weight's name.
-    """
+    """The loss of a row, a gradient or a weight is not finite; the message says which."""
 
 
 class UnusableCheckpoint(RuntimeError):
     """A checkpoint whose files are whole cannot be loaded; the message says what to delete."""
 
 
-def schedule(step: int, total: int, warmup: float) -> float:
-    """Return the learning-rate factor in (0, 1] of a 0-based optimizer step: linear warm-up, then
-    cosine towards 0.
+class Reference(NamedTuple):
+    """What training needs of the reference model, by row id."""
 
-    The first step already has a positive rate: the smallest runs here have three steps.
+    logps: dict[str, Tensor]  # (responses,) each: summed log-probabilities, nats
+    weights: dict[str, float] | None  # dispersion.weights, for MallowsPO alone
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job file, read and checked: what to train, on which rows, for how many steps."""
+
+    model: str  # the folder that the training starts from
+    names: list[str]  # of the responses, in the order that the loss takes them
+    seed: int
+    out: Path
+    settings: Train
+    accumulation: int  # micro-batches of each process in one optimizer step
+    engine_config: dict
+    rows: list[dict]
+    dropped: int  # rows that have no prompt, or lack a response
+    reference: Reference | None
+    steps: int  # optimizer steps of the whole training
+    parts: dict[int, str]  # number of steps -> the folder that the model is saved to after them
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job on its engine, in one of the processes that train the model together."""
+
+    job: Job
+    rank: int
+    processes: int
+    device: str
+    tokenizer: Any
+    model: Any
+    scorer: scoring.ResponseScorer  # of that model
+    weights: list[Tensor]  # those that are trained
+    engine: Any  # DeepSpeed's
+
+    @property
+    def log_file(self) -> Path:
+        """Return the file that gets one line for each optimizer step."""
+        return self.job.out / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints that this many processes can load."""
+        return self.job.out / "checkpoints" / f"zero{self.job.settings.zero}-of{self.processes}"
+
+    @property
+    def save_dtype(self) -> torch.dtype:
+        """Return the dtype of the weights in the files."""
+        return getattr(torch, self.job.settings.save_dtype)
+
+    @property
+    def trains_all(self) -> bool:
+        """Tell whether all weights are trained, and so are in a checkpoint."""
+        return not self.job.settings.lora_rank
+
+
+class RowLosses(NamedTuple):
+    """The losses of a batch's rows, and the rewards that they were computed from."""
+
+    losses: Tensor  # (rows,)
+    chosen_rewards: Tensor  # (rows,), as the loss takes them: WRPO's is the weighted one
+    rejected_rewards: Tensor  # (rows,)
+    response_rewards: Tensor  # (responses, rows): beta times log-ratio (SimPO: mean log-prob)
+
+
+class Metrics(NamedTuple):
+    """What one optimizer step reports: sums over its rows, each a tensor."""
+
+    loss: Tensor  # () of the whole step, in which each row has its weight
+    chosen_reward: Tensor  # ()
+    rejected_reward: Tensor  # ()
+    accuracy: Tensor  # (), rows whose chosen reward is the larger one
+    response_rewards: Tensor  # (responses,)
+    response_accuracies: Tensor  # (responses,), rows in which it is above the rejected one
+    response_logps: Tensor  # (responses,), nats
+
+    def plus(self, other: "Metrics") -> "Metrics":
+        """Add the sums over other rows of the same step."""
+        return Metrics(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+
+# ---- what a step computes
+
+
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Return the learning-rate factor of a 0-based step: linear warm-up, then cosine towards 0.
+
+    It is in (0, 1]: the first step already has a positive rate, as the smallest runs have three
+    steps. warmup: the share of the `total` steps.
     """
     warm = round(warmup * total)
     if step < warm:
         return (step + 1) / (warm + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / (total - warm)))
+    progress = (step - warm) / (total - warm)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fusion(settings: Train, step: int, total: int) -> float:
-    """Return WRPO's α of a 0-based optimizer step: 0 at the first, then linearly towards
-    settings.alpha, or constant.
+    """Return WRPO's α at a 0-based optimizer step.
 
-    arXiv 2412.03187: α(t) = α_max t / T, with t the optimizer steps that are done. One step alone
-    is DPO.
+    arXiv 2412.03187: α(t) = α_max t / T, with t the optimizer steps that are done; or α_max where
+    it is not dynamic. A training of one step is DPO.
     """
-    return settings.alpha * step / total if settings.dynamic else settings.alpha
+    if settings.dynamic:
+        return settings.alpha * step / total
+    return settings.alpha
 
 
 def row_losses(
     settings: Train,
     scores: dict,
-    base: torch.Tensor | None,
+    reference_logps: Tensor | None,
     names: list[str],
-    weight: torch.Tensor | None = None,
+    weight: Tensor | None = None,
     alpha: float = 0.0,
-):
-    """Return (losses, chosen_reward, rejected_reward), each (rows,), of name-major `scores` of
-    len(names) × rows, and the reward of each response, (len(names), rows): β times the log-ratio,
-    or for SimPO the mean log-probability.
+) -> RowLosses:
+    """Compute the loss of each row from the scores of its responses.
 
-    base: the reference's summed log-probabilities (len(names), rows), for losses that compare with
-    it. weight: (rows,) dispersion.weights, for MallowsPO. alpha: of WRPO. Raises ValueError for a
-    loss that does not fit the responses' names, or lacks its reference.
+    Args:
+        scores: "logps" and "tokens", (responses × rows,) each, all rows of the first response
+            first.
+        reference_logps: (responses, rows), for a loss that compares with the reference model.
+        weight: (rows,), dispersion.weights, for MallowsPO.
+        alpha: WRPO's fusion coefficient.
+
+    Raises ValueError for a loss that does not fit the responses' names, or lacks its reference.
     """
-    logps, loss = scores["logps"].view(len(names), -1), settings.loss
-    if loss == "sft":
-        return (
-            -logps.sum(0),
-            torch.zeros_like(logps[0]),
-            torch.zeros_like(logps[0]),
-            torch.zeros_like(logps),
+    logps = scores["logps"].view(len(names), -1)
+    if settings.loss == "sft":
+        zeros = torch.zeros_like(logps)
+        return RowLosses(-logps.sum(0), zeros[0], zeros[0], zeros)
+    loss = LOSSES[settings.loss]
+    _check_inputs(settings.loss, names, reference_logps, weight)
+    if loss.needs_reference:
+        inputs = logps - reference_logps
+    else:
+        inputs = logps / scores["tokens"].view(len(names), -1)
+    arguments = list(inputs)
+    if settings.loss == "mallows_phi":
+        arguments.append(torch.exp(-weight))  # dispersion.to_phi
+    elif loss.needs_weights:
+        arguments.append(weight)
+    keywords = _loss_settings(settings, alpha)
+    losses, chosen_rewards, rejected_rewards = loss.function(*arguments, **keywords)
+    response_rewards = settings.beta * inputs.detach()
+    return RowLosses(losses, chosen_rewards, rejected_rewards, response_rewards)
+
+
+def _check_inputs(
+    name: str, responses: list[str], reference_logps: Tensor | None, weight: Tensor | None
+) -> None:
+    """Raise ValueError unless a loss has the responses and what it needs of the reference."""
+    loss = LOSSES[name]
+    if tuple(responses) not in loss.responses:
+        wanted = "a chosen and the rejected one" if loss.responses == PAIRS else FUSED
+        raise ValueError(
+            f"loss {name!r} takes the responses {wanted}, in this order, got {responses}"
         )
-    fuses = loss.startswith(("wrpo", "hybrid"))
-    pair = len(names) == 2 and names[0].endswith("chosen") and names[1] == "rejected"
-    if (tuple(names) != FUSED) if fuses else not pair:
-        wanted = FUSED if fuses else "a chosen and the rejected one"
-        raise ValueError(f"loss {loss!r} takes the responses {wanted}, in this order, got {names}")
-    if base is None and not loss.endswith("simpo") or weight is None and loss.startswith("mallows"):
-        raise ValueError(f"loss {loss!r} needs a reference file")
-    given = {"tau" if loss.endswith("ipo") else "beta": settings.beta}
-    given |= {"alpha": alpha} if loss.startswith("wrpo") else {}
-    takes = {"dpo": "label_smoothing", "mallows_phi": "epsilon"}.get(
-        loss, "gamma" if loss.endswith("simpo") else ""
-    )
-    given |= {takes: getattr(settings, takes)} if takes else {}
-    inputs = (
-        logps / scores["tokens"].view(len(names), -1) if loss.endswith("simpo") else logps - base
-    )
-    if loss == "mallows_phi":
-        weight = torch.exp(-weight)  # dispersion.to_phi
-    weights = [weight] if loss.startswith("mallows") else []
-    return *getattr(losses, loss)(*inputs, *weights, **given), settings.beta * inputs.detach()
+    lacks_reference = loss.needs_reference and reference_logps is None
+    lacks_weights = loss.needs_weights and weight is None
+    if lacks_reference or lacks_weights:
+        raise ValueError(f"loss {name!r} needs a reference file")
+
+
+def _loss_settings(settings: Train, alpha: float) -> dict[str, float]:
+    """Return the keyword arguments of the loss."""
+    values = {
+        "alpha": alpha,
+        "beta": settings.beta,
+        "tau": settings.beta,
+        "gamma": settings.gamma,
+        "epsilon": settings.epsilon,
+        "label_smoothing": settings.label_smoothing,
+    }
+    return {name: values[name] for name in LOSSES[settings.loss].settings}
 
 
 def engine_config(settings: Train, accumulation: int) -> dict:
-    """Return DeepSpeed's configuration: no "auto", every number explicit. Weights are float32 in
-    every stage.
+    """Return DeepSpeed's configuration, with every number explicit and none "auto".
+
+    The weights are float32 in every stage.
     """
     if settings.offload and not settings.zero:
         raise ConfigError(
@@ -141,180 +259,408 @@ def engine_config(settings: Train, accumulation: int) -> dict:
     }
 
 
+# ---- the job
+
+
 def main(path: str) -> None:
     """Run one job; an interrupted one goes on from its last checkpoint to the same result."""
     logging.basicConfig(level=logging.INFO)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module="torch.distributed"
-    )  # DeepSpeed's, at each step
+    # DeepSpeed's, at each step
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    rank, processes = _place_in_group()
+    job = _read_job(path, processes)
+    run = _start_engine(job, rank, processes)
+    first = _resume(run)
+    if rank == 0:
+        _write_facts(job, first)
+    _train(run, first)
+    _save(run.model, run.tokenizer, job.out, run.save_dtype, rank)
+    if rank == 0:
+        write_file(job.out / "checkpoints" / "finished", "")
+    _wait_for_all()
+
+
+def _place_in_group() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, and complete the environment."""
+    cards = torch.cuda.device_count()
     if "RANK" not in os.environ:  # started by plain python, or srun
-        os.environ |= cluster.rank(torch.cuda.device_count())
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    os.environ.setdefault("LOCAL_RANK", str(rank % max(1, torch.cuda.device_count())))
-    job = json.loads(Path(path).read_text(encoding="utf-8"))
-    settings = Train(**{**job["settings"], "processes": world})
+        os.environ |= cluster.rank(cards)
+    rank = int(os.environ["RANK"])
+    os.environ.setdefault("LOCAL_RANK", str(rank % max(1, cards)))
+    return rank, int(os.environ["WORLD_SIZE"])
+
+
+def _read_job(path: str, processes: int) -> Job:
+    """Read a job file and its rows; raise ValueError or ConfigError if it cannot be trained."""
+    fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    settings = Train(**{**fields["settings"], "processes": processes})
     precision.require_precision(settings.precision)
     accumulation = check_batch(settings)
-    engine_settings = engine_config(settings, accumulation)
-    save_dtype = getattr(torch, settings.save_dtype)
-    out, names = Path(job["out"]), job["names"]
-    rows, dropped = prepare(read_rows(job["rows"]), names, **job["limits"])
+    names = fields["names"]
+    config = engine_config(settings, accumulation)
+    rows, dropped = prepare(read_rows(fields["rows"]), names, **fields["limits"])
     if not rows:
         raise ValueError(
-            f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or "
+            f"{fields['rows']}: no row is left to train on ({dropped} dropped, without prompt or "
             "response)"
         )
-    total = max(1, round(len(rows) * settings.epochs / settings.global_batch))
-    ends = {
-        round(total * part / settings.parts): f"part{part}" for part in range(1, settings.parts)
-    }
-    if len({0, total, *ends}) != settings.parts + 1:
-        raise ConfigError(f"{total} steps cannot be cut into {settings.parts} parts")
-    base, dispersed, everyone = None, None, [r["id"] for r in rows]
-    if job["reference"]:
-        held = reference.load(job["reference"], rows, names)
-        base = dict(zip(everyone, held["logps"], strict=True))
-        if settings.loss.startswith("mallows"):
-            found, _ = dispersion.weights(*held["entropies"].T, everyone)
-            dispersed = dict(zip(everyone, found, strict=True))
+    steps = max(1, round(len(rows) * settings.epochs / settings.global_batch))
+    parts = _part_ends(steps, settings.parts)
+    reference_scores = None
+    if fields["reference"]:
+        reference_scores = _read_reference(fields["reference"], rows, names, settings.loss)
+    return Job(
+        model=fields["model"],
+        names=names,
+        seed=fields["seed"],
+        out=Path(fields["out"]),
+        settings=settings,
+        accumulation=accumulation,
+        engine_config=config,
+        rows=rows,
+        dropped=dropped,
+        reference=reference_scores,
+        steps=steps,
+        parts=parts,
+    )
 
-    cuda = torch.cuda.is_available()
-    if not cuda:
+
+def _part_ends(steps: int, parts: int) -> dict[int, str]:
+    """Return after how many steps each part but the last ends, with its folder's name."""
+    ends = {round(steps * part / parts): f"part{part}" for part in range(1, parts)}
+    if len({0, steps, *ends}) != parts + 1:  # a part would have no step
+        raise ConfigError(f"{steps} steps cannot be cut into {parts} parts")
+    return ends
+
+
+def _read_reference(path: str, rows: list[dict], names: list[str], loss: str) -> Reference:
+    """Return what a loss needs of a reference file."""
+    scores = reference.load(path, rows, names)
+    ids = [row["id"] for row in rows]
+    logps = dict(zip(ids, scores["logps"], strict=True))
+    if loss == "sft" or not LOSSES[loss].needs_weights:
+        return Reference(logps, None)
+    chosen_entropies, rejected_entropies = scores["entropies"].T
+    weights, _ = dispersion.weights(chosen_entropies, rejected_entropies, ids)
+    return Reference(logps, dict(zip(ids, weights, strict=True)))
+
+
+def _start_engine(job: Job, rank: int, processes: int) -> Run:
+    """Join the other processes, load the model and build the engine that trains it."""
+    device = _join_group()
+    import deepspeed  # which reads the environment that _join_group has completed
+
+    settings = job.settings
+    tokenizer = templates.load_tokenizer(job.model)
+    scorer = _load_scorer(job)
+    weights = [weight for weight in scorer.parameters() if weight.requires_grad]
+    optimizer = OPTIMIZERS[settings.optimizer](
+        weights, lr=settings.lr, weight_decay=settings.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=job.engine_config)
+    # a single process in stage 0 would only copy its gradients
+    engine.enable_backward_allreduce = settings.zero > 0 or processes > 1
+    return Run(
+        job=job,
+        rank=rank,
+        processes=processes,
+        device=device,
+        tokenizer=tokenizer,
+        model=scorer.model,
+        scorer=scorer,
+        weights=weights,
+        engine=engine,
+    )
+
+
+def _join_group() -> str:
+    """Connect this process with the others, and return its device."""
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    os.environ.pop(
-        "LOCAL_SIZE", None
-    )  # by it DeepSpeed on a CPU leaves 66 MiB in /dev/shm, for inference only
+    # with it DeepSpeed on a CPU leaves 66 MiB in /dev/shm, which only inference uses
+    os.environ.pop("LOCAL_SIZE", None)
     import deepspeed
-    from deepspeed import comm as dist
 
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo")
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
-    tokenizer = templates.load_tokenizer(job["model"])
-    torch.manual_seed(job["seed"])
+    deepspeed.init_distributed(dist_backend="nccl" if has_cuda else "gloo")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if has_cuda else "cpu"
+
+
+def _wait_for_all() -> None:
+    """Return when all processes have come here."""
+    from deepspeed import comm
+
+    comm.barrier()
+
+
+def _load_scorer(job: Job) -> scoring.ResponseScorer:
+    """Return the model to train, in float32 and with its adapter if it gets one."""
+    settings = job.settings
+    torch.manual_seed(job.seed)
     attention = scoring.attention(settings.precision, settings.attention)
-    model = scoring.load_model(job["model"], attention, torch.float32)
+    model = scoring.load_model(job.model, attention, torch.float32)
     if settings.lora_rank:
         lora.inject(model, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    scorer = scoring.ResponseScorer(model.train(), settings.precision)
-    weights = [w for w in scorer.parameters() if w.requires_grad]
-    engine, *_ = deepspeed.initialize(
-        model=scorer,
-        optimizer=OPTIMIZERS[settings.optimizer](
-            weights, lr=settings.lr, weight_decay=settings.weight_decay
-        ),
-        config=engine_settings,
-    )
-    engine.enable_backward_allreduce = (
-        settings.zero > 0 or world > 1
-    )  # alone, stage 0 would only copy its gradients
-    checkpoints, log_file, whole = out / "checkpoints", out / "log.jsonl", not settings.lora_rank
-    saved = checkpoints / f"zero{settings.zero}-of{world}"
-    found = torch.zeros(1, dtype=torch.long, device=device)
-    if rank == 0:
-        found += _find_checkpoint(saved, log_file)
-    dist.broadcast(found, 0)
-    first = int(found)
-    if first:
-        _load_checkpoint(engine, saved / f"step{first}", strict=whole)
-    if rank == 0:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        for other in checkpoints.glob(
-            "zero*"
-        ):  # of an attempt with other processes: its steps leave the log
-            if not first or other != saved:
-                shutil.rmtree(other)
-        for later in saved.glob("step*"):  # whose writing was interrupted: these steps come again
-            if _steps(later.name) > first:
-                shutil.rmtree(later)
-        kept = (
-            log_file.read_text(encoding="utf-8").splitlines()[:first] if log_file.exists() else []
-        )
-        # without what came after the checkpoint
-        log_file.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        facts = {"rows": len(rows), "dropped": dropped, "steps": total}
-        (out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-        log.info(
-            "%d rows (%d dropped: no prompt or no response), steps %d to %d",
-            len(rows),
-            dropped,
-            first,
-            total,
-        )
+    return scoring.ResponseScorer(model.train(), settings.precision)
 
-    for step in range(first, total):
-        began = time.time()
-        batch = _step_rows(rows, names, step, settings.global_batch, job["seed"])
-        torch.manual_seed(
-            (job["seed"] << 32) + step * world + rank
-        )  # for dropout: a resumed run draws the same
-        weight = 1 / settings.global_batch
-        if settings.loss == "sft":  # mean over the tokens of the whole step, however it is split
-            weight = 1 / sum(len(r["responses"][n]) for r in batch for n in names)
-        alpha = fusion(settings, step, total)
-        sums = torch.zeros(4 + 3 * len(names), device=device)
-        for micro in range(accumulation):
-            start = (micro * world + rank) * settings.micro_batch
-            part = batch[start : start + settings.micro_batch]
-            tensors = scoring.pack(part, names, tokenizer.pad_token_id, scorer.shared)
-            ids = tensors.pop("ids")
-            scores = engine(**{k: v.to(device) for k, v in tensors.items()})
-            against = torch.stack([base[i] for i in ids], 1).to(device) if base else None
-            weight_of = (
-                torch.tensor([dispersed[i] for i in ids], device=device) if dispersed else None
+
+def _resume(run: Run) -> int:
+    """Load the last whole checkpoint; return after how many steps it was written, or else 0."""
+    from deepspeed import comm as dist
+
+    found = torch.zeros(1, dtype=torch.long, device=run.device)
+    if run.rank == 0:
+        found += _find_checkpoint(run.checkpoints, run.log_file)
+    dist.broadcast(found, 0)
+    steps = int(found)
+    if steps:
+        _load_checkpoint(run.engine, run.checkpoints / f"step{steps}", strict=run.trains_all)
+    if run.rank == 0:
+        _forget_later_steps(run.checkpoints, run.log_file, steps)
+    return steps
+
+
+def _forget_later_steps(saved: Path, log_file: Path, steps: int) -> None:
+    """Delete the checkpoints and log lines of earlier attempts that come after `steps` steps."""
+    saved.parent.mkdir(parents=True, exist_ok=True)
+    for other in saved.parent.glob("zero*"):
+        # of an attempt with other processes: its steps leave the log
+        if not steps or other != saved:
+            shutil.rmtree(other)
+    for later in saved.glob("step*"):
+        # its writing was interrupted, and its steps come again
+        if _steps(later.name) > steps:
+            shutil.rmtree(later)
+    lines = []
+    if log_file.exists():
+        lines = log_file.read_text(encoding="utf-8").splitlines()
+    kept = [line + "\n" for line in lines[:steps]]
+    log_file.write_text("".join(kept), encoding="utf-8")
+
+
+def _write_facts(job: Job, first: int) -> None:
+    """Write and log how many rows and steps the training has."""
+    facts = {"rows": len(job.rows), "dropped": job.dropped, "steps": job.steps}
+    (job.out / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+    log.info(
+        "%d rows (%d dropped: no prompt or no response), steps %d to %d",
+        len(job.rows),
+        job.dropped,
+        first,
+        job.steps,
+    )
+
+
+# ---- the loop
+
+
+def _train(run: Run, first: int) -> None:
+    """Take the optimizer steps from `first` on, and log, save and checkpoint on the way."""
+    job = run.job
+    for step in range(first, job.steps):
+        entry = _train_step(run, step)
+        done = step + 1
+        if run.rank == 0:
+            with open(run.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+            events.progress(done, job.steps)
+        if done in job.parts:
+            part = job.out / job.parts[done]
+            _save(run.model, run.tokenizer, part, run.save_dtype, run.rank)
+        if done % job.settings.checkpoint_every == 0 and done < job.steps:
+            _save_checkpoint(
+                run.engine, run.checkpoints, done, run.log_file, run.rank, run.trains_all
             )
-            row_loss, chosen, rejected, inner = row_losses(
-                settings, scores, against, names, weight_of, alpha
-            )
-            if not row_loss.isfinite().all():
-                bad = [
-                    i
-                    for i, finite in zip(ids, row_loss.isfinite().tolist(), strict=True)
-                    if not finite
-                ]
-                raise NonFiniteLoss(
-                    f"step {step}: the loss of rows {_culprits(model, part, names, bad)} is not "
-                    "finite"
-                )
-            # the engine averages over accumulation and processes; the weight already is of the
-            # whole step
-            engine.backward(row_loss.sum() * weight * accumulation * world)
-            if micro == accumulation - 1:
-                for group in engine.optimizer.param_groups:
-                    group["lr"] = settings.lr * schedule(step, total, settings.warmup)
-                if not settings.zero:  # which alone does not keep its norm
-                    norm = torch.nn.utils.get_total_norm(
-                        [w.grad for w in weights if w.grad is not None]
-                    )
-            engine.step()
-            with torch.no_grad():
-                rewards = chosen.sum(), rejected.sum(), (chosen > rejected).float().sum()
-                of_each = inner, inner > inner[-1], scores["logps"].view(len(names), -1)
-                of_each = [values.float().sum(1) for values in of_each]
-                sums += torch.cat([torch.stack([row_loss.sum() * weight, *rewards]), *of_each])
-        dist.all_reduce(sums)
-        norm = float(engine.get_global_grad_norm() if settings.zero else norm)
-        if not 0 <= norm < math.inf:  # the sharded stages report -1 for NaN
-            raise NonFiniteLoss(
-                f"step {step}: the gradient of rows {[r['id'] for r in batch]} is not finite"
-            )
-        if rank == 0:
-            rate = engine.optimizer.param_groups[0]["lr"]
-            entry = {"step": step, "lr": rate, "grad_norm": norm}
-            entry |= {"alpha": alpha} if settings.loss.startswith("wrpo") else {}
-            entry |= _measured(sums.tolist(), batch, names, settings.loss, time.time() - began)
-            with open(log_file, "a", encoding="utf-8") as f:
-                f.write(json.dumps(entry) + "\n")
-            events.progress(step + 1, total)
-        if step + 1 in ends:
-            _save(model, tokenizer, out / ends[step + 1], save_dtype, rank)
-        if (step + 1) % settings.checkpoint_every == 0 and step + 1 < total:
-            _save_checkpoint(engine, saved, step + 1, log_file, rank, whole)
-    _save(model, tokenizer, out, save_dtype, rank)
-    if rank == 0:
-        write_file(checkpoints / "finished", "")
-    dist.barrier()
+
+
+def _train_step(run: Run, step: int) -> dict:
+    """Take one optimizer step, and return what the log says of it."""
+    began = time.time()
+    job = run.job
+    settings = job.settings
+    batch = _step_rows(job.rows, job.names, step, settings.global_batch, job.seed)
+    # for dropout: a resumed run draws the same
+    torch.manual_seed((job.seed << 32) + step * run.processes + run.rank)
+    alpha = fusion(settings, step, job.steps)
+    row_weight = _row_weight(job, batch)
+    rate = settings.lr * schedule(step, job.steps, settings.warmup)
+    for group in run.engine.optimizer.param_groups:
+        group["lr"] = rate
+    metrics = _no_metrics(len(job.names), run.device)
+    for micro in range(job.accumulation):
+        start = (micro * run.processes + run.rank) * settings.micro_batch
+        rows = batch[start : start + settings.micro_batch]
+        metrics = metrics.plus(_backward(run, rows, step, alpha, row_weight))
+        if not settings.zero and micro == job.accumulation - 1:
+            norm = _gradient_norm(run.weights)
+        run.engine.step()
+    metrics = _over_all_processes(metrics)
+    if settings.zero:
+        norm = run.engine.get_global_grad_norm()
+    gradient_norm = float(norm)
+    if not 0 <= gradient_norm < math.inf:  # the sharded stages report -1 for NaN
+        ids = [row["id"] for row in batch]
+        raise NonFiniteLoss(f"step {step}: the gradient of rows {ids} is not finite")
+    entry = {"step": step, "lr": rate, "grad_norm": gradient_norm}
+    if settings.loss != "sft" and "alpha" in LOSSES[settings.loss].settings:
+        entry["alpha"] = alpha
+    seconds = time.time() - began
+    return entry | _log_columns(metrics, batch, job.names, settings.loss, seconds)
+
+
+# the order of an epoch is asked for once for each of its rows
+_order = functools.lru_cache(2)(epoch_order)
+
+
+def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: int) -> list[dict]:
+    """Return the rows of one optimizer step.
+
+    The epochs' permutations follow each other end to end, so that no batch is cut short. The rows
+    are sorted by length: a step's gradient does not depend on their order, and micro-batches then
+    carry little padding.
+    """
+    batch = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, index = divmod(position, len(rows))
+        order = _order(len(rows), seed, epoch)
+        batch.append(rows[order[index]])
+    return sorted(batch, key=lambda row: (row_length(row, names), row["id"]))
+
+
+def _row_weight(job: Job, batch: list[dict]) -> float:
+    """Return the weight of a row's loss in the loss of its step, however the step is split."""
+    if job.settings.loss != "sft":
+        return 1 / job.settings.global_batch
+    # the mean over all tokens of the step
+    tokens = 0
+    for row in batch:
+        tokens += sum(len(row["responses"][name]) for name in job.names)
+    return 1 / tokens
+
+
+def _backward(run: Run, rows: list[dict], step: int, alpha: float, row_weight: float) -> Metrics:
+    """Add the gradient of a micro-batch, and return what it reports."""
+    job = run.job
+    tensors = scoring.pack(rows, job.names, run.tokenizer.pad_token_id, run.scorer.shared)
+    ids = tensors.pop("ids")
+    inputs = {name: tensor.to(run.device) for name, tensor in tensors.items()}
+    scores = run.engine(**inputs)
+    reference_logps, weight = _reference_of(job.reference, ids, run.device)
+    result = row_losses(job.settings, scores, reference_logps, job.names, weight, alpha)
+    if not result.losses.isfinite().all():
+        finite = result.losses.isfinite().tolist()
+        bad = [row_id for row_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
+        culprits = _culprits(run.model, rows, job.names, bad)
+        raise NonFiniteLoss(f"step {step}: the loss of rows {culprits} is not finite")
+    loss = result.losses.sum() * row_weight
+    # the engine averages over accumulation and processes, but the loss is a share of the step's
+    run.engine.backward(loss * job.accumulation * run.processes)
+    return _measure(loss, result, scores["logps"].view(len(job.names), -1))
+
+
+def _reference_of(
+    scores: Reference | None, ids: list[str], device: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the reference's (responses, rows) log-probabilities of rows, and their weights."""
+    if scores is None:
+        return None, None
+    logps = torch.stack([scores.logps[row_id] for row_id in ids], dim=1).to(device)
+    if scores.weights is None:
+        return logps, None
+    weights = [scores.weights[row_id] for row_id in ids]
+    return logps, torch.tensor(weights, device=device)
+
+
+@torch.no_grad()
+def _culprits(model, rows: list[dict], names: list[str], bad: list[str]) -> list[str]:
+    """Return which of the `bad` rows have no finite loss even when each is computed alone.
+
+    Packed, a row spoils those that share its line.
+    """
+    parameter = next(model.parameters())
+    if hasattr(parameter, "ds_id"):  # ZeRO-3: one process alone cannot gather the weights
+        return bad
+    culprits = []
+    for row in rows:
+        if row["id"] not in bad:
+            continue
+        for name in names:
+            tokens = row["prompt_ids"] + row["responses"][name]
+            logits = model(torch.tensor([tokens], device=parameter.device)).logits
+            if not logits.isfinite().all():
+                culprits.append(row["id"])
+                break
+    return culprits or bad
+
+
+def _gradient_norm(weights: list[Tensor]) -> Tensor:
+    """Return the norm of the gradient, which only the sharded stages keep themselves."""
+    gradients = [weight.grad for weight in weights if weight.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients)
+
+
+def _no_metrics(responses: int, device: str) -> Metrics:
+    """Return the metrics of no rows."""
+    zero = torch.zeros((), device=device)
+    zeros = torch.zeros(responses, device=device)
+    return Metrics(zero, zero, zero, zero, zeros, zeros, zeros)
+
+
+@torch.no_grad()
+def _measure(loss: Tensor, result: RowLosses, logps: Tensor) -> Metrics:
+    """Return what one micro-batch adds to the metrics of its step; logps is (responses, rows)."""
+    is_right = result.chosen_rewards > result.rejected_rewards
+    is_above_rejected = result.response_rewards > result.response_rewards[-1]
+    return Metrics(
+        loss=loss.detach(),
+        chosen_reward=result.chosen_rewards.sum(),
+        rejected_reward=result.rejected_rewards.sum(),
+        accuracy=is_right.float().sum(),
+        response_rewards=result.response_rewards.float().sum(1),
+        response_accuracies=is_above_rejected.float().sum(1),
+        response_logps=logps.detach().float().sum(1),
+    )
+
+
+def _over_all_processes(metrics: Metrics) -> Metrics:
+    """Return the sums over the rows of all processes, in the main memory."""
+    from deepspeed import comm as dist
+
+    values = torch.cat([value.reshape(-1) for value in metrics])
+    dist.all_reduce(values)
+    sizes = [value.numel() for value in metrics]
+    return Metrics(*values.cpu().split(sizes))
+
+
+def _log_columns(
+    metrics: Metrics, batch: list[dict], names: list[str], loss: str, seconds: float
+) -> dict:
+    """Return a step's loss and speed, and for preferences the means over its rows."""
+    tokens = sum(row_length(row, names) for row in batch)
+    columns = {
+        "loss": metrics.loss.item(),
+        "tokens_per_s": tokens / seconds,
+        "rows_per_s": len(batch) / seconds,
+    }
+    if loss == "sft":
+        return columns
+    rows = len(batch)
+    for i, name in enumerate(names):
+        columns[f"{name}_reward"] = metrics.response_rewards[i].item() / rows
+        if name != "rejected":
+            columns[f"{name}_accuracy"] = metrics.response_accuracies[i].item() / rows
+        columns[f"{name}_logps"] = metrics.response_logps[i].item() / rows
+    chosen_reward = metrics.chosen_reward.item() / rows
+    rejected_reward = metrics.rejected_reward.item() / rows
+    columns["chosen_reward"] = chosen_reward
+    columns["margin"] = chosen_reward - rejected_reward
+    columns["accuracy"] = metrics.accuracy.item() / rows
+    return columns
+
+
+# ---- checkpoints
 
 
 def _steps(tag: str) -> int:
@@ -326,19 +672,22 @@ def _steps(tag: str) -> int:
 def _save_checkpoint(
     engine, saved: Path, step: int, log_file: Path, rank: int, whole: bool
 ) -> None:
-    """Write the checkpoint after `step` steps; `latest` names it once the files of all processes
-    are on the disk.
+    """Write the checkpoint after `step` steps.
 
-    whole: with the weights that are not trained.
+    `latest` names it once the files of all processes are on the disk. whole: with the weights that
+    are not trained.
     """
-    from deepspeed import comm as dist
-
     folder = saved / f"step{step}"
-    options = {"save_latest": False, "exclude_frozen_parameters": not whole}
-    engine.save_checkpoint(saved, folder.name, {"step": step}, **options)
+    engine.save_checkpoint(
+        saved,
+        folder.name,
+        {"step": step},
+        save_latest=False,
+        exclude_frozen_parameters=not whole,
+    )
     for file in folder.iterdir():  # each process brings what it wrote to the disk
         sync(file)
-    dist.barrier()
+    _wait_for_all()
     if rank == 0:
         _name_checkpoint(folder, log_file)
 
@@ -361,38 +710,42 @@ def _name_checkpoint(folder: Path, log_file: Path) -> None:
 
 
 def _find_checkpoint(saved: Path, log_file: Path) -> int:
-    """Return after how many steps the checkpoint to go on from was written, 0 where there is none.
+    """Return after how many steps the checkpoint to go on from was written, 0 if there is none.
 
     It is the one that `latest` names, or else the newest of the others. A damaged one, as a power
     cut may leave it, is renamed and stays beside `saved`; the log says so.
     """
     latest = saved / "latest"
-    named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.exists() else ""
+    named = ""
+    if latest.exists():
+        named = latest.read_text(encoding="utf-8", errors="replace").strip()
     tags = [folder.name for folder in saved.glob("step*") if _steps(folder.name)]
-    tags.sort(key=lambda tag: (tag != named, -_steps(tag)))
-    lost, chosen = [], ""
+    problems = []
     if latest.exists() and named not in tags:
-        lost.append(f"{latest} names no checkpoint that is there ({named[:40]!r})")
+        problems.append(f"{latest} names no checkpoint that is there ({named[:40]!r})")
+    # the named one first, then from the newest to the oldest
+    tags.sort(key=lambda tag: (tag != named, -_steps(tag)))
+    usable = ""
     for tag in tags:
         folder = saved / tag
         log.info("checking %s", folder)  # reads all of it
         damage = _damage(folder, log_file)
         if not damage:
-            chosen = tag
+            usable = tag
             break
-        if tag == named or (folder / SIZES).exists():  # else an attempt ended while it wrote it
+        # else an attempt ended while it wrote this one
+        was_whole = tag == named or (folder / SIZES).exists()
+        if was_whole:
             kept = _set_aside(folder).name
-            lost.append(f"checkpoint {folder} is damaged ({damage}): kept as {kept}")
-    onwards = f"goes on from {chosen}" if chosen else "begins anew"
-    for loss in lost:
-        log.warning("%s; the training %s", loss, onwards)
-    return _steps(chosen)
+            problems.append(f"checkpoint {folder} is damaged ({damage}): kept as {kept}")
+    outcome = f"goes on from {usable}" if usable else "begins anew"
+    for problem in problems:
+        log.warning("%s; the training %s", problem, outcome)
+    return _steps(usable)
 
 
 def _damage(folder: Path, log_file: Path) -> str:
-    """Return what a checkpoint lacks, "" if nothing: its files whole, the steps before it
-    logged.
-    """
+    """Return what a checkpoint lacks, or "": its files are whole and the steps before it logged."""
     try:
         sizes = json.loads((folder / SIZES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -405,26 +758,17 @@ def _damage(folder: Path, log_file: Path) -> str:
             return f"{name} has {file.stat().st_size} bytes of {size}"
     with ThreadPoolExecutor(8) as pool:
         readable = list(pool.map(_readable, [folder / name for name in sizes]))
-    for name, fine in zip(sizes, readable, strict=True):
-        if not fine:
+    for name, is_readable in zip(sizes, readable, strict=True):
+        if not is_readable:
             return f"{name} has other bytes than were written"
-    lines = (
-        log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        if log_file.exists()
-        else []
-    )
     steps = _steps(folder.name)
-    try:
-        logged = [json.loads(line)["step"] for line in lines[:steps]]
-    except (ValueError, LookupError, TypeError):
-        logged = []
-    if logged != list(range(steps)):
+    if _logged_steps(log_file, steps) != list(range(steps)):
         return f"{log_file.name} does not hold its {steps} steps"
     return ""
 
 
 def _readable(file: Path) -> bool:
-    """Return whether a file by torch.save, a zip archive, has the CRC-32 of each of its parts."""
+    """Tell whether a file by torch.save, a zip archive, has the CRC-32 of each of its parts."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
@@ -432,23 +776,39 @@ def _readable(file: Path) -> bool:
         return False
 
 
+def _logged_steps(log_file: Path, most: int) -> list[int]:
+    """Return the steps of the log's first `most` lines, [] if one of them is not readable."""
+    if not log_file.exists():
+        return []
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        return [json.loads(line)["step"] for line in lines[:most]]
+    except (ValueError, LookupError, TypeError):
+        return []
+
+
 def _set_aside(folder: Path) -> Path:
-    """Rename a checkpoint so that no later attempt takes it, and return its new place."""
+    """Rename a checkpoint so that no later attempt takes it, and return its new path."""
     saved = folder.parent
-    place, number = saved.parent / f"damaged-{saved.name}-{folder.name}", 1
-    while place.exists():
+    name = f"damaged-{saved.name}-{folder.name}"
+    target = saved.parent / name
+    number = 1
+    while target.exists():
         number += 1
-        place = saved.parent / f"damaged-{saved.name}-{folder.name}-{number}"
-    return folder.rename(place)
+        target = saved.parent / f"{name}-{number}"
+    return folder.rename(target)
 
 
 def _load_checkpoint(engine, folder: Path, strict: bool) -> None:
     """Load a whole checkpoint's weights and optimizer; raise UnusableCheckpoint if that fails."""
+    problem = ""
     try:
         loaded, _ = engine.load_checkpoint(folder.parent, folder.name, load_module_strict=strict)
-        problem = "" if loaded else "DeepSpeed found nothing to load"
+        if not loaded:
+            problem = "DeepSpeed found nothing to load"
     except Exception as error:  # the engine may hold half of it: this process cannot begin anew
-        problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        message = f"{type(error).__name__}: {error}"
+        problem = " ".join(message.split())[:200]
     if problem:
         raise UnusableCheckpoint(
             f"checkpoint {folder} cannot be loaded ({problem}); if that happens again, delete that "
@@ -456,64 +816,7 @@ def _load_checkpoint(engine, folder: Path, strict: bool) -> None:
         )
 
 
-@torch.no_grad()
-def _culprits(model, rows: list[dict], names: list[str], bad: list[str]) -> list[str]:
-    """Return which of the `bad` rows are so alone: packed, a row spoils those that share its
-    line.
-    """
-    if hasattr(
-        next(model.parameters()), "ds_id"
-    ):  # ZeRO-3: one process alone cannot gather the weights
-        return bad
-    device, found = next(model.parameters()).device, []
-    for row in (row for row in rows if row["id"] in bad):
-        texts = [
-            torch.tensor([row["prompt_ids"] + row["responses"][n]], device=device) for n in names
-        ]
-        found += (
-            [] if all(model(ids[None]).logits.isfinite().all() for ids in texts) else [row["id"]]
-        )
-    return found or bad
-
-
-_order = functools.lru_cache(2)(epoch_order)
-
-
-def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: int) -> list[dict]:
-    """Return the rows of one optimizer step: the epochs' permutations end to end, so that no batch
-    is cut short.
-
-    Sorted by length: a step's gradient does not depend on the order, and micro-batches then carry
-    little padding.
-    """
-    picked = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, place = divmod(position, len(rows))
-        picked.append(rows[_order(len(rows), seed, epoch)[place]])
-    return sorted(picked, key=lambda r: (row_length(r, names), r["id"]))
-
-
-def _measured(sums: list, batch: list, names: list, loss: str, seconds: float) -> dict:
-    """Return what the log says of one step: its loss and speed, and of preferences the mean over
-    its rows.
-    """
-    tokens = sum(row_length(r, names) for r in batch)
-    entry = {"loss": sums[0], "tokens_per_s": tokens / seconds, "rows_per_s": len(batch) / seconds}
-    if loss == "sft":
-        return entry
-    means = [x / len(batch) for x in sums[1:]]
-    inner, correct, logps = (means[i : i + len(names)] for i in range(3, len(means), len(names)))
-    for i, name in enumerate(names):
-        entry |= {
-            f"{name}_reward": inner[i],
-            f"{name}_accuracy": correct[i],
-            f"{name}_logps": logps[i],
-        }
-    chosen, rejected, accuracy = means[
-        :3
-    ]  # as the loss takes them: WRPO's chosen reward is the weighted one
-    del entry["rejected_accuracy"]
-    return entry | {"chosen_reward": chosen, "margin": chosen - rejected, "accuracy": accuracy}
+# ---- the trained model
 
 
 def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
@@ -526,9 +829,8 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
         lora.save(model, weights, out)
     else:
         model.save_pretrained(out, state_dict=weights)
-        config = copy.deepcopy(
-            model.config
-        )  # save_pretrained wrote the dtype of the model in memory
+        # again, as save_pretrained wrote the dtype of the model in memory
+        config = copy.deepcopy(model.config)
         config.dtype = dtype
         config.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -539,7 +841,7 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
     sync(out)
 
 
-def _weights(model, dtype: torch.dtype, rank: int) -> dict[str, torch.Tensor]:
+def _weights(model, dtype: torch.dtype, rank: int) -> dict[str, Tensor]:
     """Return copies of all that the model consists of by name, on rank 0; {} on the others.
 
     Parameters are in `dtype`, buffers as they are; of an adapter, what is trained. ZeRO-3's shards
@@ -548,17 +850,20 @@ def _weights(model, dtype: torch.dtype, rank: int) -> dict[str, torch.Tensor]:
     """
     import deepspeed
 
-    adapter, weights = hasattr(model, "peft_config"), {}
+    is_adapter = hasattr(model, "peft_config")
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = {}
     for name, parameter in parameters.items():
         source = model.all_tied_weights_keys.get(name)
-        tied = source is not None and parameters.get(source) is parameter
-        if tied or (adapter and not parameter.requires_grad):
+        is_tied = source is not None and parameters.get(source) is parameter
+        is_frozen = is_adapter and not parameter.requires_grad
+        if is_tied or is_frozen:
             continue
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        is_sharded = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
             if rank == 0:
                 weights[name] = parameter.detach().to("cpu", dtype, copy=True)
-    if rank == 0 and not adapter:
+    if rank == 0 and not is_adapter:
         for name, tensor in model.state_dict().items():
             if name not in parameters:  # a persistent buffer, as a router's correction
                 weights[name] = tensor.detach().to("cpu", copy=True)

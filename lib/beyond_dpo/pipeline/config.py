@@ -14,7 +14,6 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from beyond_dpo.jobs.settings import (
-    FUSED,
     ConfigError,
     Decoding,
     PairLosses,
@@ -24,6 +23,7 @@ from beyond_dpo.jobs.settings import (
 )
 from beyond_dpo.machine import cluster
 from beyond_dpo.pipeline.settings import Expo, Mallows, Source, World, Wrpo
+from beyond_dpo.rows import FUSED
 
 # of the settings, for users of this module
 __all__ = ["FUSED", "ConfigError", "Decoding", "Source", "Train", "World", "check_batch"]

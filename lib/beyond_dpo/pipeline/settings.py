@@ -42,8 +42,9 @@ Methods = Annotated[tuple[PairLosses, ...], NotEmpty]
 
 @dataclass(frozen=True, config=STRICT)
 class World:
-    """Which models, texts and rewards; a model is a pinned asset, a local folder or a hub id
-    (`org/name@revision`).
+    """Which models, texts and rewards.
+
+    A model is a pinned asset, a local folder or a hub id (`org/name@revision`).
     """
 
     target: str
@@ -51,33 +52,25 @@ class World:
     dev_dataset: str = ""  # where dev prompts come from, "": the same
     test_dataset: str = ""
     pairs: Literal["sampled", "given"] = "sampled"  # from the SFT model, or the data set's own
-    template: Literal["plain", "chat"] = (
-        "plain"  # text continuation, or the tokenizer's chat template
-    )
-    sft_rows: Count = (
-        0  # reviews the target is fine-tuned on; 0: the target already is the SFT model
-    )
+    # text continuation, or the tokenizer's chat template
+    template: Literal["plain", "chat"] = "plain"
+    # reviews the target is fine-tuned on; 0: the target already is the SFT model
+    sft_rows: Count = 0
     sft_tokens: AtLeastOne = 64
     prompts: Count = 0  # prompts that preference pairs are sampled for
     dev_prompts: Count = 0
     test_prompts: Count = 0
-    prompt_tokens: tuple[AtLeastOne, AtLeastOne] = (
-        4,
-        10,
-    )  # shortest and longest beginning of a review
+    prompt_tokens: tuple[AtLeastOne, AtLeastOne] = (4, 10)  # shortest and longest beginning
     samples: AtLeastOne = 4  # responses per prompt, the best and the worst make the pair
     gold_rows: Count = 0  # labelled reviews the gold reward is trained on (half A)
     reward_rows: Count = 0  # labelled reviews the reward model is trained on (half B)
-    reward_model: str = (
-        "minilm"  # encoder to fine-tune on half B; a finished reward model where reward_rows is 0
-    )
-    trust_remote_code: tuple[
-        str, ...
-    ] = ()  # reward models whose repository may bring code of its own
+    # encoder to fine-tune on half B; a finished reward model where reward_rows is 0
+    reward_model: str = "minilm"
+    # reward models whose repository may bring code of its own
+    trust_remote_code: tuple[str, ...] = ()
     precision: Precision = "bf16"  # in which rewards are trained and responses scored
-    reward_words: AtLeastOne = (
-        32  # of a review that a reward is trained on: as many as it will score
-    )
+    # words of a review that a reward is trained on: as many as it will score
+    reward_words: AtLeastOne = 32
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -108,45 +101,36 @@ class Expo(Paper):
     """Settings of the ExPO experiments (arXiv 2404.16792)."""
 
     fractions: Fractions = (0.05, 0.1, 0.2, 0.4, 1.0)
-    alphas: dict[PositiveShare, Grid] = field(
-        default_factory=dict
-    )  # fraction -> α grid of the search
+    # fraction -> α grid of the search
+    alphas: dict[PositiveShare, Grid] = field(default_factory=dict)
     interpolation: Grid = (0.0, 0.3, 0.5, 0.7, 1.0)  # γ = 1 + α between SFT and aligned
     seeds: Seeds = (0,)  # training seeds; the first is drawn as the curve
-    seed_fractions: tuple[
-        PositiveShare, ...
-    ] = ()  # fractions trained with every seed (the others: first seed only)
+    # fractions trained with every seed (the others: first seed only)
+    seed_fractions: tuple[PositiveShare, ...] = ()
     dev_samples: AtLeastOne = 1  # responses per prompt for each α of the search
     test_samples: AtLeastOne = 2
-    recipes: tuple[
-        Recipe, ...
-    ] = ()  # training recipes to compare with the default one, see expo.recipes
-    recipe_fraction: PositiveShare = (
-        0.2  # of the pairs, for the training recipes (epochs, learning rate, optimizer, β)
-    )
+    # training recipes to compare with the default one, see expo.recipes
+    recipes: tuple[Recipe, ...] = ()
+    # share of the pairs that the training recipes (epochs, learning rate, optimizer, β) get
+    recipe_fraction: PositiveShare = 0.2
     recipe_alphas: Grid = ()  # α grid of every recipe
-    quality_fraction: PositiveShare = (
-        0.1  # of the pairs, random against the longest chosen responses
-    )
+    # share of the pairs: a random draw against those with the longest chosen responses
+    quality_fraction: PositiveShare = 0.1
     pair_alphas: Grid = ()  # α grid of the lines that ExPO should not be applied to
     layers: Annotated[int, Field(ge=2)] = 30  # of the target, which the module grid halves
     module_alphas: Grid = ()  # α grid of attention, MLP and layer ranges
-    search_evaluations: Annotated[int, Field(ge=4)] = (
-        7  # α that a golden-section search may sample, 0 included
-    )
-    pairs: dict[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # published models: SFT, and aligned from it
-    wrong_pairs: dict[str, tuple[str, str]] = field(
-        default_factory=dict
-    )  # that ExPO should not be applied to
+    # number of α that a golden-section search may sample, 0 included
+    search_evaluations: Annotated[int, Field(ge=4)] = 7
+    # name -> published models: SFT, and aligned from it
+    pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # name -> two models that ExPO should not be applied to
+    wrong_pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
     published_alphas: Grid = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # α grid of each of them
     # model that compares their answers with AlpacaEval's baseline; "": the reward model alone
     judge: str = ""
     judge_url: str = ""  # of its OpenAI-compatible endpoint, "": OpenAI's (machine)
-    kl_prompts: Count = (
-        32  # prompts of each split whose responses the SFT model scores too, for the KL
-    )
+    # number of prompts of each split whose responses the SFT model scores too, for the KL
+    kl_prompts: Count = 32
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -154,24 +138,17 @@ class Mallows(Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
     fraction: PositiveShare = 1.0  # of the pairs that every model is trained on
-    methods: Methods = (
-        "dpo",
-        "mallows_theta",
-        "mallows_phi",
-    )  # losses of the controlled-sentiment frontier
+    # losses of the controlled-sentiment frontier
+    methods: Methods = ("dpo", "mallows_theta", "mallows_phi")
     betas: Betas = ()  # of the frontier
-    seeds: Seeds = (
-        0,
-        1,
-        2,
-    )  # training seeds of the frontier; the first is the one of the other tables
-    plug_ins: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # loss -> its settings, with and without weight
+    # training seeds of the frontier; the first is the one of the other tables
+    seeds: Seeds = (0, 1, 2)
+    # loss -> its settings, with and without weight
+    plug_ins: dict[str, dict[str, float]] = field(default_factory=dict)
     grid_methods: Methods = ("dpo", "mallows_theta")
     grid_betas: tuple[Positive, ...] = ()
     grid_lrs: tuple[Positive, ...] = ()
-    grid_elsewhere: bool = False  # judged on prompts from elsewhere too
+    grid_elsewhere: bool = False  # the grid is judged on prompts from elsewhere too
     elsewhere: tuple[str, ...] = ("amazon",)  # other domains of the same task
     elsewhere_prompts: AtLeastOne = 64  # from each of them
     rated: Literal["movie", "amazon", "fixtures"] = "movie"  # sentences with human ratings
@@ -182,43 +159,36 @@ class Mallows(Paper):
 
 @dataclass(frozen=True, config=STRICT)
 class Source:
-    """Where responses that WRPO learns from come from."""
+    """Where some of the responses that WRPO learns from are taken."""
 
-    kind: Literal[
-        "model", "endpoint", "recorded", "human"
-    ]  # human: how the reviewers themselves went on
+    # human: how the reviewers themselves went on
+    kind: Literal["model", "endpoint", "recorded", "human"]
     # a model's asset, folder or hub id; an endpoint's model name; a file of recorded answers
     ref: str = ""
-    url: str = (
-        ""  # of an OpenAI-compatible endpoint (machine, never in a key); its key is OPENAI_API_KEY
-    )
+    # address of an OpenAI-compatible endpoint (machine, never in a key), whose secret is
+    # OPENAI_API_KEY
+    url: str = ""
     ask: str = ""  # what a chat model is asked, with {prompt} in it; "" continues the text
     terms: str = ""  # what a user should know before it is used
 
 
 @dataclass(frozen=True, config=STRICT)
 class Wrpo(Paper):
-    """Settings of the WRPO experiments (arXiv 2412.03187); `sft` is also how Target-SFT learns the
-    best responses.
+    """Settings of the WRPO experiments (arXiv 2412.03187).
+
+    `sft` is also how Target-SFT learns the best responses.
     """
 
     known_sources: dict[str, Source]
     sources: Names  # those that are fused
     source_sets: tuple[Names, ...]  # other choices of them, to compare
-    sampling: (
-        Decoding  # of sources and target for the training data; `decoding` is for what is judged
-    )
+    # of sources and target for the training data; `decoding` is for what is judged
+    sampling: Decoding
     sft_share: Annotated[float, Field(gt=0, lt=1)] = 1 / 3  # of the prompts, for Target-SFT
-    fraction: PositiveShare = (
-        1.0  # of the quadruples that every model is trained on, another draw with each seed
-    )
+    # share of the quadruples that every model is trained on, another draw with each seed
+    fraction: PositiveShare = 1.0
     seeds: Seeds = (0, 1, 2)
     objectives: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings
-    alphas: FusionWeights = (
-        0.1,
-        0.3,
-        0.5,
-        0.7,
-        1.0,
-    )  # largest fusion coefficients, dynamic and static
+    # largest fusion coefficients, dynamic and static
+    alphas: FusionWeights = (0.1, 0.3, 0.5, 0.7, 1.0)
     test_samples: AtLeastOne = 1
