@@ -87,7 +87,7 @@ class Classifier:
         if hasattr(
             model, "set_attn_implementation"
         ):  # armorm's own module has plain attention inside
-            scoring.compute_caps(model)
+            scoring.use_attention_that_caps(model)
         self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
         self.label, labels = label, self.model.config.num_labels
         if labels > 2 if label is None else not 0 <= label < labels:
