@@ -111,7 +111,8 @@ def kl(probs) -> np.ndarray:
     probs: (..., 5) arm probabilities. The result is (...).
     """
     uniform = np.full(ARMS, 1 / ARMS)
-    return rel_entr(probs, uniform).sum(-1)
+    terms = rel_entr(probs, uniform)
+    return terms.sum(-1)
 
 
 # Not cache=True: compiling takes a second, and where no folder can be written, the import would

@@ -18,7 +18,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
             raise ValueError(f"row {i}: {problem}")
         line = json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         lines.append(line + "\n")
-    write_file(Path(path), "".join(lines))
+    content = "".join(lines)
+    write_file(Path(path), content)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -46,20 +47,25 @@ def _problem(row) -> str | None:
     """Return why a value is no row, None if it is one."""
     if not isinstance(row, dict) or not isinstance(row.get("id"), str):
         return 'a row is an object with a string "id"'
-    if not isinstance(row.get("responses"), dict):
-        return f'row {row["id"]}: "responses" must be an object of name: token ids'
-    token_lists = [("prompt_ids", row.get("prompt_ids")), *row["responses"].items()]
+    row_id = row["id"]
+    responses = row.get("responses")
+    if not isinstance(responses, dict):
+        return f'row {row_id}: "responses" must be an object of name: token ids'
+    token_lists = [("prompt_ids", row.get("prompt_ids")), *responses.items()]
     for name, ids in token_lists:
         if not _are_token_ids(ids):
-            return f"row {row['id']}: {name} must be a list of token ids (integers >= 0)"
+            return f"row {row_id}: {name} must be a list of token ids (integers >= 0)"
     return None
 
 
 def _are_token_ids(ids) -> bool:
     if not isinstance(ids, list):
         return False
-    # True and False are instances of int too.
-    return all(type(token) is int and token >= 0 for token in ids)
+    for token in ids:
+        # True and False are instances of int too.
+        if type(token) is not int or token < 0:
+            return False
+    return True
 
 
 def truncate(
@@ -86,7 +92,8 @@ def truncate(
         if bos_id is not None and prompt_ids[0] == bos_id:
             head = [bos_id]
         kept = max_prompt - len(head)
-        prompt_ids = head + prompt_ids[len(prompt_ids) - kept :]
+        start = len(prompt_ids) - kept
+        prompt_ids = head + prompt_ids[start:]
     room = max_length - len(prompt_ids)
     if len(response_ids) > room:
         ends = eos_id if isinstance(eos_id, list) else [eos_id]
@@ -114,13 +121,15 @@ def prepare(rows: list[dict], names: list[str], **limits) -> tuple[list[dict], i
                 raise ValueError(
                     f"row {row['id']} has no response {name!r}, only {sorted(responses)}"
                 )
-        if not row["prompt_ids"] or not all(responses[name] for name in names):
-            continue
         prompt_ids = row["prompt_ids"]
+        if not prompt_ids or not all(responses[name] for name in names):
+            continue
         truncated = {}
         for name in names:
-            prompt_ids, truncated[name] = truncate(row["prompt_ids"], responses[name], **limits)
-        kept.append({**row, "prompt_ids": prompt_ids, "responses": truncated})
+            # The prompt is cut alike, whatever the response.
+            cut_prompt, cut_response = truncate(prompt_ids, responses[name], **limits)
+            truncated[name] = cut_response
+        kept.append({**row, "prompt_ids": cut_prompt, "responses": truncated})
     dropped = len(rows) - len(kept)
     return kept, dropped
 
@@ -140,4 +149,5 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     # Not seed + epoch: seed 0 in epoch 1 is not to visit rows as seed 1 does in epoch 0.
     generator = torch.Generator()
     generator.manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n, generator=generator).tolist()
+    order = torch.randperm(n, generator=generator)
+    return order.tolist()

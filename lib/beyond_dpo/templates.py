@@ -324,9 +324,10 @@ def _answer(tokenizer, turns: list[dict], text: str, end: bool) -> list[int]:
     if not _holds_markup(tokenizer, text):
         whole = chat_ids(tokenizer, _with_answer(turns, text))
         closed = _after(prompt_ids, whole, text)
+        added = tokenizer.added_tokens_decoder
         for number, token in enumerate(closed, start=1):
             # An end token that a text may hold, such as a line break, is not the template's.
-            if token in ends and token in tokenizer.added_tokens_decoder:
+            if token in ends and token in added:
                 return closed[:number]
     closing = _closing_token(tokenizer, str(tokenizer.chat_template))
     if closing is None:
