@@ -177,12 +177,12 @@ def test_the_gate_reads_the_end_of_the_last_prompt(checkpoint):
     for chat in CHATS:
         ids = reward._ids(chat)
         prompt = reward.tokenizer.apply_chat_template(chat[:-1], return_dict=False)
-        assert reward.model.asked(ids) == len(prompt) - 1 and ids[: len(prompt)] == prompt
+        assert reward.model.prompt_end(ids) == len(prompt) - 1 and ids[: len(prompt)] == prompt
         assert (
             reward.tokenizer.decode(ids[len(prompt) - 1 : len(prompt) + 1])
             == "<|eot_id|><|start_header_id|>"
         )
-    assert len({reward.model.asked(reward._ids(chat)) for chat in CHATS[:2]}) == 1
+    assert len({reward.model.prompt_end(reward._ids(chat)) for chat in CHATS[:2]}) == 1
     assert (
         reward.tokenizer.decode(reward.model.header)
         == "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"

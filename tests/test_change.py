@@ -6,83 +6,106 @@ import pytest
 import torch
 
 from beyond_dpo.change import movement
-from test_extrapolate import CONFIG, TOKENIZER, save
+from test_extrapolate import save
 
-NAMES = {
-    "model.embed_tokens.weight": (None, "embeddings"),
-    "model.layers.0.self_attn.q_proj.weight": (0, "attention"),
-    "model.layers.1.mlp.up_proj.weight": (1, "MLP"),
-    "model.layers.1.input_layernorm.weight": (1, "norms"),
+EMBEDDINGS = "model.embed_tokens.weight"
+ATTENTION = "model.layers.0.self_attn.q_proj.weight"
+MLP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.layers.1.input_layernorm.weight"
+LAYERS_AND_PARTS = {
+    EMBEDDINGS: (None, "embeddings"),
+    ATTENTION: (0, "attention"),
+    MLP: (1, "MLP"),
+    NORM: (1, "norms"),
 }
+NORM_OF_ONES = math.sqrt(12)  # of a tensor of 3 × 4 ones
 
 
 def model(folder, steps: dict):
-    """Weights of ones, moved by steps[name] in each entry; an integer tensor is never counted."""
-    state = {name: torch.ones(3, 4) + steps.get(name, 0.0) for name in NAMES}
-    return save(
-        folder,
-        state | {"model.steps": torch.tensor([len(steps)])},
-        config=CONFIG,
-        tokenizer=TOKENIZER,
-    )
+    """Save ones, moved by steps[name] in each entry; an integer tensor is never counted."""
+    state = {"model.steps": torch.tensor([len(steps)])}
+    for name in LAYERS_AND_PARTS:
+        state[name] = torch.ones(3, 4) + steps.get(name, 0.0)
+    return save(folder, state)
 
 
-def test_norms_and_cosines_by_hand(tmp_path):
-    """12 entries each moved by 0.5: ‖Δθ‖ = 0.5 √12; two models that share one of two moved tensors:
-    cosine 0.5.
-    """
-    embed, attention, mlp, _ = NAMES
-    start = model(tmp_path / "start", {})
-    ends = {
-        "a": model(tmp_path / "a", {embed: 0.5, attention: 0.5}),
-        "b": model(tmp_path / "b", {embed: 0.5, mlp: 0.5}),
-        "far": model(tmp_path / "far", {embed: 1.0, attention: 1.0}),
-        "back": model(tmp_path / "back", {embed: -2.0}),
+@pytest.fixture
+def start(tmp_path):
+    return model(tmp_path / "start", {})
+
+
+@pytest.fixture
+def models(tmp_path):
+    return {
+        "a": model(tmp_path / "a", {EMBEDDINGS: 0.5, ATTENTION: 0.5}),
+        "b": model(tmp_path / "b", {EMBEDDINGS: 0.5, MLP: 0.5}),
+        "far": model(tmp_path / "far", {EMBEDDINGS: 1.0, ATTENTION: 1.0}),
+        "back": model(tmp_path / "back", {EMBEDDINGS: -2.0}),
     }
-    rows, cosines = movement(start, ends)
-    assert len(rows) == len(ends) * len(NAMES)
-    assert {(r["tensor"], r["layer"], r["part"]) for r in rows} == {
-        (n, *about) for n, about in NAMES.items()
-    }
-    change = {(r["model"], r["tensor"]): r["change"] for r in rows}
-    assert change["a", embed] == change["a", attention] == pytest.approx(0.5 * math.sqrt(12))
-    assert change["a", mlp] == 0 and change["far", embed] == pytest.approx(math.sqrt(12))
-    assert all(r["weight"] == pytest.approx(math.sqrt(12)) and r["size"] == 12 for r in rows)
-    wanted = {
-        ("a", "b"): 0.5,
-        ("a", "far"): 1.0,
-        ("a", "back"): -math.sqrt(0.5),
-        ("b", "back"): -math.sqrt(0.5),
-    }
-    for pair, cosine in wanted.items():
-        assert cosines[pair] == pytest.approx(cosine)
-    assert all(cosines[name, name] == pytest.approx(1) for name in ends)
 
 
-def test_a_model_that_has_not_moved_is_named(tmp_path):
-    start, moved = (
-        model(tmp_path / "start", {}),
-        model(tmp_path / "moved", {"model.embed_tokens.weight": 1.0}),
-    )
+def test_there_is_a_row_for_each_model_and_tensor(start, models):
+    rows, _ = movement(start, models)
+    assert len(rows) == len(models) * len(LAYERS_AND_PARTS)
+    for row in rows:
+        assert (row["layer"], row["part"]) == LAYERS_AND_PARTS[row["tensor"]]
+        assert row["size"] == 12
+        assert row["weight"] == pytest.approx(NORM_OF_ONES)
+
+
+def test_norms_by_hand(start, models):
+    """12 entries each moved by 0.5: ‖Δθ‖ = 0.5 √12."""
+    rows, _ = movement(start, models)
+    changes = {}
+    for row in rows:
+        changes[row["model"], row["tensor"]] = row["change"]
+    assert changes["a", EMBEDDINGS] == pytest.approx(0.5 * NORM_OF_ONES)
+    assert changes["a", ATTENTION] == pytest.approx(0.5 * NORM_OF_ONES)
+    assert changes["a", MLP] == 0
+    assert changes["far", EMBEDDINGS] == pytest.approx(NORM_OF_ONES)
+
+
+@pytest.mark.parametrize(
+    "names, wanted",
+    [
+        (("a", "b"), 0.5),  # they share one of two moved tensors
+        (("a", "far"), 1.0),
+        (("a", "back"), -math.sqrt(0.5)),
+        (("b", "back"), -math.sqrt(0.5)),
+        (("a", "a"), 1.0),
+        (("b", "b"), 1.0),
+        (("far", "far"), 1.0),
+        (("back", "back"), 1.0),
+    ],
+)
+def test_cosines_by_hand(start, models, names, wanted):
+    _, cosines = movement(start, models)
+    assert cosines[names] == pytest.approx(wanted)
+
+
+def test_a_model_that_has_not_moved_is_named(start, tmp_path):
+    models = {
+        "moved": model(tmp_path / "moved", {EMBEDDINGS: 1.0}),
+        "still": model(tmp_path / "still", {}),
+    }
     with pytest.raises(ValueError, match="still has the very weights"):
-        movement(start, {"moved": moved, "still": model(tmp_path / "still", {})})
+        movement(start, models)
 
 
-def test_models_that_store_a_tied_tensor_under_different_names(tmp_path):
-    """The head of the one is the embeddings of the other; old checkpoints' frequencies have moved
-    nowhere.
+def test_models_that_store_a_tied_tensor_under_different_names(start, tmp_path):
+    """The head of the one is the embeddings of the other.
+
+    Old checkpoints' frequencies have moved nowhere.
     """
-    start = model(tmp_path / "start", {})
-    state = {name: torch.ones(3, 4) + 0.5 for name in NAMES} | {"model.steps": torch.tensor([0])}
-    renamed = {
-        name.replace("model.embed_tokens", "lm_head"): tensor for name, tensor in state.items()
-    }
+    moved = {name: torch.full((3, 4), 1.5) for name in LAYERS_AND_PARTS}
+    moved["model.steps"] = torch.tensor([0])
+    renamed = dict(moved)
+    renamed["lm_head.weight"] = renamed.pop(EMBEDDINGS)
     renamed["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    folders = {
-        "a": save(tmp_path / "a", state, config=CONFIG),
-        "b": save(tmp_path / "b", renamed, config=CONFIG),
-    }
-    rows, cosines = movement(start, folders)
-    assert {row["tensor"] for row in rows} == set(NAMES) and len(rows) == 2 * len(NAMES)
-    assert all(row["change"] == pytest.approx(0.5 * math.sqrt(12)) for row in rows)
+    models = {"a": save(tmp_path / "a", moved), "b": save(tmp_path / "b", renamed)}
+    rows, cosines = movement(start, models)
+    assert len(rows) == 2 * len(LAYERS_AND_PARTS)
+    assert {row["tensor"] for row in rows} == set(LAYERS_AND_PARTS)
+    for row in rows:
+        assert row["change"] == pytest.approx(0.5 * NORM_OF_ONES)
     assert cosines["a", "b"] == pytest.approx(1)

@@ -1,6 +1,4 @@
-"""Extrapolation: the exact rule, the same bits however the weights are stored, and no trace of a
-run that fails.
-"""
+"""Extrapolation: the exact rule, the same bits in every layout, no trace of a failed run."""
 
 from __future__ import annotations
 
@@ -38,24 +36,31 @@ TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}},
     "added_tokens": [{"id": 2, "content": "<s>"}],
 }
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+Q = "model.layers.0.q.weight"
+EMBEDDINGS = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 
 
 def weights(seed: int = 0, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Make a small state with an odd size, a scalar, an empty tensor, negative zeros and an integer
-    buffer.
-    """
-    draw = torch.Generator().manual_seed(seed)
-    state = {
-        f"model.layers.{i}.{n}.weight": torch.randn(5, 7, generator=draw).to(dtype)
-        for i in (0, 1)
-        for n in "qv"
+    """Make a small state: odd sizes, a scalar, an empty tensor, -0.0 and an integer buffer."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return {
+        "model.layers.0.q.weight": draw(5, 7),
+        "model.layers.0.v.weight": draw(5, 7),
+        "model.layers.1.q.weight": draw(5, 7),
+        "model.layers.1.v.weight": draw(5, 7),
+        EMBEDDINGS: draw(12, 5),
+        "model.scale": draw(),
+        "model.zeros": torch.tensor([-0.0, 0.0, -0.0, 1.5 + seed], dtype=dtype),
+        "model.empty": torch.empty(0, 3, dtype=dtype),
+        "model.steps": torch.tensor([3 + seed, 4]),
     }
-    state["model.embed_tokens.weight"] = torch.randn(12, 5, generator=draw).to(dtype)
-    state["model.scale"] = torch.randn((), generator=draw).to(dtype)
-    state["model.zeros"] = torch.tensor([-0.0, 0.0, -0.0, 1.5 + seed], dtype=dtype)
-    state["model.empty"] = torch.empty(0, 3, dtype=dtype)
-    state["model.steps"] = torch.tensor([3 + seed, 4])
-    return state
 
 
 def save(
@@ -63,252 +68,362 @@ def save(
 ) -> Path:
     """Write a model folder as transformers does."""
     folder.mkdir(parents=True)
-    names = [sorted(state)[i::shards] for i in range(shards)]
-    files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
-    files = files if shards > 1 else ["model.safetensors"]
-    for file, part in zip(files, names, strict=True):
-        save_file(
-            {name: state[name].contiguous() for name in part},
-            folder / file,
-            {"format": "pt", "by": "test"},
-        )
+    index = {}
+    for shard in range(shards):
+        file = SINGLE if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        names = sorted(state)[shard::shards]
+        part = {name: state[name].contiguous() for name in names}
+        save_file(part, folder / file, {"format": "pt", "by": "test"})
+        index |= dict.fromkeys(names, file)
     if shards > 1:
-        index = {name: file for file, part in zip(files, names, strict=True) for name in part}
-        (folder / "model.safetensors.index.json").write_text(
-            json.dumps({"metadata": {}, "weight_map": index})
-        )
-    for name, content in (("config.json", config), ("tokenizer.json", tokenizer)):
-        if content is not None:
-            (folder / name).write_text(json.dumps(content))
+        write_json(folder / INDEX, {"metadata": {}, "weight_map": index})
+    if config is not None:
+        write_json(folder / "config.json", config)
+    if tokenizer is not None:
+        write_json(folder / "tokenizer.json", tokenizer)
     return folder
+
+
+def write_json(file: Path, content) -> None:
+    file.write_text(json.dumps(content))
+
+
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def save_pair(folder: Path, sft: dict, aligned: dict) -> tuple[Path, Path]:
+    return save(folder / "sft", sft), save(folder / "aligned", aligned)
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
     files = sorted(folder.glob("*.safetensors"))
     assert files
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    state = {}
+    for file in files:
+        state |= load_file(file)
+    return state
 
 
 def same(left: dict, right: dict) -> bool:
     """Compare bits, so that -0.0 is not 0.0."""
     assert left.keys() == right.keys()
-    return all(
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-        for a, b in ((left[name], right[name]) for name in left)
-    )
+    return all(same_bits(left[name], right[name]) for name in left)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    left_bytes = left.reshape(-1).view(torch.uint8)
+    right_bytes = right.reshape(-1).view(torch.uint8)
+    return torch.equal(left_bytes, right_bytes)
+
+
+def blended(sft: dict, aligned: dict, alpha: float) -> dict[str, torch.Tensor]:
+    """Return blend() of each tensor."""
+    return {name: blend(sft[name], aligned[name], alpha) for name in aligned}
+
+
+def without(state: dict, name: str) -> dict:
+    rest = dict(state)
+    del rest[name]
+    return rest
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
 
 
 @pytest.fixture
 def pair(tmp_path) -> tuple[Path, Path]:
-    return save(tmp_path / "sft", weights(0)), save(tmp_path / "aligned", weights(1))
+    return save_pair(tmp_path, weights(0), weights(1))
 
 
-def test_rule_by_hand():
-    """1 + 0.5 (1 - 0.5) = 1.25; -2 + 0.5 (-2 - 2) = -4; 3 + 0.5 (3 - 3) = 3, and halfway (alpha =
-    -0.5) 0.75, 0, 3.
-    """
-    sft, aligned = torch.tensor([0.5, 2.0, 3.0]), torch.tensor([1.0, -2.0, 3.0])
-    assert blend(sft, aligned, 0.5).tolist() == [1.25, -4.0, 3.0]
-    assert blend(sft, aligned, -0.5).tolist() == [0.75, 0.0, 3.0]
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+# ---- the rule
+
+
+@pytest.mark.parametrize(
+    "alpha, wanted",
+    [
+        (0.5, [1.25, -4.0, 3.0]),  # 1 + 0.5 (1 - 0.5), -2 + 0.5 (-2 - 2), 3 + 0.5 (3 - 3)
+        (-0.5, [0.75, 0.0, 3.0]),  # halfway
+    ],
+)
+def test_rule_by_hand(alpha, wanted):
+    sft = torch.tensor([0.5, 2.0, 3.0])
+    aligned = torch.tensor([1.0, -2.0, 3.0])
+    assert blend(sft, aligned, alpha).tolist() == wanted
+
+
+def test_integers_are_those_of_the_aligned_model():
     assert blend(torch.tensor([1]), torch.tensor([2]), 5.0).tolist() == [2]
+
+
+def test_tensors_of_different_shapes_are_refused():
     with pytest.raises(IncompatibleModels, match=r"\[3\].*\[1\]"):
-        blend(sft, aligned[:1], 0.5)
+        blend(torch.ones(3), torch.ones(1), 0.5)
 
 
 def test_float32_arithmetic_is_not_bfloat16():
-    """theta0 = 1, theta1 = 1 + 53/128, alpha = 5: 223/64 exactly, which bfloat16 (steps of 1/64
-    there) can hold.
+    """theta0 = 1, theta1 = 1 + 53/128, alpha = 5 gives exactly 223/64.
 
-    In bfloat16 the step 132.5/64 is rounded to 132/64 and the sum 222.5/64 to 222/64. Over random
-    weights the two ways disagree in a good part, and float32 is nearer the exact value.
+    bfloat16 (steps of 1/64 there) can hold that. In bfloat16 arithmetic the step 132.5/64 is
+    rounded to 132/64 and the sum 222.5/64 to 222/64.
     """
-    sft, aligned = torch.tensor([1.0]).bfloat16(), torch.tensor([1 + 53 / 128]).bfloat16()
+    sft = torch.tensor([1.0]).bfloat16()
+    aligned = torch.tensor([1 + 53 / 128]).bfloat16()
+    in_bfloat16 = aligned + 5 * (aligned - sft)
     assert blend(sft, aligned, 5).item() == 223 / 64
-    assert (aligned + 5 * (aligned - sft)).item() == 222 / 64
-    draw = torch.Generator().manual_seed(0)
-    aligned = torch.randn(10_000, generator=draw).bfloat16()
-    sft = (aligned.float() + 0.5 * torch.randn(10_000, generator=draw)).bfloat16()
-    exact = aligned.double() + 1.7 * (aligned.double() - sft.double())
-    ours, theirs = blend(sft, aligned, 1.7), aligned + 1.7 * (aligned - sft)
-    assert ours.dtype == torch.bfloat16 and (ours != theirs).float().mean() > 0.2
-    assert (ours.double() - exact).abs().mean() < 0.8 * (theirs.double() - exact).abs().mean()
+    assert in_bfloat16.item() == 222 / 64
+
+
+def test_float32_arithmetic_is_nearer_the_exact_value():
+    """Over random weights the two ways disagree in a good part."""
+    generator = torch.Generator().manual_seed(0)
+    aligned = torch.randn(10_000, generator=generator).bfloat16()
+    noise = torch.randn(10_000, generator=generator)
+    sft = (aligned.float() + 0.5 * noise).bfloat16()
+    delta = aligned.double() - sft.double()
+    exact = aligned.double() + 1.7 * delta
+    ours = blend(sft, aligned, 1.7)
+    in_bfloat16 = aligned + 1.7 * (aligned - sft)
+    assert ours.dtype == torch.bfloat16
+    disagree = ours != in_bfloat16
+    assert disagree.float().mean() > 0.2
+    our_errors = (ours.double() - exact).abs()
+    their_errors = (in_bfloat16.double() - exact).abs()
+    assert our_errors.mean() < 0.8 * their_errors.mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("shards", [1, 3])
 def test_alpha_0_and_minus_1_give_the_inputs_bits(tmp_path, dtype, shards):
-    sft, aligned = weights(0, dtype), weights(1, dtype)
-    folders = save(tmp_path / "sft", sft), save(tmp_path / "aligned", aligned, shards=shards)
-    extrapolate(*folders, {0: tmp_path / "zero", -1: tmp_path / "minus"})
+    sft = weights(0, dtype)
+    aligned = weights(1, dtype)
+    sft_folder = save(tmp_path / "sft", sft)
+    aligned_folder = save(tmp_path / "aligned", aligned, shards=shards)
+    extrapolate(sft_folder, aligned_folder, {0: tmp_path / "zero", -1: tmp_path / "minus"})
     assert same(load(tmp_path / "zero"), aligned)
-    assert same(load(tmp_path / "minus"), {**sft, "model.steps": aligned["model.steps"]})
+    sft["model.steps"] = aligned["model.steps"]
+    assert same(load(tmp_path / "minus"), sft)
 
 
-def test_bits_do_not_depend_on_sharding_number_of_alphas_or_blocks(tmp_path, monkeypatch):
-    """Every way gives blend() of each tensor, and the digests know the weights, not the files."""
-    sft, aligned = weights(0, torch.float32), weights(1, torch.float32)
-    wanted = {name: blend(sft[name], aligned[name], 0.3) for name in aligned}
+LAYOUTS = [(1, 1), (1, 3), (3, 2)]  # shards of the SFT and of the aligned model
+
+
+@pytest.mark.parametrize("sft_shards, aligned_shards", LAYOUTS)
+@pytest.mark.parametrize("block", [1 << 18, 8, 7])
+def test_bits_do_not_depend_on_sharding_number_of_alphas_or_blocks(
+    tmp_path, out, monkeypatch, sft_shards, aligned_shards, block
+):
+    """Every way gives blend() of each tensor."""
+    monkeypatch.setattr(module, "BLOCK", block)
+    sft = weights(0, torch.float32)
+    aligned = weights(1, torch.float32)
+    wanted = blended(sft, aligned, 0.3)
+    sft_folder = save(tmp_path / "sft", sft, shards=sft_shards)
+    aligned_folder = save(tmp_path / "aligned", aligned, shards=aligned_shards)
+    extrapolate(sft_folder, aligned_folder, {0.3: out})
+    assert same(load(out), wanted)
+    assert names_in(out) == sorted([*names_in(aligned_folder), "expo.json"])
+    of_two = tmp_path / "of two"
+    extrapolate(sft_folder, aligned_folder, {2: tmp_path / "other", 0.3: of_two})
+    assert same(load(of_two), wanted)
+    assert same(dict(tensors(sft_folder, aligned_folder, 0.3)), wanted)
+
+
+def test_digests_know_the_weights_not_the_files(tmp_path):
     facts = []
-    for i, (left, right, block) in enumerate([(1, 1, 1 << 18), (1, 3, 8), (3, 2, 7)]):
-        monkeypatch.setattr(module, "BLOCK", block)
-        folders = (
-            save(tmp_path / f"sft{i}", sft, shards=left),
-            save(tmp_path / f"al{i}", aligned, shards=right),
-        )
-        facts += extrapolate(*folders, {0.3: tmp_path / f"one{i}"}).values()
-        facts.append(extrapolate(*folders, {2: tmp_path / f"x{i}", 0.3: tmp_path / f"y{i}"})[0.3])
-        assert same(load(tmp_path / f"one{i}"), wanted) and same(load(tmp_path / f"y{i}"), wanted)
-        assert same(dict(tensors(*folders, 0.3)), wanted)
-        layout = [
-            sorted(f.name for f in folder.iterdir())
-            for folder in (tmp_path / f"one{i}", folders[1])
-        ]
-        assert layout[0] == sorted([*layout[1], "expo.json"])
-    assert len(facts) == 6 and all(fact == facts[0] for fact in facts)
+    for sft_shards, aligned_shards in LAYOUTS:
+        root = tmp_path / f"{sft_shards} and {aligned_shards}"
+        sft = save(root / "sft", weights(0), shards=sft_shards)
+        aligned = save(root / "aligned", weights(1), shards=aligned_shards)
+        outputs = {2: root / "other", 0.3: root / "out"}
+        of_two = extrapolate(sft, aligned, outputs)
+        facts.append(of_two[0.3])
+    assert facts == [facts[0]] * 3
 
 
-def test_each_input_file_is_read_once_for_all_alphas(pair, tmp_path):
-    """The kernel counts: three alphas read less than 1.5 times what one alpha reads."""
-    save(tmp_path / "big0", {"w": torch.zeros(1 << 20)})
-    save(tmp_path / "big1", {"w": torch.ones(1 << 20)})
+@pytest.mark.parametrize("alphas", [[1], [1, 2, 3]])
+def test_each_input_file_is_read_once_for_all_alphas(tmp_path, alphas):
+    """The kernel counts the bytes that this process reads: two models of 4 MB."""
+    sft = {"w": torch.zeros(1 << 20)}
+    aligned = {"w": torch.ones(1 << 20)}
+    folders = save_pair(tmp_path, sft, aligned)
+    outputs = {alpha: tmp_path / f"{alpha}" for alpha in alphas}
+    before = bytes_read()
+    extrapolate(*folders, outputs)
+    megabytes = (bytes_read() - before) / (1 << 20)
+    assert 8 <= megabytes < 9
 
-    def read(outputs):
-        before = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1]
-        extrapolate(tmp_path / "big0", tmp_path / "big1", outputs)
-        return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1]) - int(before)
 
-    assert 8 << 20 <= read({1: tmp_path / "a"}) < 9 << 20
-    assert 8 << 20 <= read({1: tmp_path / "b", 2: tmp_path / "c", 3: tmp_path / "d"}) < 9 << 20
+def bytes_read() -> int:
+    counters = Path("/proc/self/io").read_text()
+    return int(re.search(r"rchar: (\d+)", counters)[1])
 
 
-def test_small_files_and_provenance(pair, tmp_path):
-    """Everything but weights and training state comes from the aligned model; the rest says how the
-    result was made.
-    """
+# ---- what an output holds
+
+
+COPIED = ("generation_config.json", "chat_template.jinja", "tokenizer.model", "README.md")
+NOT_COPIED = (
+    "pytorch_model.bin",
+    "optimizer.pt",
+    "rng_state.pth",
+    "training_args.bin",
+    "manifest.json",
+    "pytorch_model.bin.index.json",
+    INDEX,
+)
+
+
+def test_small_files_are_the_aligned_models(pair, out):
+    """Everything but weights and training state is copied."""
     sft, aligned = pair
-    for name in ("generation_config.json", "chat_template.jinja", "tokenizer.model", "README.md"):
+    for name in COPIED:
         (aligned / name).write_text(name)
         (sft / name).write_text("SFT")
-    for name in (
-        "pytorch_model.bin",
-        "optimizer.pt",
-        "rng_state.pth",
-        "training_args.bin",
-        "manifest.json",
-        "pytorch_model.bin.index.json",
-        "model.safetensors.index.json",
-    ):
+    for name in NOT_COPIED:
         (aligned / name).write_text("no")
     (aligned / "checkpoint-5").mkdir()
-    fact = extrapolate(sft, aligned, {0.5: tmp_path / "out"}, modules={"*.q.*": 2})[0.5]
-    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
-        "README.md",
-        "chat_template.jinja",
-        "config.json",
-        "expo.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer.model",
-    ]
-    assert (tmp_path / "out/README.md").read_text() == "README.md"
-    assert json.loads((tmp_path / "out/expo.json").read_text()) == fact
-    assert fact["alpha"] == 0.5 and fact["modules"] == {"*.q.*": 2}
-    assert (
-        re.fullmatch("[0-9a-f]{32}", fact["sft_xxh3"]) and fact["sft_xxh3"] != fact["aligned_xxh3"]
-    )
-    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+    extrapolate(sft, aligned, {0.5: out})
+    wanted = sorted([*COPIED, "config.json", "tokenizer.json", SINGLE, "expo.json"])
+    assert names_in(out) == wanted
+    assert (out / "README.md").read_text() == "README.md"
+
+
+def test_an_output_says_how_it_was_made(pair, out):
+    facts = extrapolate(*pair, {0.5: out}, modules={"*.q.*": 2})[0.5]
+    assert read_json(out / "expo.json") == facts
+    assert facts["alpha"] == 0.5
+    assert facts["modules"] == {"*.q.*": 2}
+    assert re.fullmatch("[0-9a-f]{32}", facts["sft_xxh3"])
+    assert facts["sft_xxh3"] != facts["aligned_xxh3"]
+    with safe_open(out / "model.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert (
-        metadata["format"] == "pt" and metadata["by"] == "test" and metadata["expo_alpha"] == "0.5"
-    )
+    assert metadata["format"] == "pt"
+    assert metadata["by"] == "test"
+    assert metadata["expo_alpha"] == "0.5"
     assert json.loads(metadata["expo_modules"]) == {"*.q.*": 2}
-    assert metadata["expo_aligned_xxh3"] == fact["aligned_xxh3"]
-    again = extrapolate(aligned, tmp_path / "out", {0: tmp_path / "again"})[
-        0
-    ]  # an output is a model like any other
-    assert again["sft_xxh3"] == fact["aligned_xxh3"]
+    assert metadata["expo_aligned_xxh3"] == facts["aligned_xxh3"]
 
 
-def test_module_alphas(pair, tmp_path):
-    sft, aligned = load(pair[0]), load(pair[1])
+def test_an_output_is_a_model_like_any_other(pair, tmp_path, out):
+    _, aligned = pair
+    first = extrapolate(*pair, {0.5: out})[0.5]
+    second = extrapolate(aligned, out, {0: tmp_path / "again"})[0]
+    assert second["sft_xxh3"] == first["aligned_xxh3"]
+
+
+# ---- alphas of modules
+
+
+def test_module_alphas(pair, out):
+    sft, aligned = pair
     modules = {r"re:model\.layers\.1\..*": 0, "*.q.weight": 3.0}
-    extrapolate(*pair, {0.5: tmp_path / "out"}, modules=modules)
-    expected = {name: 0 if ".1." in name else 3.0 if ".q." in name else 0.5 for name in aligned}
-    wanted = {name: blend(sft[name], aligned[name], expected[name]) for name in aligned}
-    assert len(set(expected.values())) == 3 and same(load(tmp_path / "out"), wanted)
-    assert same(dict(tensors(*pair, 0.5, modules)), wanted)
-    for bad, named in (({"*.k.weight": 1}, "k.weight"), ({"*": 1, "*.q.weight": 2}, "q.weight")):
-        with pytest.raises(ValueError, match=re.escape(named)):
-            extrapolate(*pair, {0.5: tmp_path / "no"}, modules=bad)
-    with pytest.raises(ValueError, match="nan"):
-        extrapolate(*pair, {0.5: tmp_path / "no"}, modules={"*": float("nan")})
-
-
-@pytest.mark.parametrize("where", ["sft", "aligned", "both"])
-def test_redundant_head_of_tied_embeddings(tmp_path, where):
-    """A stored lm_head that repeats the embeddings is the same model with or without it."""
-    states = {name: weights(seed) for seed, name in enumerate(("sft", "aligned"))}
-    wanted = {
-        name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]
-    }
-    for name, state in states.items():
-        if where in (name, "both"):
-            state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    if where != "sft":
-        wanted["lm_head.weight"] = wanted["model.embed_tokens.weight"]
-    folders = [save(tmp_path / name, state) for name, state in states.items()]
-    extrapolate(*folders, {0.5: tmp_path / "out"})
-    assert same(load(tmp_path / "out"), wanted)
-    if where != "sft":
-        with pytest.raises(ValueError, match="tied"):
-            extrapolate(*folders, {0.5: tmp_path / "no"}, modules={"lm_head*": 2})
-
-
-def test_head_of_its_own_against_tied_embeddings(tmp_path):
-    state = weights(1)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
-    folders = save(tmp_path / "sft", weights(0)), save(tmp_path / "aligned", state)
-    for left, right in (folders, folders[::-1]):
-        with pytest.raises(IncompatibleModels, match="lm_head.weight.*absent"):
-            check(left, right)
+    extrapolate(sft, aligned, {0.5: out}, modules=modules)
+    of_layer_1 = blended(load(sft), load(aligned), 0)
+    of_q = blended(load(sft), load(aligned), 3.0)
+    wanted = blended(load(sft), load(aligned), 0.5)
+    wanted["model.layers.0.q.weight"] = of_q["model.layers.0.q.weight"]
+    wanted["model.layers.1.q.weight"] = of_layer_1["model.layers.1.q.weight"]
+    wanted["model.layers.1.v.weight"] = of_layer_1["model.layers.1.v.weight"]
+    assert same(load(out), wanted)
+    assert same(dict(tensors(sft, aligned, 0.5, modules)), wanted)
 
 
 @pytest.mark.parametrize(
-    "names", [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens"), ("lm_head", "both")]
+    "modules, message",
+    [
+        ({"*.k.weight": 1}, "k.weight"),
+        ({"*": 1, "*.q.weight": 2}, "q.weight"),
+        ({"*": float("nan")}, "nan"),
+    ],
 )
-def test_of_two_tied_tensors_a_writer_keeps_either_name(tmp_path, names):
-    """One model stores the embeddings under their name, the other under the head's: one and the
-    same tensor.
-    """
-    states = [weights(0), weights(1)]
-    embeddings = [state.pop("model.embed_tokens.weight") for state in states]
-    wanted = {name: blend(states[0][name], states[1][name], 0.5) for name in states[1]}
-    kept = {"embed_tokens": ["model.embed_tokens.weight"], "lm_head": ["lm_head.weight"]}
-    kept["both"] = kept["embed_tokens"] + kept["lm_head"]
-    for state, tensor, name in zip(states, embeddings, names, strict=True):
-        state |= {key: tensor.clone() for key in kept[name]}
-    folders = [save(tmp_path / str(i), state) for i, state in enumerate(states)]
-    extrapolate(*folders, {0.5: tmp_path / "out"})
-    wanted |= {key: blend(*embeddings, 0.5) for key in kept[names[1]]}
-    assert same(load(tmp_path / "out"), wanted) and same(dict(tensors(*folders, 0.5)), wanted)
+def test_module_alphas_that_decide_nothing_are_refused(pair, tmp_path, modules, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        extrapolate(*pair, {0.5: tmp_path / "no"}, modules=modules)
 
 
-def test_embeddings_of_an_untied_model_are_not_its_head(tmp_path):
-    """Without embeddings a model with a head of its own is not whole, whatever its head is equal to
-    in shape.
-    """
+# ---- tied embeddings
+
+
+@pytest.mark.parametrize("where", ["sft", "aligned", "both"])
+def test_redundant_head_of_tied_embeddings(tmp_path, where, out):
+    """A stored lm_head that repeats the embeddings is the same model with or without it."""
+    sft = weights(0)
+    aligned = weights(1)
+    wanted = blended(sft, aligned, 0.5)
+    if where in ("sft", "both"):
+        sft[HEAD] = sft[EMBEDDINGS].clone()
+    if where in ("aligned", "both"):
+        aligned[HEAD] = aligned[EMBEDDINGS].clone()
+        wanted[HEAD] = wanted[EMBEDDINGS]
+    folders = save_pair(tmp_path, sft, aligned)
+    extrapolate(*folders, {0.5: out})
+    assert same(load(out), wanted)
+
+
+def test_tied_tensors_cannot_have_two_alphas(tmp_path):
+    sft = weights(0)
+    aligned = weights(1)
+    aligned[HEAD] = aligned[EMBEDDINGS].clone()
+    folders = save_pair(tmp_path, sft, aligned)
+    with pytest.raises(ValueError, match="tied"):
+        extrapolate(*folders, {0.5: tmp_path / "no"}, modules={"lm_head*": 2})
+
+
+@pytest.mark.parametrize("order", ["tied first", "tied last"])
+def test_head_of_its_own_against_tied_embeddings(tmp_path, order):
     state = weights(1)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"] + 1
-    cut = without(
-        weights(0) | {"lm_head.weight": state["lm_head.weight"]}, "model.embed_tokens.weight"
-    )
-    folders = save(tmp_path / "whole", state), save(tmp_path / "cut", cut)
-    for left, right in (folders, folders[::-1]):
-        with pytest.raises(IncompatibleModels, match="embed_tokens.weight.*absent"):
-            check(left, right)
+    state[HEAD] = state[EMBEDDINGS] + 1
+    tied, own = save_pair(tmp_path, weights(0), state)
+    folders = (tied, own) if order == "tied first" else (own, tied)
+    with pytest.raises(IncompatibleModels, match="lm_head.weight.*absent"):
+        check(*folders)
+
+
+@pytest.mark.parametrize(
+    "sft_names, aligned_names",
+    [([EMBEDDINGS], [HEAD]), ([HEAD], [EMBEDDINGS]), ([HEAD], [EMBEDDINGS, HEAD])],
+)
+def test_of_two_tied_tensors_a_writer_keeps_either_name(tmp_path, sft_names, aligned_names, out):
+    """One model stores the embeddings under their name, the other under the head's."""
+    sft = weights(0)
+    aligned = weights(1)
+    sft_tensor = sft.pop(EMBEDDINGS)
+    aligned_tensor = aligned.pop(EMBEDDINGS)
+    wanted = blended(sft, aligned, 0.5)
+    for name in sft_names:
+        sft[name] = sft_tensor.clone()
+    for name in aligned_names:
+        aligned[name] = aligned_tensor.clone()
+        wanted[name] = blend(sft_tensor, aligned_tensor, 0.5)
+    folders = save_pair(tmp_path, sft, aligned)
+    extrapolate(*folders, {0.5: out})
+    assert same(load(out), wanted)
+    assert same(dict(tensors(*folders, 0.5)), wanted)
+
+
+@pytest.mark.parametrize("order", ["whole first", "whole last"])
+def test_embeddings_of_an_untied_model_are_not_its_head(tmp_path, order):
+    """Without embeddings a model with a head of its own is not whole, however they resemble."""
+    state = weights(1)
+    state[HEAD] = state[EMBEDDINGS] + 1
+    cut_state = without(weights(0) | {HEAD: state[HEAD]}, EMBEDDINGS)
+    whole = save(tmp_path / "whole", state)
+    cut = save(tmp_path / "cut", cut_state)
+    folders = (whole, cut) if order == "whole first" else (cut, whole)
+    with pytest.raises(IncompatibleModels, match="embed_tokens.weight.*absent"):
+        check(*folders)
+
+
+# ---- what is no weight
 
 
 DERIVED = {
@@ -322,74 +437,113 @@ DERIVED = {
 
 
 @pytest.mark.parametrize("where", ["sft", "aligned", "both"])
-def test_derived_buffers_are_no_weights(tmp_path, where):
-    """Old checkpoints store frequencies and masks, new ones do not: the pair is one all the same,
-    and none is moved.
+def test_derived_buffers_are_no_weights(tmp_path, where, out):
+    """Old checkpoints store frequencies and masks, new ones do not.
+
+    The pair is one all the same, none is moved, and none is in a digest.
     """
-    states = {name: weights(seed) for seed, name in enumerate(("sft", "aligned"))}
-    plain = [save(tmp_path / "plain" / name, state) for name, state in states.items()]
-    wanted = {
-        name: blend(states["sft"][name], states["aligned"][name], 0.5) for name in states["sft"]
-    }
-    for name, state in states.items():
-        if where in (name, "both"):  # rounded otherwise in the one than in the other
-            state |= {
-                key: value + 0.25 if name == "sft" else value for key, value in DERIVED.items()
-            }
-    if where != "sft":
+    sft = weights(0)
+    aligned = weights(1)
+    wanted = blended(sft, aligned, 0.5)
+    plain = save_pair(tmp_path / "plain", sft, aligned)
+    if where in ("sft", "both"):
+        # Rounded otherwise in the one than in the other.
+        sft |= {name: tensor + 0.25 for name, tensor in DERIVED.items()}
+    if where in ("aligned", "both"):
+        aligned |= DERIVED
         wanted |= DERIVED
-    folders = [save(tmp_path / name, state) for name, state in states.items()]
-    found = extrapolate(*folders, {0.5: tmp_path / "out"})
-    assert same(load(tmp_path / "out"), wanted) and same(dict(tensors(*folders, 0.5)), wanted)
-    assert found == extrapolate(*plain, {0.5: tmp_path / "plain" / "out"}), (
-        "they are in no digest of the weights"
-    )
+    folders = save_pair(tmp_path, sft, aligned)
+    facts = extrapolate(*folders, {0.5: out})
+    assert same(load(out), wanted)
+    assert same(dict(tensors(*folders, 0.5)), wanted)
+    assert facts == extrapolate(*plain, {0.5: tmp_path / "plain" / "out"})
 
 
-def test_a_bias_that_is_no_mask_is_a_weight(tmp_path):
-    """A learned bias may have a mask's name, not its square form; a bias of a layer may end
-    alike.
-    """
-    for name in ("h.0.attn.c_attn.bias", "model.layers.0.attention.bias"):
-        states = [weights(seed) | {name: torch.full((1, 4), float(seed))} for seed in (0, 1)]
-        folders = [save(tmp_path / name / str(i), state) for i, state in enumerate(states)]
-        assert dict(tensors(*folders, 1.0))[name].unique().tolist() == [2.0]
-        bare = save(tmp_path / name / "bare", weights(2))
-        with pytest.raises(IncompatibleModels, match="bias is .*absent"):
-            check(folders[0], bare)
+@pytest.mark.parametrize("name", ["h.0.attn.c_attn.bias", "model.layers.0.attention.bias"])
+def test_a_bias_that_is_no_mask_is_a_weight(tmp_path, name):
+    """A learned bias may have a mask's name, but not its square form; another may end alike."""
+    sft = weights(0) | {name: torch.zeros(1, 4)}
+    aligned = weights(1) | {name: torch.ones(1, 4)}
+    folders = save_pair(tmp_path, sft, aligned)
+    moved = dict(tensors(*folders, 1.0))
+    assert moved[name].unique().tolist() == [2.0]
+    bare = save(tmp_path / "bare", weights(2))
+    with pytest.raises(IncompatibleModels, match="bias is .*absent"):
+        check(folders[0], bare)
+
+
+# ---- NaN and infinity
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_equal_infinities_are_copied(tmp_path, dtype):
-    """-1e9 in a mask value is -inf in float16. What both models hold is copied, between values that
-    move.
-    """
-    sft, aligned = weights(0, dtype), weights(1, dtype)
+    """-1e9 in a mask value is -inf in float16; infinities also stand between values that move."""
+    sft = weights(0, dtype)
+    aligned = weights(1, dtype)
+    infinity = float("inf")
+    minus_infinity = torch.tensor(-1e9).half()
     for state in (sft, aligned):
-        state["model.scale"] = torch.tensor(-1e9).half().to(dtype)
-        state["model.layers.0.q.weight"][1, 2] = float("inf")
-    folders = save(tmp_path / "sft", sft), save(tmp_path / "aligned", aligned)
+        state["model.scale"] = minus_infinity.to(dtype)
+        state[Q][1, 2] = infinity
+    folders = save_pair(tmp_path, sft, aligned)
     outputs = {0.5: tmp_path / "half", 0: tmp_path / "zero", -1: tmp_path / "minus"}
     extrapolate(*folders, outputs)
-    wanted = blend(sft["model.layers.0.q.weight"], aligned["model.layers.0.q.weight"], 0.5)
-    wanted[1, 2] = float("inf")
-    assert torch.equal(load(outputs[0.5])["model.layers.0.q.weight"], wanted)
-    assert all(load(out)["model.scale"] == -float("inf") for out in outputs.values())
-    assert same(load(outputs[0]), aligned) and same(
-        dict(tensors(*folders, 0.5)), load(outputs[0.5])
-    )
-    for i, bad in enumerate(
-        (float("nan"), float("inf"), 1.0)
-    ):  # NaN in both, the other infinity, one only
-        state = aligned | {"model.scale": torch.tensor(bad, dtype=dtype)}
-        start = sft | ({"model.scale": state["model.scale"]} if bad != bad else {})
-        broken = save(tmp_path / f"sft{i}", start), save(tmp_path / f"aligned{i}", state)
-        with pytest.raises(ValueError, match="model.scale holds NaN or infinity"):
-            extrapolate(*broken, {0.5: tmp_path / "no"})
+    half = load(tmp_path / "half")
+    wanted = blend(sft[Q], aligned[Q], 0.5)
+    wanted[1, 2] = infinity
+    assert torch.equal(half[Q], wanted)
+    for out in outputs.values():
+        scale = load(out)["model.scale"]
+        assert scale == -infinity
+    assert same(load(tmp_path / "zero"), aligned)
+    assert same(dict(tensors(*folders, 0.5)), half)
 
 
-def without(state, name):
-    return {key: value for key, value in state.items() if key != name}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "sft_value, aligned_value",
+    [("nan", "nan"), ("-inf", "inf"), ("-inf", "1.0")],
+    ids=["NaN in both", "the other infinity", "infinity in one"],
+)
+def test_other_infinities_and_nan_are_refused(tmp_path, dtype, sft_value, aligned_value):
+    sft = weights(0, dtype)
+    aligned = weights(1, dtype)
+    sft["model.scale"] = torch.tensor(float(sft_value), dtype=dtype)
+    aligned["model.scale"] = torch.tensor(float(aligned_value), dtype=dtype)
+    folders = save_pair(tmp_path, sft, aligned)
+    with pytest.raises(ValueError, match="model.scale holds NaN or infinity"):
+        extrapolate(*folders, {0.5: tmp_path / "no"})
+
+
+def test_overflow_of_the_result(tmp_path):
+    """60000 + 0.5 (60000 - 0) = 90000 is beyond float16's 65504; at alpha 0.05 it is 63000."""
+    size = 70_000
+    sft = save(tmp_path / "sft", {"w": torch.zeros(size, dtype=torch.float16)})
+    aligned = save(tmp_path / "aligned", {"w": torch.full((size,), 60_000, dtype=torch.float16)})
+    low = tmp_path / "low"
+    with pytest.raises(ValueError, match="w leaves the range of torch.float16 at alpha=0.5"):
+        extrapolate(sft, aligned, {0.05: low, 0.5: tmp_path / "high"})
+    assert not low.exists()
+    extrapolate(sft, aligned, {0.05: low})
+    (value,) = load(low)["w"].unique().tolist()
+    assert value == 63008  # float16 steps are 32 wide there
+
+
+def test_another_dtype(tmp_path, out):
+    """A float32 SFT model under a bfloat16 aligned one: float32 arithmetic, bfloat16 result.
+
+    At alpha = -1 the result is a cast.
+    """
+    sft = weights(0, torch.float32)
+    aligned = weights(1)
+    folders = save_pair(tmp_path, sft, aligned)
+    extrapolate(*folders, {-1: tmp_path / "minus", 0.3: out})
+    assert same(load(out), blended(sft, aligned, 0.3))
+    cast = without(load(tmp_path / "minus"), "model.steps")
+    assert same(cast, without(weights(0), "model.steps"))
+
+
+# ---- refusals
 
 
 def case(
@@ -399,24 +553,25 @@ def case(
     config: dict | None = None,
     tokenizer: dict | None = None,
 ):
-    """Make an aligned folder's arguments with one difference, and the message that names it."""
-    state = {**weights(1), **(changes or {})}
-    state = {name: tensor for name, tensor in state.items() if tensor is not None}
-    return message, {
-        "state": state,
+    """Make an aligned folder's arguments with one difference, and the message that names it.
+
+    changes: {name: another tensor, or None to leave it out}.
+    """
+    state = weights(1) | (changes or {})
+    arguments = {
+        "state": {name: tensor for name, tensor in state.items() if tensor is not None},
         "config": CONFIG | (config or {}),
         "tokenizer": TOKENIZER | (tokenizer or {}),
     }
+    return message, arguments
 
 
-EQUAL = {
+SFT_IN_FLOAT32 = {
     name: tensor.float() if tensor.is_floating_point() else tensor
     for name, tensor in weights(0).items()
 }
 REFUSALS = {
-    "name": case(
-        r"layers.0.q.weight is 'float \[5, 7\]' .*'absent'", {"model.layers.0.q.weight": None}
-    ),
+    "name": case(r"layers.0.q.weight is 'float \[5, 7\]' .*'absent'", {Q: None}),
     "extra": case(r"model.new is 'absent' .* 'float \[2\]'", {"model.new": torch.ones(2)}),
     "shape": case(r"model.scale is 'float \[\]'.*'float \[2\]'", {"model.scale": torch.ones(2)}),
     "kind": case(r"model.scale is 'float \[\]'.*'I64 \[\]'", {"model.scale": torch.tensor(1)}),
@@ -430,7 +585,7 @@ REFUSALS = {
         "token 1 .*'b' .*'d' ", tokenizer={"model": {"vocab": [["a", 0.1], ["d", 0.2]]}}
     ),
     "equal": case("equals the one", weights(0)),
-    "equal values": case("equals the one", EQUAL),
+    "equal values": case("equals the one", SFT_IN_FLOAT32),
     "nan": case("model.scale holds NaN .*aligned", {"model.scale": torch.tensor(float("nan"))}),
     "infinite": case(
         "model.scale holds NaN .*aligned", {"model.scale": torch.tensor(-float("inf"))}
@@ -445,217 +600,223 @@ REFUSALS = {
 @pytest.mark.parametrize("name", REFUSALS)
 def test_refusals_name_the_difference_and_leave_nothing(tmp_path, name):
     message, arguments = REFUSALS[name]
-    sft, aligned = save(tmp_path / "sft", weights(0)), save(tmp_path / "aligned", **arguments)
+    sft = save(tmp_path / "sft", weights(0))
+    aligned = save(tmp_path / "aligned", **arguments)
     with pytest.raises(ValueError, match=message) as caught:
         extrapolate(sft, aligned, {0.5: tmp_path / "a", 1: tmp_path / "b"})
-    assert str(tmp_path) in str(caught.value) and sorted(f.name for f in tmp_path.iterdir()) == [
-        "aligned",
-        "sft",
-    ]
+    assert str(tmp_path) in str(caught.value)
+    assert names_in(tmp_path) == ["aligned", "sft"]
     with pytest.raises(ValueError, match=message):
         list(tensors(sft, aligned, 0.5))
 
 
 def test_vocabulary_files_without_tokenizer_json(tmp_path):
     """A vocab.json may well hold tokens called model and added_tokens."""
-    folders = [save(tmp_path / str(i), weights(i), tokenizer=None) for i in (0, 1)]
-    for i, folder in enumerate(folders):
-        (folder / "vocab.json").write_text(json.dumps({"model": 0, "added_tokens": 1}))
-        (folder / "added_tokens.json").write_text(json.dumps({f"<{i}>": 2}))
+    sft = save(tmp_path / "sft", weights(0), tokenizer=None)
+    aligned = save(tmp_path / "aligned", weights(1), tokenizer=None)
+    for folder in (sft, aligned):
+        write_json(folder / "vocab.json", {"model": 0, "added_tokens": 1})
+    write_json(sft / "added_tokens.json", {"<0>": 2})
+    write_json(aligned / "added_tokens.json", {"<1>": 2})
     with pytest.raises(IncompatibleModels, match="token 2 of added_tokens.json is '<0>' .*'<1>'"):
-        check(*folders)
-    (folders[1] / "added_tokens.json").unlink()
-    assert len(check(*folders)) == len(weights())
+        check(sft, aligned)
+    (aligned / "added_tokens.json").unlink()
+    assert len(check(sft, aligned)) == len(weights())
 
 
-def test_refused_arguments(pair, tmp_path):
-    sft, aligned = pair
-    for alpha in (float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="finite"):
-            extrapolate(sft, aligned, {alpha: tmp_path / "out"})
-        with pytest.raises(ValueError, match="finite"):
-            tensors(sft, aligned, alpha)
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf")])
+def test_alphas_must_be_finite(pair, out, alpha):
     with pytest.raises(ValueError, match="finite"):
-        extrapolate(sft, aligned, {})
+        extrapolate(*pair, {alpha: out})
+    with pytest.raises(ValueError, match="finite"):
+        tensors(*pair, alpha)
+
+
+def test_there_must_be_an_alpha(pair):
+    with pytest.raises(ValueError, match="finite"):
+        extrapolate(*pair, {})
+
+
+def test_a_model_is_not_extrapolated_from_itself(pair, tmp_path):
+    _, aligned = pair
     with pytest.raises(IncompatibleModels, match="equals"):
         tensors(aligned, tmp_path / "sft/../aligned", 0.5)
+
+
+def test_an_output_needs_a_folder_of_its_own(pair, tmp_path, out):
+    _, aligned = pair
     with pytest.raises(OSError, match="aligned"):
-        extrapolate(sft, aligned, {0.5: aligned})
+        extrapolate(*pair, {0.5: aligned})
     with pytest.raises(OSError, match="out"):
-        extrapolate(sft, aligned, {0.5: tmp_path / "out", 1: tmp_path / "x/../out"})
-    (tmp_path / "out").mkdir()
-    extrapolate(sft, aligned, {0.5: tmp_path / "out"})  # an empty folder may be filled
-    assert (tmp_path / "out/expo.json").exists()
+        extrapolate(*pair, {0.5: out, 1: tmp_path / "x/../out"})
 
 
-def test_unreadable_folders(pair, tmp_path):
+def test_an_empty_folder_may_be_filled(pair, out):
+    (out).mkdir()
+    extrapolate(*pair, {0.5: out})
+    assert (out / "expo.json").exists()
+
+
+# ---- folders that cannot be read
+
+
+def refuse_in_both_places(pair, broken: Path, out: Path, message: str) -> None:
+    """Assert that a folder is refused as SFT and as aligned model, and that nothing is left."""
     sft, aligned = pair
+    with pytest.raises(ValueError, match=message):
+        extrapolate(sft, broken, {0.5: out})
+    with pytest.raises(ValueError, match=message):
+        extrapolate(broken, aligned, {0.5: out})
+    assert not list(out.parent.glob("*out*"))
+
+
+def test_a_file_that_is_cut_off_is_refused(pair, tmp_path, out):
     cut = save(tmp_path / "cut", weights(1))
-    os.truncate(cut / "model.safetensors", (cut / "model.safetensors").stat().st_size - 1)
+    size = (cut / SINGLE).stat().st_size
+    os.truncate(cut / SINGLE, size - 1)
+    refuse_in_both_places(pair, cut, out, "cut/model")
+
+
+def test_a_missing_shard_is_named(pair, tmp_path, out):
     part = save(tmp_path / "part", weights(1), shards=3)
     (part / "model-00002-of-00003.safetensors").unlink()
+    refuse_in_both_places(pair, part, out, "00002")
+
+
+def test_pickled_weights_are_never_loaded(pair, tmp_path, out):
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "pytorch_model.bin").write_bytes(b"")
-    for folder, message in (
-        (cut, "cut/model"),
-        (part, "00002"),
-        (pickled, "convert"),
-        (tmp_path / "none", "none"),
-    ):
-        for models in ((sft, folder), (folder, aligned)):
-            with pytest.raises(ValueError, match=message):
-                extrapolate(*models, {0.5: tmp_path / "out"})
-    assert not (tmp_path / "out").exists()
+    refuse_in_both_places(pair, pickled, out, "convert")
 
 
-def test_what_is_missing_is_said_in_words(pair, tmp_path):
-    """No folder, a hub id, no config.json, a broken one, links to nowhere: the error names it, and
-    nothing is left.
-    """
-    sft, aligned = pair
-    out = tmp_path / "out"
-    for missing in (tmp_path / "nowhere", Path("org/model")):
-        for models in ((missing, aligned), (sft, missing)):
-            with pytest.raises(ValueError, match=f"no such folder: {missing} .*downloaded"):
-                extrapolate(*models, {0.5: out})
-    for name in ("config.json", "tokenizer.json"):
-        whole = (aligned / name).read_text()
-        for broken, what in (
-            ("{", "is not JSON"),
-            ("\x00\xff", "is not JSON"),
-            ("[]", "holds no JSON object"),
-        ):
-            (aligned / name).write_text(broken, encoding="latin1")
-            for models in ((sft, aligned), (aligned, sft)):
-                with pytest.raises(ValueError, match=f"aligned/{name} {what}"):
-                    extrapolate(*models, {0.5: out})
-        (aligned / name).unlink()
-        (aligned / name).symlink_to("../blobs/gone")
-        for models in ((sft, aligned), (aligned, sft)):
-            with pytest.raises(
-                ValueError, match=f"aligned/{name} is a link to a file that is not there"
-            ):
-                extrapolate(*models, {0.5: out})
-        (aligned / name).unlink()
-        if name == "config.json":
-            for models in ((sft, aligned), (aligned, sft)):
-                with pytest.raises(ValueError, match="no config.json in .*aligned"):
-                    extrapolate(*models, {0.5: out})
-        (aligned / name).write_text(whole)
-    for name, named in (
-        ("generation_config.json", True),
-        ("chat_template.jinja", True),
-        ("optimizer.pt", False),
-    ):
-        (aligned / name).symlink_to("../blobs/gone")
-        if named:
-            with pytest.raises(ValueError, match=f"{name} is a link to a file that is not there"):
-                extrapolate(sft, aligned, {0.5: out})
-            (aligned / name).unlink()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["aligned", "sft"]
-    extrapolate(sft, aligned, {0.5: out})  # what is not copied may be missing
+@pytest.mark.parametrize("name", ["none", "org/model"])
+def test_a_folder_that_is_not_there_is_named(pair, out, name):
+    """A hub id too is no folder."""
+    message = f"no such folder: {name} .*downloaded"
+    refuse_in_both_places(pair, Path(name), out, message)
 
 
-def test_links_into_a_hub_cache_become_files(pair, tmp_path):
-    sft, aligned = pair
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "content, message",
+    [("{", "is not JSON"), ("\x00\xff", "is not JSON"), ("[]", "holds no JSON object")],
+)
+def test_broken_json_is_named(pair, tmp_path, name, content, message, out):
+    broken = save(tmp_path / "broken", weights(2))
+    (broken / name).write_text(content, encoding="latin1")
+    refuse_in_both_places(pair, broken, out, f"broken/{name} {message}")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_link_to_nowhere_is_named(pair, tmp_path, name, out):
+    broken = save(tmp_path / "broken", weights(2))
+    (broken / name).unlink()
+    (broken / name).symlink_to("../blobs/gone")
+    message = f"broken/{name} is a link to a file that is not there"
+    refuse_in_both_places(pair, broken, out, message)
+
+
+def test_a_missing_config_is_named(pair, tmp_path, out):
+    broken = save(tmp_path / "broken", weights(2), config=None)
+    refuse_in_both_places(pair, broken, out, "no config.json in .*broken")
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_a_link_to_nowhere_among_the_small_files_is_named(pair, tmp_path, name, out):
+    _, aligned = pair
+    (aligned / name).symlink_to("../blobs/gone")
+    with pytest.raises(ValueError, match=f"{name} is a link to a file that is not there"):
+        extrapolate(*pair, {0.5: out})
+    assert names_in(tmp_path) == ["aligned", "sft"]
+
+
+def test_what_is_not_copied_may_be_missing(pair, out):
+    _, aligned = pair
+    (aligned / "optimizer.pt").symlink_to("../blobs/gone")
+    extrapolate(*pair, {0.5: out})
+
+
+def test_links_into_a_hub_cache_become_files(pair, tmp_path, out):
     for folder in pair:
         blobs = tmp_path / f"blobs-{folder.name}"
-        blobs.mkdir()
-        for file in list(folder.iterdir()):
-            os.rename(file, blobs / file.name)
-            file.symlink_to(f"../{blobs.name}/{file.name}")
-    extrapolate(sft, aligned, {0.5: tmp_path / "out"})
-    made = list((tmp_path / "out").iterdir())
-    assert len(made) == 4 and not any(file.is_symlink() for file in made)
+        os.rename(folder, blobs)
+        folder.mkdir()
+        for name in names_in(blobs):
+            (folder / name).symlink_to(f"../{blobs.name}/{name}")
+    extrapolate(*pair, {0.5: out})
+    files = list((out).iterdir())
+    assert len(files) == 4
+    assert not any(file.is_symlink() for file in files)
 
 
-def test_overflow_of_the_result(tmp_path):
-    """60000 + 0.5 (60000 - 0) = 90000 is beyond float16's 65504; at alpha 0.05 it is 63000."""
-    sft = save(tmp_path / "sft", {"w": torch.zeros(70_000, dtype=torch.float16)})
-    aligned = save(tmp_path / "aligned", {"w": torch.full((70_000,), 60_000, dtype=torch.float16)})
-    with pytest.raises(ValueError, match="w leaves the range of torch.float16 at alpha=0.5"):
-        extrapolate(sft, aligned, {0.05: tmp_path / "low", 0.5: tmp_path / "high"})
-    assert not (tmp_path / "low").exists()
-    extrapolate(sft, aligned, {0.05: tmp_path / "low"})
-    assert load(tmp_path / "low")["w"].unique().tolist() == [
-        63008
-    ]  # float16 steps are 32 wide there
+# ---- memory, kills and full disks
 
 
-def test_another_dtype(tmp_path):
-    """A float32 SFT model under a bfloat16 aligned one: float32 arithmetic, bfloat16 result, alpha
-    = -1 is a cast.
-    """
-    sft, aligned = weights(0, torch.float32), weights(1)
-    folders = save(tmp_path / "sft", sft), save(tmp_path / "aligned", aligned)
-    extrapolate(*folders, {-1: tmp_path / "minus", 0.3: tmp_path / "out"})
-    assert same(
-        load(tmp_path / "out"), {name: blend(sft[name], aligned[name], 0.3) for name in aligned}
-    )
-    assert same(
-        without(load(tmp_path / "minus"), "model.steps"), without(weights(0), "model.steps")
-    )
+SHARD_SIZES = [[64, *[4] * 9], [4] * 25, [4] * 25, [4] * 25]  # MB of each tensor of each shard
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory) -> tuple[Path, Path]:
-    """Two sparse 400 MB models of 4 shards: one tensor of 64 MB and many of 4 MB, all zero but a
-    few values.
-    """
+    """Two sparse 400 MB models of 4 shards, all zero but the first value of each aligned shard."""
     root = tmp_path_factory.mktemp("big")
-    for model in ("sft", "aligned"):
-        (root / model).mkdir()
-        index = {}
-        for shard in range(4):
-            sizes = [64, *[4] * 9] if shard == 0 else [4] * 25
-            header, end = {"__metadata__": {"format": "pt"}}, 0
-            for i, size in enumerate(sizes):
-                header[f"t{shard}.{i}"] = {
-                    "dtype": "BF16",
-                    "shape": [size << 9, 1 << 10],
-                    "data_offsets": [end, end := end + (size << 20)],
-                }
-            text = json.dumps(header).encode()
-            text += b" " * (-len(text) % 8)
-            file = root / model / f"model-{shard}.safetensors"
-            with open(file, "wb") as opened:
-                opened.write(
-                    len(text).to_bytes(8, "little")
-                    + text
-                    + (b"\x80?" if model == "aligned" else b"")
-                )  # 1.0
-                opened.truncate(8 + len(text) + end)
-            index |= dict.fromkeys(without(header, "__metadata__"), file.name)
-        assert len(index) == 85
-        (root / model / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": index})
-        )
-        (root / model / "config.json").write_text("{}")
-    return root / "sft", root / "aligned"
+    one_in_bfloat16 = b"\x80?"
+    sft = save_sparse(root / "sft", first_value=b"")
+    aligned = save_sparse(root / "aligned", first_value=one_in_bfloat16)
+    return sft, aligned
 
 
-def test_memory_is_bounded(big, tmp_path):
-    """A 400 MB model takes less than 100 MB beyond the imports, in a process and through a command
-    line of its own.
-    """
-    arguments = [*map(str, big), str(tmp_path / "out"), "--alpha", "0.5"]
-    code = """if True:
-        import resource, runpy, safetensors, torch, tqdm
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        runpy.run_module("beyond_dpo.extrapolate", run_name="__main__")  # what python -m does
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
-    )
+def save_sparse(folder: Path, first_value: bytes) -> Path:
+    """Write a model whose files take hardly any room."""
+    folder.mkdir()
+    index = {}
+    for shard, sizes in enumerate(SHARD_SIZES):
+        header = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for i, size in enumerate(sizes):
+            start = end
+            end += size << 20
+            shape = [size << 9, 1 << 10]
+            entry = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+            header[f"t{shard}.{i}"] = entry
+            index[f"t{shard}.{i}"] = f"model-{shard}.safetensors"
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        length = len(text).to_bytes(8, "little")
+        with open(folder / f"model-{shard}.safetensors", "wb") as file:
+            file.write(length + text + first_value)
+            file.truncate(8 + len(text) + end)
+    assert len(index) == 85
+    write_json(folder / INDEX, {"weight_map": index})
+    write_json(folder / "config.json", {})
+    return folder
+
+
+MEASURED = """if True:
+    import resource, runpy, safetensors, torch, tqdm
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    runpy.run_module("beyond_dpo.extrapolate", run_name="__main__")  # what python -m does
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_memory_is_bounded(big, out):
+    """A 400 MB model takes less than 100 MB beyond the imports, in a process of its own."""
+    sft, aligned = big
+    arguments = [sft, aligned, out, "--alpha", "0.5"]
+    command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    path, growth = done.stdout.split()
-    assert path == arguments[2] and float(growth) < 100
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) == 4 and sum(f.stat().st_size for f in files) > 388 << 20
+    path, megabytes = done.stdout.split()
+    assert path == str(out)
+    assert float(megabytes) < 100
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) == 4
+    assert sum(file.stat().st_size for file in files) > 388 << 20
     with safe_open(files[0], "pt") as file:
-        assert file.get_tensor("t0.0")[0, :2].tolist() == [1.5, 0.0]  # 1 + 0.5 (1 - 0)
-    shutil.rmtree(tmp_path / "out")
+        first_values = file.get_tensor("t0.0")[0, :2].tolist()
+    assert first_values == [1.5, 0.0]  # 1 + 0.5 (1 - 0)
+    shutil.rmtree(out)
 
 
 def wait_for_work(parent: Path) -> None:
@@ -666,44 +827,53 @@ def wait_for_work(parent: Path) -> None:
 
 
 def fork(work) -> int:
-    """Do `work` in a child process, which ends with the status that it returns; return the child's
-    id.
+    """Do `work` in a child process, which ends with the status that it returns.
+
+    Returns the child's id.
     """
     child = os.fork()
     if child == 0:
-        tqdm.set_lock(
-            threading.RLock()
-        )  # else it is one with this process's, and may be held for ever
+        # Else it is one with this process's, and may be held for ever.
+        tqdm.set_lock(threading.RLock())
         os._exit(work())
     return child
 
 
-def test_kill_9_blocks_nothing(big, tmp_path):
+def exit_code(child: int) -> int:
+    """Wait for a child process; return its exit code, negative for a signal."""
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def test_kill_9_blocks_nothing(big, tmp_path, out):
     """A killed run leaves no result; the next run succeeds and clears what the dead one left."""
-    child = fork(lambda: extrapolate(*big, {0.5: tmp_path / "out"}) and 0)
+
+    def run() -> int:
+        extrapolate(*big, {0.5: out})
+        return 0
+
+    child = fork(run)
     try:
         wait_for_work(tmp_path)
     finally:
         os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    assert [f.name[:13] for f in tmp_path.iterdir()] == [".out.partial-"]
-    (left,) = tmp_path.glob(".out.partial-*/model-0.safetensors")
+        code = exit_code(child)
+    assert code == -signal.SIGKILL
+    (working,) = tmp_path.iterdir()
+    assert working.name.startswith(".out.partial-")
     with pytest.raises(Exception, match="header"):  # a half-written file does not load
-        safe_open(left, "pt")
-    extrapolate(*big, {0.5: tmp_path / "out"})
-    assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    shutil.rmtree(tmp_path / "out")
+        safe_open(working / "model-0.safetensors", "pt")
+    extrapolate(*big, {0.5: out})
+    assert names_in(tmp_path) == ["out"]
+    shutil.rmtree(out)
 
 
-def test_two_runs_into_one_folder_at_a_time(big, tmp_path):
-    """The second one leaves the working folder of the first alone, which then finds that it came
-    too late.
-    """
+def test_two_runs_into_one_folder_at_a_time(big, tmp_path, out):
+    """The second run leaves the first one's working folder alone; the first finds it is late."""
 
     def run() -> int:
         try:
-            extrapolate(*big, {0.5: tmp_path / "out"})
+            extrapolate(*big, {0.5: out})
         except FileExistsError as error:
             return 3 if "another run has written" in str(error) else 4
         return 0
@@ -713,150 +883,195 @@ def test_two_runs_into_one_folder_at_a_time(big, tmp_path):
         wait_for_work(tmp_path)
         os.kill(first, signal.SIGSTOP)
         (working,) = tmp_path.glob(".out.partial-*")
-        extrapolate(*big, {0.5: tmp_path / "out"})
-        assert working.exists() and (tmp_path / "out" / "expo.json").exists()
+        extrapolate(*big, {0.5: out})
+        assert working.exists()
+        assert (out / "expo.json").exists()
     finally:
         os.kill(first, signal.SIGCONT)
-        _, status = os.waitpid(first, 0)
-    assert os.waitstatus_to_exitcode(status) == 3
-    assert [f.name for f in tmp_path.iterdir()] == ["out"]
-    shutil.rmtree(tmp_path / "out")
+        code = exit_code(first)
+    assert code == 3
+    assert names_in(tmp_path) == ["out"]
+    shutil.rmtree(out)
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch):
+def test_all_is_on_the_disk_before_it_has_its_name(pair, tmp_path, monkeypatch, out):
     """Files and folder are synced before the rename, and the folder above after it."""
-    synced, fsync, rename = [], os.fsync, os.rename
+    steps = []
+    fsync = os.fsync
+    rename = os.rename
 
     def noted_fsync(opened):
-        synced.append(Path(os.readlink(f"/proc/self/fd/{opened}")))
+        steps.append(os.readlink(f"/proc/self/fd/{opened}"))
         fsync(opened)
 
     def noted_rename(source, target):
-        synced.append(f"to {Path(target).name}")
+        steps.append(f"to {Path(target).name}")
         rename(source, target)
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "rename", noted_rename)
-    extrapolate(*pair, {0.5: tmp_path / "out"})
-    before, after = synced[: synced.index("to out")], synced[synced.index("to out") + 1 :]
-    names = [path.name for path in before[-5:]]  # weights were once before, without their header
-    assert sorted(names[:4]) == ["config.json", "expo.json", "model.safetensors", "tokenizer.json"]
-    assert names[4].startswith(".out.partial-") and after == [tmp_path]
+    extrapolate(*pair, {0.5: out})
+    named = steps.index("to out")
+    last_synced = steps[named - 5 : named]  # weights were synced before, without their header
+    *files, folder = [Path(path).name for path in last_synced]
+    assert sorted(files) == ["config.json", "expo.json", SINGLE, "tokenizer.json"]
+    assert folder.startswith(".out.partial-")
+    assert steps[named + 1 :] == [str(tmp_path)]
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_interrupt_leaves_nothing(big, tmp_path):
+def test_interrupt_leaves_nothing(big, tmp_path, out):
     """Ctrl-C in the middle of the work stops the threads and deletes the working folder."""
     threads = torch.get_num_threads()
-    pid = os.fork()
-    if pid == 0:  # only sends the signal
+    child = os.fork()
+    if child == 0:  # only sends the signal
         wait_for_work(tmp_path)
         os.kill(os.getppid(), signal.SIGINT)
         os._exit(0)
     try:
         with pytest.raises(KeyboardInterrupt):
-            extrapolate(*big, {0.5: tmp_path / "out"})
+            extrapolate(*big, {0.5: out})
             time.sleep(5)
     finally:
-        os.waitpid(pid, 0)
-    assert not list(tmp_path.iterdir()) and torch.get_num_threads() == threads
+        os.waitpid(child, 0)
+    assert not list(tmp_path.iterdir())
+    assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize("allocate", [True, False])
-def test_full_disk_leaves_nothing(tmp_path, monkeypatch, allocate):
-    """A disk of 1 MB for a 2 MB result: an error at once where space can be reserved, in the middle
-    where it cannot.
-    """
-    sft = save(tmp_path / "sft", {f"w{i}": torch.zeros(1 << 17) for i in range(4)})
-    aligned = save(tmp_path / "aligned", {f"w{i}": torch.ones(1 << 17) for i in range(4)})
-    if not allocate:
-        monkeypatch.delattr(os, "posix_fallocate")
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mount a disk of 1 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small disk")
-    try:
-        with pytest.raises(OSError, match="No space left"):
-            extrapolate(sft, aligned, {0.5: disk / "out"})
-        assert not list(disk.iterdir())
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.mark.parametrize("allocate", [True, False])
-def test_file_size_limit_leaves_nothing(tmp_path, monkeypatch, allocate):
-    sft, aligned = (
-        save(tmp_path / str(i), {"w": torch.full((1 << 18,), i, dtype=torch.float32)})
-        for i in (0, 1)
-    )
-    if not allocate:
+@pytest.fixture(params=["reserved", "not reserved"])
+def allocation(request, monkeypatch):
+    """Reserve room for files, as Linux does, or do not, as macOS."""
+    if request.param == "not reserved":
         monkeypatch.delattr(os, "posix_fallocate")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, limits[1]))
+
+
+@pytest.mark.usefixtures("allocation")
+def test_full_disk_leaves_nothing(tmp_path, small_disk):
+    """A 2 MB result is an error at once where room can be reserved, else in the middle."""
+    names = [f"w{i}" for i in range(4)]
+    sft = {name: torch.zeros(1 << 17) for name in names}
+    aligned = {name: torch.ones(1 << 17) for name in names}
+    folders = save_pair(tmp_path, sft, aligned)
+    with pytest.raises(OSError, match="No space left"):
+        extrapolate(*folders, {0.5: small_disk / "out"})
+    assert not list(small_disk.iterdir())
+
+
+@pytest.mark.usefixtures("allocation")
+def test_file_size_limit_leaves_nothing(tmp_path, out):
+    sft = {"w": torch.zeros(1 << 18)}
+    aligned = {"w": torch.ones(1 << 18)}
+    folders = save_pair(tmp_path, sft, aligned)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 19, hard))
     try:
         with pytest.raises(OSError, match="File too large"):
-            extrapolate(sft, aligned, {0.5: tmp_path / "out"})
+            extrapolate(*folders, {0.5: out})
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["0", "1"]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names_in(tmp_path) == ["aligned", "sft"]
 
 
-def test_command_line(pair, tmp_path, capsys):
-    sft, aligned = map(str, pair)
-    module.main([sft, aligned, str(tmp_path / "one"), "--alpha", "0.5", "--module", "*.q.weight=2"])
-    module.main(
-        [sft, aligned, str(tmp_path / "two"), "--alpha", "0.5", "--alpha", "-1", "--alpha", "1e-3"]
-    )
-    assert capsys.readouterr().out.splitlines() == [
-        str(tmp_path / name) for name in ("one", "two/alpha=0.5", "two/alpha=-1", "two/alpha=0.001")
-    ]
-    assert json.loads((tmp_path / "one/expo.json").read_text())["modules"] == {"*.q.weight": 2.0}
-    assert same(load(tmp_path / "two/alpha=0.5"), dict(tensors(sft, aligned, 0.5)))
-    for extra in (
+# ---- command line
+
+
+def run_command_line(pair, out: Path, *arguments: str) -> None:
+    sft, aligned = pair
+    module.main([str(sft), str(aligned), str(out), *arguments])
+
+
+def test_command_line_of_one_alpha(pair, out, capsys):
+    run_command_line(pair, out, "--alpha", "0.5", "--module", "*.q.weight=2")
+    assert capsys.readouterr().out == f"{out}\n"
+    facts = read_json(out / "expo.json")
+    assert facts["modules"] == {"*.q.weight": 2.0}
+
+
+def test_command_line_of_several_alphas(pair, out, capsys):
+    run_command_line(pair, out, "--alpha", "0.5", "--alpha", "-1", "--alpha", "1e-3")
+    folders = [out / "alpha=0.5", out / "alpha=-1", out / "alpha=0.001"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [str(folder) for folder in folders]
+    assert same(load(folders[0]), dict(tensors(*pair, 0.5)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
         ["--alpha", "nan"],
         ["--alpha", "1", "--module", "*"],
         ["--alpha", "1", "--module", "re:(=1"],
-    ):
-        with pytest.raises(SystemExit, match="error: "):
-            module.main([sft, aligned, str(tmp_path / "no"), *extra])
-    with pytest.raises(SystemExit, match="error: .*one"):
-        module.main([sft, aligned, str(tmp_path / "one"), "--alpha", "1"])
+    ],
+)
+def test_command_line_says_what_is_wrong(pair, out, arguments):
+    with pytest.raises(SystemExit, match="error: "):
+        run_command_line(pair, out, *arguments)
+
+
+def test_command_line_names_a_folder_that_is_in_use(pair):
+    _, aligned = pair
+    with pytest.raises(SystemExit, match="error: .*aligned"):
+        run_command_line(pair, aligned, "--alpha", "1")
 
 
 @pytest.mark.parametrize("name", ["extrapolate", "jobs.generate"])
 def test_help_is_shown_and_starts_nothing(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
-    monkeypatch.delitem(
-        sys.modules, f"beyond_dpo.{name}", raising=False
-    )  # as in a process of its own
+    # As in a process of its own.
+    monkeypatch.delitem(sys.modules, f"beyond_dpo.{name}", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module(f"beyond_dpo.{name}", run_name="__main__")
-    assert (
-        ended.value.code == 0 and f"usage: python -m beyond_dpo.{name}" in capsys.readouterr().out
-    )
+    assert ended.value.code == 0
+    assert f"usage: python -m beyond_dpo.{name}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("terminal, disabled", [(True, False), (True, True), (False, False)])
-def test_progress_bar_only_on_a_terminal(pair, tmp_path, monkeypatch, terminal, disabled):
-    master, slave = os.openpty() if terminal else os.pipe()
-    if terminal:
-        termios.tcsetwinsize(slave, (24, 80))
-    monkeypatch.setenv("TQDM_DISABLE", "1") if disabled else monkeypatch.delenv(
-        "TQDM_DISABLE", raising=False
-    )
-    with open(slave, "w") as stderr, open(master, "rb", buffering=0) as screen:
+def stderr_of_a_run(pair, out: Path, monkeypatch, reading_end: int, writing_end: int) -> bytes:
+    """Extrapolate with stderr at one end of a terminal or a pipe; return what the other reads."""
+    with open(writing_end, "w") as stderr, open(reading_end, "rb", buffering=0) as screen:
         monkeypatch.setattr(sys, "stderr", stderr)
-        extrapolate(*pair, {0.5: tmp_path / "out"})
+        extrapolate(*pair, {0.5: out})
         stderr.write("end")
         stderr.flush()
-        shown = b""
-        while not shown.endswith(b"end"):  # a terminal hands over piece by piece
-            shown += screen.read(10_000)
-    assert b"100%" in shown if terminal and not disabled else shown == b"end"
+        text = b""
+        while not text.endswith(b"end"):  # a terminal hands over piece by piece
+            text += screen.read(10_000)
+    return text.removesuffix(b"end")
 
 
-def test_without_a_bar_one_line_says_what_takes_long(pair, tmp_path, monkeypatch, capsys):
+def stderr_of_a_terminal(pair, out: Path, monkeypatch) -> bytes:
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (24, 80))
+    return stderr_of_a_run(pair, out, monkeypatch, master, slave)
+
+
+def test_a_terminal_shows_a_progress_bar(pair, out, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert b"100%" in stderr_of_a_terminal(pair, out, monkeypatch)
+
+
+def test_a_progress_bar_can_be_disabled(pair, out, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert stderr_of_a_terminal(pair, out, monkeypatch) == b""
+
+
+def test_a_pipe_gets_no_progress_bar(pair, out, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    assert stderr_of_a_run(pair, out, monkeypatch, *os.pipe()) == b""
+
+
+def test_without_a_bar_one_line_says_what_takes_long(pair, out, monkeypatch, capsys):
     """Off a terminal nothing was said for as long as it took."""
     monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.setattr(events, "SLOW", 0.1)
@@ -867,96 +1082,113 @@ def test_without_a_bar_one_line_says_what_takes_long(pair, tmp_path, monkeypatch
         publish(*folders)
 
     monkeypatch.setattr(module, "_publish", slowly)
-    extrapolate(*pair, {0.5: tmp_path / "out"})
-    said = capsys.readouterr().err
-    assert said.startswith(f"extrapolating {pair[1]} to 1 α, ") and said.count("\n") == 1
+    extrapolate(*pair, {0.5: out})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"extrapolating {pair[1]} to 1 α, ")
 
 
-def test_a_full_disk_behind_the_bar_ends_no_work(pair, tmp_path):
+ON_A_TERMINAL = """
+import sys
+from beyond_dpo import extrapolate as module
+sys.stderr.isatty = lambda: True
+module.main(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_behind_the_bar_ends_no_work(pair, out):
     """A terminal that is gone, or a full disk: tqdm's own error came through."""
-    code = (
-        "import sys\nfrom beyond_dpo import extrapolate as module\n"
-        "sys.stderr.isatty = lambda: True\n"
-    )
-    code += "module.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *map(str, pair), str(tmp_path / "out"), "--alpha", "0.5"]
-    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    command = [sys.executable, "-c", ON_A_TERMINAL, *map(str, pair), str(out), "--alpha", "0.5"]
+    environment = dict(os.environ)
+    environment.pop("TQDM_DISABLE", None)
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True
         )
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'out'}\n")
+    assert done.returncode == 0
+    assert done.stdout == f"{out}\n"
+
+
+INTERRUPTED = """
+import os, signal
+from beyond_dpo import extrapolate as module
+signal.signal(signal.SIGINT, signal.default_int_handler)
+module.extrapolate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+module.main(['sft', 'aligned', 'out', '--alpha', '1'])
+"""
 
 
 def test_an_interrupted_extrapolation_is_one_line():
-    code = "import os, signal\nfrom beyond_dpo import extrapolate as module\n"
-    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    code += "module.extrapolate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)\n"
-    code += "module.main(['sft', 'aligned', 'out', '--alpha', '1'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (
-        done.returncode == 130
-        and done.stderr.startswith("interrupted; ")
-        and done.stderr.count("\n") == 1
-    )
+    command = [sys.executable, "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 130
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("interrupted; ")
 
 
-def test_loads_in_transformers(tmp_path):
-    """A tied, sharded Llama from the output computes the logits of a model whose parameters were
-    set by hand.
-    """
+# ---- models of transformers
+
+
+@torch.no_grad()
+def test_loads_in_transformers(tmp_path, out):
+    """A tied, sharded Llama from the output computes what one with parameters set by hand does."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = LlamaConfig(
-        **sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    sft, aligned, by_hand = (LlamaForCausalLM(config).eval() for _ in range(3))
-    with torch.no_grad():
-        for zero, one, two in zip(
-            sft.parameters(), aligned.parameters(), by_hand.parameters(), strict=True
-        ):
-            one.copy_(zero + 0.01 * torch.randn_like(zero))
-            two.copy_(one + 0.5 * (one - zero))
-    for model, name in ((sft, "sft"), (aligned, "aligned")):
-        model.save_pretrained(
-            tmp_path / name, max_shard_size="20KB" if name == "aligned" else "1GB"
-        )
+    sft = LlamaForCausalLM(config).eval()
+    aligned = LlamaForCausalLM(config).eval()
+    by_hand = LlamaForCausalLM(config).eval()
+    parameters = zip(sft.parameters(), aligned.parameters(), by_hand.parameters(), strict=True)
+    for theta_sft, theta_aligned, theta in parameters:
+        theta_aligned.copy_(theta_sft + 0.01 * torch.randn_like(theta_sft))
+        theta.copy_(theta_aligned + 0.5 * (theta_aligned - theta_sft))
+    sft.save_pretrained(tmp_path / "sft")
+    aligned.save_pretrained(tmp_path / "aligned", max_shard_size="20KB")
     assert len(list((tmp_path / "aligned").glob("*.safetensors"))) > 1
-    extrapolate(tmp_path / "sft", tmp_path / "aligned", {0.5: tmp_path / "out"})
-    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    extrapolate(tmp_path / "sft", tmp_path / "aligned", {0.5: out})
+    loaded = LlamaForCausalLM.from_pretrained(out).eval()
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    ids = torch.arange(10)[None]
-    with torch.no_grad():
-        logits = [model(ids).logits for model in (loaded, by_hand, aligned)]
-    assert torch.equal(logits[0], logits[1]) and not torch.allclose(logits[0], logits[2])
+    assert torch.equal(logits(loaded), logits(by_hand))
+    assert not torch.allclose(logits(loaded), logits(aligned))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    ids = torch.arange(9).unsqueeze(0)
+    return model.eval()(ids).logits
 
 
 # ---- adapters
 
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 
-
-def adapted(folder: Path, targets: list[str], **settings) -> torch.Tensor:
-    """Save a random GPT-2 and a random adapter of it with peft; return the logits that peft
-    computes with both.
-    """
+def adapted(folder: Path, targets: list[str]) -> torch.Tensor:
+    """Save a random GPT-2 and a random adapter of it with peft; return peft's logits with both."""
     import peft
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(**GPT2, bos_token_id=0, eos_token_id=1, initializer_range=0.3)
-    ).eval()
+    config = GPT2Config(
+        vocab_size=64,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=32,
+        bos_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.3,
+    )
+    model = GPT2LMHeadModel(config).eval()
     model.save_pretrained(folder / "base")
-    settings = {
-        "r": 2,
-        "lora_alpha": 6,
-        "target_modules": targets,
-        "task_type": "CAUSAL_LM",
-    } | settings
-    tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM")
+    tuned = peft.get_peft_model(model, settings)
     with torch.no_grad():
         for weight in tuned.parameters():
             if weight.requires_grad:
@@ -965,69 +1197,74 @@ def adapted(folder: Path, targets: list[str], **settings) -> torch.Tensor:
     return logits(tuned)
 
 
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(torch.arange(9)[None]).logits
-
-
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_an_adapter_of_conv1d_layers_is_added_transposed(tmp_path, prefix):
-    """GPT-2 stores its weights (in, out), also square ones; on the hub its names lack their first
-    part.
+    """GPT-2 stores its weights (in, out), also square ones.
+
+    On the hub its names lack their first part.
     """
     from transformers import GPT2LMHeadModel
 
     wanted = adapted(tmp_path, ["c_attn", "c_proj", "c_fc"])
-    base = load(tmp_path / "base")
-    save_file(
-        {prefix + name.removeprefix("transformer."): tensor for name, tensor in base.items()},
-        tmp_path / "base/model.safetensors",
-        {"format": "pt"},
-    )
-    shutil.copytree(tmp_path / "base", tmp_path / "merged")
-    merged = dict(lora.tensors(tmp_path / "base", tmp_path / "adapter", 0.0))
-    assert (
-        sum(
-            not torch.equal(merged[prefix + name.removeprefix("transformer.")], base[name])
-            for name in base
-        )
-        == 8
-    )
-    save_file(merged, tmp_path / "merged/model.safetensors", {"format": "pt"})
-    found = logits(GPT2LMHeadModel.from_pretrained(tmp_path / "merged", dtype=torch.float32))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    folder = tmp_path / "base"
+    adapter = tmp_path / "adapter"
+    base = {}
+    for name, tensor in load(folder).items():
+        short_name = name.removeprefix("transformer.")
+        base[prefix + short_name] = tensor
+    save_file(base, folder / SINGLE, {"format": "pt"})
+    merged = dict(lora.tensors(folder, adapter, 0.0))
+    moved = [name for name in base if not torch.equal(merged[name], base[name])]
+    assert len(moved) == 8
+    save_file(merged, folder / SINGLE, {"format": "pt"})
+    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+def refuse_adapter(base: Path, adapter: Path, message: str) -> None:
+    """Assert that an adapter is refused by a message, added or scaled."""
+    with pytest.raises(ValueError, match=message):
+        lora.tensors(base, adapter, 1.0)
+    with pytest.raises(ValueError, match=message):
+        lora.scaled(adapter, {1.0: adapter.parent / "out"})
 
 
 def test_half_an_adapter_is_never_used(tmp_path):
-    """Embeddings, a B without its A, an unknown tensor: all of a file is added, or it is refused by
-    that name.
-    """
+    """Embeddings, a B without its A, an unknown tensor: the file is refused by that name."""
     adapted(tmp_path, ["c_attn", "wte"])
+    base = tmp_path / "base"
     adapter = tmp_path / "adapter"
-    held = load_file(adapter / lora.WEIGHTS)
-    linear = {name: tensor for name, tensor in held.items() if "c_attn" in name}
-    assert len(held) == len(linear) + 2 == 6
-    orphan = {
-        name: tensor for name, tensor in linear.items() if "h.1.attn.c_attn.lora_A" not in name
-    }
-    files = {
-        "lora_embedding_A": held,
-        "c_attn.lora_B": orphan,
+    state = load_file(adapter / lora.WEIGHTS)
+    linear = {name: tensor for name, tensor in state.items() if "c_attn" in name}
+    assert len(linear) == 4
+    assert len(state) == 6
+    (orphaned,) = [name for name in linear if "h.1.attn.c_attn.lora_A" in name]
+    unusable = {
+        "lora_embedding_A": state,
+        "c_attn.lora_B": without(linear, orphaned),
         "extra": linear | {"extra.weight": torch.ones(2)},
     }
-    for named, content in files.items():
+    for name, content in unusable.items():
         save_file(content, adapter / lora.WEIGHTS)
-        uses = {
-            "swap": lambda: lora.tensors(tmp_path / "base", adapter, 1.0),
-            "scale": lambda: lora.scaled(adapter, {1.0: tmp_path / "out"}),
-        }
-        for use in uses.values():
-            with pytest.raises(ValueError, match=f"holds .*{named}.*merge it"):
-                use()
+        refuse_adapter(base, adapter, f"holds .*{name}.*merge it")
     (adapter / lora.WEIGHTS).unlink()
-    for use in uses.values():
-        with pytest.raises(ValueError, match="no adapter_model.safetensors"):
-            use()
+    refuse_adapter(base, adapter, "no adapter_model.safetensors")
+
+
+PLAIN_LORA = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
+
+
+def save_adapter(folder: Path, layer: str, a: torch.Tensor, b: torch.Tensor) -> Path:
+    """Write a plain LoRA of rank 2 with scale 2."""
+    folder.mkdir()
+    settings = PLAIN_LORA | {"target_modules": [layer]}
+    write_json(folder / lora.CONFIG, settings)
+    state = {
+        f"base_model.model.{layer}.lora_A.weight": a,
+        f"base_model.model.{layer}.lora_B.weight": b,
+    }
+    save_file(state, folder / lora.WEIGHTS)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -1047,71 +1284,51 @@ def test_half_an_adapter_is_never_used(tmp_path):
     ],
 )
 def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, message):
-    settings = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "bias": "none",
-        "target_modules": ["q"],
-    }
-    (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
-    names = {"A": torch.ones(2, 3), "B": torch.ones(5, 2)}
-    save_file(
-        {f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()},
-        tmp_path / lora.WEIGHTS,
-    )
-    lora.scaled(tmp_path, {1.0: tmp_path / "plain"})
-    (tmp_path / lora.CONFIG).write_text(json.dumps(settings | change))
-    with pytest.raises(ValueError, match=message):
-        lora.scaled(tmp_path, {1.0: tmp_path / "out"})
-    with pytest.raises(ValueError, match=message):
-        lora.tensors(save(tmp_path / "model", weights(0)), tmp_path, 1.0)
+    base = save(tmp_path / "model", weights(0))
+    adapter = tmp_path / "adapter"
+    a = torch.ones(2, 3)
+    b = torch.ones(5, 2)
+    save_adapter(adapter, "q", a, b)
+    lora.scaled(adapter, {1.0: tmp_path / "plain"})
+    settings = read_json(adapter / lora.CONFIG)
+    write_json(adapter / lora.CONFIG, settings | change)
+    refuse_adapter(base, adapter, message)
 
 
 def test_an_adapter_of_one_of_two_tied_tensors_is_refused(tmp_path):
-    """peft moves the head alone; in the merged file it would move the embeddings too, or be
-    lost.
-    """
+    """peft moves the head alone; merged, it would move the embeddings too, or be lost."""
     state = weights(0, torch.float32)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-    settings = {
-        "peft_type": "LORA",
-        "r": 2,
-        "lora_alpha": 4,
-        "bias": "none",
-        "target_modules": ["lm_head"],
-    }
-    (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
-    names = {"A": torch.ones(2, 5), "B": torch.ones(12, 2)}
-    save_file(
-        {f"base_model.model.lm_head.lora_{n}.weight": t for n, t in names.items()},
-        tmp_path / lora.WEIGHTS,
-    )
+    state[HEAD] = state[EMBEDDINGS].clone()
+    tied = save(tmp_path / "tied", state)
+    untied_config = CONFIG | {"tie_word_embeddings": False}
+    untied = save(tmp_path / "untied", state, config=untied_config)
+    a = torch.ones(2, 5)
+    b = torch.ones(12, 2)
+    adapter = save_adapter(tmp_path / "adapter", "lm_head", a, b)
     with pytest.raises(IncompatibleModels, match="moves lm_head.weight, which .* ties to another"):
-        lora.tensors(save(tmp_path / "tied", state), tmp_path, 1.0)
-    untied = save(tmp_path / "untied", state, config=CONFIG | {"tie_word_embeddings": False})
-    moved = dict(lora.tensors(untied, tmp_path, 0.0))["lm_head.weight"] - state["lm_head.weight"]
-    torch.testing.assert_close(moved, torch.full((12, 5), 4.0))  # s BA = 4 / 2 · (1 · 1 + 1 · 1)
+        lora.tensors(tied, adapter, 1.0)
+    merged = dict(lora.tensors(untied, adapter, 0.0))
+    moved = merged[HEAD] - state[HEAD]
+    wanted = torch.full((12, 5), 4.0)  # s BA = 4 / 2 · (1 · 1 + 1 · 1)
+    torch.testing.assert_close(moved, wanted)
 
 
-def test_scaling_an_adapter_again_writes_over_no_other(tmp_path):
-    """A second attempt gives the same; another adapter into the same folder leaves the first one's
-    file alone.
-    """
-    for i, name in enumerate(("one", "other")):
-        (tmp_path / name).mkdir()
-        settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "bias": "none"}
-        (tmp_path / name / lora.CONFIG).write_text(json.dumps(settings))
-        names = {"A": torch.full((2, 5), i + 1.0), "B": torch.ones(12, 2)}
-        tensors = {f"base_model.model.q.lora_{n}.weight": t for n, t in names.items()}
-        save_file(tensors, tmp_path / name / lora.WEIGHTS)
-    contents = [(tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")]
-    assert contents[0] != contents[1]
-    for name in ("one", "one", "other", "one"):
-        lora.scaled(tmp_path / name, {0.5: tmp_path / "scaled"})
-        assert (tmp_path / "scaled" / lora.WEIGHTS).samefile(tmp_path / name / lora.WEIGHTS)
-        assert json.loads((tmp_path / "scaled" / lora.CONFIG).read_text())["lora_alpha"] == 6
-        assert [
-            (tmp_path / name / lora.WEIGHTS).read_bytes() for name in ("one", "other")
-        ] == contents
-        assert len(list((tmp_path / "scaled").iterdir())) == 2
+def test_scaling_an_adapter_again_writes_over_no_other(tmp_path, out):
+    """A second attempt gives the same; another adapter leaves the first one's file alone."""
+    a = torch.ones(2, 5)
+    b = torch.ones(12, 2)
+    first = save_adapter(tmp_path / "first", "q", a, b)
+    other = save_adapter(tmp_path / "other", "q", 2 * a, b)
+    first_weights = first / lora.WEIGHTS
+    other_weights = other / lora.WEIGHTS
+    first_bytes = first_weights.read_bytes()
+    other_bytes = other_weights.read_bytes()
+    assert first_bytes != other_bytes
+    for adapter in (first, first, other, first):
+        lora.scaled(adapter, {0.5: out})
+        linked = out / lora.WEIGHTS
+        assert linked.samefile(adapter / lora.WEIGHTS)
+        assert read_json(out / lora.CONFIG)["lora_alpha"] == 6
+        assert names_in(out) == [lora.CONFIG, lora.WEIGHTS]
+        assert first_weights.read_bytes() == first_bytes
+        assert other_weights.read_bytes() == other_bytes

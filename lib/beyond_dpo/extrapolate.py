@@ -1,9 +1,12 @@
-"""Extrapolate an aligned model past its SFT start, from safetensors to safetensors in one streamed
-read.
+"""Extrapolate an aligned model past its SFT start, from safetensors to safetensors in one read.
 
-The rule is ExPO's, theta_2 = theta_1 + alpha * (theta_1 - theta_0) (Eq 6, arXiv 2404.16792);
-nothing is trained. Command line: python -m beyond_dpo.extrapolate SFT ALIGNED OUT --alpha 0.3
---alpha 0.5 [--module '*.mlp.*=0.1']
+The rule is ExPO's, theta_2 = theta_1 + alpha * (theta_1 - theta_0) (Eq 6, arXiv 2404.16792), where
+theta_0 is the SFT model and theta_1 the aligned one. Nothing is trained. Weights are streamed: the
+memory that is needed does not depend on the size of the model.
+
+From the command line:
+
+    python -m beyond_dpo.extrapolate SFT ALIGNED OUT --alpha 0.3 --alpha 0.5 --module '*.mlp.*=0.1'
 """
 
 import argparse
@@ -15,23 +18,27 @@ import math
 import os
 import re
 import shutil
-from collections import Counter, namedtuple
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from xxhash import (
-    xxh3_128,
-)  # says which weights went in; sha256 would take as long as a third of the copying
 
 from beyond_dpo import events
 from beyond_dpo.files import sync
 
-BLOCK = 1 << 18  # elements per step: its buffers (about 5 MB) stay in the processor's cache
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Elements of a tensor that are computed at a time. The buffers for so many (about 5 MB) stay in the
+# processor's cache.
+BLOCK = 1 << 18
+LARGEST_SMALL_FILE = 100 << 20  # bytes, of a file that is copied besides the weights
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +51,7 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
 }
+# Settings of config.json that both models must share.
 STRUCTURE = (
     "architectures",
     "model_type",
@@ -52,6 +60,9 @@ STRUCTURE = (
     "num_attention_heads",
     "tie_word_embeddings",
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json")
+# How the names of an output head and of token embeddings end. Where they are tied, the two are one
+# tensor, which may be stored under either name.
 HEADS = ("lm_head.weight", "embed_out.weight")
 EMBEDDINGS = (
     "embed_tokens.weight",
@@ -60,14 +71,16 @@ EMBEDDINGS = (
     "word_embeddings.weight",
     "shared.weight",
 )
-# What a model computes from its config, though old checkpoints store it: transformers ignores it
-# and writes none.
+# Names of tensors that a model computes from its config. Old checkpoints store them; transformers
+# ignores them and no longer writes them.
 DERIVED = re.compile(
     r"(rotary_emb\.inv_freq|\.(attn|attention)\.masked_bias|\.(cos|sin)_cached|\bposition_ids)$"
 )
-CAUSAL_MASK = re.compile(
-    r"\.(attn|attention)\.bias$"
-)  # of GPT-2, GPT-NeoX: derived too, where it is a square
+# The causal mask of GPT-2 and GPT-NeoX is derived too. A tensor of this name is one if it is
+# square.
+CAUSAL_MASK = re.compile(r"\.(attn|attention)\.bias$")
+# Weights, optimizer state and an artifact's hashes of its own files belong to the aligned model
+# alone.
 NOT_COPIED = (
     ".safetensors",
     ".bin",
@@ -82,271 +95,354 @@ NOT_COPIED = (
     ".npz",
     ".index.json",
     "manifest.json",
-)  # weights, optimizer state, an artifact's own hashes
+)
 EQUAL = "every tensor in {1} equals the one in {0}: there is no direction to follow"
-_Stored = namedtuple(
-    "_Stored", "name file header data start size dtype shape kind"
-)  # data: byte where the header ends
+UNKNOWN_DIGEST = "-" * 32  # stands where a digest will be written, and is as long as one
 
 
 class IncompatibleModels(ValueError):
     """The two folders are not an SFT model and a model aligned from it."""
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file of a model."""
+
+    file: Path
+    header: dict  # the JSON in front of its tensors
+    data_start: int  # the byte where the header ends and the tensors begin
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored, and what it is; its content stays on the disk."""
+
+    name: str
+    shard: Shard
+    start: int  # the tensor's first byte, counted from shard.data_start
+    size: int  # in bytes
+    dtype: torch.dtype
+    shape: list[int]
+    kind: str  # what two models must agree on, such as "float [2, 3]" or "I64 [4]"
+
+    @property
+    def file(self) -> Path:
+        return self.shard.file
+
+    @property
+    def offset(self) -> int:
+        """The tensor's first byte, counted from the beginning of the file."""
+        return self.shard.data_start + self.start
+
+
+class TensorPair(NamedTuple):
+    """The same tensor of the SFT model and of the aligned model."""
+
+    sft: StoredTensor
+    aligned: StoredTensor
+
+
+class _Written(NamedTuple):
+    """What was seen of a tensor pair while its result was written."""
+
+    moved: bool  # whether the two models differ in it
+    sft_digest: str
+    aligned_digest: str
+
+
 def blend(theta_sft: torch.Tensor, theta_aligned: torch.Tensor, alpha: float) -> torch.Tensor:
     """Return theta_aligned + alpha * (theta_aligned - theta_sft): Eq 6, arXiv 2404.16792.
 
-    Takes two tensors of one shape; alpha > 0 extrapolates, -1 < alpha < 0 interpolates, 0 gives the
-    aligned bits and -1 the SFT ones. Computes in float32 (bfloat16 would round the step, then the
-    sum) and returns a new tensor of the aligned one's dtype; copies integers. Raises
-    IncompatibleModels for different shapes.
+    Takes two tensors of one shape. alpha > 0 extrapolates and -1 < alpha < 0 interpolates; alpha 0
+    gives the very bits of the aligned tensor, -1 those of the SFT tensor. Computes in float32
+    (bfloat16 would round the step, and then the sum), and returns a new tensor of the aligned one's
+    dtype. Integers are copied from the aligned tensor. Raises IncompatibleModels for different
+    shapes.
     """
     if theta_sft.shape != theta_aligned.shape:
         raise IncompatibleModels(
             f"shape {list(theta_sft.shape)} (SFT) and {list(theta_aligned.shape)} (aligned)"
         )
-    if alpha == 0 or not theta_aligned.is_floating_point():  # a + 0 * d would turn -0.0 into 0.0
+    # The sum would turn -0.0 into 0.0 at alpha = 0, and be exact only up to rounding at -1.
+    if alpha == 0 or not theta_aligned.is_floating_point():
         return theta_aligned.clone()
-    if alpha == -1:  # a - (a - s) is s only up to rounding
+    if alpha == -1:
         return theta_sft.to(theta_aligned.dtype, copy=True)
     theta = theta_aligned.to(torch.float32)
-    return (theta - theta_sft.to(torch.float32)).mul_(alpha).add_(theta).to(theta_aligned.dtype)
+    delta = theta - theta_sft.to(torch.float32)
+    return delta.mul_(alpha).add_(theta).to(theta_aligned.dtype)
 
 
 def extrapolate(
-    sft, aligned, outputs: dict[float, str | Path], *, modules: dict[str, float] | None = None
-):
-    """Write theta_aligned + alpha * (theta_aligned - theta_sft) into out_dir for each {alpha:
-    out_dir}, in one read.
+    sft: str | Path,
+    aligned: str | Path,
+    outputs: dict[float, str | Path],
+    *,
+    modules: dict[str, float] | None = None,
+) -> dict[float, dict]:
+    """Write theta_aligned + alpha * (theta_aligned - theta_sft) for each {alpha: folder}.
 
-    sft, aligned: folders of safetensors, single or sharded. An output has the aligned model's
-    shards, dtypes and small files, and says in expo.json how it was made. modules maps patterns of
-    tensor names (fnmatch, or "re:" and a regular expression) to their own alpha; the first match
-    wins. What a model computes from its config (rotary frequencies, causal masks) is copied from
-    the aligned one, as are integers. Returns {alpha: content of expo.json}. Raises as check(),
-    ValueError naming a tensor that is or becomes NaN or infinite (infinities that both models hold
-    are copied), OSError for an out_dir in use or a full disk.
+    The two models are read once for all alphas. An output has the shards, dtypes and small files of
+    the aligned model, and its expo.json says how it was made. What a model computes from its config
+    (rotary frequencies, causal masks) is copied from the aligned model, and so are integers.
+
+    Args:
+        sft: folder of theta_0 as safetensors, single or sharded.
+        aligned: folder of theta_1, alike.
+        outputs: {alpha: new or empty folder}.
+        modules: {pattern of tensor names: alpha of their own}. A pattern is one of fnmatch, or
+            "re:" and a regular expression; the first match wins.
+    Returns:
+        {alpha: content of its expo.json}.
+    Raises:
+        IncompatibleModels, ValueError: as check() and module_alphas(); or a tensor holds or becomes
+            NaN or infinite, which the error names. Infinities that both models hold are copied.
+        OSError: an output folder is in use, or a disk is full.
     """
+    modules = modules or {}
     outputs = {float(alpha): Path(out).resolve() for alpha, out in outputs.items()}
-    for out in outputs.values():
-        if (
-            list(outputs.values()).count(out) > 1
-            or out.exists()
-            and (not out.is_dir() or any(out.iterdir()))
-        ):
-            raise FileExistsError(
-                f"{out} is not a new or empty folder for one alpha: delete it or choose another"
-            )
+    _require_new(list(outputs.values()))
     pairs = check(sft, aligned)
-    alphas = module_alphas(pairs, list(outputs), modules or {})
-    small = _small_files(Path(aligned))
-    facts = [
-        dict(alpha=a, modules=dict(modules or {}), sft_xxh3="-" * 32, aligned_xxh3="-" * 32)
-        for a in outputs
-    ]
-    shards = {one.file: one for _, one in pairs}
-    starts = {
-        file: max(len(_header(one.header, fact)) for fact in facts) for file, one in shards.items()
-    }
-    with (
-        ExitStack() as stack
-    ):  # undone backwards on any exit: stop the workers, then delete what was not renamed
-        folders = [_working_folder(out, small, stack) for out in outputs.values()]
+    alphas = module_alphas(pairs, list(outputs), modules)
+    small_files = _small_files(Path(aligned))
+    shards = {pair.aligned.file: pair.aligned.shard for pair in pairs}
+    facts = {alpha: _new_facts(alpha, modules) for alpha in outputs}
+    starts = _data_starts(shards, list(facts.values()))
+    # Leaving the stack deletes every working folder that was not renamed, whatever happened.
+    with ExitStack() as stack:
+        folders = [_working_folder(out, small_files, stack) for out in outputs.values()]
         for folder in folders:
-            for file, one in shards.items():
-                _reserve(folder / file.name, starts[file] + file.stat().st_size - one.data)
-
-        def work(pair):
-            one = pair[1]
-            return _write(
-                pair,
-                alphas[one.name],
-                [folder / one.file.name for folder in folders],
-                starts[one.file],
-            )
-
-        # Tensors are independent, so each thread takes one at a time and torch need not split its
-        # operations further.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-        stack.callback(pool.shutdown, cancel_futures=True)
-        disk = ThreadPoolExecutor(
-            1
-        )  # takes a finished shard to the disk while the next ones are computed
-        stack.callback(disk.shutdown, cancel_futures=True)
-        total = sum(one.size for pair in pairs for one in pair)
-        bar = events.Bar(total, off_terminal=False, leave=True, unit="B", unit_scale=True)
-        stack.enter_context(bar)
-        if not bar.shown:
-            what = f"extrapolating {aligned} to {len(folders)} α, {total / 1e9:.1f} GB to read"
-            stack.enter_context(events.slow(what))
-        unfinished = Counter(one.file for _, one in pairs)
-        on_disk = []
-        moved, rows = (
-            False,
-            (set(), set()),
-        )  # a row per tensor, so that a model's digest does not depend on its shards
-        for pair, (changed, digests) in zip(pairs, pool.map(work, pairs), strict=True):
-            moved = moved or changed
-            for one, digest, side in zip(pair, digests, rows, strict=True):
-                if not derived(one):
-                    side.add(f"{one.name} {one.dtype} {one.shape} {digest.hexdigest()}\n")
-                bar.update(one.size)
-            shard = pair[1].file
-            unfinished[shard] -= 1
-            if not unfinished[shard]:
-                on_disk += [disk.submit(sync, folder / shard.name) for folder in folders]
-        if not moved:
+            _reserve_shards(folder, shards, starts)
+        size = sum(pair.sft.size + pair.aligned.size for pair in pairs)
+        text = f"extrapolating {aligned} to {len(folders)} α, {size / 1e9:.1f} GB to read"
+        bar = stack.enter_context(_progress(size, text))
+        written = _write_tensors(pairs, alphas, folders, starts, bar)
+        if not any(tensor.moved for tensor in written):
             raise IncompatibleModels(EQUAL.format(sft, aligned))
-        for folder, fact in zip(folders, facts, strict=True):
-            fact["sft_xxh3"], fact["aligned_xxh3"] = (
-                xxh3_128("".join(sorted(r)).encode()).hexdigest() for r in rows
-            )
-            (folder / "expo.json").write_text(
-                json.dumps(fact, indent=1, default=float) + "\n", encoding="utf-8"
-            )
-            for file, one in shards.items():
-                with open(folder / file.name, "r+b") as new:
-                    new.write(_header(one.header, fact, starts[file]))
-        for synced in on_disk:
-            synced.result()
+        digests = _model_digests(pairs, written)
+        for folder, fact in zip(folders, facts.values(), strict=True):
+            fact.update(digests)
+            _write_facts(folder, fact, shards, starts)
         for folder, out in zip(folders, outputs.values(), strict=True):
             _publish(folder, out)
-    return dict(zip(outputs, facts, strict=True))
+    return facts
 
 
-def _reserve(new: Path, size: int) -> None:
-    """Create a file that has room for `size` bytes. Its header is written last: a half file never
-    loads.
-    """
-    with open(new, "xb") as opened:
-        allocate = getattr(os, "posix_fallocate", lambda *_: None)  # not on macOS
-        allocate(opened.fileno(), 0, size)
+def tensors(
+    sft: str | Path,
+    aligned: str | Path | None,
+    alpha: float,
+    modules: dict[str, float] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Return an iterator over the (name, tensor) that extrapolate() would write, read one by one.
 
-
-def _write(
-    pair: tuple[_Stored, _Stored], alphas: list[float], news: list[Path], start: int
-) -> tuple[bool, list]:
-    """Write one tensor at each α into its file, whose tensors begin at byte `start`.
-
-    Returns whether the two models differ in it, and the digests of the SFT and the aligned tensor.
-    """
-    zero, one = pair
-    changed, digests = False, [xxh3_128(), xxh3_128()]
-    with ExitStack() as files:
-        opened = [files.enter_context(open(new, "r+b")) for new in news]
-        for new in opened:
-            new.seek(start + one.start)
-        sinks = [digest.update for digest in digests] + [new.write for new in opened]
-        for changed, *blocks in _blocks(zero, one, alphas):  # noqa: B007
-            for sink, block in zip(sinks, blocks, strict=True):
-                sink(block.view(torch.uint8).numpy())
-    return changed, digests
-
-
-def tensors(sft, aligned, alpha: float, modules: dict[str, float] | None = None):
-    """Return an iterator over extrapolate()'s (name, tensor), read one by one; raises alike.
-    aligned: None for θ₀.
+    aligned: None gives theta_0 as it is. Raises as extrapolate(); what concerns names, shapes and
+    alphas at once, the rest while the tensors are read.
     """
     pairs = check(sft, aligned)
     alphas = module_alphas(pairs, [alpha], modules or {})
 
-    def stream():
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
         moved = False
-        for zero, one in pairs:
-            whole = torch.empty(one.shape, dtype=one.dtype)
-            parts = iter(whole.view(-1).split(BLOCK))
-            for changed, _, _, result in _blocks(zero, one, alphas[one.name]):
-                next(parts).copy_(result)
-                moved = moved or changed
-            yield one.name, whole
-        if aligned and not moved:
+        for pair in pairs:
+            name = pair.aligned.name
+            theta = torch.empty(pair.aligned.shape, dtype=pair.aligned.dtype)
+            start = 0
+            for block in _blocks(pair, alphas[name]):
+                result = block.results[0]
+                theta.view(-1)[start : start + len(result)] = result
+                start += len(result)
+                moved = moved or block.moved
+            yield name, theta
+        if aligned is not None and not moved:
             raise IncompatibleModels(EQUAL.format(sft, aligned))
 
     return stream()
 
 
-def check(sft, aligned) -> list[tuple[_Stored, _Stored]]:
-    """Return where each tensor is in both models (None: in one), or raise IncompatibleModels with
-    the first difference.
+# ---- which tensors belong together
 
-    Compares architecture, vocabulary, tensor names, shapes and kinds, but no weights: equal models
-    and NaN show later. A head tied to the embeddings may be stored under either name, or under
-    both. A derived() tensor may be absent from one; where the aligned model has it, it stands for
-    both. Raises ValueError for unreadable folders.
+
+def check(sft: str | Path, aligned: str | Path | None) -> list[TensorPair]:
+    """Return where each tensor is in both models, in the order of the aligned model's files.
+
+    Compares architecture, vocabulary, and the names, shapes and kinds of tensors, but no weights:
+    equal models and NaN show later. A head that is tied to the embeddings may be stored under
+    either name, or under both. A derived() tensor may be absent from one model; where the aligned
+    model has it, it stands for both. With aligned None, every tensor is paired with itself.
+
+    Raises IncompatibleModels, which names the first difference, and ValueError for a folder that
+    cannot be read.
     """
-    alone, sft, aligned = aligned is None, Path(sft), Path(aligned or sft)
-
-    def compare(what, zero, one):
-        if zero != one:
-            raise IncompatibleModels(f"{what} is {zero!r} in {sft} and {one!r} in {aligned}")
-
-    zeros, ones = _stored(sft), _stored(aligned)
+    alone = aligned is None
+    sft = Path(sft)
+    aligned = sft if alone else Path(aligned)
+    sft_tensors = _stored_tensors(sft)
+    aligned_tensors = _stored_tensors(aligned)
     if not alone and sft.samefile(aligned):
         raise IncompatibleModels(EQUAL.format(sft, aligned))
-    left, right = (c | (c.get("text_config") or {}) for c in map(_config, (sft, aligned)))
-    for key in (key for key in STRUCTURE if key in left and key in right):
-        compare(f"{key} in config.json", left[key], right[key])
-    for file in () if alone else ("tokenizer.json", "vocab.json", "added_tokens.json"):
-        left, right = _vocabulary(sft / file), _vocabulary(aligned / file)
-        for i in sorted(left.keys() | right.keys()) if left and right else ():
-            compare(f"token {i} of {file}", left.get(i), right.get(i))
+    _check_structure(sft, aligned)
+    if not alone:
+        _check_vocabulary(sft, aligned)
     pairs = []
-    for name in ones | zeros:
-        one = ones.get(name) or _tied(name, zeros, ones)
-        zero = zeros.get(name) or _tied(name, ones, zeros)
-        if derived(ones.get(name) or zeros[name]):
-            zero = one = ones.get(name)
-        compare(f"tensor {name}", zero.kind if zero else "absent", one.kind if one else "absent")
-        if name in ones:
-            pairs.append((zero, one))
+    for name in aligned_tensors | sft_tensors:
+        sft_tensor = sft_tensors.get(name)
+        aligned_tensor = aligned_tensors.get(name)
+        if derived(aligned_tensor or sft_tensor):
+            sft_tensor = aligned_tensor
+        elif sft_tensor is None:
+            sft_tensor = _tied_tensor(name, aligned_tensors, sft_tensors)
+        elif aligned_tensor is None:
+            aligned_tensor = _tied_tensor(name, sft_tensors, aligned_tensors)
+        _require_equal(f"tensor {name}", _kind(sft_tensor), _kind(aligned_tensor), sft, aligned)
+        if name in aligned_tensors:
+            pairs.append(TensorPair(sft_tensor, aligned_tensor))
     return pairs
 
 
-def derived(tensor: _Stored) -> bool:
-    """Tell whether a model computes a stored tensor from its config, so that it is no weight and
-    need not be stored.
+def _check_structure(sft: Path, aligned: Path) -> None:
+    """Raise IncompatibleModels if the two config.json describe models of different structure."""
+    sft_settings = _text_settings(sft)
+    aligned_settings = _text_settings(aligned)
+    for key in STRUCTURE:
+        if key in sft_settings and key in aligned_settings:
+            what = f"{key} in config.json"
+            _require_equal(what, sft_settings[key], aligned_settings[key], sft, aligned)
+
+
+def _check_vocabulary(sft: Path, aligned: Path) -> None:
+    """Raise IncompatibleModels if a token has another meaning in the one model than in the other.
+
+    A file of tokens that only one of the two has is not compared.
     """
+    for file in VOCABULARIES:
+        sft_tokens = _vocabulary(sft / file)
+        aligned_tokens = _vocabulary(aligned / file)
+        if not sft_tokens or not aligned_tokens:
+            continue
+        for token_id in sorted(sft_tokens.keys() | aligned_tokens.keys()):
+            what = f"token {token_id} of {file}"
+            sft_token = sft_tokens.get(token_id)
+            _require_equal(what, sft_token, aligned_tokens.get(token_id), sft, aligned)
+
+
+def _require_equal(what: str, sft_value, aligned_value, sft: Path, aligned: Path) -> None:
+    """Raise IncompatibleModels unless the two models agree in a value."""
+    if sft_value != aligned_value:
+        raise IncompatibleModels(
+            f"{what} is {sft_value!r} in {sft} and {aligned_value!r} in {aligned}"
+        )
+
+
+def _kind(tensor: StoredTensor | None) -> str:
+    return "absent" if tensor is None else tensor.kind
+
+
+def derived(tensor: StoredTensor) -> bool:
+    """Return whether a model computes the tensor from its config.
+
+    Such a tensor is no weight, and need not be stored.
+    """
+    if DERIVED.search(tensor.name):
+        return True
     square = len(tensor.shape) == 4 and tensor.shape[-2] == tensor.shape[-1]
-    return bool(DERIVED.search(tensor.name) or square and CAUSAL_MASK.search(tensor.name))
+    return square and CAUSAL_MASK.search(tensor.name) is not None
 
 
-def module_alphas(pairs, alphas: list[float], modules: dict[str, float]) -> dict[str, list[float]]:
-    """Return {tensor name: its alpha in each output}; raise ValueError for a pattern that decides
-    nothing.
+def _tied_tensor(
+    name: str, owner: dict[str, StoredTensor], other: dict[str, StoredTensor]
+) -> StoredTensor | None:
+    """Return the tensor of `other` that is `name` of `owner` under another name, None without one.
+
+    Tied head and embeddings are one tensor, and a writer keeps either name, or both. A model that
+    holds one of the two ties them. A model that holds both ties them if all of their values are
+    equal.
+
+    owner: the tensors of the model that has `name`. other: those of the model that lacks it.
     """
-    if not alphas or not all(map(math.isfinite, (*alphas, *modules.values()))):
+    if not name.endswith(HEADS + EMBEDDINGS):
+        return None
+    tensor = owner[name]
+    for candidate in owner.values():
+        if candidate.name.endswith(HEADS + EMBEDDINGS) and not _equal(candidate, tensor):
+            return None
+    for candidate in other.values():
+        if candidate.name.endswith(HEADS + EMBEDDINGS) and candidate.kind == tensor.kind:
+            return candidate
+    return None
+
+
+def _equal(left: StoredTensor, right: StoredTensor) -> bool:
+    if left is right:
+        return True
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
+    return torch.equal(_read(left), _read(right))
+
+
+def _read(tensor: StoredTensor) -> torch.Tensor:
+    with safe_open(tensor.file, "pt") as file:
+        return file.get_tensor(tensor.name)
+
+
+def module_alphas(
+    pairs: list[TensorPair], alphas: list[float], modules: dict[str, float]
+) -> dict[str, list[float]]:
+    """Return {tensor name: its alpha in each output}.
+
+    What is copied from the aligned model has alpha 0: integers and derived() tensors. Raises
+    ValueError for an alpha that is not finite, for a pattern of `modules` that decides no tensor,
+    and for tied tensors with different alphas.
+    """
+    if not alphas or not all(map(math.isfinite, [*alphas, *modules.values()])):
         raise ValueError(f"alpha must be a finite number: {alphas}, modules {modules}")
-    chosen, used = {}, set()
-    for _, one in pairs:
-        fits = (
-            p
-            for p in modules
-            if (re.fullmatch(p[3:], one.name) if p[:3] == "re:" else fnmatchcase(one.name, p))
-        )
-        used.add(pattern := next(fits, None))
-        moves = one.kind.startswith("float") and not derived(
-            one
-        )  # the rest is copied from the aligned model, as at 0
-        chosen[one.name] = [modules.get(pattern, a) if moves else 0.0 for a in alphas]
-    for pattern in modules.keys() - used:
-        raise ValueError(
-            f"module pattern {pattern!r} decides no tensor (the first match wins), such as "
-            f"{one.name}"
-        )
+    chosen = {}
+    used_patterns = set()
+    for pair in pairs:
+        tensor = pair.aligned
+        pattern = _first_match(tensor.name, modules)
+        used_patterns.add(pattern)
+        if derived(tensor) or not tensor.dtype.is_floating_point:
+            chosen[tensor.name] = [0.0] * len(alphas)
+        elif pattern is None:
+            chosen[tensor.name] = list(alphas)
+        else:
+            chosen[tensor.name] = [modules[pattern]] * len(alphas)
+    for pattern in modules:
+        if pattern not in used_patterns:
+            raise ValueError(
+                f"module pattern {pattern!r} decides no tensor (the first match wins), such as "
+                f"{pairs[-1].aligned.name}"
+            )
     tied = {tuple(row) for name, row in chosen.items() if name.endswith(HEADS + EMBEDDINGS)}
-    if len(tied) > 1 and load_json(pairs[0][1].file.parent / "config.json").get(
-        "tie_word_embeddings"
-    ):
+    if len(tied) > 1 and _ties_embeddings(pairs[0].aligned.file.parent):
         raise ValueError(
             f"output head and embeddings are tied: give them one alpha, not {sorted(tied)}"
         )
     return chosen
 
 
+def _ties_embeddings(folder: Path) -> bool:
+    return bool(load_json(folder / "config.json").get("tie_word_embeddings"))
+
+
+def _first_match(name: str, patterns: dict[str, float]) -> str | None:
+    """Return the first pattern that fits a tensor's name, None if none does."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            matches = re.fullmatch(pattern.removeprefix("re:"), name) is not None
+        else:
+            matches = fnmatchcase(name, pattern)
+        if matches:
+            return pattern
+    return None
+
+
+# ---- reading a model's folder
+
+
 def load_json(file: Path) -> dict:
-    """Return the content of a JSON file, nothing if there is no such file.
+    """Return the content of a JSON file, an empty dict if there is no such file.
 
     Raises ValueError, which names the file, for a link to nowhere and for anything but one JSON
     object.
@@ -363,162 +459,459 @@ def load_json(file: Path) -> dict:
 
 
 def _is_there(file: Path) -> bool:
-    """Tell whether there is such a file; raise ValueError for a link whose target is missing."""
+    """Return whether there is such a file; raise ValueError for a link whose target is missing."""
     if file.is_symlink() and not file.exists():
         raise ValueError(f"{file} is a link to a file that is not there: download the model again")
     return file.exists()
 
 
-def _config(folder: Path) -> dict:
-    """Return a model's config.json, without which nothing can load it; raise ValueError if there is
-    none.
+def _text_settings(folder: Path) -> dict:
+    """Return the settings of config.json, overridden by those of its text_config if it has one.
+
+    Raises ValueError if there is no config.json, without which nothing can load the model.
     """
-    if not _is_there(folder / "config.json"):
+    file = folder / "config.json"
+    if not _is_there(file):
         raise ValueError(
             f"no config.json in {folder}: a model cannot be loaded without; copy or download it"
         )
-    return load_json(folder / "config.json")
+    settings = load_json(file)
+    return settings | (settings.get("text_config") or {})
 
 
-def _blocks(zero: _Stored, one: _Stored, alphas: list[float]):
-    """Yield (do they differ so far, SFT block, aligned block, result of each alpha); the next step
-    overwrites them.
-    """
-    left, changed = math.prod(one.shape), False
-    old, now, *results = (
-        torch.empty(min(BLOCK, left), dtype=s.dtype) for s in [zero, one] + [one] * len(alphas)
-    )
-    theta, delta, moved = torch.empty(3, len(now))
-    # Read, not mapped: mapped pages count as this process's memory, and a failing disk would be a
-    # signal, not an error.
-    with open(zero.file, "rb") as zero_file, open(one.file, "rb") as one_file:
-        zero_file.seek(zero.data + zero.start)
-        one_file.seek(one.data + one.start)
-        while left:
-            old, now, theta, delta, moved, *results = (
-                b[:left] for b in (old, now, theta, delta, moved, *results)
-            )
-            left -= len(now)
-            sources = (zero_file, old), (one_file, now)
-            if any(
-                file.readinto(block.view(torch.uint8).numpy()) < block.nbytes
-                for file, block in sources
-            ):
+def _vocabulary(file: Path) -> dict[int, str]:
+    """Return {id: token} of one of the VOCABULARIES, an empty dict if there is no such file."""
+    content = load_json(file)
+    vocabulary = content
+    added_tokens = []
+    # A vocab.json may hold tokens that are called "model" and "added_tokens".
+    if file.name == "tokenizer.json" and content.get("model"):
+        vocabulary = content["model"]["vocab"]
+        added_tokens = content.get("added_tokens") or []
+    if isinstance(vocabulary, dict):
+        tokens = {token_id: token for token, token_id in vocabulary.items()}
+    else:
+        tokens = dict(enumerate(token for token, _ in vocabulary))
+    for added in added_tokens:
+        tokens[added["id"]] = added["content"]
+    return tokens
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a folder by name, in the order of its files and within them."""
+    if not folder.is_dir():
+        raise ValueError(
+            f"no such folder: {folder} (a model on the hub has to be downloaded first)"
+        )
+    files = _shard_files(folder)
+    quantised = "quantization_config" in load_json(folder / "config.json")
+    stored = {}
+    for file in files:
+        shard = _read_shard(file)
+        entries = {name: entry for name, entry in shard.header.items() if name != "__metadata__"}
+        for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
+            entry = entries[name]
+            dtype = DTYPES.get(entry["dtype"])
+            if quantised or dtype is None:
                 raise ValueError(
-                    f"{zero.file} or {one.file} became shorter while {one.name} was read"
+                    f"{name} in {file} is quantised ({entry['dtype']}): dequantise the model first"
                 )
-            if now.is_floating_point():
-                torch.sub(theta.copy_(now), delta.copy_(old), out=delta)
-                if not math.isfinite(
-                    delta.sum()
-                ):  # 40 times faster than to look at each, but it may overflow itself
-                    both = now.isinf() & (now == old)
-                    for file, block in sources:
-                        if not (block.isfinite() | both).all():
-                            raise ValueError(f"{one.name} holds NaN or infinity in {file.name}")
-                    delta[both] = 0.0
-                changed = changed or bool(delta.any())
-            for alpha, result in zip(alphas, results, strict=True):  # as blend() does, in place
-                step = (
-                    now
-                    if alpha == 0
-                    else old
-                    if alpha == -1
-                    else torch.mul(delta, alpha, out=moved).add_(theta)
-                )
-                if (
-                    not math.isfinite(result.copy_(step).sum())
-                    and not (result.isfinite() | now.isinf()).all()
-                ):
-                    raise ValueError(
-                        f"{one.name} leaves the range of {one.dtype} at alpha={alpha}: use a "
-                        "smaller one"
-                    )
-            yield changed, old, now, *results
+            start, end = entry["data_offsets"]
+            shape = entry["shape"]
+            number = "float" if dtype.is_floating_point else entry["dtype"]
+            kind = f"{number} {shape}"
+            stored[name] = StoredTensor(name, shard, start, end - start, dtype, shape, kind)
+    return stored
 
 
-def _header(header: dict, fact: dict, length: int = 0) -> bytes:
-    """Return header's bytes with fact in the metadata, filled to a multiple of 8 and at least
-    length.
-    """
-    metadata = {"format": "pt", **header.get("__metadata__", {})}
-    metadata |= {
-        f"expo_{key}": v if isinstance(v, str) else json.dumps(v, default=float)
-        for key, v in fact.items()
-    }
-    text = json.dumps({**header, "__metadata__": metadata}).encode()
-    text = text.ljust(max(length - 8, len(text) + -len(text) % 8))
-    return len(text).to_bytes(8, "little") + text
+def _shard_files(folder: Path) -> list[Path]:
+    """Return a model's safetensors files; raise ValueError for a folder that has none."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    weight_map = load_json(folder / INDEX).get("weight_map")
+    if weight_map is None:
+        raise ValueError(
+            f"no {SINGLE} or index in {folder}: convert .bin, .pt (never loaded); adapters: "
+            "lora.scaled()"
+        )
+    names = {Path(shard).name for shard in weight_map.values()}
+    return sorted(folder / name for name in names or {SINGLE})
+
+
+def _read_shard(file: Path) -> Shard:
+    """Return a safetensors file's header; raise ValueError for a file that is damaged or absent."""
+    try:
+        # safe_open() checks the header, the offsets and the length of the file.
+        with safe_open(file, "pt"), open(file, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    return Shard(file, header, data_start=8 + length)
 
 
 def _small_files(aligned: Path) -> list[Path]:
-    """Return what an output takes over from the aligned model as it is: all but weights and
-    training state.
+    """Return what an output takes over from the aligned model unchanged.
+
+    That is everything but weights and training state. The index of shards is taken too, where the
+    shards are what is read.
     """
-    small = []
+    small_files = []
     for file in sorted(aligned.iterdir()):
-        wanted = (
-            file.name == INDEX
-            and not (aligned / SINGLE).exists()
-            or not file.name.endswith(NOT_COPIED)
+        if file.name == INDEX:
+            wanted = not (aligned / SINGLE).exists()
+        else:
+            wanted = not file.name.endswith(NOT_COPIED)
+        if wanted and _is_there(file) and file.is_file():
+            if file.stat().st_size < LARGEST_SMALL_FILE:
+                small_files.append(file)
+    return small_files
+
+
+# ---- computing, block by block
+
+
+@dataclass
+class _Block:
+    """Buffers for a block of one tensor, which are used again for the tensor's next block."""
+
+    sft: torch.Tensor  # as it is stored
+    aligned: torch.Tensor  # as it is stored
+    theta: torch.Tensor  # the aligned block in float32
+    delta: torch.Tensor  # aligned - SFT in float32
+    step: torch.Tensor  # what is being computed, in float32
+    results: list[torch.Tensor]  # one for each alpha, in the aligned model's dtype
+    moved: bool = False  # whether the two models differ in this block or in one before it
+
+    @classmethod
+    def empty(cls, pair: TensorPair, alphas: int, size: int) -> Self:
+        """Return buffers of `size` elements with that number of results."""
+        theta, delta, step = torch.empty(3, size)
+        return cls(
+            sft=torch.empty(size, dtype=pair.sft.dtype),
+            aligned=torch.empty(size, dtype=pair.aligned.dtype),
+            theta=theta,
+            delta=delta,
+            step=step,
+            results=[torch.empty(size, dtype=pair.aligned.dtype) for _ in range(alphas)],
         )
-        if wanted and _is_there(file) and file.is_file() and file.stat().st_size < 100 << 20:
-            small.append(file)
-    return small
+
+    def first(self, size: int) -> Self:
+        """Return the first `size` elements of all buffers."""
+        return replace(
+            self,
+            sft=self.sft[:size],
+            aligned=self.aligned[:size],
+            theta=self.theta[:size],
+            delta=self.delta[:size],
+            step=self.step[:size],
+            results=[result[:size] for result in self.results],
+        )
 
 
-def _working_folder(out: Path, small: list[Path], stack: ExitStack) -> Path:
-    """Create a folder beside out with copies of some files, deleted with the stack or by the next
-    run.
+def _blocks(pair: TensorPair, alphas: list[float]) -> Iterator[_Block]:
+    """Yield the blocks of a tensor, each with its results; the next block overwrites the buffers.
 
-    It stays locked while its run lives: who finds it unlocked may delete it, as its run was killed.
+    Raises ValueError for NaN, for infinities that only one model holds, for a result beyond the
+    range of its dtype, and for a file that was cut off in the meantime.
+    """
+    remaining = math.prod(pair.aligned.shape)
+    block = _Block.empty(pair, len(alphas), min(BLOCK, remaining))
+    # The files are read, not mapped: mapped pages count as this process's memory, and a failing
+    # disk would be a signal, not an error.
+    with open(pair.sft.file, "rb") as sft_file, open(pair.aligned.file, "rb") as aligned_file:
+        sft_file.seek(pair.sft.offset)
+        aligned_file.seek(pair.aligned.offset)
+        while remaining:
+            if remaining < len(block.aligned):
+                block = block.first(remaining)
+            remaining -= len(block.aligned)
+            if not _fill(block.sft, sft_file) or not _fill(block.aligned, aligned_file):
+                raise ValueError(
+                    f"{pair.sft.file} or {pair.aligned.file} became shorter while "
+                    f"{pair.aligned.name} was read"
+                )
+            if block.aligned.is_floating_point():
+                _subtract(block, pair)
+            for alpha, result in zip(alphas, block.results, strict=True):
+                _move(block, alpha, result, pair.aligned)
+            yield block
+
+
+def _fill(buffer: torch.Tensor, file: BinaryIO) -> bool:
+    """Read a buffer's content from a file; return whether the file had so much."""
+    return file.readinto(_bytes(buffer)) == buffer.nbytes
+
+
+def _bytes(block: torch.Tensor):
+    """Return a tensor's memory as an array of bytes."""
+    return block.view(torch.uint8).numpy()
+
+
+def _subtract(block: _Block, pair: TensorPair) -> None:
+    """Compute a block's theta and delta from its stored values, which must be finite.
+
+    Where both models hold the same infinity, delta is 0.
+    """
+    block.theta.copy_(block.aligned)
+    block.delta.copy_(block.sft)
+    torch.sub(block.theta, block.delta, out=block.delta)
+    # Looking at the sum is 40 times faster than looking at each element. The sum may overflow
+    # where no element does.
+    if not math.isfinite(block.delta.sum()):
+        equal_infinities = block.aligned.isinf() & (block.aligned == block.sft)
+        for values, tensor in ((block.sft, pair.sft), (block.aligned, pair.aligned)):
+            if not (values.isfinite() | equal_infinities).all():
+                raise ValueError(f"{pair.aligned.name} holds NaN or infinity in {tensor.file}")
+        block.delta[equal_infinities] = 0.0
+    if not block.moved:
+        block.moved = bool(block.delta.any())
+
+
+def _move(block: _Block, alpha: float, result: torch.Tensor, tensor: StoredTensor) -> None:
+    """Compute a block at one alpha as blend() does, but without new memory.
+
+    tensor: the aligned tensor that the block belongs to.
+    """
+    if alpha == 0:
+        result.copy_(block.aligned)
+    elif alpha == -1:
+        result.copy_(block.sft)
+    else:
+        torch.mul(block.delta, alpha, out=block.step)
+        result.copy_(block.step.add_(block.theta))
+    if math.isfinite(result.sum()):
+        return
+    if not (result.isfinite() | block.aligned.isinf()).all():
+        raise ValueError(
+            f"{tensor.name} leaves the range of {tensor.dtype} at alpha={alpha}: use a smaller one"
+        )
+
+
+# ---- writing models that appear whole
+
+
+def _require_new(outs: list[Path]) -> None:
+    """Raise FileExistsError for a folder that is in use, or that two alphas share."""
+    for out in outs:
+        shared = outs.count(out) > 1
+        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        if shared or used:
+            raise FileExistsError(
+                f"{out} is not a new or empty folder for one alpha: delete it or choose another"
+            )
+
+
+def _working_folder(out: Path, small_files: list[Path], stack: ExitStack) -> Path:
+    """Create a folder beside `out` with copies of some files; leaving the stack deletes it.
+
+    The folder stays locked while its run lives. A run that finds it unlocked may delete it, as its
+    own run was killed.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        ExitStack() as turn
-    ):  # one run at a time, so that nobody sees a folder between its making and its locking
-        turn.enter_context(_Lock(out.parent, wait=True))
-        for left in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-            with _Lock(left) as abandoned:
-                if abandoned:
-                    shutil.rmtree(left, ignore_errors=True)
+    # One run at a time, so that nobody sees a folder between its creation and its locking.
+    with _lock(out.parent, wait=True):
+        _delete_abandoned(out)
         folder = out.with_name(f".{out.name}.partial-{os.urandom(4).hex()}")
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.mkdir()
-        stack.enter_context(_Lock(folder))
-    for file in small:
+        stack.enter_context(_lock(folder))
+    for file in small_files:
         shutil.copyfile(file, folder / file.name)
     return folder
 
 
-class _Lock:
-    """Hold a folder's lock inside a with block, or until this process ends; yield whether it was to
-    be had.
+def _delete_abandoned(out: Path) -> None:
+    """Delete the working folders that killed runs left beside `out`."""
+    for folder in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        with _lock(folder) as abandoned:
+            if abandoned:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Hold a folder's lock, for as long as this process lives at most; yield whether it was free.
 
     A file system without locks gives none, so that nothing of another run is ever deleted there.
     """
-
-    def __init__(self, folder: Path, wait: bool = False):
-        self.folder = folder
-        self.kind = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-        self.opened = None
-
-    def __enter__(self) -> bool:
+    operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
+    with ExitStack() as stack:
         try:
-            self.opened = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self.opened, self.kind)
-        except OSError:  # it is gone, it is another's, or nothing can be locked
-            return False
-        return True
+            opened = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, opened)
+            fcntl.flock(opened, operation)
+            locked = True
+        except OSError:  # the folder is gone, another run holds it, or nothing can be locked
+            locked = False
+        yield locked
 
-    def __exit__(self, *_):
-        if self.opened is not None:
-            os.close(self.opened)
+
+def _data_starts(shards: dict[Path, Shard], facts: list[dict]) -> dict[Path, int]:
+    """Return the byte at which the tensors begin in an output's shard, by the aligned model's file.
+
+    It is the same in all outputs, so there is room for the longest of their headers.
+    """
+    starts = {}
+    for file, shard in shards.items():
+        headers = [_header_bytes(shard.header, fact) for fact in facts]
+        starts[file] = max(map(len, headers))
+    return starts
+
+
+def _reserve_shards(folder: Path, shards: dict[Path, Shard], starts: dict[Path, int]) -> None:
+    """Create a folder's shards with room for all of their bytes, so that a full disk shows at once.
+
+    The headers are written last: a file that is half written never loads.
+    """
+    for file, shard in shards.items():
+        data_size = file.stat().st_size - shard.data_start
+        with open(folder / file.name, "xb") as opened:
+            if hasattr(os, "posix_fallocate"):  # not on macOS
+                os.posix_fallocate(opened.fileno(), 0, starts[file] + data_size)
+
+
+@contextmanager
+def _progress(size: int, text: str) -> Iterator[events.Bar]:
+    """Show a bar of bytes on a terminal; elsewhere say `text` once, if the work takes long."""
+    with events.Bar(size, off_terminal=False, leave=True, unit="B", unit_scale=True) as bar:
+        if bar.shown:
+            yield bar
+        else:
+            with events.slow(text):
+                yield bar
+
+
+def _write_tensors(
+    pairs: list[TensorPair],
+    alphas: dict[str, list[float]],
+    folders: list[Path],
+    starts: dict[Path, int],
+    bar: events.Bar,
+) -> list[_Written]:
+    """Write all tensors into the shards of each folder, and wait until these are on the disk."""
+
+    def write(pair: TensorPair) -> _Written:
+        file = pair.aligned.file
+        copies = [folder / file.name for folder in folders]
+        return _write_tensor(pair, alphas[pair.aligned.name], copies, starts[file])
+
+    unfinished = Counter(pair.aligned.file for pair in pairs)
+    written = []
+    syncs = []
+    with ExitStack() as stack:
+        # Tensors are independent, so each thread takes one at a time, and torch need not split its
+        # operations further.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        # Takes a finished shard to the disk while the next ones are computed.
+        disk = ThreadPoolExecutor(1)
+        stack.callback(disk.shutdown, cancel_futures=True)
+        for pair, tensor in zip(pairs, pool.map(write, pairs), strict=True):
+            written.append(tensor)
+            bar.update(pair.sft.size + pair.aligned.size)
+            file = pair.aligned.file
+            unfinished[file] -= 1
+            if not unfinished[file]:
+                syncs += [disk.submit(sync, folder / file.name) for folder in folders]
+        for future in syncs:
+            future.result()
+    return written
+
+
+def _write_tensor(
+    pair: TensorPair, alphas: list[float], copies: list[Path], start: int
+) -> _Written:
+    """Write a tensor at each alpha into its copy of the shard, whose tensors begin at `start`."""
+    sft_digest = _new_digest()
+    aligned_digest = _new_digest()
+    moved = False
+    with ExitStack() as stack:
+        opened = [stack.enter_context(open(copy, "r+b")) for copy in copies]
+        for file in opened:
+            file.seek(start + pair.aligned.start)
+        for block in _blocks(pair, alphas):
+            sft_digest.update(_bytes(block.sft))
+            aligned_digest.update(_bytes(block.aligned))
+            for file, result in zip(opened, block.results, strict=True):
+                file.write(_bytes(result))
+            moved = block.moved
+    return _Written(moved, sft_digest.hexdigest(), aligned_digest.hexdigest())
+
+
+def _new_digest():
+    """Return an empty digest; SHA-256 would take as long as a third of the copying."""
+    from xxhash import xxh3_128
+
+    return xxh3_128()
+
+
+def _model_digests(pairs: list[TensorPair], written: list[_Written]) -> dict[str, str]:
+    """Return the facts that tell which weights went in."""
+    sft_rows = set()
+    aligned_rows = set()
+    for pair, tensor in zip(pairs, written, strict=True):
+        if not derived(pair.sft):
+            sft_rows.add(_digest_row(pair.sft, tensor.sft_digest))
+        if not derived(pair.aligned):
+            aligned_rows.add(_digest_row(pair.aligned, tensor.aligned_digest))
+    return {"sft_xxh3": _digest_of(sft_rows), "aligned_xxh3": _digest_of(aligned_rows)}
+
+
+def _digest_row(tensor: StoredTensor, digest: str) -> str:
+    return f"{tensor.name} {tensor.dtype} {tensor.shape} {digest}\n"
+
+
+def _digest_of(rows: set[str]) -> str:
+    """Return the digest of a model from a row per tensor, so that its shards do not matter."""
+    digest = _new_digest()
+    digest.update("".join(sorted(rows)).encode())
+    return digest.hexdigest()
+
+
+def _new_facts(alpha: float, modules: dict[str, float]) -> dict:
+    """Return how an output is made, before the digests of the models are known."""
+    return {
+        "alpha": alpha,
+        "modules": dict(modules),
+        "sft_xxh3": UNKNOWN_DIGEST,
+        "aligned_xxh3": UNKNOWN_DIGEST,
+    }
+
+
+def _write_facts(
+    folder: Path, facts: dict, shards: dict[Path, Shard], starts: dict[Path, int]
+) -> None:
+    """Say in expo.json and in the headers of the shards how an output was made."""
+    text = json.dumps(facts, indent=1, default=float) + "\n"
+    (folder / "expo.json").write_text(text, encoding="utf-8")
+    for file, shard in shards.items():
+        with open(folder / file.name, "r+b") as opened:
+            opened.write(_header_bytes(shard.header, facts, starts[file]))
+
+
+def _header_bytes(header: dict, facts: dict, least: int = 0) -> bytes:
+    """Return what stands in front of the tensors of a safetensors file: a length and a header.
+
+    The facts are added to the header's metadata. Blanks fill it to a multiple of 8 bytes, and to
+    `least` bytes in all.
+    """
+    metadata = {"format": "pt", **header.get("__metadata__", {})}
+    for key, fact in facts.items():
+        text = fact if isinstance(fact, str) else json.dumps(fact, default=float)
+        metadata[f"expo_{key}"] = text
+    content = json.dumps({**header, "__metadata__": metadata}).encode()
+    multiple_of_8 = math.ceil(len(content) / 8) * 8
+    content = content.ljust(max(multiple_of_8, least - 8))
+    return len(content).to_bytes(8, "little") + content
 
 
 def _publish(folder: Path, out: Path) -> None:
-    """Give a finished folder its name, when all of it is on the disk: a power cut leaves it whole
-    or not there.
+    """Give a finished folder its name, once all of it is on the disk.
+
+    After a power cut the folder is there as a whole, or not at all.
     """
     for path in [*folder.iterdir(), folder]:
         sync(path)
@@ -533,100 +926,16 @@ def _publish(folder: Path, out: Path) -> None:
     sync(out.parent)
 
 
-def _stored(folder: Path) -> dict[str, _Stored]:
-    """Return the tensors of a folder by name, in the order of its files."""
-    if not folder.is_dir():
-        raise ValueError(
-            f"no such folder: {folder} (a model on the hub has to be downloaded first)"
-        )
-    index = {} if (folder / SINGLE).exists() else load_json(folder / INDEX).get("weight_map")
-    if index is None:
-        raise ValueError(
-            f"no {SINGLE} or index in {folder}: convert .bin, .pt (never loaded); adapters: "
-            "lora.scaled()"
-        )
-    found, quantised = {}, "quantization_config" in load_json(folder / "config.json")
-    for file in sorted(
-        {folder / Path(shard).name for shard in index.values()} or {folder / SINGLE}
-    ):
-        try:
-            with (
-                safe_open(file, "pt"),
-                open(file, "rb") as opened,
-            ):  # safe_open checks header, offsets and length
-                header = json.loads(opened.read(length := int.from_bytes(opened.read(8), "little")))
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        for name in sorted(
-            header.keys() - {"__metadata__"}, key=lambda name: header[name]["data_offsets"]
-        ):
-            (start, end), dtype, shape = (
-                header[name][key] for key in ("data_offsets", "dtype", "shape")
-            )
-            if quantised or (torch_dtype := DTYPES.get(dtype)) is None:
-                raise ValueError(
-                    f"{name} in {file} is quantised ({dtype}): dequantise the model first"
-                )
-            kind = f"{'float' if torch_dtype.is_floating_point else dtype} {shape}"
-            found[name] = _Stored(
-                name, file, header, 8 + length, start, end - start, torch_dtype, shape, kind
-            )
-    return found
-
-
-def _vocabulary(file: Path) -> dict[int, str]:
-    """Return {id: token} of a tokenizer.json, vocab.json or added_tokens.json; nothing if there is
-    no such file.
-    """
-    content = load_json(file)
-    vocab = (
-        content["model"]["vocab"]
-        if content.get("model") and file.name == "tokenizer.json"
-        else content
-    )
-    ids = (
-        {i: token for token, i in vocab.items()}
-        if isinstance(vocab, dict)
-        else dict(enumerate(t for t, _ in vocab))
-    )
-    return ids | {
-        t["id"]: t["content"]
-        for t in (() if vocab is content else content.get("added_tokens") or ())
-    }
-
-
-def _tied(name: str, there: dict[str, _Stored], here: dict[str, _Stored]) -> _Stored | None:
-    """Return the tensor of one model that is another's `name` under another name: of an output head
-    or embeddings.
-
-    Tied, they are one tensor, and a writer keeps either name, or both. there: the tensors of the
-    model that has `name`; here: those of the one that lacks it. None if they are not tied: a model
-    that holds only one of the two ties them, one that holds both does so if they are equal bit for
-    bit.
-    """
-    names = HEADS + EMBEDDINGS
-    if not name.endswith(names):
-        return None
-    for other in (other for other in there if other != name and other.endswith(names)):
-        if there[other][5:] != there[name][5:]:
-            return None
-        if not torch.equal(*(safe_open(there[n].file, "pt").get_tensor(n) for n in (name, other))):
-            return None
-    same = [
-        tensor
-        for other, tensor in here.items()
-        if other.endswith(names) and tensor.kind == there[name].kind
-    ]
-    return same[0] if same else None
+# ---- command line
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run extrapolate() from the command line; several --alpha write OUT/alpha=<a>."""
-    parser = argparse.ArgumentParser(
-        prog="python -m beyond_dpo.extrapolate", description=__doc__.splitlines()[0]
-    )
-    for name in ("sft", "aligned", "out"):
-        parser.add_argument(name, type=Path)
+    summary = __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m beyond_dpo.extrapolate", description=summary)
+    parser.add_argument("sft", type=Path)
+    parser.add_argument("aligned", type=Path)
+    parser.add_argument("out", type=Path)
     parser.add_argument(
         "--alpha", type=float, action="append", required=True, help="may be repeated"
     )
@@ -634,22 +943,27 @@ def main(argv: list[str] | None = None) -> None:
         "--module", action="append", default=[], metavar="PATTERN=ALPHA", help="may be repeated"
     )
     args = parser.parse_args(argv)
-    outputs = {
-        a: args.out / f"alpha={str(a).removesuffix('.0')}" if args.alpha[1:] else args.out
-        for a in args.alpha
-    }
+    if len(args.alpha) == 1:
+        outputs = {args.alpha[0]: args.out}
+    else:
+        outputs = {a: args.out / f"alpha={str(a).removesuffix('.0')}" for a in args.alpha}
     try:
-        modules = {
-            pattern: float(alpha)
-            for pattern, _, alpha in (module.rpartition("=") for module in args.module)
-        }
-        extrapolate(args.sft, args.aligned, outputs, modules=modules)
+        extrapolate(args.sft, args.aligned, outputs, modules=_parse_modules(args.module))
     except (ValueError, OSError, re.error) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         events.say("interrupted; nothing half written stays, the same command begins again")
         raise SystemExit(130) from None
     events.show("\n".join(map(str, outputs.values())))
+
+
+def _parse_modules(arguments: list[str]) -> dict[str, float]:
+    """Return {pattern: alpha} of arguments PATTERN=ALPHA; raise ValueError for another form."""
+    modules = {}
+    for argument in arguments:
+        pattern, _, alpha = argument.rpartition("=")
+        modules[pattern] = float(alpha)
+    return modules
 
 
 if __name__ == "__main__":

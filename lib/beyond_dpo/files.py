@@ -3,28 +3,31 @@
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def link_file(source: str | Path, target: str | Path, least: int = 0) -> None:
-    """Give a file a second name, or a copy where it is smaller than `least` bytes or another file
-    system's.
+    """Give a file a second name, or make a copy of it.
 
-    A target that is there is replaced as a whole, never written into: it may be another file's
-    second name. Doing it once more changes nothing, so that an attempt that was interrupted can be
-    repeated.
+    It is copied if it is smaller than `least` bytes, or where its file system can give no second
+    name. A target that is there is replaced as a whole, never written into: it may be another
+    file's second name. Doing it once more changes nothing, so that an attempt that was interrupted
+    can be repeated.
     """
-    source, target = Path(os.path.realpath(source)), Path(target)
+    source = Path(os.path.realpath(source))
+    target = Path(target)
     if target.exists() and not target.is_symlink() and target.samefile(source):
         return
     with _partial(target) as partial:
-        if source.stat().st_size < least or not _linked(source, partial):
+        small = source.stat().st_size < least
+        if small or not _try_link(source, partial):
             shutil.copyfile(source, partial)
             sync(partial)
 
 
-def _linked(source: Path, target: Path) -> bool:
+def _try_link(source: Path, target: Path) -> bool:
     """Try to give a file a second name; return whether its file system can."""
     try:
         os.link(source, target)
@@ -35,19 +38,19 @@ def _linked(source: Path, target: Path) -> bool:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file, which appears whole (and on the disk) or not at all."""
+    if isinstance(content, str):
+        content = content.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     with _partial(path) as partial:
-        partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+        partial.write_bytes(content)
         sync(partial)
 
 
 @contextmanager
-def _partial(path: Path):
-    """Yield the name of a file beside `path` that takes its place, on the disk as well, when it is
-    written.
-    """
+def _partial(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write beside `path`; once it is written, it takes its place."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)  # of an earlier process of this number
+    partial.unlink(missing_ok=True)  # an earlier process with the same number may have left it
     try:
         yield partial
         os.replace(partial, path)
@@ -62,10 +65,8 @@ def sync(path: str | Path) -> None:
     try:
         os.fsync(opened)
     except OSError as error:
-        if error.errno not in (
-            errno.EINVAL,
-            errno.ENOTSUP,
-        ):  # some file systems cannot do it for folders
+        # Some file systems cannot do it for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
         os.close(opened)

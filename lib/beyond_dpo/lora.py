@@ -11,10 +11,12 @@ from safetensors import safe_open
 
 from beyond_dpo.files import link_file, write_file
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of tensor names in an adapter's file, as peft writes them
-A, B = ".lora_A.weight", ".lora_B.weight"
-# settings of peft's LoraConfig that change nothing of θ₀ + s·BA, or are looked at one by one
+A = ".lora_A.weight"
+B = ".lora_B.weight"
+# Settings of peft's LoraConfig that change nothing of θ₀ + s·BA, or that are looked at one by one.
 NEUTRAL = {
     "peft_type",
     "task_type",
@@ -38,19 +40,17 @@ NEUTRAL = {
     "qalora_group_size",
     "eva_config",
 }
-STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # of A and B, which leave θ₀ as it is
-CONV1D = (
-    "gpt2",
-    "openai-gpt",
-    "imagegpt",
-    "decision_transformer",
-)  # weights of such layers are (in, out)
+# Initial values of A and B that leave θ₀ as it is.
+STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Types of models whose linear layers are Conv1D, with weights of shape (in, out).
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 INSTEAD = "merge it, and extrapolate whole models"
 
 
 def inject(model, rank: int, alpha: float) -> None:
-    """Give every linear layer of `model` but its head an adapter BA (B = 0), and freeze all other
-    weights.
+    """Give every linear layer of a model but its head an adapter BA, and freeze all else.
+
+    B is 0 at first, so the model computes what it did. rank: of A and B. alpha: lora_alpha.
     """
     import peft
 
@@ -61,8 +61,9 @@ def inject(model, rank: int, alpha: float) -> None:
 
 
 def save(model, weights: dict, out: Path) -> None:
-    """Write the adapter of an injected model, in peft's format and without any path: what vLLM and
-    peft load.
+    """Write the adapter of an injected model in peft's format, which vLLM loads too.
+
+    No path of this machine is written.
 
     weights: the trained parameters by their name in `model`.
     """
@@ -72,35 +73,37 @@ def save(model, weights: dict, out: Path) -> None:
     settings["target_modules"] = sorted(settings["target_modules"])
     text = json.dumps(settings, indent=1, sort_keys=True, default=str)
     Path(out, CONFIG).write_text(text, encoding="utf-8")
-    save_file(
-        {PREFIX + name.replace(".default.", "."): w for name, w in weights.items()},
-        Path(out, WEIGHTS),
-    )
+    tensors_by_peft_name = {}
+    for name, weight in weights.items():
+        tensors_by_peft_name[PREFIX + name.replace(".default.", ".")] = weight
+    save_file(tensors_by_peft_name, Path(out, WEIGHTS))
 
 
 def scaled(adapter: str | Path, outputs: dict[float, str | Path]) -> None:
-    """Write {alpha: folder}: the adapter with its scale times 1 + alpha, its weights linked, not
-    copied.
+    """Write an adapter with its scale times 1 + alpha for each {alpha: folder}.
 
-    Raises ValueError for an adapter that is no plain LoRA, see read_settings() and products().
+    Its weights are linked, not copied. Raises ValueError for an adapter that is no plain LoRA, see
+    read_settings() and products().
     """
     adapter = Path(adapter)
     settings = read_settings(adapter)
     products(adapter)
     for alpha, out in outputs.items():
-        Path(out).mkdir(parents=True, exist_ok=True)
-        changed = settings | {"lora_alpha": settings["lora_alpha"] * (1 + alpha)}
-        write_file(Path(out, CONFIG), json.dumps(changed, indent=1, sort_keys=True))
-        link_file(adapter / WEIGHTS, Path(out, WEIGHTS))
+        out = Path(out)
+        out.mkdir(parents=True, exist_ok=True)
+        scaled_alpha = settings["lora_alpha"] * (1 + alpha)
+        text = json.dumps(settings | {"lora_alpha": scaled_alpha}, indent=1, sort_keys=True)
+        write_file(out / CONFIG, text)
+        link_file(adapter / WEIGHTS, out / WEIGHTS)
 
 
 def read_settings(adapter: Path) -> dict:
-    """Return an adapter's settings, of a plain LoRA: θ₀ + s·BA, added to linear layers of the very
-    θ₀ that is given.
+    """Return the settings of an adapter, which must be a plain LoRA.
 
-    Raises ValueError for another kind (LoHa, IA3, …), for one that is more than s·BA (DoRA, biases,
-    …), and for one whose start has changed θ₀ (PiSSA, OLoRA, …): for those (1 + α)·s would not be
-    ExPO. A setting that is not known here counts as one that adds something.
+    A plain LoRA is θ₀ + s·BA, with θ₀ the base model as it is. Raises ValueError for another kind
+    (LoHa, IA3, …), for one that adds more than s·BA (DoRA, biases, …), and for one whose start has
+    changed θ₀ (PiSSA, OLoRA, …): for those (1 + α)·s would not be ExPO. A setting that is not known
+    here counts as one that adds something.
     """
     from beyond_dpo import extrapolate
 
@@ -110,11 +113,12 @@ def read_settings(adapter: Path) -> dict:
         raise ValueError(
             f"{adapter} is an adapter of kind {kind}, not a LoRA with r and lora_alpha: {INSTEAD}"
         )
-    more = [name for name in sorted(settings.keys() - NEUTRAL) if settings[name]]
+    additions = [name for name in sorted(settings.keys() - NEUTRAL) if settings[name]]
     if settings.get("bias", "none") != "none":
-        more.append(settings["bias"])
-    if more:
-        raise ValueError(f"{adapter} is more than s·BA ({', '.join(map(str, more))}): {INSTEAD}")
+        additions.append(settings["bias"])
+    if additions:
+        names = ", ".join(map(str, additions))
+        raise ValueError(f"{adapter} is more than s·BA ({names}): {INSTEAD}")
     start = settings.get("init_lora_weights", True)
     if start not in STARTS:
         raise ValueError(
@@ -126,14 +130,13 @@ def read_settings(adapter: Path) -> dict:
 
 
 def scale(settings: dict) -> float:
-    """Return s, by which BA is added: lora_alpha / r, or lora_alpha / √r of a rank-stabilised
-    adapter.
-    """
-    return settings["lora_alpha"] / (settings["r"] ** (0.5 if settings.get("use_rslora") else 1))
+    """Return s, the factor of BA: lora_alpha / r, or lora_alpha / √r if rank-stabilised."""
+    exponent = 0.5 if settings.get("use_rslora") else 1
+    return settings["lora_alpha"] / settings["r"] ** exponent
 
 
 def products(adapter: Path) -> list[str]:
-    """Return what an adapter's file adds a product BA to, as it names them.
+    """Return the names of the layers to which an adapter adds a product BA, as its file has them.
 
     Raises ValueError if the file is not there, holds a tensor that is no A or B of a linear layer,
     or one without the other.
@@ -146,44 +149,45 @@ def products(adapter: Path) -> list[str]:
         names = set(file.keys())
     firsts = {name.removesuffix(A) for name in names if name.endswith(A)}
     seconds = {name.removesuffix(B) for name in names if name.endswith(B)}
-    used = {name + A for name in firsts & seconds} | {name + B for name in firsts & seconds}
-    if names != used:
+    layers = firsts & seconds
+    unused = names - {layer + A for layer in layers} - {layer + B for layer in layers}
+    if unused:
         raise ValueError(
-            f"{adapter} holds {min(names - used)}, which is no half of a product BA: {INSTEAD}"
+            f"{adapter} holds {min(unused)}, which is no half of a product BA: {INSTEAD}"
         )
-    return sorted(firsts)
+    return sorted(layers)
 
 
 def deltas(sft: Path, adapter: Path, shapes: dict[str, list[int]]) -> dict:
-    """Return s·BA in float32 by the name of the weight of `sft` that it is added to, and in its
-    layout.
+    """Return {name of a weight of `sft`: the s·BA that is added to it}, in float32.
 
-    shapes: of the tensors of `sft`, by name. Conv1D layers (GPT-2's) keep their weights transposed.
-    Raises as read_settings() and products(), and IncompatibleModels for an adapter of other
-    tensors, or of one of two tied ones, which peft moves alone.
+    Each has the layout of its weight: Conv1D layers (GPT-2's) keep theirs transposed. shapes: of
+    the tensors of `sft`, by name. Raises as read_settings() and products(), and IncompatibleModels
+    for an adapter of other tensors, or of one of two tied ones, which peft moves alone.
     """
     from beyond_dpo import extrapolate
 
     settings = read_settings(adapter)
-    s = scale(settings)
-    about = extrapolate.load_json(sft / "config.json")
-    in_first = settings.get("fan_in_fan_out") or about.get("model_type") in CONV1D
+    config = extrapolate.load_json(sft / "config.json")
+    in_first = settings.get("fan_in_fan_out") or config.get("model_type") in CONV1D
     added = {}
-    for product in products(adapter):
+    for layer in products(adapter):
         with safe_open(adapter / WEIGHTS, "pt") as file:
-            delta = s * (
-                file.get_tensor(product + B).float() @ file.get_tensor(product + A).float()
-            )
-        name = _name_in(shapes, product.removeprefix(PREFIX) + ".weight")
+            a = file.get_tensor(layer + A).float()
+            b = file.get_tensor(layer + B).float()
+        delta = scale(settings) * (b @ a)
+        name = _name_in(shapes, layer.removeprefix(PREFIX) + ".weight")
         shape = shapes.get(name)
-        if shape == list(delta.T.shape) and (in_first or shape != list(delta.shape)):
+        fits = shape == list(delta.shape)
+        fits_transposed = shape == list(delta.T.shape)
+        if fits_transposed and (in_first or not fits):
             delta = delta.T
-        if shape != list(delta.shape):
-            what = f"{adapter} adds {list(delta.shape)} to {name}, in {sft} it is {shape}"
-            raise extrapolate.IncompatibleModels(what)
-        if about.get("tie_word_embeddings") and name.endswith(
-            extrapolate.HEADS + extrapolate.EMBEDDINGS
-        ):
+        elif not fits:
+            raise extrapolate.IncompatibleModels(
+                f"{adapter} adds {list(delta.shape)} to {name}, in {sft} it is {shape}"
+            )
+        tied_names = extrapolate.HEADS + extrapolate.EMBEDDINGS
+        if config.get("tie_word_embeddings") and name.endswith(tied_names):
             raise extrapolate.IncompatibleModels(
                 f"{adapter} moves {name}, which {sft} ties to another: {INSTEAD}"
             )
@@ -192,9 +196,7 @@ def deltas(sft: Path, adapter: Path, shapes: dict[str, list[int]]) -> dict:
 
 
 def _name_in(stored: dict, name: str) -> str:
-    """Return the name under which a checkpoint stores a weight: some leave out the first part
-    ("transformer.").
-    """
+    """Return a weight's name in a checkpoint; some leave out its first part ("transformer.")."""
     if name in stored:
         return name
     shorter = name.partition(".")[2]
@@ -207,25 +209,29 @@ def tensors(
     alpha: float,
     modules: dict[str, float] | None = None,
 ):
-    """Return an iterator over (name, θ₀ + (1 + α)·s·BA), float32 where something is added, else θ₀
-    as it is stored.
+    """Return an iterator over the (name, tensor) of θ₀ + (1 + α)·s·BA.
 
-    As extrapolate.tensors(), which it calls for an aligned model that is no adapter; arguments as
-    there. Raises alike, as deltas(), and IncompatibleModels for an adapter that adds nothing.
+    A tensor is float32 where something is added, else it is θ₀'s as it is stored. An `adapter` that
+    is None or a whole model goes to extrapolate.tensors(), whose arguments these are. Raises as
+    that and deltas(), and IncompatibleModels for an adapter that adds nothing.
     """
     from beyond_dpo import extrapolate
 
     if adapter is None or not Path(adapter, CONFIG).exists():
         return extrapolate.tensors(sft, adapter, alpha, modules)
     pairs = extrapolate.check(sft, None)
-    added = deltas(Path(sft), Path(adapter), {one.name: one.shape for _, one in pairs})
+    shapes = {pair.sft.name: pair.sft.shape for pair in pairs}
+    added = deltas(Path(sft), Path(adapter), shapes)
     alphas = extrapolate.module_alphas(pairs, [alpha], modules or {})
     if not any(delta.any() for delta in added.values()):
         raise extrapolate.IncompatibleModels(extrapolate.EQUAL.format(sft, adapter))
 
     def stream():
         for name, weight in extrapolate.tensors(sft, None, 0.0):
-            moves = name in added and alphas[name][0] != -1
-            yield name, weight.float() + (1 + alphas[name][0]) * added[name] if moves else weight
+            factor = 1 + alphas[name][0]
+            if name in added and factor != 0:
+                yield name, weight.float() + factor * added[name]
+            else:
+                yield name, weight
 
     return stream()

@@ -17,17 +17,24 @@ from beyond_dpo import templates
 class BagOfWords:
     """The classifier that `train_bag_of_words` wrote; scores are logits of "positive"."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: str | Path):
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        words = json.loads(Path(folder, "words.json").read_text(encoding="utf-8"))
-        with np.load(Path(folder, "weights.npz"), allow_pickle=False) as arrays:
-            self.coef, self.intercept, idf = arrays["coef"], arrays["intercept"], arrays["idf"]
-        self.vectorizer = TfidfVectorizer(ngram_range=(1, 2), vocabulary=words, sublinear_tf=True)
+        folder = Path(folder)
+        vocabulary = json.loads((folder / "words.json").read_text(encoding="utf-8"))
+        with np.load(folder / "weights.npz", allow_pickle=False) as arrays:
+            self.coef = arrays["coef"]
+            self.intercept = arrays["intercept"]
+            idf = arrays["idf"]
+        self.vectorizer = TfidfVectorizer(
+            ngram_range=(1, 2), vocabulary=vocabulary, sublinear_tf=True
+        )
         self.vectorizer.idf_ = idf
 
     def score(self, texts: list[str]) -> np.ndarray:
-        return self.vectorizer.transform(texts) @ self.coef + self.intercept
+        """Return the logit of "positive" of each text."""
+        features = self.vectorizer.transform(texts)
+        return features @ self.coef + self.intercept
 
 
 def readable_tokens(model) -> int | None:
@@ -49,113 +56,153 @@ def readable_tokens(model) -> int | None:
 class Classifier:
     """Any sequence-classification model from a folder or the hub; scores are raw logits in float32.
 
-    One label: its logit. Two labels: logit of the second minus the first. More: name the label's
-    index. max_tokens is lowered to what the model reads; longer texts lose their end. Only
-    safetensors are read (OSError), and remote code only runs if trust_remote_code says so; ArmoRM
-    needs none. A score depends on its text alone, not on batch, budget or order. On a GPU the model
-    has its checkpoint's precision, else float32.
+    A score depends on its text alone, not on batch, budget or order. Only safetensors are read
+    (OSError for others), and a model's own code only runs if trust_remote_code says so; ArmoRM
+    needs none. On a GPU the model has its checkpoint's precision, else float32.
+
+    Args:
+        folder: a model folder or a hub id.
+        label: index of the logit that is the reward. None takes the only one, or of two the second
+            minus the first; more than two need an index.
+        max_tokens: longer texts lose their end. It is lowered to what the model reads.
+        token_budget: tokens of a batch, padding included.
+        trust_remote_code: as in transformers.
+    Raises:
+        ValueError: the model has no trained head, or `label` does not name one of its labels.
     """
 
     def __init__(
         self,
-        folder,
+        folder: str | Path,
         *,
-        label=None,
-        max_tokens=4096,
-        token_budget=8192,
+        label: int | None = None,
+        max_tokens: int = 4096,
+        token_budget: int = 8192,
         trust_remote_code: bool = False,
     ):
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        from beyond_dpo import armorm, scoring
-
-        dtype = "auto" if torch.cuda.is_available() else torch.float32
-        options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "dtype": dtype}
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = "auto" if device == "cuda" else torch.float32
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         self.tokenizer.truncation_side = "right"  # some were saved with "left", for their training
-        if armorm.is_gated(folder):
-            model, loaded = armorm.ArmoRM(folder, self.tokenizer, dtype), {"missing_keys": ()}
-        else:
-            options["output_loading_info"] = True
-            model, loaded = AutoModelForSequenceClassification.from_pretrained(folder, **options)
-        if loaded["missing_keys"]:  # transformers would only warn, and score with random numbers
-            raise ValueError(
-                f"{folder} is no finished reward model, it lacks "
-                f"{sorted(loaded['missing_keys'])[:3]}"
-            )
-        if hasattr(
-            model, "set_attn_implementation"
-        ):  # armorm's own module has plain attention inside
-            scoring.compute_caps(model)
-        self.model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-        self.label, labels = label, self.model.config.num_labels
-        if labels > 2 if label is None else not 0 <= label < labels:
+        model = _load_classifier(folder, self.tokenizer, dtype, trust_remote_code)
+        self.model = model.eval().to(device)
+        labels = self.model.config.num_labels
+        needs_label = label is None and labels > 2
+        unknown_label = label is not None and not 0 <= label < labels
+        if needs_label or unknown_label:
             raise ValueError(
                 f"{folder} has {labels} labels, numbered from 0; say which one is the reward, not "
                 f"{label}"
             )
-        reads = readable_tokens(self.model) or max_tokens
-        self.max_tokens = min(max_tokens, reads, self.tokenizer.model_max_length)
-        text_config = self.model.config.get_text_config()
-        if text_config.pad_token_id is not None and text_config.pad_token_id < 0:
-            text_config.pad_token_id = None  # the first Llama's -1 says that there is none
-        self.pad, self.token_budget = text_config.pad_token_id, token_budget
+        self.label = label
+        readable = readable_tokens(self.model) or max_tokens
+        self.max_tokens = min(max_tokens, readable, self.tokenizer.model_max_length)
+        self.token_budget = token_budget
+        config = self.model.config.get_text_config()
+        if config.pad_token_id is not None and config.pad_token_id < 0:
+            config.pad_token_id = None  # the first Llama's -1 says that there is none
+        self.pad = config.pad_token_id
         # A decoder is read where the padding begins. Where it knows no padding token, or reads the
         # last position whatever stands there (XLNet), texts go one by one.
-        if self.pad is None or getattr(text_config, "summary_type", "") == "last":
+        if self.pad is None or getattr(config, "summary_type", "") == "last":
             self.token_budget = 0
 
-    def score(self, texts: list) -> np.ndarray:
-        """Return one reward per text (or per list of chat turns), in input order; batches hold
-        similar lengths.
+    def score(self, texts: list[str] | list[list[dict]]) -> np.ndarray:
+        """Return one reward for each text (or list of chat turns), in input order.
+
+        Raises ValueError for a reward that is not finite.
         """
+        import torch
+
+        ids = [self._ids(text) for text in texts]
+        lengths = [len(text_ids) for text_ids in ids]
+        scores = np.full(len(texts), np.nan)
+        with torch.no_grad():
+            for batch in token_batches(lengths, self.token_budget):
+                logits = self._logits([ids[i] for i in batch])
+                scores[batch] = self._rewards(logits).cpu().numpy()
+        finite = np.isfinite(scores)
+        if not finite.all():
+            raise ValueError(f"the reward of text {np.argmin(finite)} is not finite")
+        return scores
+
+    def _logits(self, ids: list[list[int]]):
+        """Return the logits of a batch of texts, (texts, labels) in float32."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        ids, scores = [self._ids(text) for text in texts], np.full(len(texts), np.nan)
-        with torch.no_grad():
-            for batch in token_batches([len(i) for i in ids], self.token_budget):
-                rows = [torch.tensor(ids[i], device=self.model.device) for i in batch]
-                mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-                padded = pad_sequence(rows, batch_first=True, padding_value=self.pad or 0)
-                logits = self.model(input_ids=padded, attention_mask=mask).logits.float()
-                two = self.label is None and logits.shape[1] == 2
-                scores[batch] = (
-                    (logits[:, 1] - logits[:, 0] if two else logits[:, self.label or 0])
-                    .cpu()
-                    .numpy()
-                )
-        if not np.isfinite(scores).all():
-            raise ValueError(
-                f"the reward of text {np.flatnonzero(~np.isfinite(scores))[0]} is not finite"
-            )
-        return scores
+        rows = [torch.tensor(text_ids, device=self.model.device) for text_ids in ids]
+        ones = [torch.ones_like(row) for row in rows]
+        mask = pad_sequence(ones, batch_first=True)
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad or 0)
+        return self.model(input_ids=input_ids, attention_mask=mask).logits.float()
+
+    def _rewards(self, logits):
+        """Return the rewards of a batch, (texts,), from its logits."""
+        if self.label is not None:
+            return logits[:, self.label]
+        if logits.shape[1] == 2:
+            return logits[:, 1] - logits[:, 0]
+        return logits[:, 0]
 
     def _ids(self, text: str | list[dict]) -> list[int]:
-        cut = {"truncation": True, "max_length": self.max_tokens}
-        if isinstance(text, str):
-            return self.tokenizer(text, **cut)["input_ids"]
+        """Return the token ids of a text or of chat turns, cut at their end to what is read.
 
-        ids, bos = templates.chat_ids(self.tokenizer, text), self.tokenizer.bos_token_id
-        front = [bos] * (
-            bos in (*ids[:1], *self.tokenizer("a")["input_ids"][:1])
-        )  # one, whoever puts it there
-        while front and ids[:1] == front:
-            ids = ids[1:]
-        return [*front, *ids][: self.max_tokens]
+        A chat begins with one BOS if its template or the tokenizer puts one there.
+        """
+        if isinstance(text, str):
+            encoding = self.tokenizer(text, truncation=True, max_length=self.max_tokens)
+            return encoding["input_ids"]
+        ids = templates.chat_ids(self.tokenizer, text)
+        bos = self.tokenizer.bos_token_id
+        of_template = ids[:1] == [bos]
+        of_tokenizer = self.tokenizer("a")["input_ids"][:1] == [bos]
+        if of_template or of_tokenizer:
+            while ids[:1] == [bos]:
+                ids = ids[1:]
+            ids = [bos, *ids]
+        return ids[: self.max_tokens]
+
+
+def _load_classifier(folder, tokenizer, dtype, trust_remote_code: bool):
+    """Return a sequence-classification model; raise ValueError for one without a trained head."""
+    from transformers import AutoModelForSequenceClassification
+
+    from beyond_dpo import armorm, scoring
+
+    if armorm.is_gated(folder):
+        return armorm.ArmoRM(folder, tokenizer, dtype)
+    model, report = AutoModelForSequenceClassification.from_pretrained(
+        folder,
+        use_safetensors=True,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        output_loading_info=True,
+    )
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would only warn, and score with random numbers
+        raise ValueError(f"{folder} is no finished reward model, it lacks {missing[:3]}")
+    scoring.use_attention_that_caps(model)
+    return model
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Return batches of indices, longest texts first, each of at most `budget` tokens when padded
-    (or one text).
+    """Return batches of indices, longest texts first.
+
+    A batch has at most `budget` tokens when it is padded, or is one text.
     """
     batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches:
+            batch = batches[-1]
+            width = lengths[batch[0]]
+            if (len(batch) + 1) * width <= budget:
+                batch.append(i)
+                continue
+        batches.append([i])
     return batches
 
 
@@ -168,37 +215,55 @@ class Vader:
         self.analyzer = SentimentIntensityAnalyzer()
 
     def score(self, texts: list[str]) -> np.ndarray:
-        return np.array([self.analyzer.polarity_scores(t)["compound"] for t in texts])
+        """Return the compound sentiment of each text."""
+        scores = []
+        for text in texts:
+            polarity = self.analyzer.polarity_scores(text)
+            scores.append(polarity["compound"])
+        return np.array(scores)
 
 
 def distinct_n(texts_ids: list[list[int]], n: int = 2) -> float:
-    """Return distinct n-grams over all n-grams of a set of token lists, in 0…1 (Li et al. 2016,
-    arXiv 1510.03055).
+    """Return distinct n-grams over all n-grams of a set of texts, in 0…1; NaN if there is none.
+
+    Li et al. 2016, arXiv 1510.03055. texts_ids: the token ids of each text.
     """
-    grams = [tuple(ids[i : i + n]) for ids in texts_ids for i in range(len(ids) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else float("nan")
+    ngrams = []
+    for ids in texts_ids:
+        for start in range(len(ids) - n + 1):
+            ngrams.append(tuple(ids[start : start + n]))
+    if not ngrams:
+        return float("nan")
+    return len(set(ngrams)) / len(ngrams)
 
 
 def repetition(ids: list[int], n: int = 3) -> float:
-    """Return the share of a response's n-grams that it has said before, in 0…1; 0 for one shorter
-    than n tokens.
+    """Return the share of a response's n-grams that repeat earlier ones, in 0…1.
+
+    It is 0 for a response that is shorter than n tokens.
     """
-    return 1 - distinct_n([ids], n) if len(ids) >= n else 0.0
+    if len(ids) < n:
+        return 0.0
+    return 1 - distinct_n([ids], n)
 
 
-@lru_cache(maxsize=3)  # a profile's judges
+KINDS = {
+    "bag_of_words": BagOfWords,
+    "classifier": Classifier,
+    "finished": Classifier,
+    "vader": Vader,
+}
+
+
+@lru_cache(maxsize=3)  # as many as a profile has judges
 def load(kind: str, **arguments):
-    """Return a reward; one that was asked for lately is not loaded again."""
-    kinds = {
-        "bag_of_words": BagOfWords,
-        "classifier": Classifier,
-        "finished": Classifier,
-        "vader": Vader,
-    }
-    return kinds[kind](**arguments)
+    """Return the reward of one of the KINDS; one that was asked for lately is not loaded again."""
+    return KINDS[kind](**arguments)
 
 
 def chat(prompt: str | list[dict], answer: str) -> list[dict]:
     """Return the turns of a prompt (one user's text, or turns) and its answer."""
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = prompt
+    if isinstance(prompt, str):
+        turns = [{"role": "user", "content": prompt}]
     return [*turns, {"role": "assistant", "content": answer}]

@@ -1,295 +1,463 @@
-"""Log-probabilities and entropies of given responses: many packed into one batch, each prompt
-computed once.
+"""Log-probabilities and entropies of given responses.
+
+Many responses are packed into one batch, in which each prompt is computed once.
 """
 
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from torch import Tensor, distributed
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from beyond_dpo.rows import row_length
 
-ATTENTION_CAP = re.compile(
-    "att.*(soft_?cap|logits?_cap)"
-)  # in a config: attention scores are capped by tanh
-CHUNK = 2048  # response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB)
+# The name of a config's setting by which a model caps its attention scores.
+ATTENTION_CAP = re.compile("att.*(soft_?cap|logits?_cap)")
+# Response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB).
+CHUNK = 2048
+
+
+@dataclass
+class _Line:
+    """The tokens of one line of a batch, each with its position and what it belongs to."""
+
+    input_ids: list[int] = field(default_factory=list)
+    position_ids: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)  # the row's index
+    parts: list[int] = field(default_factory=list)  # 0: the row's prompt, k: its k-th response
+
+    def append(self, tokens: list[int], first_position: int, row: int, part: int) -> int:
+        """Add tokens; return where in the line they begin."""
+        start = len(self.input_ids)
+        for position, token in enumerate(tokens, start=first_position):
+            self.input_ids.append(token)
+            self.position_ids.append(position)
+            self.rows.append(row)
+            self.parts.append(part)
+        return start
 
 
 def pack(rows: list[dict], names: list[str], pad_id: int, shared: bool = True) -> dict:
     """Lay the named responses of rows into one batch in which every prompt stands once.
 
-    A row is its prompt and then its responses one after the other; each response sees the prompt
-    and itself only, and its positions go on from the prompt's, so scores are those of each response
-    alone. Rows share lines of about twice the longest row, each put on the line that is shortest
-    yet, the longest first: little is padding (3 % where lines of one response each had 60 %), and
-    attention, which grows with the line's length, stays cheap.
+    A row is its prompt and then its responses, one after the other. Each response sees the prompt
+    and itself only, and its positions go on from the prompt's, so its score is that of the response
+    alone. Rows share lines of about twice the longest row, so that little is padding (3 % where
+    lines of one response each had 60 %), and attention, whose cost grows with the line's length,
+    stays cheap. Masks come from lengths, never from `pad_id`, so pad may be the end token.
 
-    shared: False for flash-attention, which knows no such masks: each response has its prompt to
-    itself, all stand in one line, and positions that begin again say where a sequence ends; then
-    there is no attention_mask.
-
-    Returns input_ids and position_ids (lines, L) long; attention_mask (lines, 1, L, L) bool, True =
-    is seen;
-    labels (N,), the N response tokens, name-major (all of names[0] first, row by row); predictors
-    (N,), where in `input_ids.flatten()` each is predicted; tokens (len(names) * B,), their number
-    by response; ids, the B row ids. Masks come from lengths, never from `pad_id`, so pad may be the
-    end token.
-    Raises ValueError for a row without prompt, or without pad_id.
+    Args:
+        rows: B rows, see rows.write_rows().
+        names: of the responses to score.
+        pad_id: fills the lines.
+        shared: False for flash-attention, which knows no such masks. Then each response has its
+            prompt to itself, all stand in one line, and positions that begin again say where a
+            sequence ends; there is no attention_mask.
+    Returns:
+        input_ids, position_ids: (lines, L).
+        attention_mask: (lines, 1, L, L) bool, True = is seen.
+        labels: (N,) the response tokens, name-major: all of names[0] first, row by row.
+        predictors: (N,) where in `input_ids.flatten()` each of them is predicted.
+        tokens: (len(names) * B,) the number of tokens of each response.
+        ids: the ids of the B rows.
+    Raises:
+        ValueError: a row has no prompt, or pad_id is None.
     """
     if pad_id is None:
         raise ValueError("pad_id is None: give the tokenizer a pad token (its end token will do)")
-    if bad := [row["id"] for row in rows if not row["prompt_ids"]]:
+    without_prompt = [row["id"] for row in rows if not row["prompt_ids"]]
+    if without_prompt:
         raise ValueError(
-            f"rows {bad[:5]} have no prompt token, so nothing predicts their first response token"
+            f"rows {without_prompt[:5]} have no prompt token, so nothing predicts their first "
+            "response token"
         )
-    ids = [row["id"] for row in rows]
-    if not shared:
-        rows, names = (
-            [row | {"responses": {"": row["responses"][name]}} for name in names for row in rows],
-            [""],
-        )
-    lengths = [row_length(row, names) for row in rows]
-    lines: list = [[] for _ in range(max(1, sum(lengths) // (2 * max(lengths))) if shared else 1)]
-    for i in sorted(range(len(rows)), key=lambda i: (-lengths[i], i)):
-        min(lines, key=lambda line: sum(lengths[j] for j in line)).append(i)
-    width = max(sum(lengths[i] for i in line) for line in lines)
-
-    shape = len(lines), width
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    row_of = torch.full(shape, -1)
-    part_of = torch.zeros(shape, dtype=torch.long)  # 0: prompt, k: k-th response
-    predictors: list = [None] * (len(names) * len(rows))
-    for at, line in enumerate(lines):
-        start = 0
-        for i in line:
-            prompt, said = rows[i]["prompt_ids"], [rows[i]["responses"][n] for n in names]
-            here, ahead = slice(start, start + lengths[i]), len(prompt)
-            input_ids[at, here] = torch.tensor([*prompt, *(t for one in said for t in one)])
-            positions = [*range(ahead), *(ahead + t for one in said for t in range(len(one)))]
-            position_ids[at, here] = torch.tensor(positions)
-            row_of[at, here] = i
-            part_of[at, here] = torch.arange(len(said) + 1).repeat_interleave(
-                torch.tensor([ahead, *map(len, said)])
-            )
-            first = at * width + start + ahead
-            for k, one in enumerate(
-                said
-            ):  # the prompt's last token predicts the first, and so on in a chain
-                chain = [at * width + start + ahead - 1, *range(first, first + len(one) - 1)]
-                predictors[k * len(rows) + i] = chain[: len(one)]
-                first += len(one)
-            start += lengths[i]
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "ids": ids}
+    sequences = _sequences(rows, names, shared)
+    lengths = [sum(map(len, sequence)) for sequence in sequences]
+    count = 1
     if shared:
-        seen = (part_of[:, None] == 0) | (part_of[:, :, None] == part_of[:, None])
-        seen &= (row_of[:, :, None] == row_of[:, None]) & torch.ones(
-            width, width, dtype=torch.bool
-        ).tril()
-        batch["attention_mask"] = seen[:, None]
-    answers = [row["responses"][name] for name in names for row in rows]
-    return batch | {
-        "labels": torch.tensor([t for said in answers for t in said], dtype=torch.long),
-        "predictors": torch.tensor([t for where in predictors for t in where], dtype=torch.long),
-        "tokens": torch.tensor([len(said) for said in answers]),
+        longest = max(lengths)
+        count = max(1, sum(lengths) // (2 * longest))
+    lines, predictors = _lay_out(sequences, _distribute(lengths, count))
+    responses = [row["responses"][name] for name in names for row in rows]
+    tokens = [len(response) for response in responses]
+    labels = [token for response in responses for token in response]
+    batch = {
+        "input_ids": _pad([line.input_ids for line in lines], pad_id),
+        "position_ids": _pad([line.position_ids for line in lines], 0),
+        "ids": [row["id"] for row in rows],
+        "labels": torch.tensor(labels, dtype=torch.long),
+        "predictors": torch.tensor(predictors, dtype=torch.long),
+        "tokens": torch.tensor(tokens),
     }
+    if shared:
+        row_of_token = _pad([line.rows for line in lines], -1)
+        part_of_token = _pad([line.parts for line in lines], 0)
+        batch["attention_mask"] = _visible(row_of_token, part_of_token)
+    return batch
+
+
+def _sequences(rows: list[dict], names: list[str], shared: bool) -> list[list[list[int]]]:
+    """Return prompts with their responses, each with all of its own or, if not shared, with one."""
+    sequences = []
+    if shared:
+        for row in rows:
+            responses = [row["responses"][name] for name in names]
+            sequences.append([row["prompt_ids"], *responses])
+        return sequences
+    for name in names:
+        for row in rows:
+            sequences.append([row["prompt_ids"], row["responses"][name]])
+    return sequences
+
+
+def _distribute(lengths: list[int], count: int) -> list[list[int]]:
+    """Return the sequences of each of `count` lines: the longest first, each on the shortest line.
+
+    lengths: of the sequences, in tokens.
+    """
+    members: list[list[int]] = [[] for _ in range(count)]
+    widths = [0] * count
+    for i in _longest_first(lengths):
+        smallest_width = min(widths)
+        shortest = widths.index(smallest_width)
+        members[shortest].append(i)
+        widths[shortest] += lengths[i]
+    return members
+
+
+def _longest_first(lengths: list[int]) -> list[int]:
+    """Return the indices of lengths in descending order; of equal ones the first comes first."""
+    indices = range(len(lengths))
+    return sorted(indices, key=lambda i: -lengths[i])
+
+
+def _lay_out(
+    sequences: list[list[list[int]]], members: list[list[int]]
+) -> tuple[list[_Line], list[int]]:
+    """Return the lines of a batch, and where in the flat batch its response tokens are predicted.
+
+    members: the sequences of each line, by their index.
+    """
+    lines = []
+    predictors = {}  # {(part, sequence): (line, places in it)}
+    for number, indices in enumerate(members):
+        line = _Line()
+        for i in indices:
+            prompt, *responses = sequences[i]
+            line.append(prompt, 0, i, part=0)
+            last_of_prompt = len(line.input_ids) - 1
+            for part, response in enumerate(responses, start=1):
+                start = line.append(response, len(prompt), i, part)
+                # The prompt's last token predicts the first one, which predicts the second.
+                chain = [last_of_prompt, *range(start, start + len(response))]
+                places = chain[: len(response)]
+                predictors[part, i] = (number, places)
+        lines.append(line)
+    width = max(len(line.input_ids) for line in lines)
+    flat = []
+    for key in sorted(predictors):
+        number, places = predictors[key]
+        for place in places:
+            flat.append(number * width + place)
+    return lines, flat
+
+
+def _pad(lines: list[list[int]], value: int) -> Tensor:
+    """Return lines of different lengths as a (lines, L) tensor, filled up on the right."""
+    tensors = [torch.tensor(line) for line in lines]
+    return pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+def _visible(row_of_token: Tensor, part_of_token: Tensor) -> Tensor:
+    """Return (lines, 1, L, L) bool: whether the first of two positions sees the second.
+
+    A token sees itself and what comes before it in its row's prompt and in its own response.
+    Padding sees padding, as a position that sees nothing would be NaN.
+    """
+    seen_row = row_of_token.unsqueeze(1)
+    same_row = row_of_token.unsqueeze(2) == seen_row
+    seen_part = part_of_token.unsqueeze(1)
+    same_part = part_of_token.unsqueeze(2) == seen_part
+    in_prompt = seen_part == 0
+    visible = same_row & (in_prompt | same_part)
+    not_after = visible.tril()
+    return not_after.unsqueeze(1)
 
 
 def attention(precision: str, wanted: str = "auto") -> str:
-    """Return the attention to ask transformers for: `wanted`, or flash-attention on a GPU where it
-    is installed.
+    """Return the attention to ask transformers for.
 
-    Else, and for precision "fp32", which it does not know, PyTorch's scaled-dot-product attention.
-    Raises ImportError for a flash-attention that is not there.
+    That is `wanted`. For "auto" it is flash-attention on a GPU where that is installed, else (and
+    for precision "fp32", which flash-attention does not know) PyTorch's scaled-dot-product
+    attention. Raises ImportError for a flash-attention that is not there.
     """
     from transformers.utils import is_flash_attn_2_available
 
-    there = torch.cuda.is_available() and is_flash_attn_2_available() and precision == "bf16"
-    if wanted == "flash_attention_2" and not there:
+    has_flash = torch.cuda.is_available() and is_flash_attn_2_available() and precision == "bf16"
+    if wanted == "flash_attention_2" and not has_flash:
         raise ImportError(
             "flash_attention_2 needs a GPU, precision bf16 and `pip install flash-attn`; sdpa "
             "needs none"
         )
-    return ("flash_attention_2" if there else "sdpa") if wanted == "auto" else wanted
+    if wanted != "auto":
+        return wanted
+    return "flash_attention_2" if has_flash else "sdpa"
 
 
 def caps_attention(config) -> bool:
-    """Tell whether a model caps its attention scores, as Gemma-2 does: s ← c · tanh(s / c)."""
-    return any(value for name, value in config.to_dict().items() if ATTENTION_CAP.match(name))
+    """Return whether a model caps its attention scores, as Gemma-2 does: s ← c · tanh(s / c)."""
+    for name, value in config.to_dict().items():
+        if value and ATTENTION_CAP.match(name):
+            return True
+    return False
 
 
-def compute_caps(model) -> None:
-    """Take a transformers model that caps its attention scores from sdpa, which leaves the cap out,
-    to eager.
+def use_attention_that_caps(model) -> None:
+    """Switch a transformers model that caps its attention scores from sdpa to eager attention.
+
+    sdpa leaves the cap out in silence.
     """
-    if (
-        caps_attention(model.config.get_text_config())
-        and model.config._attn_implementation == "sdpa"
-    ):
+    uses_sdpa = model.config._attn_implementation == "sdpa"
+    if uses_sdpa and caps_attention(model.config.get_text_config()):
         model.set_attn_implementation("eager")
 
 
 class ResponseScorer(torch.nn.Module):
-    """Wrap a causal language model so that `forward` scores responses; logits exist for response
-    positions only.
+    """Wrap a causal language model so that `forward` scores responses.
 
-    forward takes what pack returns (without ids), and entropy=False. It returns a dict of
-    (responses,) float32: `logps`, the sum over response tokens of ln p in nats; `tokens`, their
-    number; with `entropy` also
-    `entropies`, the mean over response tokens of the entropy of p divided by ln |V|, in 0…1.
-    A response without tokens gets logps 0 and entropy NaN. precision "bf16" autocasts, the softmax
-    stays float32.
-    A model that caps its attention scores is taken from sdpa, which leaves the cap out in silence,
-    to eager attention. Raises ValueError for a model that scores packed responses otherwise than
-    alone (its layers do not follow the mask, or its logits are not its head's), and for a sequence
-    longer than the model's attention window.
+    Logits exist for response positions only, and for `chunk` of them at a time. precision "bf16"
+    autocasts, but the softmax stays float32. A model that caps its attention scores is switched
+    from sdpa, which leaves the cap out in silence, to eager attention.
+
+    Raises ValueError for a model that scores packed responses otherwise than alone, as its layers
+    do not follow the mask, or its logits are not its head's.
     """
 
     def __init__(self, model, precision: str = "fp32", chunk: int = CHUNK):
         super().__init__()
         if precision not in ("bf16", "fp32"):
             raise ValueError(f"precision must be bf16 or fp32, got {precision!r}")
+        self.model = model
+        self.chunk = chunk
         self.config = model.config.get_text_config()
         self.window = getattr(self.config, "sliding_window", None) or math.inf
-        compute_caps(model)
-        # flash-attention knows neither float32 nor a mask in which several responses see one prompt
+        use_attention_that_caps(model)
+        # flash-attention knows neither float32 nor a mask in which several responses see a prompt.
         self.shared = getattr(model.config, "_attn_implementation", "") != "flash_attention_2"
-        self.model, self.bf16, self.chunk = model, not self.shared, chunk
+        self.bf16 = not self.shared
         self._check(0.01 if self.shared else 0.03)
         self.bf16 = precision == "bf16"
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     @torch.no_grad()
-    def _check(self, tolerance: float) -> None:
-        """Score four short responses packed and alone: a recurrent or otherwise masked model would
-        differ.
+    def _check(self, relative_tolerance: float) -> None:
+        """Raise ValueError if short responses have other scores packed than alone.
+
+        Those of a recurrent or otherwise masked model do.
         """
-        training, device = self.model.training, next(self.model.parameters()).device
+        training = self.model.training
         self.eval()
-        ids = [t % self.config.vocab_size for t in range(5, 15)]
-        row = {"id": "", "prompt_ids": ids[:4], "responses": {"a": ids[4:7], "b": ids[7:]}}
-        packed = self.score([row, row], ["a", "b"], 0)["logps"]
-        for said, found in ((ids[4:7], packed[:2]), (ids[7:], packed[2:])):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                logits = (
-                    self.model(torch.tensor([ids[:4] + said], device=device))
-                    .logits[0, 3:-1]
-                    .float()
-                )
-            alone = (
-                logits.log_softmax(-1).gather(-1, torch.tensor(said, device=device)[:, None]).sum()
-            )
-            if ((found - alone).abs() > tolerance * alone.abs()).any():
+        ids = [i % self.config.vocab_size for i in range(5, 15)]
+        prompt = ids[:4]
+        responses = {"a": ids[4:7], "b": ids[7:]}
+        row = {"id": "", "prompt_ids": prompt, "responses": responses}
+        names = list(responses)
+        scores = self.score([row, row], names, pad_id=0)
+        packed_logps = scores["logps"].view(2, 2)
+        for packed, response in zip(packed_logps, responses.values(), strict=True):
+            sequence = prompt + response
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16):
+                logps = _sequence_logps(self.model, sequence)
+            alone = logps[-len(response) :].sum()
+            error = (packed - alone).abs()
+            tolerance = relative_tolerance * alone.abs()
+            if (error > tolerance).any():
                 raise ValueError(
                     f"{self.config.model_type} models score packed responses otherwise than alone "
-                    f"({found.tolist()} and {float(alone)} nats): not supported"
+                    f"({packed.tolist()} and {float(alone)} nats): not supported"
                 )
         self.train(training)
 
     def score(self, rows: list[dict], names: list[str], pad_id: int, entropy: bool = False) -> dict:
         """Return forward() of rows that are packed into one batch."""
-        device = next(self.model.parameters()).device
-        batch = {
-            k: v.to(device) for k, v in pack(rows, names, pad_id, self.shared).items() if k != "ids"
-        }
+        batch = pack(rows, names, pad_id, self.shared)
+        del batch["ids"]
+        device = self._device
+        for name, tensor in batch.items():
+            batch[name] = tensor.to(device)
         return self(**batch, entropy=entropy)
 
     def forward(
         self,
-        input_ids,
-        position_ids,
-        labels,
-        predictors,
-        tokens,
-        attention_mask=None,
-        entropy=False,
-    ) -> dict:
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        predictors: Tensor,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        entropy: bool = False,
+    ) -> dict[str, Tensor]:
+        """Score the responses of a batch, which is what pack() returns without its ids.
+
+        Returns:
+            logps: (responses,) float32, the sum of ln p over a response's tokens, in nats; 0
+                without tokens.
+            tokens: (responses,) float32, their number.
+            entropies: (responses,) float32 in 0…1, only if `entropy`: the mean over a response's
+                tokens of the entropy of p divided by ln |V|; NaN without tokens.
+        Raises:
+            ValueError: a sequence is longer than the model's attention window.
+        """
         if input_ids.shape[1] > self.window and position_ids.max() >= self.window:
             raise ValueError(
                 f"a sequence is longer than the model's attention window of {self.window} tokens"
             )
-        dtype, unseen = torch.bfloat16 if self.bf16 else next(self.model.parameters()).dtype, None
-        if (
-            attention_mask is not None
-        ):  # added to the scores, which every attention but flash-attention understands
-            unseen = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
-            unseen = unseen.masked_fill(~attention_mask, -math.inf)
-        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
-            inputs = {
-                "input_ids": input_ids,
-                "position_ids": position_ids,
-                "attention_mask": unseen,
-            }
-            hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state
-        hidden, score = hidden.flatten(0, 1)[predictors], self._tokens
-        parts = [(start, start + self.chunk) for start in range(0, max(1, len(labels)), self.chunk)]
-        if (
-            torch.distributed.is_initialized()
-        ):  # under ZeRO-3 all processes must call the head equally often
-            most = torch.tensor(len(parts), device=labels.device)
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            parts += [(0, 0)] * (int(most) - len(parts))
-        if len(parts) > 1 and torch.is_grad_enabled():  # one chunk's logits may stay, many may not
-            score = partial(checkpoint, self._tokens, use_reentrant=False)
-        pieces = [score(hidden[start:end], labels[start:end], entropy) for start, end in parts]
-        cuts = tokens.tolist()
-        sums = [
-            torch.stack([x.sum() for x in torch.cat(p).split(cuts)])
-            for p in zip(*pieces, strict=True)
-        ]
-        tokens = tokens.float()
-        return {"logps": sums[0], "tokens": tokens} | (
-            {"entropies": sums[1] / tokens} if entropy else {}
-        )
+        hidden = self._hidden(input_ids, position_ids, attention_mask)
+        hidden = hidden.flatten(0, 1)[predictors]
+        score_tokens = self._score_tokens
+        chunks = self._chunks(labels)
+        # The logits of one chunk may stay in memory for the backward pass, those of many may not.
+        if len(chunks) > 1 and torch.is_grad_enabled():
+            score_tokens = partial(checkpoint, self._score_tokens, use_reentrant=False)
+        logps = []
+        entropies = []
+        for chunk in chunks:
+            chunk_logps, chunk_entropies = score_tokens(hidden[chunk], labels[chunk], entropy)
+            logps.append(chunk_logps)
+            entropies.append(chunk_entropies)
+        scores = {"logps": _sum_by_response(logps, tokens), "tokens": tokens.float()}
+        if entropy:
+            scores["entropies"] = _sum_by_response(entropies, tokens) / tokens.float()
+        return scores
 
-    def _tokens(self, hidden, labels, entropy: bool) -> tuple[torch.Tensor, ...]:
+    def _hidden(self, input_ids, position_ids, attention_mask) -> Tensor:
+        """Return the decoder's last hidden states, (lines, L, hidden size)."""
+        if attention_mask is not None:
+            # What is added to the scores is a mask that every attention but flash-attention knows.
+            dtype = next(self.model.parameters()).dtype
+            if self.bf16:
+                dtype = torch.bfloat16
+            zeros = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
+            attention_mask = zeros.masked_fill(~attention_mask, -math.inf)
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
+            output = self.model.get_decoder()(
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+            )
+        return output.last_hidden_state
+
+    def _chunks(self, labels: Tensor) -> list[slice]:
+        """Return the parts of the response tokens whose logits are computed together.
+
+        Under ZeRO-3 all processes must call the head equally often, so some get empty parts.
+        """
+        count = math.ceil(len(labels) / self.chunk)
+        count = max(1, count)
+        if distributed.is_initialized():
+            largest = torch.tensor(count, device=labels.device)
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+            count = int(largest)
+        starts = range(0, count * self.chunk, self.chunk)
+        return [slice(start, start + self.chunk) for start in starts]
+
+    def _score_tokens(
+        self, hidden: Tensor, labels: Tensor, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return ln p of each label and, if `entropy`, the entropy of p divided by ln |V|."""
         with torch.autocast(hidden.device.type, torch.bfloat16, enabled=self.bf16):
-            logits = self.model.get_output_embeddings()(hidden)
+            head = self.model.get_output_embeddings()
+            logits = head(hidden)
         logits = logits.float()
-        if cap := getattr(self.config, "final_logit_softcapping", None):
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        if cap:
             logits = cap * torch.tanh(logits / cap)
         logps = logits.log_softmax(-1)
-        picked = logps.gather(-1, labels[:, None])[:, 0]
+        label_logps = _logps_of(labels, logps)
         if not entropy:
-            return (picked,)
-        return picked, -(logps.exp() * logps).sum(-1) / math.log(logits.shape[-1])
+            return label_logps, None
+        probabilities = logps.exp()
+        entropies = -(probabilities * logps).sum(-1)
+        vocabulary_size = logits.shape[-1]
+        return label_logps, entropies / math.log(vocabulary_size)
+
+
+def _logps_of(labels: Tensor, logps: Tensor) -> Tensor:
+    """Return ln p of the labels, (n,), from that of all tokens, (n, vocabulary)."""
+    return logps.gather(-1, labels.unsqueeze(1)).squeeze(1)
+
+
+def _sequence_logps(model, ids: list[int]) -> Tensor:
+    """Return ln p of each token but the first, (len(ids) - 1,), as the model itself computes it."""
+    device = next(model.parameters()).device
+    input_ids = torch.tensor([ids], device=device)
+    output = model(input_ids, use_cache=False)
+    logits = output.logits[0, :-1]
+    logps = logits.float().log_softmax(-1)
+    labels = input_ids[0, 1:]
+    return _logps_of(labels, logps)
+
+
+def _sum_by_response(chunks: list[Tensor], tokens: Tensor) -> Tensor:
+    """Return the sum over each response's tokens of values that lie in chunks one after another."""
+    values = torch.cat(chunks)
+    by_response = values.split(tokens.tolist())
+    sums = [part.sum() for part in by_response]
+    return torch.stack(sums)
 
 
 def load_scorer(
     folder: str, precision: str = "fp32", dtype: torch.dtype = torch.float32
 ) -> ResponseScorer:
-    """Return the scorer of a model folder: weights in `dtype`, on the accelerator if there is
-    one.
+    """Return the scorer of a model folder, on the accelerator if there is one.
+
+    dtype: of the weights.
     """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, attention(precision), dtype)
-    return ResponseScorer(model.to("cuda" if torch.cuda.is_available() else "cpu"), precision)
+    return ResponseScorer(model.to(device), precision)
 
 
 def load_model(folder: str, implementation: str, dtype: torch.dtype, tensors: dict | None = None):
     """Return the causal language model of a folder with its own weights, or with other ones.
 
-    implementation: of its attention. tensors: the other weights, by the names that the folder's
-    files have. The names in memory may differ (a mixture's experts are one tensor, GPT-NeoX's head
-    has another name): transformers itself converts them here, ties what is tied, and casts to
-    `dtype`. Raises ValueError if the model lacks a tensor then, which transformers would draw at
-    random.
+    The names of weights in memory may differ from those in files (a mixture's experts are one
+    tensor, GPT-NeoX's head has another name). transformers itself converts them here, ties what is
+    tied, and casts to `dtype`.
+
+    Args:
+        folder: the model's.
+        implementation: of its attention.
+        dtype: of its weights.
+        tensors: the other weights, by the names that the folder's files have.
+    Raises:
+        ValueError: the model lacks a tensor, which transformers would draw at random.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    how = {"dtype": dtype, "attn_implementation": implementation, "output_loading_info": True}
+    options = {"dtype": dtype, "attn_implementation": implementation, "output_loading_info": True}
     if tensors is None:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **how)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, use_safetensors=True, **options
+        )
     else:
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
         model, report = type(empty).from_pretrained(
-            None, config=empty.config, state_dict=tensors, **how
+            None, config=empty.config, state_dict=tensors, **options
         )
-    if missing := sorted(
-        [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-    ):
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    missing = sorted([*report["missing_keys"], *mismatched])
+    if missing:
         raise ValueError(
             f"{folder}: no {missing[0]} for the model ({len(missing)} missing): its weights are "
             "not whole"
@@ -301,17 +469,17 @@ def load_model(folder: str, implementation: str, dtype: torch.dtype, tensors: di
 def plain_logps(
     folder: str, tensors: dict, sequences: list[list[int]], dtype: torch.dtype
 ) -> list[float]:
-    """Return ln p (nats) of each sequence given its first token, under `tensors` in the model of a
-    folder.
+    """Return ln p (nats) of each sequence given its first token.
 
-    The independent computation by which others are judged: transformers on the processor, eager
-    attention, one sequence at a time and all of its logits. Raises as load_model().
+    The model is that of the folder with `tensors` as its weights. This is the independent
+    computation by which others are judged: transformers on the processor, eager attention, one
+    sequence at a time and all of its logits. Raises as load_model().
     """
     model = load_model(folder, "eager", dtype, tensors).eval()
     scores = []
     for ids in sequences:
-        logps = model(torch.tensor([ids]), use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        scores.append(float(logps.gather(-1, torch.tensor(ids[1:])[:, None]).sum()))
+        logps = _sequence_logps(model, ids)
+        scores.append(float(logps.sum()))
     return scores
 
 
@@ -319,33 +487,41 @@ def plain_logps(
 def score_rows(
     scorer: ResponseScorer,
     rows: list[dict],
-    names: list,
+    names: list[str],
     *,
     pad_id: int,
     micro_batch: int = 64,
     tell: Callable[[int, int], None] | None = None,
-) -> dict:
-    """Return logps, tokens and entropies of `rows` in their order, each float32 (len(rows),
-    len(names)) on the CPU.
+) -> dict[str, Tensor]:
+    """Return the scores of rows in their order, each float32 (len(rows), len(names)) on the CPU.
 
-    tell: called with (rows done, rows in all) after each batch.
+    They are logps, tokens and entropies, as ResponseScorer.forward() has them.
+
+    micro_batch: rows in one batch. tell: called with (rows done, rows in all) after each batch.
+    Raises ValueError for log-probabilities that are not finite.
     """
     scorer.eval()
-    out = {
-        k: torch.full((len(rows), len(names)), float("nan"))
-        for k in ("logps", "tokens", "entropies")
+    shape = (len(rows), len(names))
+    table = {
+        "logps": torch.full(shape, math.nan),
+        "tokens": torch.full(shape, math.nan),
+        "entropies": torch.full(shape, math.nan),
     }
-    # similar lengths together, the longest first: too little memory shows at once
-    order = sorted(range(len(rows)), key=lambda i: -row_length(rows[i], names))
+    # Similar lengths together, the longest first: too little memory shows at once.
+    lengths = [row_length(row, names) for row in rows]
+    order = _longest_first(lengths)
     for start in range(0, len(rows), micro_batch):
         batch = order[start : start + micro_batch]
-        for k, v in scorer.score([rows[i] for i in batch], names, pad_id, entropy=True).items():
-            out[k][batch] = v.view(len(names), len(batch)).T.float().cpu()
+        scores = scorer.score([rows[i] for i in batch], names, pad_id, entropy=True)
+        for score, values in scores.items():
+            by_name = values.view(len(names), len(batch))
+            table[score][batch] = by_name.T.float().cpu()
         if tell:
             tell(start + len(batch), len(rows))
-    if not out["logps"].isfinite().all():
-        bad = [rows[i]["id"] for i in (~out["logps"].isfinite()).any(1).nonzero()[:5, 0].tolist()]
+    finite = table["logps"].isfinite().all(1)
+    if not finite.all():
+        ids = [row["id"] for row, is_finite in zip(rows, finite, strict=True) if not is_finite]
         raise ValueError(
-            f"the log-probabilities of rows {bad} are not finite (packed, one spoils its line)"
+            f"the log-probabilities of rows {ids[:5]} are not finite (packed, one spoils its line)"
         )
-    return out
+    return table

@@ -1,7 +1,7 @@
 """Find the α of ExPO (arXiv 2404.16792) in few evaluations.
 
 The paper tries a grid by hand. Reward against α rises, peaks and falls, so a golden-section search
-needs fewer points; the same prompts at every α (paired) keep the sampling noise out of the
+needs fewer points. The same prompts at every α (paired) keep the sampling noise out of the
 comparison.
 """
 
@@ -12,34 +12,40 @@ from collections.abc import Callable
 import numpy as np
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+NARROW = 0.042  # the width of an interval of ln(1 + α) that is not searched further
+DRAWS = 2000  # of the bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """The result of a search: the α with the highest mean reward, and how sure the prompts are
-    about it.
+    """The result of a search: the α with the highest mean reward, and how sure the prompts are."""
 
-    alpha: among the evaluated. low, high: 95 % of bootstrap draws of the prompts choose an α in
-    between. rewards: {α: (prompts,) mean reward of each prompt}, in the order of evaluation; α = 0,
-    the aligned model itself, comes first.
-    """
-
-    alpha: float
-    low: float
+    alpha: float  # one of those that were evaluated
+    low: float  # 95 % of bootstrap draws of the prompts choose an α from low to high
     high: float
-    rewards: dict[float, np.ndarray]
+    rewards: dict[float, np.ndarray]  # {α: (prompts,) rewards}, in the order of evaluation
 
 
 def golden_section(
-    evaluate: Callable, bracket: tuple[float, float], evaluations: int, *, seed: int
+    evaluate: Callable[[float], np.ndarray],
+    bracket: tuple[float, float],
+    evaluations: int,
+    *,
+    seed: int,
 ) -> Search:
-    """Search the maximum of mean(evaluate(α)), which should rise and then fall, in `evaluations`
-    calls.
+    """Search the maximum of mean(evaluate(α)), which should rise and then fall.
 
-    evaluate(α) returns the (prompts,) rewards at α, for the same prompts each time. α = 0 is
-    evaluated first, for what the search gains; then golden section on ln(1 + α), whose interval
-    shrinks by 0.618 with each call. α is rounded to three digits. Raises ValueError for a bad
-    bracket, too few evaluations or rewards that are not finite.
+    α = 0, the aligned model itself, is evaluated first, for what the search gains. Then golden
+    section on ln(1 + α), whose interval shrinks by 0.618 with each call. α is rounded to three
+    digits.
+
+    Args:
+        evaluate: returns the (prompts,) rewards at α, for the same prompts each time.
+        bracket: the lowest and the highest α.
+        evaluations: how often evaluate is called at most.
+        seed: of the bootstrap draws.
+    Raises:
+        ValueError: a bad bracket, too few evaluations, or rewards that are not finite.
     """
     low, high = bracket
     if not (0 <= low < high < math.inf) or evaluations < 4:
@@ -48,29 +54,45 @@ def golden_section(
         )
     rewards: dict[float, np.ndarray] = {}
 
-    def mean(place: float) -> float:
-        alpha = float(f"{math.expm1(place):.3g}")
+    def mean_reward(log_point: float) -> float:
+        alpha = float(f"{math.expm1(log_point):.3g}")
         if alpha not in rewards:
-            rewards[alpha] = np.asarray(evaluate(alpha), dtype=float)
-            if not (finite := np.isfinite(rewards[alpha])).all():
-                raise ValueError(
-                    f"the reward of prompt {np.argmin(finite)} at α={alpha} is not finite"
-                )
+            rewards[alpha] = _finite(evaluate(alpha), alpha)
         return rewards[alpha].mean()
 
-    mean(0.0)
-    a, b = math.log1p(low), math.log1p(high)
-    while len(rewards) < evaluations and b - a > 0.042:
-        c, d = (
-            b - GOLDEN * (b - a),
-            a + GOLDEN * (b - a),
-        )  # one of them was a place before, and is not sampled again
-        a, b = (a, d) if mean(c) >= mean(d) else (c, b)
-    alphas, table = list(rewards), np.stack(list(rewards.values()))
+    mean_reward(0.0)
+    a = math.log1p(low)
+    b = math.log1p(high)
+    while len(rewards) < evaluations and b - a > NARROW:
+        # After the first round one of the two was evaluated before, and is not evaluated again.
+        left = b - GOLDEN * (b - a)
+        right = a + GOLDEN * (b - a)
+        if mean_reward(left) >= mean_reward(right):
+            b = right
+        else:
+            a = left
+    return _result(rewards, seed)
+
+
+def _finite(values, alpha: float) -> np.ndarray:
+    """Return the rewards at α as an array; raise ValueError for one that is not finite."""
+    rewards = np.asarray(values, dtype=float)
+    finite = np.isfinite(rewards)
+    if not finite.all():
+        prompt = np.argmin(finite)
+        raise ValueError(f"the reward of prompt {prompt} at α={alpha} is not finite")
+    return rewards
+
+
+def _result(rewards: dict[float, np.ndarray], seed: int) -> Search:
+    """Choose the best α, and draw the prompts again to see which ones they would choose."""
+    alphas = list(rewards)
+    table = np.stack(list(rewards.values()))
+    best = table.mean(1).argmax()
+    prompts = table.shape[1]
     generator = np.random.default_rng(seed)
-    draws = generator.integers(table.shape[1], size=(2000, table.shape[1]))
-    picked = np.array(alphas)[table[:, draws].mean(2).argmax(0)]
-    best = alphas[table.mean(1).argmax()]
-    return Search(
-        best, *(float(x) for x in np.quantile(picked, [0.025, 0.975], method="nearest")), rewards
-    )
+    draws = generator.integers(prompts, size=(DRAWS, prompts))
+    best_of_draws = table[:, draws].mean(2).argmax(0)
+    chosen = np.array(alphas)[best_of_draws]
+    low, high = np.quantile(chosen, [0.025, 0.975], method="nearest")
+    return Search(alphas[best], float(low), float(high), rewards)

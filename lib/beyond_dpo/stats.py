@@ -1,128 +1,189 @@
-"""Means and percentile bootstrap intervals from explicit generators: the same seed gives the same
-interval.
+"""Means and percentile bootstrap intervals; the same seed gives the same interval.
 
-Shared by all: values are (n,) or (n, k) in any unit, axis 0 holds the independent units (prompts)
-and a row is drawn as a whole; `groups`, (n,) labels, draws all units with one label together
-(several pairs of one prompt).
-All raise ValueError for NaN or infinity, fewer than two units or groups, and unequal shapes.
+Shared by all: values are (n,) or (n, k) in any unit. Axis 0 holds the independent units (prompts),
+and a row is drawn as a whole. `groups`, (n,) labels, draws all units with one label together, such
+as several pairs of one prompt. All raise ValueError for NaN or infinity, for fewer than two units
+or groups, and for unequal shapes.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
 LEVEL = 0.95  # of all intervals
+ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # the quantiles of all draws where an interval ends
+
+Interval = tuple[float, float, float]  # of the statistic of all units, low end, high end
 
 
-def mean_interval(values, *, seed: int, n_boot: int = 2000, groups=None):
-    """Return (mean, low, high) of `values`; adding a constant to `values` adds it to all three."""
-    values = np.asarray_chkfinite(values, float)
-    index = np.unique(
-        np.arange(len(values)) if groups is None else np.asarray(groups), return_inverse=True
-    )[1]
-    sums = np.bincount(index, values.reshape(len(values), -1).sum(1))
-    counts = np.bincount(index, np.full(len(values), values[0].size))
-    return interval(lambda i: sums[i].sum() / counts[i].sum(), len(sums), seed, n_boot)
+def interval(
+    statistic: Callable[[np.ndarray], float], units: int, seed: int, n_boot: int = 2000
+) -> Interval:
+    """Return (statistic of all units, low, high), drawing units with replacement.
 
-
-def paired_interval(a, b, *, seed: int):
-    """Return (mean, low, high) of a - b for the same units in the same order; what a and b share
-    cancels.
-    """
-    a, b = _paired(a, b)
-    return mean_interval(a - b, seed=seed)
-
-
-def peak_correlation(table, value: str, by: list[str], *, seed: int, n_boot: int = 2000):
-    """Return (rho, low, high), the rank correlation of by[0] and −(the α at which mean `value` is
-    highest).
-
-    table: one row per response; one curve per combination of the columns `by`, each on an α grid of
-    its own. A draw takes prompts, the same for all curves, and looks for each curve's peak anew:
-    the interval covers that choice too. Peaks that are all at one α show no relation: rho 0.
-    """
-    wide = table.pivot_table(index="prompt", columns=[*by, "alpha"], values=value)
-    values, alphas = np.asarray_chkfinite(wide), wide.columns.get_level_values("alpha").to_numpy()
-    curves = wide.columns.droplevel("alpha")
-    places = [np.flatnonzero(curves == curve) for curve in curves.unique()]
-    x = [wide.columns[place[0]][0] for place in places]
-
-    def rho(i):
-        means = values[i].mean(0)
-        return _rho(x, [-alphas[place[means[place].argmax()]] for place in places])
-
-    return interval(rho, len(values), seed, n_boot)
-
-
-def interval(statistic, units: int, seed: int, n_boot: int = 2000) -> tuple[float, float, float]:
-    """Return (statistic of all units, low, high), drawing units: `statistic` takes the (units,)
-    indices of a draw.
+    statistic: takes the (units,) indices of a draw. units: their number. n_boot: the number of
+    draws.
     """
     if units < 2:
         raise ValueError(f"an interval needs 2 or more independent units: {units=}")
     generator = np.random.default_rng(seed)
-    draws = [statistic(generator.integers(units, size=units)) for _ in range(n_boot)]
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(statistic(np.arange(units))), float(low), float(high)
+    statistics = []
+    for _ in range(n_boot):
+        draw = generator.integers(units, size=units)
+        statistics.append(statistic(draw))
+    low, high = np.quantile(statistics, ENDS)
+    all_units = np.arange(units)
+    estimate = statistic(all_units)
+    return float(estimate), float(low), float(high)
+
+
+def mean_interval(values, *, seed: int, n_boot: int = 2000, groups=None) -> Interval:
+    """Return (mean, low, high) of `values`; adding a constant to `values` adds it to all three."""
+    values = np.asarray_chkfinite(values, float)
+    units = len(values)
+    values = values.reshape(units, -1)
+    labels = np.arange(units)
+    if groups is not None:
+        labels = np.asarray(groups)
+    _, group_of_unit = np.unique(labels, return_inverse=True)
+    unit_sums = values.sum(1)
+    unit_sizes = np.full(units, values.shape[1])
+    sums = np.bincount(group_of_unit, unit_sums)
+    sizes = np.bincount(group_of_unit, unit_sizes)
+
+    def mean(draw: np.ndarray) -> float:
+        total = sums[draw].sum()
+        size = sizes[draw].sum()
+        return total / size
+
+    return interval(mean, len(sums), seed, n_boot)
+
+
+def paired_interval(a, b, *, seed: int) -> Interval:
+    """Return (mean, low, high) of a - b for the same units in the same order.
+
+    What a and b share cancels.
+    """
+    a, b = _paired(a, b)
+    differences = a - b
+    return mean_interval(differences, seed=seed)
+
+
+def rank_correlation(a, b, *, seed: int) -> Interval:
+    """Return (rho, low, high), Spearman's rank correlation of two measures of the same units.
+
+    a, b: (n,).
+    """
+    a, b = _paired(a, b)
+
+    def rho(draw: np.ndarray) -> float:
+        return _rho(a[draw], b[draw])
+
+    return interval(rho, len(a), seed)
+
+
+def peak_correlation(
+    table, value: str, by: list[str], *, seed: int, n_boot: int = 2000
+) -> Interval:
+    """Return (rho, low, high), the rank correlation of by[0] and minus the α of a curve's peak.
+
+    The peak is where mean `value` is highest, so rho is 1 if peaks fall where by[0] rises. A draw
+    takes prompts, the same for all curves, and looks for each curve's peak anew, so the interval
+    covers that choice too. Peaks that are all at one α show no relation: rho 0.
+
+    table: one row per response. by: columns, whose every combination is a curve with an α grid of
+    its own.
+    """
+    wide = table.pivot_table(index="prompt", columns=[*by, "alpha"], values=value)
+    values = np.asarray_chkfinite(wide)
+    alphas = wide.columns.get_level_values("alpha").to_numpy()
+    first_of_by = wide.columns.get_level_values(0)
+    curve_of_column = wide.columns.droplevel("alpha")
+    curves = []
+    x = []
+    for curve in curve_of_column.unique():
+        columns = np.flatnonzero(curve_of_column == curve)
+        curves.append(columns)
+        x.append(first_of_by[columns[0]])
+
+    def rho(draw: np.ndarray) -> float:
+        means = values[draw].mean(0)
+        peaks = []
+        for columns in curves:
+            highest = means[columns].argmax()
+            peak = columns[highest]
+            peaks.append(-alphas[peak])
+        return _rho(x, peaks)
+
+    return interval(rho, len(values), seed, n_boot)
+
+
+def summarise(table, value: str, by: list[str], *, seed: int):
+    """Return a table of mean, low, high of `value` and n, one row per combination of columns `by`.
+
+    table: one row per response; its prompts are drawn as a whole. Rows without a value (NaN) are
+    left out, so that a measure taken on some prompts only can be summarised, and so is a
+    combination without any.
+    """
+    import pandas as pd
+
+    rows = []
+    columns = [*by, "mean", "low", "high", "n"]
+    measured = table.dropna(subset=[value])
+    for combination, group in measured.groupby(by, sort=True):
+        prompts = group["prompt"]
+        mean, low, high = mean_interval(group[value], seed=seed, groups=prompts)
+        row = [*combination, mean, low, high, len(group)]
+        rows.append(row)
+    return pd.DataFrame(rows, columns=columns)
+
+
+def gain(table, value: str, to: dict, since: dict, *, seed: int) -> Interval:
+    """Return (mean, low, high) of `value` at the point `to` minus at the point `since`.
+
+    Paired by prompt. to, since: {column: value} that pick the responses of one model and α each;
+    both must answer the same prompts.
+    """
+    to_means = _prompt_means(table, value, to)
+    since_means = _prompt_means(table, value, since)
+    prompts = list(to_means.index)
+    if not prompts or prompts != list(since_means.index):
+        raise ValueError(
+            f"{to} and {since} do not answer the same prompts "
+            f"({len(to_means)} and {len(since_means)})"
+        )
+    return paired_interval(to_means, since_means, seed=seed)
+
+
+def _prompt_means(table, value: str, point: dict):
+    """Return the mean of `value` of each prompt's responses at a point, {column: value}."""
+    for column, wanted in point.items():
+        if isinstance(wanted, float):
+            fits = np.isclose(table[column], wanted)
+        else:
+            fits = table[column] == wanted
+        table = table[fits]
+    by_prompt = table.groupby("prompt")
+    means = by_prompt[value].mean()
+    return means.sort_index()
 
 
 def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
-    a, b = np.asarray_chkfinite(a, float), np.asarray_chkfinite(b, float)
+    """Return two measures as arrays; raise ValueError if they are not of the same units."""
+    a = np.asarray_chkfinite(a, float)
+    b = np.asarray_chkfinite(b, float)
     if a.shape != b.shape:
         raise ValueError(f"shapes differ: {a.shape} and {b.shape}; pair the units")
     return a, b
 
 
-def summarise(table, value: str, by: list[str], *, seed: int, groups: str = "prompt"):
-    """Return one row per combination of the columns `by`: mean, low, high of `value` and n, prompts
-    drawn as a whole.
-
-    table: one row per response. Rows without a value (NaN) are left out, so that a measure taken on
-    some prompts only can be summarised; a combination without any is left out.
-    """
-    import pandas as pd
-
-    rows = []
-    for place, group in table.dropna(subset=[value]).groupby(by, sort=True):
-        mean, low, high = mean_interval(group[value], seed=seed, groups=group[groups])
-        rows.append([*place, mean, low, high, len(group)])
-    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
-
-
-def gain(table, value: str, to: dict, since: dict, *, seed: int) -> tuple[float, float, float]:
-    """Return (mean, low, high) of `value` at the place `to` minus at the place `since`, paired by
-    prompt.
-
-    to, since: {column: value} that pick the responses of one model and α each; both must answer the
-    same prompts.
-    """
-    means = []
-    for place in (to, since):
-        picked = table
-        for column, wanted in place.items():
-            fits = (
-                np.isclose(picked[column], wanted)
-                if isinstance(wanted, float)
-                else picked[column] == wanted
-            )
-            picked = picked[fits]
-        means.append(picked.groupby("prompt")[value].mean().sort_index())
-    if not len(means[0]) or list(means[0].index) != list(means[1].index):
-        raise ValueError(
-            f"{to} and {since} do not answer the same prompts ({len(means[0])} and {len(means[1])})"
-        )
-    return paired_interval(means[0], means[1], seed=seed)
-
-
-def rank_correlation(a, b, *, seed: int) -> tuple[float, float, float]:
-    """Return (rho, low, high), Spearman's rank correlation of two (n,) measures of the same
-    units.
-    """
-    a, b = _paired(a, b)
-    return interval(lambda i: _rho(a[i], b[i]), len(a), seed)
-
-
 def _rho(a, b) -> float:
-    """Return Spearman's rank correlation; 0 where all of one are equal, which show no relation."""
+    """Return Spearman's rank correlation; 0 if all values of a or of b are equal."""
     from scipy.stats import rankdata
 
-    a, b = rankdata(a), rankdata(b)
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+    ranks_a = rankdata(a)
+    ranks_b = rankdata(b)
+    if not np.ptp(ranks_a) or not np.ptp(ranks_b):
+        return 0.0
+    matrix = np.corrcoef(ranks_a, ranks_b)
+    return float(matrix[0, 1])

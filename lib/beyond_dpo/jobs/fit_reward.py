@@ -106,13 +106,13 @@ def train_classifier(
         picked = order[step * batch : (step + 1) * batch]
         part = [texts[i] for i in picked]
         inputs = tokenizer(
-            part, truncation=True, max_length=max_tokens, padding=True, return_tensors="pt"
+            [texts[i] for i in picked],
+            truncation=True,
+            max_length=max_tokens,
+            padding=True,
+            return_tensors="pt",
         )
-        with torch.autocast(device, torch.bfloat16, enabled=precision == "bf16"):
-            logits = model(**inputs.to(device)).logits[:, 0].float()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(
-            logits, targets[picked].to(device)
-        )
+        loss = _loss(model, inputs, targets[picked], bf16=precision == "bf16")
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
@@ -125,6 +125,16 @@ def train_classifier(
     return held_out_facts(Classifier(out, max_tokens=max_tokens), *held_out) | {
         "trained_on": steps * batch
     }
+
+
+def _loss(model, inputs, targets, *, bf16: bool):
+    """Return the mean cross-entropy of a batch of tokenized texts, whose targets are 0 or 1."""
+    import torch
+
+    device = model.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = model(**inputs.to(device)).logits[:, 0].float()
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets.to(device))
 
 
 def main(path: str) -> None:
