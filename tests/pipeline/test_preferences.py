@@ -643,7 +643,7 @@ def test_a_dialogue_is_the_text_that_hh_publishes(tiny):
     assert preferences.dialogue(read["prompt"]) + " I see." == row["chosen"]
     plain = dataclasses.replace(SMOKE.world, template="plain")
     made = preferences.prompt_row(tokenizer, read, plain, random.Random(0))
-    said = preferences._said(tokenizer, made, read, plain)
+    said = preferences.encoded_responses(tokenizer, made, read, plain)
     assert (
         tokenizer.decode(made["prompt_ids"] + said["chosen"]) == f"<s>{row['chosen']}</s>"
         and made["text"] == TURNS
