@@ -445,12 +445,12 @@ def _verify(folder: Path, key: str) -> None:
     try:
         manifest = json.loads(path.read_bytes())
         expected = (manifest.pop("digest"), manifest["key"])
-        found = (digest(manifest), key)
+        actual = (digest(manifest), key)
         files = manifest["files"]
     except DAMAGED as error:
         raise DamagedArtifact(f"damaged {path}: expected a manifest, found {error!r}") from error
-    if expected != found:
-        raise DamagedArtifact(f"damaged {path}: expected {expected}, found {found}")
+    if expected != actual:
+        raise DamagedArtifact(f"damaged {path}: expected {expected}, found {actual}")
     for name, entry in files.items():
         path = folder / name
         content = _content(path) if path.is_file() else "no such file"

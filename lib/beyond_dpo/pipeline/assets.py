@@ -98,10 +98,10 @@ def fetch_all(names: list[str]) -> list[Path]:
             raise AssetError(_missing_message(missing, complaint))
     for pin in pins:
         archive = _archive(pin)
-        found = artifacts.sha256(archive)
-        if found != pin.sha256:
+        sha256 = artifacts.sha256(archive)
+        if sha256 != pin.sha256:
             raise AssetError(
-                f"{archive} has sha256 {found}, not the pinned {pin.sha256}: not used; "
+                f"{archive} has sha256 {sha256}, not the pinned {pin.sha256}: not used; "
                 "delete the file"
             )
     return [_archive(pin) for pin in pins]

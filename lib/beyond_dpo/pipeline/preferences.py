@@ -700,8 +700,8 @@ def prompts(ref: str, world: World, tokenizer, most: int) -> tuple[list[dict], C
         except templates.RowError as error:
             dropped[error.reason] += 1
             continue
-        words = _words(row)
-        prompt_rows[words] = {"id": f"E{number}", **prompt}
+        text = _prompt_text(row)
+        prompt_rows[text] = {"id": f"E{number}", **prompt}
     return list(prompt_rows.values()), dropped
 
 
@@ -716,14 +716,14 @@ def _usable_prompt(
 ) -> dict:
     """Return prompt_row() of a row; raise RowError with the reason if it is of no use.
 
-    taken: the words of prompts that may not be drawn again. use: as in reason(). The prompts of
+    taken: the texts of prompts that may not be drawn again. use: as in reason(). The prompts of
     given pairs may have any length, as the training cuts them, and reviews are cut here.
     """
     problem = reason(row, use)
     if problem:
         raise templates.RowError(problem)
     prompt = prompt_row(tokenizer, row, world, rng)
-    if _words(row) in taken:
+    if _prompt_text(row) in taken:
         raise templates.RowError("repeated prompt")
     _, longest = world.prompt_tokens
     may_be_longer = use == "pairs" or "text" in row
@@ -732,8 +732,8 @@ def _usable_prompt(
     return prompt
 
 
-def _words(row: dict) -> str:
-    """Return the words of a row's prompt, by which a repeated prompt is found."""
+def _prompt_text(row: dict) -> str:
+    """Return a row's prompt as one text, by which a repeated prompt is known."""
     if "text" in row:
         text = row["text"]
     else:
@@ -846,7 +846,7 @@ class _Draw:
         self.tokenizer = tokenizer
         self.rng = random.Random(SEED)
         self.pools: dict[str, Iterator] = {}  # one a data set, from which all parts draw
-        self.seen: set[str] = set()  # words of the prompts that were drawn
+        self.seen: set[str] = set()  # texts of the prompts that were drawn
         self.dropped: Counter = Counter()  # reason -> rows
         self.spare: Counter = Counter()  # data set -> dropped rows, in place of those asked for
 
@@ -878,7 +878,7 @@ class _Draw:
                 self.dropped[error.reason] += 1
                 self.spare[ref] += 1
                 continue
-            self.seen.add(_words(row))
+            self.seen.add(_prompt_text(row))
             named_prompt = {"id": f"{part}{number}", **prompt}
             rows.append(_Drawn(named_prompt, row, responses))
         self._require_enough(part, ref, most, len(rows))
@@ -890,7 +890,7 @@ class _Draw:
         for _, row in islice(self.pool(ref), openings.HELD_OUT):
             if reason(row):
                 continue
-            if _words(row) not in self.seen:
+            if _prompt_text(row) not in self.seen:
                 reviews.append(row)
         return reviews
 

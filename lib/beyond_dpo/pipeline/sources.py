@@ -90,8 +90,8 @@ def answers(cfg, name: str) -> Artifact:
 
     def make(out: Path) -> dict:
         rows = texts.json("prompts.json")
-        found, short = _collect(cfg, source, sampled, rows, out)
-        lines, refused = _encoded(cfg, rows, found)
+        by_id, short = _collect(cfg, source, sampled, rows, out)
+        lines, refused = _encoded(cfg, rows, by_id)
         if not lines:
             raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
         with open(out / "responses.jsonl", "w", encoding="utf-8") as file:
@@ -136,12 +136,12 @@ def _collect(
     else:
         by_text, short = _replies(cfg, source, wording.values(), out)
     goes_on = cfg.world.template == "plain"
-    found = {}
+    by_id = {}
     for prompt_id, text in wording.items():
-        found[prompt_id] = by_text.get(text, [])
+        by_id[prompt_id] = by_text.get(text, [])
         if goes_on:
-            found[prompt_id] = [_continuation(text, answer) for answer in found[prompt_id]]
-    return found, short
+            by_id[prompt_id] = [_continuation(text, answer) for answer in by_id[prompt_id]]
+    return by_id, short
 
 
 def _continuation(prompt: str, answer: Answer) -> Answer:
@@ -179,7 +179,7 @@ def asking(source: config.Source, text: str) -> str:
     return source.ask.replace("{prompt}", text) if source.ask else text
 
 
-def _encoded(cfg, rows: list[dict], found: Answers) -> tuple[list[dict], int]:
+def _encoded(cfg, rows: list[dict], by_id: Answers) -> tuple[list[dict], int]:
     """Return the lines of answers that say something, and how many were refused.
 
     Refused are those that the target's chat template does not take. A plain prompt may end within
@@ -191,7 +191,7 @@ def _encoded(cfg, rows: list[dict], found: Answers) -> tuple[list[dict], int]:
     refused = 0
     for row in rows:
         prompt = row["text"] if template == "chat" else None
-        responses = [answer for answer in found.get(row["id"], []) if answer.text.strip()]
+        responses = [answer for answer in by_id.get(row["id"], []) if answer.text.strip()]
         for sample, (text, ended) in enumerate(responses):
             try:
                 ids = templates.encode_response(
@@ -263,7 +263,7 @@ def _decoded(model: Path, prompts: list[dict], responses: Artifact) -> Answers:
     tokenizer = templates.load_tokenizer(model)
     end_tokens = templates.end_tokens(tokenizer)
     prompt_ids = {row["id"]: row["prompt_ids"] for row in prompts}
-    found = {name: [] for name in prompt_ids}
+    by_id = {name: [] for name in prompt_ids}
     file = responses.get() / "responses.jsonl"
     for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -275,8 +275,8 @@ def _decoded(model: Path, prompts: list[dict], responses: Artifact) -> Answers:
         whole = tokenizer.decode(whole_ids, skip_special_tokens=True)
         ended = bool(response_ids) and response_ids[-1] in end_tokens
         answer = Answer(whole[len(before) :], ended)
-        found[name].append(answer)
-    return found
+        by_id[name].append(answer)
+    return by_id
 
 
 def _written(cfg, prompts: list[dict]) -> Answers:
@@ -287,7 +287,7 @@ def _written(cfg, prompts: list[dict]) -> Answers:
     tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
     is_chat = cfg.world.template == "chat"
-    found = {}
+    by_id = {}
     for row in prompts:
         number = int(row["id"][1:])
         review, _ = reviews[number]
@@ -305,8 +305,8 @@ def _written(cfg, prompts: list[dict]) -> Answers:
         if is_chat:
             rest = rest.strip()
         answer = Answer(rest, ended=is_whole)
-        found[row["id"]] = [answer]
-    return found
+        by_id[row["id"]] = [answer]
+    return by_id
 
 
 def _recorded(source: config.Source) -> Answers:
@@ -324,20 +324,20 @@ def _recorded(source: config.Source) -> Answers:
 
         repo, commit = assets.resolve(source.ref).values()
         rows = datasets.load_dataset(repo, revision=commit, split="train")
-    found: Answers = {}
+    by_text: Answers = {}
     count = 0
     try:
         for row in rows:
             response = row["response"] if "response" in row else _best(row["chosen"])
             prompt = _prompt_text(row["prompt"])
             answer = Answer(_text(response), ended=True)
-            found.setdefault(prompt, []).append(answer)
+            by_text.setdefault(prompt, []).append(answer)
             count += 1
     except (ValueError, LookupError, TypeError, EOFError, OSError, zlib.error) as error:
         expected = '{"prompt": text, "response": text} a line'
         problem = f"row {count} is not {expected}: {error!r}"
         raise config.ConfigError(f"{source.ref}: {problem}") from None
-    return found
+    return by_text
 
 
 def _json_rows(path: Path) -> Iterator[dict]:
@@ -395,34 +395,36 @@ def _replies(cfg, source: config.Source, texts: Iterable[str], out: Path) -> tup
     samples = cfg.world.samples
     server = endpoint.Endpoint(source.ref, source.url)
     folder = out / "checkpoints"
-    found: Answers = {text: [] for text in texts}
-    lacking = dict.fromkeys(found, samples)  # text -> how many responses it lacks
+    by_text: Answers = {text: [] for text in texts}
+    lacking = dict.fromkeys(by_text, samples)  # text -> how many responses it lacks
     for attempt in range(samples):  # each brings a response or more to every text that lacks any
         requests = {text: _request(cfg, source, text, count) for text, count in lacking.items()}
         name = f"replies-{attempt}.jsonl" if attempt else "replies.jsonl"
         replies, _ = endpoint.ask(server, requests, folder / name, _choices)
-        lacking = _add_replies(found, replies, lacking, samples)
+        lacking = _add_replies(by_text, replies, lacking, samples)
         if not lacking:
             break
-    if any(found.values()) and not _holds_a_word(found):
+    if any(by_text.values()) and not _holds_a_word(by_text):
         for file in folder.glob("replies*.jsonl"):
             file.unlink()
-        raise endpoint.EndpointError(f"{source.ref}: no reply to {len(found)} prompts holds a word")
-    short = sum(samples - len(responses) for responses in found.values() if responses)
+        raise endpoint.EndpointError(
+            f"{source.ref}: no reply to {len(by_text)} prompts holds a word"
+        )
+    short = sum(samples - len(responses) for responses in by_text.values() if responses)
     if short:
         log.warning(
             "%s: %d responses fewer than asked for, also when asked again", source.ref, short
         )
-    return found, short
+    return by_text, short
 
 
-def _add_replies(found: Answers, replies: dict, lacking: dict[str, int], samples: int) -> dict:
-    """Add replies to what is found; return how many responses each answered text still lacks."""
+def _add_replies(by_text: Answers, replies: dict, lacking: dict[str, int], samples: int) -> dict:
+    """Add replies to the prompts' answers; return how many each answered prompt still lacks."""
     still_lacking = {}
     for text, choices in replies.items():
         responses = [Answer(*choice) for choice in choices]
-        found[text] += responses[: lacking[text]]
-        missing = samples - len(found[text])
+        by_text[text] += responses[: lacking[text]]
+        missing = samples - len(by_text[text])
         if responses and missing > 0:
             still_lacking[text] = missing
     return still_lacking
@@ -450,9 +452,9 @@ def _choices(reply) -> list[tuple[str, bool]]:
     return choices
 
 
-def _holds_a_word(found: Answers) -> bool:
+def _holds_a_word(by_text: Answers) -> bool:
     """Return whether any response holds a word."""
-    for responses in found.values():
+    for responses in by_text.values():
         if any(answer.text.strip() for answer in responses):
             return True
     return False
