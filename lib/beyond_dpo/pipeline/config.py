@@ -1,7 +1,8 @@
 """Profiles: one dial from a laptop test (`smoke`) to the paper's own settings (`paper`).
 
-`load("expo", "cpu")` merges `base` and an overlay of `profiles/<paper>.yaml`; only values enter
-keys."""
+`load("expo", "cpu")` merges `base` and an overlay of `profiles/<paper>.yaml`. Only values enter the
+keys of results, never a profile's name.
+"""
 
 import difflib
 import json
@@ -22,59 +23,69 @@ from beyond_dpo.jobs.settings import (
     check_batch,
 )
 from beyond_dpo.machine import cluster
-from beyond_dpo.pipeline.settings import Expo, Mallows, Source, World, Wrpo
+from beyond_dpo.pipeline.settings import Expo, Mallows, Needs, Source, World, Wrpo
 from beyond_dpo.rows import FUSED
 
-# of the settings, for users of this module
+# The settings are imported for users of this module.
 __all__ = ["FUSED", "ConfigError", "Decoding", "Source", "Train", "World", "check_batch"]
 PROFILES = ("smoke", "cpu", "gpu", "paper")
-HIDDEN = (
-    "profile",
-    "pairs.",
-    "wrong_pairs.",
-)  # in no table of differences: its own name, and a list of models
+# Keys that begin so are in no table of differences: a profile's own name, and lists of models.
+HIDDEN = ("profile", "pairs.", "wrong_pairs.")
 SCHEMAS = {"expo": Expo, "mallows": Mallows, "wrpo": Wrpo}
 
 
 def load(paper: str, profile: str, experiment: str = "", **overrides) -> Expo | Mallows | Wrpo:
     """Return the configuration of `paper` at `profile`, with `overrides` by dotted key.
 
-    overrides: `train.lr`, or `train__lr`. A key set to None keeps the profile's value, so that a
-        notebook can list what may be changed; a tuple or a grid is replaced whole. NumPy numbers
-        and paths are taken as plain ones; a float32 is the decimal number that it prints.
-    experiment: one with models of its own at some profile, as `paper/llama3`.
+    Args:
+        experiment: one with models of its own at some profile, as `paper/llama3`.
+        overrides: `train.lr`, or `train__lr`. A key set to None keeps the profile's value, so that
+            a notebook can list what may be changed; a tuple or a grid is replaced whole. NumPy
+            numbers and paths are taken as plain ones; a float32 is the decimal number that it
+            prints.
+    Raises:
+        ConfigError: an unknown name or key, a wrong type or a value out of range, settings that
+            contradict each other, an impossible batch split, a missing α grid, or a world without
+            the prompts that its experiments need.
 
     Where nothing is overridden and results are read (COMPUTE is auto or never), the overlay
     `<profile>/frozen` holds too: the settings of the results in data/frozen.
     A target or data set that is not the profile's has needs that the profile does not know: then
     `needs` asks for nothing, unless it is given.
-    Raises ConfigError for an unknown name or key, a wrong type or a value out of range, settings
-    that contradict each other, an impossible batch split, a missing α grid, or a world without the
-    prompts that its experiments need.
     """
     changed = _overrides(overrides)
-    values = _profile(paper, profile, experiment, frozen=not changed and _reads_frozen())
-    own = changed.get("world") or {}
-    if any(key in own and own[key] != values["world"].get(key) for key in ("target", "dataset")):
-        values["needs"] = dict.fromkeys(("gpus", "gpu_gb", "memory_gb", "disk_gb", "hours"), 0)
+    reads_frozen = not changed and _reads_frozen()
+    values = _profile(paper, profile, experiment, reads_frozen)
+    if _changes_world(values["world"], changed.get("world") or {}):
+        names = [field.name for field in fields(Needs)]
+        values["needs"] = dict.fromkeys(names, 0)
     for name in ("pairs", "wrong_pairs"):
         if name in changed:  # lists of models, replaced whole
             values[name] = {}
     values = _merge(values, changed)
+    schema = SCHEMAS[paper]
     try:
-        as_json = json.dumps(values)  # in JSON, where a list may be a tuple
-        config = TypeAdapter(SCHEMAS[paper]).validate_json(as_json)
+        as_json = json.dumps(values)  # pydantic takes a JSON list for a tuple
+        config = TypeAdapter(schema).validate_json(as_json)
     except ValidationError as error:
-        raise ConfigError(_told(error, SCHEMAS[paper])) from None
-    _check_names(config, SCHEMAS[paper], overrides)
+        raise ConfigError(_first_error(error, schema)) from None
+    _check_names(config, schema, overrides)
     _check_settings(config)
     return config
 
 
-def _overrides(given: dict) -> dict:
+def _changes_world(world: dict, changes: dict) -> bool:
+    """Return whether overrides name another target or data set than a profile's world has."""
+    for name in ("target", "dataset"):
+        if name in changes and changes[name] != world.get(name):
+            return True
+    return False
+
+
+def _overrides(by_key: dict) -> dict:
     """Return overrides by dotted key as nested dicts, without those that are None."""
     nested: dict = {}
-    for key, value in given.items():
+    for key, value in by_key.items():
         if value is None:
             continue
         key = key.replace("__", ".")
@@ -119,28 +130,25 @@ def _plain_array(key: str, value):
     Of each float of 2 or 4 bytes that is the shortest decimal number that it stands for: 0.1, where
     its exact value is 0.10000000149.
     """
-    import numpy  # no start-up cost: who has such a value has it loaded
+    import numpy  # no start-up cost: whoever has such a value has it loaded
 
     try:
         array = numpy.asarray(value)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # a tensor of another device, or of no dtype of NumPy's
+    except (TypeError, ValueError, RuntimeError):
+        # It is a tensor of another device, or of a dtype that NumPy does not have.
         raise _unusable(key, value) from None
     if array.ndim:
-        return [_plain(f"{key}.{i}", inner) for i, inner in enumerate(array)]
-    if isinstance(array[()], numpy.floating):
-        return float(str(array[()]))
+        return _plain(key, list(array))
+    number = array[()]
+    if isinstance(number, numpy.floating):
+        return float(str(number))
     return _plain(key, array.item())
 
 
 def _unusable(key: str, value) -> ConfigError:
     kind = type(value).__name__
-    return ConfigError(
-        f"{key}: a {kind} cannot be a setting, got {value!r:.80}; give a plain value"
-    )
+    problem = f"a {kind} cannot be a setting, got {value!r:.80}"
+    return ConfigError(f"{key}: {problem}; give a plain value")
 
 
 def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
@@ -149,9 +157,14 @@ def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
         raise ConfigError(_unknown("paper", paper, SCHEMAS))
     if profile not in PROFILES:
         raise ConfigError(_unknown("profile", profile, PROFILES))
-    file = Path(__file__).parent / "profiles" / f"{paper}.yaml"
+    folder = Path(__file__).parent / "profiles"
+    file = folder / f"{paper}.yaml"
     layers = yaml.safe_load(file.read_text(encoding="utf-8"))
-    experiments = ["", *(name.partition("/")[2] for name in layers if "/" in name)]
+    experiments = [""]
+    for name in layers:
+        _, slash, own_name = name.partition("/")
+        if slash:
+            experiments.append(own_name)
     if experiment not in experiments:
         raise ConfigError(_unknown("experiment", experiment, experiments))
     names = ["base", profile, f"{profile}/{experiment}"]
@@ -160,35 +173,40 @@ def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
     values = {"profile": profile}
     for name in names:
         values = _merge(values, layers.get(name, {}))
-    return _merge(values, _of_machine(values))
+    return _merge(values, _machine_settings(values))
 
 
-def _of_machine(values: dict) -> dict:
+def _machine_settings(values: dict) -> dict:
     """Return what the environment sets of the trainings and the samplings (see cluster.machine)."""
     training = cluster.machine(Train.MACHINE)
-    sampling = cluster.machine(Decoding.MACHINE)
-    own = {name: sampling[name] for name in Decoding.MACHINE if name in sampling}
-    if "engines" not in own:  # a single one stays on the head
-        own.pop("launcher", None)
-    found = {"sft": training, "train": training}
+    decoding = {}
+    for name, value in cluster.machine(Decoding.MACHINE).items():
+        if name in Decoding.MACHINE:  # a hostfile sets more, which is of trainings alone
+            decoding[name] = value
+    if "engines" not in decoding:  # a single engine stays on the head
+        decoding.pop("launcher", None)
+    settings = {"sft": training, "train": training}
     for name in ("decoding", "sampling"):
         if name in values:
-            found[name] = own
-    return found
+            settings[name] = decoding
+    return settings
 
 
 def _reads_frozen() -> bool:
     """Return whether COMPUTE lets a run read the results in data/frozen, or plans one that may."""
-    return (os.environ.get("COMPUTE") or "auto") in ("auto", "never", "plan")
+    mode = os.environ.get("COMPUTE") or "auto"
+    return mode in ("auto", "never", "plan")
 
 
-def _told(error: ValidationError, schema) -> str:
-    """Say the first thing that is wrong, with the key, and for an unknown key the nearest one."""
-    wrong = error.errors()[0]
-    key = ".".join(map(str, wrong["loc"]))
-    if wrong["type"] == "unexpected_keyword_argument":
+def _first_error(error: ValidationError, schema) -> str:
+    """Return a message about the first error, with the key, or for an unknown one the nearest."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "unexpected_keyword_argument":
         return _unknown("key", key, _keys(schema))
-    return f"{key}: {wrong['msg']}, got {wrong['input']!r}"
+    message = first["msg"]
+    value = first["input"]
+    return f"{key}: {message}, got {value!r}"
 
 
 def _keys(schema, prefix: str = "") -> list[str]:
@@ -202,35 +220,36 @@ def _keys(schema, prefix: str = "") -> list[str]:
 
 
 def _check_names(config, schema, overrides: dict) -> None:
-    """Raise ConfigError for an unknown key that was set to None, a source or a fraction."""
+    """Raise ConfigError for a key, a source or a fraction that the configuration does not have."""
     known = [*_keys(schema), *_flat(asdict(config))]
-    for key in overrides:
+    for key, value in overrides.items():
         dotted = key.replace("__", ".")
-        if overrides[key] is None and dotted not in known:
+        if value is None and dotted not in known:  # with a value it was refused before
             raise ConfigError(_unknown("key", dotted, known))
-    named = sum(getattr(config, "source_sets", ()), getattr(config, "sources", ()))
-    for name in named:
-        if name not in config.known_sources:
-            raise ConfigError(_unknown("source", name, config.known_sources))
+    if isinstance(config, Wrpo):
+        _check_sources(config)
     for fraction in getattr(config, "fractions", ()):
         check_grid(config, fraction)
     for fraction in getattr(config, "seed_fractions", ()):
         if fraction not in config.fractions:
-            trained = ", ".join(map(str, config.fractions))
+            trained = ", ".join(str(known) for known in config.fractions)
             todo = "nothing is trained with it; give others, or seed_fractions=[]"
-            raise ConfigError(
-                f"seed_fractions: {fraction} is none of the fractions ({trained}): {todo}"
-            )
+            problem = f"{fraction} is none of the fractions ({trained})"
+            raise ConfigError(f"seed_fractions: {problem}: {todo}")
+
+
+def _check_sources(config: Wrpo) -> None:
+    """Raise ConfigError for a source that is named and not known."""
+    for names in (config.sources, *config.source_sets):
+        for name in names:
+            if name not in config.known_sources:
+                raise ConfigError(_unknown("source", name, config.known_sources))
 
 
 def _check_settings(config) -> None:
     """Raise ConfigError for settings that contradict each other."""
     for name in ("sft", "train"):
-        train = getattr(config, name)
-        check_batch(train, where=name)
-        if train.max_prompt >= train.max_length:
-            room = f"{name}.max_prompt={train.max_prompt} leaves no room for a response"
-            raise ConfigError(f"{room} in {name}.max_length={train.max_length}")
+        _check_lengths(getattr(config, name), name)
     for name in ("decoding", "sampling"):
         decoding = getattr(config, name, None)
         if decoding and decoding.max_tokens >= decoding.max_model_len:
@@ -251,6 +270,14 @@ def _check_settings(config) -> None:
     _check_losses(config)
 
 
+def _check_lengths(train: Train, where: str) -> None:
+    """Raise ConfigError for a batch that cannot be split, or prompts as long as the whole text."""
+    check_batch(train, where=where)
+    if train.max_prompt >= train.max_length:
+        room = f"{where}.max_prompt={train.max_prompt} leaves no room for a response"
+        raise ConfigError(f"{room} in {where}.max_length={train.max_length}")
+
+
 def _judged_on(config) -> list[str]:
     """Return the prompts that a paper's experiments need besides those to train on."""
     return ["dev_prompts", "test_prompts"] if isinstance(config, Expo) else ["test_prompts"]
@@ -266,8 +293,9 @@ def require_prompts(world: World, *names: str) -> None:
 def check_grid(config: Expo, fraction: float) -> None:
     """Raise ConfigError if no α grid is set for a fraction of the pairs."""
     if fraction not in config.alphas:
-        grids = ", ".join(map(str, config.alphas))
-        raise ConfigError(f"alphas has no grid for fraction {fraction}, only for {grids}")
+        known = ", ".join(str(with_grid) for with_grid in config.alphas)
+        problem = f"no grid for fraction {fraction}, only for {known}"
+        raise ConfigError(f"alphas has {problem}")
 
 
 def _check_losses(config) -> None:
@@ -294,49 +322,61 @@ def _check_losses(config) -> None:
 def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
     """Raise ConfigError for a loss, or settings of it, that `train` could not take."""
     if loss not in get_args(PlainLosses):
-        raise ConfigError(f"{where}: {_unknown('loss', loss, get_args(PlainLosses))}")
+        problem = _unknown("loss", loss, get_args(PlainLosses))
+        raise ConfigError(f"{where}: {problem}")
     try:
         replace(train, **{"loss": loss} | settings)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {_told(error, Train)}") from None
+        raise ConfigError(f"{where}: {_first_error(error, Train)}") from None
 
 
 def differences(config, other) -> list[tuple[str, object, object]]:
-    """Return (dotted key, value here, value there) wherever two configurations of one paper
-    differ.
-    """
+    """Return (dotted key, value, other value) wherever two configurations of one paper differ."""
     here = _flat(asdict(config))
     there = _flat(asdict(other))
-    found = []
+    rows = []
     for key in {**here, **there}:
-        if here.get(key) != there.get(key) and not key.startswith(HIDDEN):
-            found.append((key, here.get(key), there.get(key)))
-    return found
+        if key.startswith(HIDDEN):
+            continue
+        value = here.get(key)
+        other_value = there.get(key)
+        if value != other_value:
+            rows.append((key, value, other_value))
+    return rows
 
 
-def _section(value) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(k, str) for k in value
-    )  # unlike `alphas`, keyed by numbers
+def _is_section(value) -> bool:
+    """Return whether a value is a section of named settings, unlike `alphas`, keyed by numbers."""
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(key, str) for key in value)
 
 
 def _merge(below: dict, above: dict) -> dict:
     """Lay one layer over another: sections key by key, all else whole."""
-    out = dict(below)
+    merged = dict(below)
     for key, value in above.items():
-        out[key] = _merge(out[key], value) if _section(value) and _section(out.get(key)) else value
-    return out
+        if _is_section(value) and _is_section(merged.get(key)):
+            value = _merge(merged[key], value)
+        merged[key] = value
+    return merged
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
-    out = {}
+    """Return nested sections as one dict by dotted key."""
+    flat = {}
     for key, value in values.items():
-        out |= _flat(value, f"{prefix}{key}.") if _section(value) else {f"{prefix}{key}": value}
-    return out
+        if _is_section(value):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _unknown(what: str, name: str, valid) -> str:
-    near = difflib.get_close_matches(name, list(valid), 1, 0.4)
-    return f"unknown {what} {name!r}" + (
-        f"; did you mean {near[0]!r}?" if near else f"; valid: {', '.join(valid)}"
-    )
+    """Return a message about an unknown name, with the nearest valid one or else all of them."""
+    nearest = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.4)
+    if nearest:
+        return f"unknown {what} {name!r}; did you mean {nearest[0]!r}?"
+    names = ", ".join(valid)
+    return f"unknown {what} {name!r}; valid: {names}"

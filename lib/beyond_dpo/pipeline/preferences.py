@@ -1,9 +1,8 @@
-"""Published preference data, and a user's own, as rows of one kind: an adapter for each schema, and
-the split.
+"""Read preference data, published or a user's own, as rows of one kind, and split them.
 
-A row is {"prompt": text or chat turns, "responses": {name: text}}, or a labelled text {"text",
-"label"}. An adapter takes one row of its data set and returns such a row, or as a string why it
-teaches nothing and is dropped.
+A record is one row of a data set as its publisher wrote it. An adapter turns a record into a row
+{"prompt": text or chat turns, "responses": {name: text}}, into a labelled text {"text", "label"},
+or into a string that says why the record teaches nothing and is dropped.
 """
 
 import html
@@ -15,55 +14,92 @@ import re
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from beyond_dpo import templates
 from beyond_dpo.pipeline import assets, config, openings
+from beyond_dpo.pipeline.settings import World
 from beyond_dpo.rows import write_rows
 
-TURN, ROLES = re.compile(r"\n\n(Human|Assistant):"), {"Human": "user", "Assistant": "assistant"}
-SEED = 20240416  # of the one order that all seeds of an experiment share
+SEED = 20240416  # of the one random order that all seeds of an experiment share
 ALPACA_BASELINE = "eval_framework/tasks/alpaca_eval/data/alpaca_eval_gpt4_baseline.json"
-QUESTIONS = ("prompt", "instruction", "question", "query", "input")  # columns that ask
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+# Names of columns that hold a prompt, a system message, and what else a prompt may refer to.
+QUESTIONS = ("prompt", "instruction", "question", "query", "input")
 SYSTEMS = ("system", "system_prompt")
-# columns without which a question may not be the same
 CONTEXTS = ("context", "documents", "history", "tools", "image", "images")
-ABOUT = set(  # last words in the names of columns that say something about a row
-    "id ids uuid idx index source dataset subset split category type topic domain tag tags label "
-    "language lang name model models generator annotator author score scores rating ratings rank "
-    "date time url license version hash sha order status difficulty metadata rationale".split()
-)
-ANSWERS = set(  # last words in the names of columns that hold a prompt's answers, or its whole chat
-    "messages response responses completion completions answer answers output outputs generation "
-    "generations".split()
-)
+
+# Last words in the names of columns that say something about a record.
+IDENTITY = {"id", "ids", "uuid", "idx", "index", "version", "hash", "sha", "order", "status"}
+ORIGIN = {"source", "dataset", "subset", "split", "date", "time", "url", "license"}
+TOPIC = {"category", "type", "topic", "domain", "tag", "tags", "label", "language", "lang"}
+AUTHOR = {"name", "model", "models", "generator", "annotator", "author"}
+JUDGEMENT = {"score", "scores", "rating", "ratings", "rank", "difficulty", "rationale", "metadata"}
+ABOUT = IDENTITY | ORIGIN | TOPIC | AUTHOR | JUDGEMENT
+
+# Last words in the names of columns that hold a prompt's answers, or its whole chat.
+CHATS = {"messages", "generation", "generations", "output", "outputs"}
+REPLIES = {"response", "responses", "completion", "completions", "answer", "answers"}
+ANSWERS = CHATS | REPLIES
+
+Turns = list[dict]  # of a chat, each {"role", "content"}
+Prompt = str | Turns
+RowOrReason = dict | str  # a row, or why there is none
+Responses = dict[str, list[int]]  # name -> token ids
 
 
-def question(row: dict) -> str | list[dict] | None:
-    """Return what a row asks, text or turns, from the column that holds it; None: none does.
+def question(record: dict) -> Prompt | None:
+    """Return what a record asks, as text or turns; None if no column of it asks.
 
-    A column of the system's words stands in front, as a turn. Raises ValueError for columns that
-    ask different things, and for those whose words would be left out.
+    A system message in a column of its own becomes the first turn.
+    Raises ValueError for columns that ask different things, and for columns whose words would be
+    left out of the prompt.
     """
-    given = {name: row[name] for name in QUESTIONS if row.get(name) is not None}
-    asking = {name: value for name, value in given.items() if value}
-    if len({json.dumps(value) for value in asking.values()}) > 1:
-        names = " and ".join(asking)
+    present = _filled(record, QUESTIONS)
+    different = {json.dumps(value) for value in present.values()}
+    if len(different) > 1:
+        names = " and ".join(present)
         raise ValueError(f"the columns {names} ask different things: join them in one, `prompt`")
-    _refuse_unread([name for name in CONTEXTS if row.get(name)])
-    if asking:
-        _refuse_unread(_besides(row))
-    asked = next(iter((asking or given).values()), None)
-    if isinstance(asked, dict | list):
-        asked = _turns(asked)
-    system = next((row[name] for name in SYSTEMS if row.get(name)), "")
+    contexts = _filled(record, CONTEXTS)
+    _refuse_unread(list(contexts))
+    if present:
+        _refuse_unread(_unread_beside_prompt(record))
+    prompt = _first_column(record, QUESTIONS)
+    if isinstance(prompt, dict | list):
+        prompt = _turns(prompt)
+    system = _first_column(record, SYSTEMS)
     if not system:
-        return asked
-    if not asked:
+        return prompt
+    return _after_system(system, prompt)
+
+
+def _filled(record: dict, names: tuple[str, ...]) -> dict:
+    """Return those of the named columns that hold anything, not None and not empty."""
+    return {name: record[name] for name in names if record.get(name)}
+
+
+def _first_column(record: dict, names: tuple[str, ...]):
+    """Return the value of the first of the named columns that holds anything, or an empty one's."""
+    for value in _filled(record, names).values():
+        return value
+    for name in names:
+        if record.get(name) is not None:
+            return record[name]
+    return None
+
+
+def _after_system(system: str, prompt: Prompt | None) -> Turns:
+    """Return a prompt as turns that begin with the system message."""
+    if not prompt:
         raise ValueError("a system's words without a prompt: give a column `prompt` too")
-    turns = _turns(asked)
+    turns = _turns(prompt)
     if turns[0]["role"] != "system":
         return [{"role": "system", "content": system}, *turns]
     if turns[0]["content"] != system:
@@ -71,61 +107,71 @@ def question(row: dict) -> str | list[dict] | None:
     return turns
 
 
-def _turns(prompt: str | dict | list | None) -> list[dict]:
-    """Return a prompt as turns, without the fields that are None."""
+def _turns(prompt: Prompt | dict | None) -> Turns:
+    """Return a prompt as turns, without those fields of a turn that are None.
+
+    Arrow gives every turn the fields of all other turns. Only role and content are always kept.
+    """
     if isinstance(prompt, str):
-        prompt = {"role": "user", "content": prompt}
+        prompt = _user_turn(prompt)
     if isinstance(prompt, dict):
         prompt = [prompt]
     turns = []
     for turn in prompt or []:
         if not isinstance(turn, dict) or "role" not in turn:
             raise ValueError(f'a turn is {{"role": …, "content": …}}, got {turn!r:.80}')
-        # Arrow gives every turn the fields of all other turns; content is one that all should have
         kept = {name: value for name, value in turn.items() if value is not None}
-        turns.append(kept | {"role": turn["role"], "content": turn.get("content")})
+        kept["role"] = turn["role"]
+        kept["content"] = turn.get("content")
+        turns.append(kept)
     return turns
+
+
+def _user_turn(text: str) -> dict:
+    return {"role": "user", "content": text}
 
 
 def _refuse_unread(columns: list[str]) -> None:
     """Raise ValueError if there are columns whose words would be left out of the prompt."""
     if columns:
+        name = columns[0]
         todo = "put it into the prompt, or take it out"
-        raise ValueError(f"the column {columns[0]} would be left out: {todo}")
+        raise ValueError(f"the column {name} would be left out: {todo}")
 
 
-def _besides(row: dict) -> list[str]:
-    """Return the columns of words beside a prompt that may belong to it: no other answers, no whole
-    chat.
-    """
-    return [name for name in _unnamed(row) if _last_word(name) not in ANSWERS]
-
-
-def _refuse_unnamed(row: dict) -> None:
-    """Raise ValueError if a row without a prompt has another column that may hold its question."""
-    unread = _unnamed(row)
+def _refuse_unnamed_question(record: dict) -> None:
+    """Raise ValueError if a record without a prompt has a column that may hold its question."""
+    unread = _unread_columns(record)
     if unread:
         names = ", ".join(unread)
         todo = "rename what asks to `prompt`, drop the rest"
         raise ValueError(f"no column `prompt`, and nothing reads {names}: {todo}")
 
 
-def _unnamed(row: dict) -> list[str]:
-    """Return the columns of words that neither ask, nor are chosen, rejected or about the row."""
+def _unread_beside_prompt(record: dict) -> list[str]:
+    """Return the columns beside a prompt that may belong to it: neither answers nor whole chats."""
+    unread = _unread_columns(record)
+    return [name for name in unread if _last_word(name) not in ANSWERS]
+
+
+def _unread_columns(record: dict) -> list[str]:
+    """Return the columns with words that no adapter reads and that are not about the record."""
     unread = []
-    for name, value in row.items():
+    for name, value in record.items():
         parts = re.split(r"[\W_]+", name.lower())
-        if name in (*QUESTIONS, *SYSTEMS, *CONTEXTS) or "chosen" in parts or "rejected" in parts:
+        is_prompt = name in (*QUESTIONS, *SYSTEMS, *CONTEXTS)
+        is_answer = "chosen" in parts or "rejected" in parts
+        if is_prompt or is_answer or _last_word(name) in ABOUT:
             continue
-        if _last_word(name) not in ABOUT and _holds_words(value):
+        if _holds_words(value):
             unread.append(name)
     return unread
 
 
 def _last_word(name: str) -> str:
     """Return the last word of a column's name, as "response" of "response_0" or "response_b"."""
-    words = re.findall(r"[^\W\d_]{2,}", name.lower())
-    return words[-1] if words else ""
+    parts = re.findall(r"[^\W\d_]{2,}", name.lower())
+    return parts[-1] if parts else ""
 
 
 def _holds_words(value) -> bool:
@@ -133,44 +179,33 @@ def _holds_words(value) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
-        return any(map(_holds_words, value))
+        return any(_holds_words(item) for item in value)
     return isinstance(value, str) and bool(value.strip())
 
 
-def trl(row: dict) -> dict | str:
-    """Read prompt, chosen and rejected as TRL takes them: texts or turns, the prompt given or what
-    both begin with.
+def trl(record: dict) -> RowOrReason:
+    """Read prompt, chosen and rejected in every form that TRL takes.
 
-    So are HuggingFaceH4/ultrafeedback_binarized and princeton-nlp/llama3-ultrafeedback-armorm:
-    `prompt` a text, `chosen` and `rejected` whole chats. A prompt without answers is one to
+    Each is text or turns, and the prompt is a column or what both answers begin with.
+    HuggingFaceH4/ultrafeedback_binarized and princeton-nlp/llama3-ultrafeedback-armorm have a text
+    as `prompt`, and whole chats as `chosen` and `rejected`. A prompt without answers is one to
     generate for.
     """
-    prompt = question(row)
-    chosen, rejected = _given(row, "chosen"), _given(row, "rejected")
+    prompt = question(record)
+    chosen = _answer(record, "chosen")
+    rejected = _answer(record, "rejected")
     if isinstance(chosen, str) or isinstance(rejected, str):
-        return _texts(row, prompt, chosen or "", rejected or "")
-    chosen, rejected = chosen or [], rejected or []
-    if (len(chosen), len(rejected)) == (2, 1) and not (
-        isinstance(chosen[0], dict) and chosen[0]["role"] == "user"
-    ):
-        return wrpo(row | {"prompt": prompt})
-    asked = _turns(prompt) if prompt else []
-    answers = _turns(chosen), _turns(rejected)
-    if not asked and answers[0]:
-        if answers[0][0]["role"] == "assistant":
-            _refuse_unnamed(row)
-        else:
-            _refuse_unread(_besides(row))
-    chats = [_chat(asked, turns) for turns in answers]
-    if None in chats and all(answers):
-        return "the chat does not hold the prompt"
-    pair = "no answer" if None in chats else _shared(*chats)
-    return {"prompt": asked, "responses": {}} if asked and isinstance(pair, str) else pair
+        return _text_pair(record, prompt, chosen or "", rejected or "")
+    chosen = chosen or []
+    rejected = rejected or []
+    if _is_quadruple(chosen, rejected):
+        return wrpo({**record, "prompt": prompt})
+    return _chat_pair(record, prompt, chosen, rejected)
 
 
-def _given(row: dict, name: str) -> str | list | None:
-    """Return a row's answer, as text or turns."""
-    answer = row.get(name)
+def _answer(record: dict, name: str) -> Prompt | None:
+    """Return a record's answer, as text or turns."""
+    answer = record.get(name)
     if isinstance(answer, dict):
         return [answer]
     if not isinstance(answer, str | list | None):
@@ -178,135 +213,247 @@ def _given(row: dict, name: str) -> str | list | None:
     return answer
 
 
-def _texts(row: dict, prompt: str | list | None, chosen: str, rejected: str) -> dict | str:
+def _pair(prompt: Prompt, chosen: str, rejected: str) -> dict:
+    return {"prompt": prompt, "responses": {"chosen": chosen, "rejected": rejected}}
+
+
+def _text_pair(record: dict, prompt: Prompt | None, chosen: str, rejected: str) -> RowOrReason:
     """Read a pair of texts; without a prompt, that is what both begin with, up to a blank."""
     if prompt is not None:
-        return {"prompt": prompt, "responses": {"chosen": chosen, "rejected": rejected}}
-    if TURN.match(chosen):
-        _refuse_unread(_besides(row))
-        return hh(row)
-    _refuse_unnamed(row)
-    same = os.path.commonprefix([chosen, rejected])
-    blanks = [blank.start() for blank in re.finditer(r"\s+", same)]
-    cut = max(blanks, default=0)  # not within a word
-    said = {"chosen": chosen[cut:], "rejected": rejected[cut:]}
-    return {"prompt": chosen[:cut], "responses": said}
+        return _pair(prompt, chosen, rejected)
+    if HH_TURN.match(chosen):
+        _refuse_unread(_unread_beside_prompt(record))
+        return hh(record)
+    _refuse_unnamed_question(record)
+    shared = os.path.commonprefix([chosen, rejected])
+    blanks = [match.start() for match in re.finditer(r"\s+", shared)]
+    cut = max(blanks, default=0)  # the last blank, so that no word is cut in two
+    prompt = chosen[:cut]
+    return _pair(prompt, chosen[cut:], rejected[cut:])
 
 
-def _chat(asked: list[dict], turns: list[dict]) -> list[dict] | None:
+def _is_quadruple(chosen: list, rejected: list) -> bool:
+    """Return whether these are WRPO's two chosen responses and one rejected, not a chat's turns."""
+    sizes = (len(chosen), len(rejected))
+    if sizes != (2, 1):
+        return False
+    first = chosen[0]
+    is_user_turn = isinstance(first, dict) and first["role"] == "user"
+    return not is_user_turn
+
+
+def _chat_pair(record: dict, prompt: Prompt | None, chosen: list, rejected: list) -> RowOrReason:
+    """Read a pair of answers in turns, each of which may repeat the prompt's turns."""
+    prompt_turns = _turns(prompt) if prompt else []
+    chosen_turns = _turns(chosen)
+    rejected_turns = _turns(rejected)
+    if chosen_turns and not prompt_turns:
+        _refuse_unread_question(record, chosen_turns)
+
+    chosen_chat = _chat(prompt_turns, chosen_turns)
+    rejected_chat = _chat(prompt_turns, rejected_turns)
+    if chosen_chat is None or rejected_chat is None:
+        if chosen_turns and rejected_turns:
+            return "the chat does not hold the prompt"
+        pair = "no answer"
+    else:
+        pair = _pair_of_chats(chosen_chat, rejected_chat)
+    if prompt_turns and isinstance(pair, str):
+        return {"prompt": prompt_turns, "responses": {}}
+    return pair
+
+
+def _refuse_unread_question(record: dict, answer: Turns) -> None:
+    """Raise ValueError for a record without a prompt whose question may be in a column not read."""
+    if answer[0]["role"] == "assistant":
+        _refuse_unnamed_question(record)
+    else:  # the chat begins with its question
+        _refuse_unread(_unread_beside_prompt(record))
+
+
+def _chat(prompt: Turns, answer: Turns) -> Turns | None:
     """Return the whole chat of a prompt and an answer's turns, which may repeat the prompt's.
 
-    The system's turn stands in front, whichever of the two has it. None is returned where both have
-    one and they differ, and where the answer has a user's turns, but not those of the prompt that
-    it should answer: side by side they would ask twice.
+    A system message stands in front, whichever of the two has it. The result is None where both
+    have one and they differ, and where the answer begins with a user's turn that is not in the
+    prompt: after the prompt it would ask a second time.
     """
-    if not turns:
-        return asked
-    front, asked = _system_first(asked)
-    theirs, turns = _system_first(turns)
-    if front and theirs and _words_of(front[0]) != _words_of(theirs[0]):
+    if not answer:
+        return prompt
+    prompt_system, prompt = _split_system(prompt)
+    answer_system, answer = _split_system(answer)
+    if prompt_system and answer_system:
+        if _spoken(prompt_system[0]) != _spoken(answer_system[0]):
+            return None
+    system = prompt_system or answer_system
+
+    spoken_prompt = [_spoken(turn) for turn in prompt]
+    spoken_before = [_spoken(turn) for turn in answer[:-1]]  # all but the response itself
+    if _contains(spoken_before, spoken_prompt):
+        return system + answer
+    repeated = _overlap(spoken_prompt, spoken_before)
+    border = [*prompt[-1:], *answer[:1]]
+    asks_twice = _roles(border) == ["user", "user"]
+    if asks_twice and not repeated:
         return None
-    front = front or theirs
-    before = [_words_of(turn) for turn in turns[:-1]]
-    told = [_words_of(turn) for turn in asked]
-    starts = range(len(before) - len(told) + 1)
-    if any(
-        before[start : start + len(told)] == told for start in starts
-    ):  # the whole chat is there
-        return front + turns
-    for size in range(min(len(told), len(before)), 0, -1):
-        if told[-size:] == before[:size]:
-            return front + asked + turns[size:]
-    if asked[-1]["role"] == "user" and turns[:1] and turns[0]["role"] == "user":
-        return None
-    return front + asked + turns
+    return system + prompt + answer[repeated:]
 
 
-def _system_first(turns: list[dict]) -> tuple[list[dict], list[dict]]:
+def _roles(turns: Turns) -> list[str]:
+    return [turn["role"] for turn in turns]
+
+
+def _split_system(turns: Turns) -> tuple[Turns, Turns]:
     """Return the system's turn in front, if there is one, and the other turns."""
-    first = 1 if turns and turns[0]["role"] == "system" else 0
-    return turns[:first], turns[first:]
+    has_system = _roles(turns[:1]) == ["system"]
+    cut = 1 if has_system else 0
+    return turns[:cut], turns[cut:]
 
 
-def _words_of(turn: dict) -> tuple[str, str]:
+def _spoken(turn: dict) -> tuple[str, str]:
     """Return who says what in a turn, whatever the blanks."""
-    return turn["role"], " ".join((turn["content"] or "").split())
+    role = turn["role"]
+    content = turn["content"] or ""
+    return role, " ".join(content.split())
 
 
-def wrpo(row: dict) -> dict:
-    """Read AALF/ultrafeedback_wrpo: chosen = [best of the sources, best of the target], rejected =
-    [its worst].
+def _contains(whole: list, part: list) -> bool:
+    """Return whether the items of `part` stand side by side somewhere in `whole`."""
+    size = len(part)
+    last_start = len(whole) - size
+    for start in range(last_start + 1):
+        if whole[start : start + size] == part:
+            return True
+    return False
+
+
+def _overlap(first: list, second: list) -> int:
+    """Return how many items at the end of `first` are those at the beginning of `second`."""
+    longest = min(len(first), len(second))
+    for size in range(longest, 0, -1):
+        if first[-size:] == second[:size]:
+            return size
+    return 0
+
+
+def _pair_of_chats(chosen: Turns, rejected: Turns) -> RowOrReason:
+    """Return the row of two whole chats that differ in the last turn, or why there is none."""
+    chosen_answer = chosen[-1:]
+    rejected_answer = rejected[-1:]
+    if _roles(chosen_answer + rejected_answer) != ["assistant", "assistant"]:
+        return "no answer"
+    prompt = chosen[:-1]
+    if prompt != rejected[:-1]:
+        return "no shared prompt"
+    return _pair(prompt, chosen_answer[0]["content"], rejected_answer[0]["content"])
+
+
+def wrpo(record: dict) -> dict:
+    """Read AALF/ultrafeedback_wrpo: two chosen responses and a rejected one.
+
+    `chosen` is [best of the sources, best of the target], `rejected` [worst of the target].
     """
-    said = zip(config.FUSED, map(_last, [*row["chosen"], *row["rejected"]]), strict=True)
-    return {
-        "prompt": [row["prompt"]] if isinstance(row["prompt"], dict) else row["prompt"],
-        "responses": dict(said),
-    }
+    prompt = record["prompt"]
+    if isinstance(prompt, dict):
+        prompt = [prompt]
+    answers = [*record["chosen"], *record["rejected"]]
+    texts = [_last_content(answer) for answer in answers]
+    responses = dict(zip(config.FUSED, texts, strict=True))
+    return {"prompt": prompt, "responses": responses}
 
 
-def hh(row: dict) -> dict | str:
-    """Read Anthropic/hh-rlhf: two dialogues, a text each, alike but for the last thing the
-    assistant says.
-    """
-    dialogues = []
-    for text in (row["chosen"], row["rejected"]):
-        before, *parts = TURN.split(text or "")  # who, what, who, what, …
-        if before.strip():
-            return "words before the first turn"
-        turns = zip(parts[::2], parts[1::2], strict=True)
-        dialogues.append([{"role": ROLES[who], "content": what.strip()} for who, what in turns])
-    return _shared(*dialogues)
+def _last_content(answer: str | dict | list) -> str:
+    """Return the text of an answer: itself, a turn's, or that of a chat's last turn."""
+    if isinstance(answer, str):
+        return answer
+    if isinstance(answer, dict):
+        return answer["content"]
+    return _last_content(answer[-1])
 
 
-def shp(row: dict) -> dict | str:
-    """Read stanfordnlp/SHP: a post, and two comments, of which labels = 1 prefers A, 0 prefers
-    B.
-    """
-    if row["labels"] not in (0, 1):
+def hh(record: dict) -> RowOrReason:
+    """Read Anthropic/hh-rlhf: two dialogues, each a text, alike up to the assistant's last turn."""
+    chosen = _hh_turns(record["chosen"])
+    rejected = _hh_turns(record["rejected"])
+    if chosen is None or rejected is None:
+        return "words before the first turn"
+    return _pair_of_chats(chosen, rejected)
+
+
+def _hh_turns(dialogue_text: str | None) -> Turns | None:
+    """Return the turns of a dialogue; None if words stand before its first turn."""
+    before, *parts = HH_TURN.split(dialogue_text or "")
+    if before.strip():
+        return None
+    speakers = parts[::2]  # parts are in turn a speaker and what this one says
+    contents = parts[1::2]
+    turns = []
+    for speaker, content in zip(speakers, contents, strict=True):
+        role = HH_ROLES[speaker]
+        turns.append({"role": role, "content": content.strip()})
+    return turns
+
+
+def shp(record: dict) -> RowOrReason:
+    """Read stanfordnlp/SHP: a post and two comments; labels is 1 if A is preferred, 0 if B is."""
+    prompt = [_user_turn(record["history"])]
+    first = record["human_ref_A"]
+    second = record["human_ref_B"]
+    if record["labels"] == 1:
+        return _pair(prompt, first, second)
+    if record["labels"] == 0:
+        return _pair(prompt, second, first)
+    return "no preference"
+
+
+def stack_exchange(record: dict) -> RowOrReason:
+    """Read HuggingFaceH4/stack-exchange-preferences: the answers of highest and lowest pm_score."""
+    answers = record["answers"] or []
+    scored = [answer for answer in answers if answer["pm_score"] is not None]
+    if not scored:
         return "no preference"
-    said = [row["human_ref_A"], row["human_ref_B"]][:: 1 if row["labels"] else -1]
-    prompt = [{"role": "user", "content": row["history"]}]
-    return {"prompt": prompt, "responses": dict(zip(("chosen", "rejected"), said, strict=True))}
-
-
-def stack_exchange(row: dict) -> dict | str:
-    """Read HuggingFaceH4/stack-exchange-preferences: the answer with the highest pm_score, and that
-    with the lowest.
-    """
-    scored = [
-        (a["pm_score"], _words(a["text"]))
-        for a in row["answers"] or ()
-        if a["pm_score"] is not None
-    ]
-    best, worst = (end(scored, key=lambda answer: answer[0], default=(0, "")) for end in (max, min))
-    if best[0] == worst[0]:
+    best = max(scored, key=itemgetter("pm_score"))
+    worst = min(scored, key=itemgetter("pm_score"))
+    if best["pm_score"] == worst["pm_score"]:
         return "no preference"
-    prompt = [{"role": "user", "content": _words(row["question"])}]
-    return {"prompt": prompt, "responses": {"chosen": best[1], "rejected": worst[1]}}
+    prompt = _user_turn(_html_text(record["question"]))
+    chosen = _html_text(best["text"])
+    rejected = _html_text(worst["text"])
+    return _pair([prompt], chosen, rejected)
 
 
-def imdb(row: dict) -> dict | str:
-    """Read stanfordnlp/imdb: a review, and label 1 = positive, 0 = negative; its unlabelled split
-    has −1.
-    """
-    text = " ".join((row["text"] or "").replace("<br />", " ").split())
-    return {"text": text, "label": row["label"]} if row["label"] in (0, 1) else "no label"
+def _html_text(page: str | None) -> str:
+    """Return the text of HTML as Stack Exchange writes it, with entities for < and > in a text."""
+    without_tags = re.sub(r"<[^<>]*>", "", page or "")
+    text = html.unescape(without_tags)
+    return text.strip()
 
 
-def asked(row: dict) -> dict:
+def imdb(record: dict) -> RowOrReason:
+    """Read stanfordnlp/imdb: a review and its label, 1 positive, 0 negative, −1 unlabelled."""
+    label = record["label"]
+    if label not in (0, 1):
+        return "no label"
+    review = record["text"] or ""
+    review = review.replace("<br />", " ")
+    return {"text": " ".join(review.split()), "label": label}
+
+
+def asked(record: dict) -> dict:
     """Read prompts alone: a column `prompt`, or AlpacaEval's `instruction`."""
-    return {"prompt": question(row), "responses": {}}
+    return {"prompt": question(record), "responses": {}}
 
 
-SCHEMAS = [  # columns and their adapter; in a file the first that fits
+SCHEMAS = [  # columns and their adapter; a file is read by the first whose columns it has
     (("question", "answers"), stack_exchange),
     (("history", "human_ref_A", "human_ref_B", "labels"), shp),
     (("text", "label"), imdb),
     (("chosen", "rejected"), trl),
     (("instruction",), asked),
     (("prompt",), asked),
+    # Only for data sets in HUB: in a file trl() sees which of these two it is.
     (("prompt", "chosen", "rejected"), wrpo),
-    (("chosen", "rejected"), hh),  # in a file trl() sees which it is
+    (("chosen", "rejected"), hh),
 ]
 HUB = {
     "HuggingFaceH4/ultrafeedback_binarized": trl,
@@ -320,346 +467,472 @@ HUB = {
 
 
 def place(ref: str) -> tuple[str, str]:
-    """Return where a data set is, a path or "datasets:org/name@revision", and the split after ":",
-    or "".
+    """Return where a data set is, and the name of its split, "" if `ref` names none.
+
+    The first is a path, or "datasets:org/name@revision" for a data set on the hub. The second is
+    what follows the last ":" of `ref`.
     """
-    where, _, part = ref.rpartition(":")
-    if not where or "/" in part or Path(ref).expanduser().exists():
-        where, part = ref, ""
-    local = where.startswith(("/", "./", "../", "~")) or Path(where).exists()
-    return where if local else f"datasets:{where}", part
+    location, _, split_name = ref.rpartition(":")
+    file = Path(ref).expanduser()
+    if not location or "/" in split_name or file.exists():
+        location = ref
+        split_name = ""
+    looks_local = location.startswith(("/", "./", "../", "~"))
+    if looks_local or Path(location).exists():
+        return location, split_name
+    return f"datasets:{location}", split_name
 
 
-def read(ref: str, streaming: bool = False) -> Iterator[tuple[int, dict | str]]:
-    """Yield (number, row or why it is dropped) of a data set, in one random order that is always
-    the same.
+def read(ref: str, streaming: bool = False) -> Iterator[tuple[int, RowOrReason]]:
+    """Yield (number, row or why it is dropped) of a data set, in one random, fixed order.
 
-    ref: a hub id (org/name@revision), a folder, or a file of JSON lines or parquet; ":split" if not
-    the training one; "alpaca_eval" is the 805 prompts of the pinned archive. streaming: for a few
-    rows of one that is too big to load. Raises ConfigError for columns or a row of no known schema,
-    and for a file that cannot be read.
+    Args:
+        ref: a hub id (org/name@revision), a folder, or a file of JSON lines or parquet, with
+            ":split" if not the training one; "alpaca_eval" is the 805 prompts of the pinned
+            archive.
+        streaming: for a few rows of a data set that is too big to load.
+    Raises:
+        ConfigError: columns or a record of no known schema, or a file that cannot be read.
     """
-    where, part = place(ref)
-    repo = where.removeprefix("datasets:").partition("@")[0]
-    part = part or ("train_prefs" if repo.endswith("/ultrafeedback_binarized") else "train")
-    table = _load(ref, where, part, streaming)
-    columns = _readable(ref, lambda: table.column_names or [*next(iter(table), ())])
-    one = HUB.get(repo)
-    known = [(names, adapter) for names, adapter in SCHEMAS if one in (None, adapter)]
-    adapter = next((adapter for names, adapter in known if set(names) <= set(columns)), None)
-    if adapter is None:
-        wanted = " or ".join(dict.fromkeys(f"({', '.join(names)})" for names, _ in known))
-        names = ", ".join(columns)
-        raise config.ConfigError(f"{ref}: has the columns ({names}), expected are {wanted}")
-    rows = _in_order(table, streaming)
-    while (numbered := _readable(ref, lambda: next(rows, None))) is not None:
-        n, given = numbered
+    location, split_name = place(ref)
+    repo = location.removeprefix("datasets:").partition("@")[0]
+    if not split_name:
+        is_binarized = repo.endswith("/ultrafeedback_binarized")
+        split_name = "train_prefs" if is_binarized else "train"
+    with _naming_broken_file(ref):
+        table = _load(ref, location, split_name, streaming)
+        columns = table.column_names
+        if not columns:  # a stream may know them only from its first record
+            columns = list(next(iter(table), ()))
+    adapter = _adapter(ref, repo, columns)
+
+    records = _in_order(table, streaming)
+    while True:
+        with _naming_broken_file(ref):
+            numbered = next(records, None)
+        if numbered is None:
+            return
+        number, record = numbered
         try:
-            row = adapter(given)
-            reason(row, "pairs")  # reads every part of it
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            words = str(error) if isinstance(error, ValueError) else repr(error)
-            problem = f"row {n} is not as {adapter.__name__}() expects it: {words}"
+            row = _adapted(adapter, record)
+        except ValueError as error:
+            problem = f"row {number} is not as {adapter.__name__}() expects it: {error}"
             raise config.ConfigError(f"{ref}: {problem}") from error
-        yield n, row
+        yield number, row
 
 
-def _in_order(table, streaming: bool) -> Iterator[tuple[int, dict]]:
-    """Yield (number, row) in the one random order."""
-    if streaming:
-        yield from enumerate(table.shuffle(seed=SEED, buffer_size=10_000))
-        return
-    for n in random.Random(SEED).sample(range(len(table)), len(table)):
-        yield n, table[n]
+def _adapted(adapter, record: dict) -> RowOrReason:
+    """Return what an adapter makes of a record; raise ValueError for one that it cannot read."""
+    try:
+        row = adapter(record)
+        reason(row, "pairs")  # reads every part of the row
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(repr(error)) from error
+    return row
 
 
-def _load(ref: str, where: str, part: str, streaming: bool):
+def _adapter(ref: str, repo: str, columns: list[str]):
+    """Return the adapter for a data set's columns; for one in HUB only that adapter will do."""
+    known = []
+    for names, adapter in SCHEMAS:
+        if repo in HUB and adapter is not HUB[repo]:
+            continue
+        if set(names) <= set(columns):
+            return adapter
+        known.append("(" + ", ".join(names) + ")")
+    expected = " or ".join(dict.fromkeys(known))
+    present = ", ".join(columns)
+    raise config.ConfigError(f"{ref}: has the columns ({present}), expected are {expected}")
+
+
+def _load(ref: str, location: str, split_name: str, streaming: bool):
+    """Return a data set of the library `datasets`."""
     import datasets
 
     datasets.disable_progress_bars()
-    path = Path(where).expanduser()
+    if ref == "alpaca_eval":
+        baseline = json.loads(assets.member("llm_eval", ALPACA_BASELINE))
+        return datasets.Dataset.from_list(baseline)
+    path = Path(location).expanduser()
+    data_files = None
+    revision = None
+    if location.startswith("datasets:"):
+        loader, revision = assets.resolve(location).values()
+    elif path.is_dir():
+        loader = str(path)
+    else:
+        loader = "parquet" if path.suffix.lower() == ".parquet" else "json"
+        data_files = str(path)
+    return datasets.load_dataset(
+        loader, data_files=data_files, revision=revision, split=split_name, streaming=streaming
+    )
 
-    def load():
-        if ref == "alpaca_eval":
-            return datasets.Dataset.from_list(
-                json.loads(assets.member("llm_eval", ALPACA_BASELINE))
-            )
-        if where.startswith("datasets:"):
-            repo, commit = assets.resolve(where).values()
-            return datasets.load_dataset(repo, revision=commit, split=part, streaming=streaming)
-        if path.is_dir():
-            return datasets.load_dataset(str(path), split=part, streaming=streaming)
-        kind = "parquet" if path.suffix.lower() == ".parquet" else "json"
-        return datasets.load_dataset(kind, data_files=str(path), split=part, streaming=streaming)
 
-    return _readable(ref, load)
+def _in_order(table, streaming: bool) -> Iterator[tuple[int, dict]]:
+    """Yield (number, record) in the one random order."""
+    if streaming:
+        yield from enumerate(table.shuffle(seed=SEED, buffer_size=10_000))
+        return
+    numbers = range(len(table))
+    rng = random.Random(SEED)
+    for number in rng.sample(numbers, len(numbers)):
+        yield number, table[number]
 
 
-def _readable(ref: str, read):
-    """Return read(); raise ConfigError with the data set's name for a file that cannot be read.
+@contextmanager
+def _naming_broken_file(ref: str) -> Iterator[None]:
+    """Raise ConfigError with the data set's name where a file cannot be read.
 
-    Some of these are only met at a row: text that is no UTF-8, or an archive that ends too early.
+    Some of these are only met at a record: text that is no UTF-8, an archive that ends too early.
     """
     import datasets
 
-    broken = (datasets.exceptions.DatasetsError, ValueError, OSError, StopIteration, EOFError)
+    broken_table = (datasets.exceptions.DatasetsError, ValueError, StopIteration)
+    broken_archive = (OSError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
     try:
-        return read()
-    except (*broken, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        words = repr(error.__cause__ or error)
+        yield
+    except (*broken_table, *broken_archive) as error:
+        detail = repr(error.__cause__ or error)
         if isinstance(error, UnicodeDecodeError):
-            words += "; save it as UTF-8"
-        raise config.ConfigError(f"{ref}: cannot be read: {words}") from error
+            detail += "; save it as UTF-8"
+        raise config.ConfigError(f"{ref}: cannot be read: {detail}") from error
 
 
-def reason(row: dict | str, use: str = "") -> str:
-    """Return why a row is of no use, or ""; use: "" for its prompt, "sft" for its first response,
-    "pairs" for all.
+def reason(row: RowOrReason, use: str = "") -> str:
+    """Return why a row is of no use, or "".
+
+    use: what it is wanted for, "" its prompt alone, "sft" its first response, "pairs" all of them.
     """
     if isinstance(row, str):
         return row
     if "text" in row:
         return "" if row["text"] else "empty prompt"
-    prompt, said = row["prompt"] or "", [(text or "").strip() for text in row["responses"].values()]
-    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    roles = [turn["role"] for turn in turns]
-    asked = [turn["content"] and turn["content"].strip() for turn in turns]
-    if None in asked or not any(asked[-1:]) or roles[-1] == "assistant":
+    responses = [_stripped(text) for text in row["responses"].values()]
+    if not _asks(row["prompt"] or ""):
         return "no question"
-    if use and not said:
+    if not use:
+        return ""
+    if not responses:
         return "no preference"
-    if use and not all(said[: 1 if use == "sft" else None]):
+    needed = responses[:1] if use == "sft" else responses
+    if not all(needed):
         return "empty response"
-    return "equal responses" if use == "pairs" and said[-1] in said[:-1] else ""
-
-
-def dialogue(prompt: str | list[dict]) -> str:
-    """Return a prompt as text that a plain model goes on with; turns become HH's, up to
-    "Assistant:".
-    """
-    if isinstance(prompt, str):
-        return prompt
-    who = ("Assistant" if turn["role"] == "assistant" else "Human" for turn in prompt)
-    return (
-        "".join(f"\n\n{w}: {turn['content']}" for w, turn in zip(who, prompt, strict=True))
-        + "\n\nAssistant:"
-    )
-
-
-def prompt_row(tokenizer, row: dict, world: config.World, rng: random.Random) -> dict:
-    """Return {"prompt_ids"} of a whole prompt, or of a review's beginning, and "text", what a chat
-    model is asked.
-
-    "text" is one user's words or several turns, also for a plain model, as a reward model may read
-    turns.
-    """
-    if "text" in row:
-        return openings.beginning(tokenizer, row["text"], world, rng)
-    prompt, chat = row["prompt"], world.template == "chat"
-    made = {
-        "prompt_ids": templates.render(
-            tokenizer, prompt if chat else dialogue(prompt), world.template
-        )
-    }
-    if chat and isinstance(prompt, list) and [turn["role"] for turn in prompt] == ["user"]:
-        prompt = prompt[0]["content"]
-    return made | ({"text": prompt} if chat or isinstance(prompt, list) else {})
-
-
-def prompts(ref: str, world: config.World, tokenizer, most: int) -> tuple[list[dict], Counter]:
-    """Return up to `most` different prompts of another data set, and why other rows were dropped.
-
-    They are made as those of `world`, and come out of 20 rows for each. The reasons, with how many
-    rows each has, are those of split(), the chat template's refusals among them.
-    """
-    rows, rng = {}, random.Random(SEED)
-    dropped: Counter = Counter()
-    for n, row in islice(read(ref, streaming=place(ref)[0].startswith("datasets:")), 20 * most):
-        if len(rows) == most:
-            break
-        why = reason(row)
-        try:
-            if not why:
-                made = prompt_row(tokenizer, row, world, rng)
-                why = _unfit(made, row, world, rows)
-        except templates.RowError as error:
-            why = error.reason
-        if why:
-            dropped[why] += 1
-            continue
-        rows[_key(row)] = {"id": f"E{n}"} | made
-    return list(rows.values()), dropped
-
-
-def _unfit(made: dict, row: dict, world: config.World, taken, paired: bool = False) -> str:
-    """Return why a prompt is not drawn, or ""; those of given pairs may have any length."""
-    if _key(row) in taken:
-        return "repeated prompt"
-    whole = "text" not in row and not paired
-    if whole and len(made["prompt_ids"]) > world.prompt_tokens[1]:
-        return "prompt above world.prompt_tokens"
+    last = responses[-1]
+    if use == "pairs" and last in responses[:-1]:
+        return "equal responses"
     return ""
 
 
-def split(world: config.World, out: Path) -> dict:
-    """Write what corpus.split writes, and as pairs.jsonl the data set's own pairs where world.pairs
-    is "given".
+def _stripped(text: str | None) -> str:
+    return text.strip() if text else ""
+
+
+def _asks(prompt: Prompt) -> bool:
+    """Return whether a prompt ends with words that are not the assistant's, and no turn is None."""
+    if isinstance(prompt, str):
+        return bool(prompt.strip())
+    contents = [turn["content"] for turn in prompt]
+    last_role = prompt[-1]["role"]
+    if None in contents or last_role == "assistant":
+        return False
+    texts = [_stripped(content) for content in contents]
+    return bool(texts[-1])
+
+
+def dialogue(prompt: Prompt) -> str:
+    """Return a prompt as text that a plain model goes on with.
+
+    Turns become a dialogue as Anthropic/hh-rlhf writes it, up to "Assistant:".
+    """
+    if isinstance(prompt, str):
+        return prompt
+    text = ""
+    for turn in prompt:
+        speaker = "Assistant" if turn["role"] == "assistant" else "Human"
+        text += f"\n\n{speaker}: {turn['content']}"
+    return f"{text}\n\nAssistant:"
+
+
+def prompt_row(tokenizer, row: dict, world: World, rng: random.Random) -> dict:
+    """Return {"prompt_ids"} of a whole prompt or of a review's beginning, and "text" in a chat.
+
+    "text" is one user's words or several turns. Turns are kept for a plain model too, as a reward
+    model may read them.
+    """
+    if "text" in row:
+        return openings.beginning(tokenizer, row["text"], world, rng)
+    prompt = row["prompt"]
+    if world.template == "chat":
+        prompt_ids = templates.render(tokenizer, prompt, "chat")
+        return {"prompt_ids": prompt_ids, "text": _as_text(prompt)}
+    prompt_ids = templates.render(tokenizer, dialogue(prompt), world.template)
+    if isinstance(prompt, list):
+        return {"prompt_ids": prompt_ids, "text": prompt}
+    return {"prompt_ids": prompt_ids}
+
+
+def _as_text(prompt: Prompt) -> Prompt:
+    """Return the words of a prompt that is one user's turn; other prompts as they are."""
+    if isinstance(prompt, str):
+        return prompt
+    is_one_question = _roles(prompt) == ["user"]
+    return prompt[0]["content"] if is_one_question else prompt
+
+
+def prompts(ref: str, world: World, tokenizer, most: int) -> tuple[list[dict], Counter]:
+    """Return up to `most` different prompts of another data set, and why other rows were dropped.
+
+    They are made as those of `world`, from the first 20 · `most` rows. The reasons, with how many
+    rows each has, are those of split(), the chat template's refusals among them.
+    """
+    location, _ = place(ref)
+    is_on_hub = location.startswith("datasets:")
+    rows = read(ref, streaming=is_on_hub)
+    first_rows = islice(rows, 20 * most)
+    rng = random.Random(SEED)
+    prompt_rows: dict[str, dict] = {}
+    dropped: Counter = Counter()
+    for number, row in first_rows:
+        if len(prompt_rows) == most:
+            break
+        try:
+            prompt = _usable_prompt(tokenizer, row, world, rng, taken=prompt_rows)
+        except templates.RowError as error:
+            dropped[error.reason] += 1
+            continue
+        text = _prompt_text(row)
+        prompt_rows[text] = {"id": f"E{number}", **prompt}
+    return list(prompt_rows.values()), dropped
+
+
+def _usable_prompt(
+    tokenizer,
+    row: RowOrReason,
+    world: World,
+    rng: random.Random,
+    *,
+    taken: Collection[str],
+    use: str = "",
+) -> dict:
+    """Return prompt_row() of a row; raise RowError with the reason if it is of no use.
+
+    taken: the texts of prompts that may not be drawn again. use: as in reason(). The prompts of
+    given pairs may have any length, as the training cuts them, and reviews are cut here.
+    """
+    problem = reason(row, use)
+    if problem:
+        raise templates.RowError(problem)
+    prompt = prompt_row(tokenizer, row, world, rng)
+    if _prompt_text(row) in taken:
+        raise templates.RowError("repeated prompt")
+    _, longest = world.prompt_tokens
+    may_be_longer = use == "pairs" or "text" in row
+    if not may_be_longer and len(prompt["prompt_ids"]) > longest:
+        raise templates.RowError("prompt above world.prompt_tokens")
+    return prompt
+
+
+def _prompt_text(row: dict) -> str:
+    """Return a row's prompt as one text, by which a repeated prompt is known."""
+    if "text" in row:
+        text = row["text"]
+    else:
+        text = dialogue(row["prompt"])
+    return " ".join(text.split())
+
+
+def split(world: World, out: Path) -> dict:
+    """Write the files of corpus.split, and pairs.jsonl where world.pairs is "given".
 
     Test prompts are drawn first, then dev, then training rows, none with a prompt that was drawn
     before. Sizes asked for count rows of the data set, some of which drop: empty or equal
     responses, no preference, a repeated prompt, one above world.prompt_tokens (not of given pairs:
     the training cuts those), turns that the chat template refuses, and responses that share a token
-    with their prompt (templates.encode_response). Prompts are whole, but for reviews, which are cut
-    to
-    beginnings. Returns sizes, and what was dropped. Raises ConfigError for a data set that is too
-    small.
+    with their prompt (templates.encode_response). Prompts are whole, but those of reviews are their
+    beginnings. Returns the sizes, and how many rows were dropped for which reason.
+    Raises ConfigError for a data set that is too small.
     """
     if world.gold_rows or world.reward_rows:
         raise config.ConfigError(
             f"no reward is trained on {world.dataset}: take a finished one, and no gold_rows"
         )
-    draw = _Draw(world, templates.load_tokenizer(assets.tokenizer_dir(world.target)))
-    drawn = {"test": draw.rows("test", world.test_prompts)}
-    drawn["dev"] = draw.rows("dev", world.dev_prompts)
-    train = draw.rows("train", max(world.prompts, world.sft_rows))
+    test_dataset = world.test_dataset or world.dataset
+    dev_dataset = world.dev_dataset or world.dataset
+    tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
+    draw = _Draw(world, tokenizer)
+    test = draw.rows("test", test_dataset, world.test_prompts)
+    dev = draw.rows("dev", dev_dataset, world.dev_prompts)
+    train_rows = max(world.prompts, world.sft_rows)
+    train = draw.rows("train", world.dataset, train_rows, use=_training_use(world))
 
-    rows = []
-    for made, _, responses in train:
-        row = {"id": made["id"], "prompt_ids": made["prompt_ids"], "responses": responses}
-        rows.append(row)
-    first = []
-    for row in rows[: world.sft_rows]:
-        for response in [*row["responses"].values()][:1]:
-            first.append(row | {"responses": {"chosen": response}})
-    write_rows(out / "sft.jsonl", first)
-    facts = {"sft_rows": len(first)}
+    facts = _write_training_files(world, train, out)
+    _write_prompts(out / "dev_prompts.json", dev)
+    _write_prompts(out / "test_prompts.json", test)
+    held_out = []
+    if train and "label" in train[0].row:
+        held_out = draw.labelled(test_dataset)
+    _write_labelled(out / "labelled.json", held_out, world.reward_words)
+    return {**facts, "held_out": len(held_out), "dropped": dict(draw.dropped)}
+
+
+def _training_use(world: World) -> str:
+    """Return what the training rows are wanted for, as reason() takes it."""
     if world.pairs == "given":
-        write_rows(out / "pairs.jsonl", rows[: world.prompts])
-        facts["pairs"] = len(rows[: world.prompts])
-        drawn["train"] = []
-    else:
-        drawn["train"] = train[: world.prompts]
-    for name, file in {"train": "prompts", "dev": "dev_prompts", "test": "test_prompts"}.items():
-        (out / f"{file}.json").write_text(
-            json.dumps([made for made, _, _ in drawn[name]]), encoding="utf-8"
-        )
+        return "pairs"
+    return "sft" if world.sft_rows else ""
 
-    held = []  # labelled reviews that a reward is measured on
-    if train and "label" in train[0][1]:
-        more = islice(draw.pool(world.test_dataset or world.dataset), openings.HELD_OUT)
-        held = [row for _, row in more if not reason(row) and _key(row) not in draw.seen]
-    texts = [" ".join(row["text"].split()[: world.reward_words]) for row in held]
-    labelled = {
+
+class _Drawn(NamedTuple):
+    """A row that was drawn: its prompt, the row as read, the responses to train on."""
+
+    prompt: dict  # "id", "prompt_ids", and "text" as of prompt_row()
+    row: dict
+    responses: Responses
+
+
+def _write_training_files(world: World, train: list[_Drawn], out: Path) -> dict:
+    """Write sft.jsonl, prompts.json and given pairs; return the number of SFT rows and of pairs."""
+    rows = []
+    for drawn in train:
+        row = {
+            "id": drawn.prompt["id"],
+            "prompt_ids": drawn.prompt["prompt_ids"],
+            "responses": drawn.responses,
+        }
+        rows.append(row)
+    sft_rows = []
+    for row in rows[: world.sft_rows]:
+        responses = list(row["responses"].values())
+        if responses:  # a review that does not go on has none
+            sft_rows.append({**row, "responses": {"chosen": responses[0]}})
+    write_rows(out / "sft.jsonl", sft_rows)
+    facts = {"sft_rows": len(sft_rows)}
+    if world.pairs == "given":
+        pairs = rows[: world.prompts]
+        write_rows(out / "pairs.jsonl", pairs)
+        facts["pairs"] = len(pairs)
+        _write_prompts(out / "prompts.json", [])
+    else:
+        _write_prompts(out / "prompts.json", train[: world.prompts])
+    return facts
+
+
+def _write_prompts(file: Path, rows: list[_Drawn]) -> None:
+    prompt_rows = [drawn.prompt for drawn in rows]
+    file.write_text(json.dumps(prompt_rows), encoding="utf-8")
+
+
+def _write_labelled(file: Path, held_out: list[dict], most_words: int) -> None:
+    """Write the labelled reviews that a reward is measured on; none are there to train it on."""
+    texts = []
+    labels = []
+    for row in held_out:
+        first_words = row["text"].split()[:most_words]
+        texts.append(" ".join(first_words))
+        labels.append(row["label"])
+    parts = {
         "gold": [[], []],
         "reward": [[], []],
-        "held_out": [texts, [row["label"] for row in held]],
+        "held_out": [texts, labels],
     }
-    (out / "labelled.json").write_text(json.dumps(labelled), encoding="utf-8")
-    return facts | {"held_out": len(held), "dropped": dict(draw.dropped)}
+    file.write_text(json.dumps(parts), encoding="utf-8")
 
 
 class _Draw:
     """Draw the parts of a split one after the other, none with a prompt of an earlier part."""
 
-    def __init__(self, world: config.World, tokenizer):
+    def __init__(self, world: World, tokenizer):
         self.world = world
         self.tokenizer = tokenizer
         self.rng = random.Random(SEED)
         self.pools: dict[str, Iterator] = {}  # one a data set, from which all parts draw
-        self.seen: set[str] = set()  # prompts
-        self.dropped: Counter = Counter()  # why a row was of no use
-        self.spare: Counter = Counter()  # dropped rows of a data set, in place of those asked for
+        self.seen: set[str] = set()  # texts of the prompts that were drawn
+        self.dropped: Counter = Counter()  # reason -> rows
+        self.spare: Counter = Counter()  # data set -> dropped rows, in place of those asked for
 
-    def pool(self, ref: str) -> Iterator[tuple[int, dict | str]]:
+    def pool(self, ref: str) -> Iterator[tuple[int, RowOrReason]]:
         """Return the rows of a data set that are not drawn yet."""
         if ref not in self.pools:
             self.pools[ref] = read(ref)
         return self.pools[ref]
 
-    def rows(self, part: str, most: int) -> list[tuple[dict, dict, dict]]:
-        """Return up to `most` rows: each its prompt, the row as read, the responses to train on.
+    def rows(self, part: str, ref: str, most: int, use: str = "") -> list[_Drawn]:
+        """Return up to `most` rows of a data set that are of `use`, as reason() takes it.
 
+        A prompt may have several given pairs, so these may share it with one another.
         Raises ConfigError if the data set has too few.
         """
-        ref = getattr(self.world, f"{part}_dataset", "") or self.world.dataset
-        paired = part == "train" and self.world.pairs == "given"
-        use = "pairs" if paired else ""
-        if part == "train" and not paired and self.world.sft_rows:
-            use = "sft"
-        taken = set(self.seen) if paired else self.seen  # a prompt may have several pairs
-        rows: list = []
-        while len(rows) < most and (found := next(self.pool(ref), None)):
-            n, row = found
-            why = reason(row, use)
+        taken = set(self.seen) if use == "pairs" else self.seen
+        rows: list[_Drawn] = []
+        while len(rows) < most:
+            numbered = next(self.pool(ref), None)
+            if numbered is None:
+                break
+            number, row = numbered
             try:
-                if not why:
-                    made = prompt_row(self.tokenizer, row, self.world, self.rng)
-                    why = _unfit(made, row, self.world, taken, paired)
-                if not why:
-                    said = self._responses(made, row, use)
+                prompt = _usable_prompt(
+                    self.tokenizer, row, self.world, self.rng, taken=taken, use=use
+                )
+                responses = self._responses(prompt, row, use)
             except templates.RowError as error:
-                why = error.reason
-            if why:
-                self.dropped[why] += 1
+                self.dropped[error.reason] += 1
                 self.spare[ref] += 1
                 continue
-            self.seen.add(_key(row))
-            rows.append(({"id": f"{part}{n}"} | made, row, said))
-        self.spare[ref] -= most - len(rows)  # one that drops counts as one of those asked for
-        if self.spare[ref] < 0 or most and not rows:
-            found = f"{len(rows)} of {most} {part} rows; dropped: {dict(self.dropped)}"
-            raise config.ConfigError(f"{ref}: {found}")
+            self.seen.add(_prompt_text(row))
+            named_prompt = {"id": f"{part}{number}", **prompt}
+            rows.append(_Drawn(named_prompt, row, responses))
+        self._require_enough(part, ref, most, len(rows))
         return rows
 
-    def _responses(self, made: dict, row: dict, use: str) -> dict[str, list[int]]:
+    def labelled(self, ref: str) -> list[dict]:
+        """Return the next labelled reviews of a data set that were not drawn."""
+        reviews = []
+        for _, row in islice(self.pool(ref), openings.HELD_OUT):
+            if reason(row):
+                continue
+            if _prompt_text(row) not in self.seen:
+                reviews.append(row)
+        return reviews
+
+    def _require_enough(self, part: str, ref: str, most: int, count: int) -> None:
+        """Raise ConfigError if a data set is too small: a dropped row is one of those asked for."""
+        missing = most - count
+        self.spare[ref] -= missing
+        is_empty = most > 0 and count == 0
+        if is_empty or self.spare[ref] < 0:
+            reasons = dict(self.dropped)
+            shortage = f"{count} of {most} {part} rows; dropped: {reasons}"
+            raise config.ConfigError(f"{ref}: {shortage}")
+
+    def _responses(self, prompt: dict, row: dict, use: str) -> Responses:
         """Return the responses to train on: all of a pair, the first for SFT, none of a prompt."""
         if not use:
             return {}
         if use == "sft" and "responses" in row:
-            row = row | {"responses": dict([*row["responses"].items()][:1])}
-        return _said(self.tokenizer, made, row, self.world)
+            first_response = islice(row["responses"].items(), 1)
+            row = {**row, "responses": dict(first_response)}
+        return encoded_responses(self.tokenizer, prompt, row, self.world)
 
 
-def _said(tokenizer, made: dict, row: dict, world: config.World) -> dict[str, list[int]]:
-    """Return a row's responses as token ids; of a review how it goes on, if it does."""
+def encoded_responses(tokenizer, prompt: dict, row: dict, world: World) -> Responses:
+    """Return a row's responses as token ids; of a review how it goes on, if it does.
+
+    prompt: as prompt_row() returns it. Raises RowError for a response that shares a token with it.
+    """
     if "text" in row:
         ids = openings.opening(tokenizer, row["text"], world.sft_tokens)
-        return openings.continued(tokenizer, ids, made, world.template)
-    prompt = row["prompt"]
-    texts = {name: text for name, text in row["responses"].items() if text}
-    if world.template == "plain" and isinstance(prompt, list):
-        prompt = dialogue(prompt)
-        texts = {name: f" {text.strip()}" for name, text in texts.items()}  # after "Assistant:"
-    options = {"prompt": prompt, "template": world.template}
-    return {
-        name: templates.encode_response(tokenizer, text, **options) for name, text in texts.items()
-    }
-
-
-def _key(row: dict) -> str:
-    return " ".join((row["text"] if "text" in row else dialogue(row["prompt"])).split())
-
-
-def _shared(chosen: list[dict], rejected: list[dict]) -> dict | str:
-    if not chosen or not rejected or {chosen[-1]["role"], rejected[-1]["role"]} != {"assistant"}:
-        return "no answer"
-    said = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
-    same = chosen[:-1] == rejected[:-1]
-    return {"prompt": chosen[:-1], "responses": said} if same else "no shared prompt"
-
-
-def _last(answer: str | dict | list) -> str:
-    return (
-        answer
-        if isinstance(answer, str)
-        else answer["content"]
-        if isinstance(answer, dict)
-        else _last(answer[-1])
-    )
-
-
-def _words(text: str | None) -> str:
-    """Return the words of HTML as Stack Exchange writes it, where < and > that are meant are
-    entities.
-    """
-    return html.unescape(re.sub(r"<[^<>]*>", "", text or "")).strip()
+        return openings.continued(tokenizer, ids, prompt, world.template)
+    context = row["prompt"]
+    is_dialogue = world.template == "plain" and isinstance(context, list)
+    if is_dialogue:
+        context = dialogue(context)
+    responses = {}
+    for name, text in row["responses"].items():
+        if not text:
+            continue
+        if is_dialogue:
+            text = f" {text.strip()}"  # after "Assistant:"
+        responses[name] = templates.encode_response(
+            tokenizer, text, prompt=context, template=world.template
+        )
+    return responses

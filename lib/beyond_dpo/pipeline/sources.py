@@ -1,17 +1,17 @@
-"""Responses of other models and of people, in the target's tokens: what WRPO (arXiv 2412.03187)
-learns from.
+"""Collect responses of other models and of people, in the target's tokens, for WRPO to learn from.
 
-A source is one entry of a profile (config.Source): a model by asset, folder or hub id; an
-OpenAI-compatible endpoint; a file of recorded answers; or the reviewers themselves.
+WRPO: arXiv 2412.03187. A source is one entry of a profile (config.Source): a model by asset, folder
+or hub id; an OpenAI-compatible endpoint; a file of recorded answers; or the reviewers themselves.
 """
 
 import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -22,11 +22,32 @@ from beyond_dpo.pipeline.artifacts import Artifact
 log = logging.getLogger("beyond_dpo")
 
 
+class Answer(NamedTuple):
+    """Hold a response as text, and whether it ended by itself and was not cut."""
+
+    text: str
+    ended: bool
+
+
+Answers = dict[str, list[Answer]]  # by a prompt's id, or by its text
+
+
+class Sampled(NamedTuple):
+    """Hold the prompts that a source's model is given, and its responses to them."""
+
+    prompts: Artifact
+    responses: Artifact
+
+
 def shown(cfg) -> pd.DataFrame:
-    """Return what a user should know of the sources before they are used: name, kind, model or
-    file, terms.
+    """Return what a user should know of the sources before they are used.
+
+    That is each source's name, kind, model or file, what it is asked, and its terms.
     """
-    rows = [{"source": name, **asdict(cfg.known_sources[name])} for name in cfg.sources]
+    rows = []
+    for name in cfg.sources:
+        settings = asdict(cfg.known_sources[name])
+        rows.append({"source": name, **settings})
     return pd.DataFrame(rows)[["source", "kind", "ref", "ask", "terms"]]
 
 
@@ -36,75 +57,114 @@ def sampling(cfg):
 
 
 def answers(cfg, name: str) -> Artifact:
-    """Collect a source's responses to all prompts: responses.jsonl as of stages.responses, in the
-    target's tokens.
+    """Collect a source's responses to all prompts, in the target's tokens.
 
-    They are cut after cfg.sampling.max_tokens; those without a word are left out, and those that
-    the target's chat template does not take (templates.encode_response), which are counted. So are
-    those that an endpoint still lacks when it was asked again, as `short`.
+    They are in responses.jsonl, with lines as of stages.responses, and are cut after
+    cfg.sampling.max_tokens. Those without a word are left out. So are those that the target's chat
+    template does not take (templates.encode_response), which are counted as `refused`, and those
+    that an endpoint still lacks when it was asked again, which are counted as `short`.
     Raises ConfigError for a source without any answer or with an `ask` that asks the same of all
     prompts, and what the engine or the endpoint raises.
     """
-    source, texts = cfg.known_sources[name], stages.texts(cfg.world)
+    source = cfg.known_sources[name]
     check(name, source)
-    asked = {
-        "model": source.ref,
-        "ask": source.ask,
-        "samples": cfg.world.samples,
-        "sampling": cfg.sampling.recipe(),
+    texts = stages.texts(cfg.world)
+    recipe = {
+        "kind": source.kind,
+        "texts": texts,
+        "max_tokens": cfg.sampling.max_tokens,
     }
-    made_of = {"human": {}, "endpoint": asked}.get(source.kind)
-    if source.kind == "recorded":
-        made_of = {"file": assets.resolve(source.ref)}
-    elif source.kind == "model":
-        prompts = _put(cfg, source)
-        how = {"prompts": prompts, "samples": cfg.world.samples, "seed": 1, "engine": "sample"}
-        said = stages.responses(sampling(cfg), stages.model(source.ref), "prompts", **how)
-        made_of = {"said": said}
-
-    def make(out: Path) -> dict:
-        tokenizer, rows = (
-            templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)),
-            texts.json("prompts.json"),
-        )
-        wording = {row["id"]: _wording(row, tokenizer) for row in rows}
-        short = 0
-        if source.kind == "human":
-            found = _written(cfg, rows)
-        elif source.kind == "model":
-            found = _decoded(assets.tokenizer_dir(source.ref), prompts.json("prompts.json"), said)
-        else:
-            if source.kind == "recorded":
-                given = _recorded(source)
-            else:
-                given, short = _replies(cfg, source, wording, out)
-            plain = cfg.world.template == "plain"
-            found = {
-                i: [
-                    (_after(text, answer) if plain else answer, ended)
-                    for answer, ended in given.get(text, ())
-                ]
-                for i, text in wording.items()
-            }
-        lines, refused = _encoded(cfg, tokenizer, rows, found)
-        if not lines:
-            raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
-        (out / "responses.jsonl").write_text(
-            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
-        )
-        answered = {line["id"] for line in lines}
-        unanswered = sum(row["id"] not in answered for row in rows)
-        facts = {"responses": len(lines), "unanswered": unanswered}
-        if refused:
-            facts["refused"] = refused
-        if short:
-            facts["short"] = short
-        return facts
-
-    recipe = {"kind": source.kind, "texts": texts, "max_tokens": cfg.sampling.max_tokens, **made_of}
     if cfg.world.target not in assets.BUILDERS:  # to those a text alone is the same tokens
         recipe["tokens"] = 2  # of responses: those that they have after other text
+    sampled = None
+    if source.kind == "model":
+        sampled = _sample(cfg, source)
+        recipe["said"] = sampled.responses
+    elif source.kind == "recorded":
+        recipe["file"] = assets.resolve(source.ref)
+    elif source.kind == "endpoint":
+        recipe["model"] = source.ref
+        recipe["ask"] = source.ask
+        recipe["samples"] = cfg.world.samples
+        recipe["sampling"] = cfg.sampling.recipe()
+
+    def make(out: Path) -> dict:
+        rows = texts.json("prompts.json")
+        by_id, short = _collect(cfg, source, sampled, rows, out)
+        lines, refused = _encoded(cfg, rows, by_id)
+        if not lines:
+            raise config.ConfigError(f"source {name} answers none of the {len(rows)} prompts")
+        with open(out / "responses.jsonl", "w", encoding="utf-8") as file:
+            for line in lines:
+                file.write(json.dumps(line) + "\n")
+        return _facts(rows, lines, refused, short)
+
     return Artifact("answers", 1, recipe, make, f"source {name}: {source.kind} {source.ref}")
+
+
+def _sample(cfg, source: config.Source) -> Sampled:
+    """Sample responses of a source that is a model of its own."""
+    prompts = _put(cfg, source)
+    responses = stages.responses(
+        sampling(cfg),
+        stages.model(source.ref),
+        "prompts",
+        prompts=prompts,
+        samples=cfg.world.samples,
+        seed=1,
+        engine="sample",
+    )
+    return Sampled(prompts, responses)
+
+
+def _collect(
+    cfg, source: config.Source, sampled: Sampled | None, rows: list[dict], out: Path
+) -> tuple[Answers, int]:
+    """Return a source's answers by the prompts' ids, and how many of those asked for lack."""
+    if source.kind == "human":
+        return _written(cfg, rows), 0
+    if sampled is not None:
+        prompts = sampled.prompts.json("prompts.json")
+        model = assets.tokenizer_dir(source.ref)
+        return _decoded(model, prompts, sampled.responses), 0
+
+    tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
+    wording = {row["id"]: _wording(row, tokenizer) for row in rows}
+    if source.kind == "recorded":
+        by_text = _recorded(source)
+        short = 0
+    else:
+        by_text, short = _replies(cfg, source, wording.values(), out)
+    goes_on = cfg.world.template == "plain"
+    by_id = {}
+    for prompt_id, text in wording.items():
+        by_id[prompt_id] = by_text.get(text, [])
+        if goes_on:
+            by_id[prompt_id] = [_continuation(text, answer) for answer in by_id[prompt_id]]
+    return by_id, short
+
+
+def _continuation(prompt: str, answer: Answer) -> Answer:
+    """Return what an answer adds to a text that it was asked to go on with.
+
+    The answer may begin with that text, or not.
+    """
+    text = answer.text.strip()
+    if text.startswith(prompt):
+        return Answer(text[len(prompt) :], answer.ended)
+    return Answer(f" {text}", answer.ended)
+
+
+def _facts(rows: list[dict], lines: list[dict], refused: int, short: int) -> dict:
+    """Return what the manifest says of a source's answers; `refused` and `short` only if any."""
+    answered = {line["id"] for line in lines}
+    unanswered = [row for row in rows if row["id"] not in answered]
+    facts = {"responses": len(lines), "unanswered": len(unanswered)}
+    if refused:
+        facts["refused"] = refused
+    if short:
+        facts["short"] = short
+    return facts
 
 
 def check(name: str, source: config.Source) -> None:
@@ -119,36 +179,46 @@ def asking(source: config.Source, text: str) -> str:
     return source.ask.replace("{prompt}", text) if source.ask else text
 
 
-def _encoded(cfg, tokenizer, rows: list[dict], found: dict) -> tuple[list[dict], int]:
-    """Return responses that say something, in the target's tokens, and how many were refused.
+def _encoded(cfg, rows: list[dict], by_id: Answers) -> tuple[list[dict], int]:
+    """Return the lines of answers that say something, and how many were refused.
 
-    Refused are those that its chat template does not take. A plain prompt may end within a word,
-    so its response is what goes on after any text.
+    Refused are those that the target's chat template does not take. A plain prompt may end within
+    a word, so its response is what goes on after any text.
     """
+    tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
+    template = cfg.world.template
     lines = []
     refused = 0
     for row in rows:
-        prompt = row["text"] if cfg.world.template == "chat" else None
-        how = {"prompt": prompt, "template": cfg.world.template}
-        answers = [answer for answer in found.get(row["id"], ()) if answer[0].strip()]
-        for sample, (text, ended) in enumerate(answers):
+        prompt = row["text"] if template == "chat" else None
+        responses = [answer for answer in by_id.get(row["id"], []) if answer.text.strip()]
+        for sample, (text, ended) in enumerate(responses):
             try:
-                ids = templates.encode_response(tokenizer, text, end=ended, **how)
+                ids = templates.encode_response(
+                    tokenizer, text, end=ended, prompt=prompt, template=template
+                )
             except templates.RowError:
                 refused += 1
                 continue
-            ids = ids[: cfg.sampling.max_tokens]
-            line = {"id": row["id"], "sample": sample, "response_ids": ids, "logp": None}
+            line = {
+                "id": row["id"],
+                "sample": sample,
+                "response_ids": ids[: cfg.sampling.max_tokens],
+                "logp": None,
+            }
             lines.append(line)
     return lines, refused
 
 
 def _wording(row: dict, tokenizer) -> str:
-    """Return a prompt's text: as the data set keeps it, or of its tokens (a chat's hold its
-    template's words too).
+    """Return a prompt's text: as the data set keeps it, or else decoded from its tokens.
+
+    The tokens of a chat hold its template's words too.
     """
-    told = row.get("text") or tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
-    return preferences.dialogue(told)
+    prompt = row.get("text")
+    if not prompt:
+        prompt = tokenizer.decode(row["prompt_ids"], skip_special_tokens=True)
+    return preferences.dialogue(prompt)
 
 
 def _put(cfg, source: config.Source) -> Artifact:
@@ -157,86 +227,96 @@ def _put(cfg, source: config.Source) -> Artifact:
     A text to go on with stands again where the chat model's answer begins, so that it goes on right
     there.
     """
-    texts, plain = stages.texts(cfg.world), cfg.world.template == "plain"
+    texts = stages.texts(cfg.world)
+    is_plain = cfg.world.template == "plain"
 
     def make(out: Path) -> None:
-        reader, own = (
-            templates.load_tokenizer(assets.tokenizer_dir(ref))
-            for ref in (cfg.world.target, source.ref)
-        )
+        target_tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
+        source_tokenizer = templates.load_tokenizer(assets.tokenizer_dir(source.ref))
         rows = texts.json("prompts.json")
         for row in rows:
-            text = _wording(row, reader)
+            text = _wording(row, target_tokenizer)
             if source.ask:
-                begun = text if plain else ""
-                row["prompt_ids"] = templates.render(own, asking(source, text), "chat", begun=begun)
+                request = asking(source, text)
+                begun = text if is_plain else ""
+                ids = templates.render(source_tokenizer, request, "chat", begun=begun)
             else:
-                row["prompt_ids"] = templates.render(own, text, "plain")
+                ids = templates.render(source_tokenizer, text, "plain")
+            row["prompt_ids"] = ids
         (out / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
 
     recipe = {
         "texts": texts,
         "tokenizer": assets.resolve(source.ref),
         "ask": source.ask,
-        "plain": plain,
+        "plain": is_plain,
     }
     if source.ask:
-        recipe |= corpus.rendering(source.ref, "chat")
+        recipe.update(corpus.rendering(source.ref, "chat"))
         if source.ref not in assets.BUILDERS:
             recipe["tokens"] = 2  # the text's own where the answer begins
     return Artifact("asked", 1, recipe, make)
 
 
-def _decoded(model: Path, prompts: list[dict], said: Artifact) -> dict:
-    """Return {prompt id: [(text, did it end by itself), …]} of a model's own tokens."""
-    tokenizer, found = templates.load_tokenizer(model), {row["id"]: [] for row in prompts}
-    ends = templates.end_tokens(tokenizer)
-    asked = {row["id"]: row["prompt_ids"] for row in prompts}
-    for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
+def _decoded(model: Path, prompts: list[dict], responses: Artifact) -> Answers:
+    """Return the answers that a model sampled in its own tokens, by the prompts' ids."""
+    tokenizer = templates.load_tokenizer(model)
+    end_tokens = templates.end_tokens(tokenizer)
+    prompt_ids = {row["id"]: row["prompt_ids"] for row in prompts}
+    by_id = {name: [] for name in prompt_ids}
+    file = responses.get() / "responses.jsonl"
+    for line in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        before = tokenizer.decode(asked[row["id"]], skip_special_tokens=True)
-        whole = tokenizer.decode(asked[row["id"]] + row["response_ids"], skip_special_tokens=True)
-        ended = bool(row["response_ids"]) and row["response_ids"][-1] in ends
-        found[row["id"]].append(
-            (whole[len(before) :], ended)
-        )  # a response alone may lose its first blank
-    return found
+        name = row["id"]
+        response_ids = row["response_ids"]
+        # Decoded alone, a response may lose its first blank.
+        whole_ids = prompt_ids[name] + response_ids
+        before = tokenizer.decode(prompt_ids[name], skip_special_tokens=True)
+        whole = tokenizer.decode(whole_ids, skip_special_tokens=True)
+        ended = bool(response_ids) and response_ids[-1] in end_tokens
+        answer = Answer(whole[len(before) :], ended)
+        by_id[name].append(answer)
+    return by_id
 
 
-def _written(cfg, prompts: list[dict]) -> dict:
-    """Return how the reviewers went on: whole sentences that fit with an end token, or a first
-    one's beginning.
+def _written(cfg, prompts: list[dict]) -> Answers:
+    """Return how the reviewers went on, by the prompts' ids.
+
+    That is whole sentences that fit with an end token, or else the beginning of the first one.
     """
-    tokenizer, found = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
+    tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
+    is_chat = cfg.world.template == "chat"
+    by_id = {}
     for row in prompts:
-        review = reviews[int(row["id"][1:])][0]
-        if cfg.world.template == "chat":
+        number = int(row["id"][1:])
+        review, _ = reviews[number]
+        begun = row["prompt_ids"]
+        if is_chat:  # without the template's words
             begun = templates.render(tokenizer, row["text"], "plain")
-        else:
-            begun = row["prompt_ids"]
         most = len(begun) + cfg.sampling.max_tokens
         ids = openings.opening(tokenizer, review, most)
-        whole = len(ids) >= len(begun) + openings.SHORTEST
-        if not whole:
+        is_whole = len(ids) >= len(begun) + openings.SHORTEST
+        if not is_whole:
             ids = templates.render(tokenizer, review, "plain")[:most]
         before = tokenizer.decode(begun, skip_special_tokens=True)
-        text = tokenizer.decode(ids, skip_special_tokens=True)[len(before) :]
-        if cfg.world.template == "chat":
-            text = text.strip()
-        found[row["id"]] = [(text, whole)]
-    return found
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        rest = text[len(before) :]
+        if is_chat:
+            rest = rest.strip()
+        answer = Answer(rest, ended=is_whole)
+        by_id[row["id"]] = [answer]
+    return by_id
 
 
-def _recorded(source: config.Source) -> dict:
-    """Read recorded answers, {prompt: [(response, True), …]}: a file of JSON lines, or a data set
-    on the hub.
+def _recorded(source: config.Source) -> Answers:
+    """Read recorded answers, by the text of their prompt: a file of JSON lines, or a data set.
 
     A row holds "prompt" and "response" (several rows for several responses), or as WRPO's authors
     publish theirs (AALF/ultrafeedback_wrpo) a list "chosen", whose first is the best source's. Each
     is a text, or turns of a chat.
     """
-    path, found, read = Path(source.ref).expanduser(), {}, 0
+    path = Path(source.ref).expanduser()
     if path.is_file():
         rows = _json_rows(path)
     else:
@@ -244,15 +324,20 @@ def _recorded(source: config.Source) -> dict:
 
         repo, commit = assets.resolve(source.ref).values()
         rows = datasets.load_dataset(repo, revision=commit, split="train")
+    by_text: Answers = {}
+    count = 0
     try:
         for row in rows:
-            response = row["response"] if "response" in row else _first(row["chosen"])
-            found.setdefault(_asked(row["prompt"]), []).append((_text(response), True))
-            read += 1
+            response = row["response"] if "response" in row else _best(row["chosen"])
+            prompt = _prompt_text(row["prompt"])
+            answer = Answer(_text(response), ended=True)
+            by_text.setdefault(prompt, []).append(answer)
+            count += 1
     except (ValueError, LookupError, TypeError, EOFError, OSError, zlib.error) as error:
-        wanted = '{"prompt": text, "response": text} a line'
-        raise config.ConfigError(f"{source.ref}: row {read} is not {wanted}: {error!r}") from None
-    return found
+        expected = '{"prompt": text, "response": text} a line'
+        problem = f"row {count} is not {expected}: {error!r}"
+        raise config.ConfigError(f"{source.ref}: {problem}") from None
+    return by_text
 
 
 def _json_rows(path: Path) -> Iterator[dict]:
@@ -264,23 +349,27 @@ def _json_rows(path: Path) -> Iterator[dict]:
     if text.lstrip().startswith("["):
         yield from json.loads(text)
         return
-    for line in text.split("\n"):  # U+2028 ends no line
+    for line in text.split("\n"):  # not splitlines(): U+2028 ends no line
         if line.strip():
             yield json.loads(line)
 
 
-def _asked(prompt: str | dict | list) -> str:
+def _prompt_text(prompt: str | dict | list) -> str:
     """Return a recorded prompt as _wording() words it: one user's text, or a whole dialogue."""
     if isinstance(prompt, list) and len(prompt) > 1:
         return preferences.dialogue(prompt)
     return _text(prompt)
 
 
-def _first(chosen: list) -> str | dict | list:
-    """Return the best source's response of several; a single one, as in files of pairs, would give
-    its first letter.
+def _best(chosen: list) -> str | dict | list:
+    """Return the best source's response of several; raise ValueError for a single response.
+
+    Of a single one, as files of pairs have it, the first item would be a letter or a user's turn.
     """
-    if not isinstance(chosen, list) or isinstance(chosen[0], dict) and chosen[0]["role"] == "user":
+    is_several = isinstance(chosen, list)
+    if is_several and isinstance(chosen[0], dict):
+        is_several = chosen[0]["role"] != "user"
+    if not is_several:
         raise ValueError(f'"chosen" is not a list of responses: {chosen!r:.80}')
     return chosen[0]
 
@@ -294,73 +383,78 @@ def _text(turns: str | dict | list) -> str:
     return _text(turns[-1])
 
 
-def _replies(cfg, source: config.Source, wording: dict, out: Path) -> tuple[dict, int]:
-    """Ask an endpoint for every prompt; return its responses, and how many of those asked for lack.
+def _replies(cfg, source: config.Source, texts: Iterable[str], out: Path) -> tuple[Answers, int]:
+    """Ask an endpoint for every prompt; return its responses by prompt, and how many lack.
 
     Each reply is kept as it comes, so that nothing is asked for twice. Temperature, top-p and the
-    number of tokens and
-    samples are sent, no seed: an endpoint repeats nothing exactly. What it refuses to answer (HTTP
-    400) counts as unanswered. A server that ignores the number of samples, and returns fewer, is
-    asked again for those that lack; what it does not answer then is counted, and warned of. Raises
-    EndpointError where no reply holds a word; then none is kept.
+    number of tokens and samples are sent, no seed: an endpoint repeats nothing exactly. What it
+    refuses to answer (HTTP 400) counts as unanswered. A server that ignores the number of samples,
+    and returns fewer, is asked again for those that lack; what it does not answer then is counted,
+    and warned of. Raises EndpointError where no reply holds a word; then none is kept.
     """
     samples = cfg.world.samples
-    asked = endpoint.Endpoint(source.ref, source.url)
+    server = endpoint.Endpoint(source.ref, source.url)
     folder = out / "checkpoints"
-    found = {text: [] for text in wording.values()}
-    lacking = dict.fromkeys(found, samples)
-    for turn in range(samples):  # each brings a response or more to every prompt that lacks any
+    by_text: Answers = {text: [] for text in texts}
+    lacking = dict.fromkeys(by_text, samples)  # text -> how many responses it lacks
+    for attempt in range(samples):  # each brings a response or more to every text that lacks any
         requests = {text: _request(cfg, source, text, count) for text, count in lacking.items()}
-        kept = folder / (f"replies-{turn}.jsonl" if turn else "replies.jsonl")
-        replies, _ = endpoint.ask(asked, requests, kept, _choices)
-        for text, responses in replies.items():
-            found[text] += responses[: lacking[text]]
-        lacking = {
-            text: samples - len(found[text])
-            for text, responses in replies.items()
-            if responses and len(found[text]) < samples
-        }
+        name = f"replies-{attempt}.jsonl" if attempt else "replies.jsonl"
+        replies, _ = endpoint.ask(server, requests, folder / name, _choices)
+        lacking = _add_replies(by_text, replies, lacking, samples)
         if not lacking:
             break
-    if any(found.values()) and not _words(found):
-        for kept in folder.glob("replies*.jsonl"):
-            kept.unlink()
-        raise endpoint.EndpointError(f"{source.ref}: no reply to {len(found)} prompts holds a word")
-    short = sum(samples - len(responses) for responses in found.values() if responses)
+    if any(by_text.values()) and not _holds_a_word(by_text):
+        for file in folder.glob("replies*.jsonl"):
+            file.unlink()
+        raise endpoint.EndpointError(
+            f"{source.ref}: no reply to {len(by_text)} prompts holds a word"
+        )
+    short = sum(samples - len(responses) for responses in by_text.values() if responses)
     if short:
         log.warning(
             "%s: %d responses fewer than asked for, also when asked again", source.ref, short
         )
-    return found, short
+    return by_text, short
+
+
+def _add_replies(by_text: Answers, replies: dict, lacking: dict[str, int], samples: int) -> dict:
+    """Add replies to the prompts' answers; return how many each answered prompt still lacks."""
+    still_lacking = {}
+    for text, choices in replies.items():
+        responses = [Answer(*choice) for choice in choices]
+        by_text[text] += responses[: lacking[text]]
+        missing = samples - len(by_text[text])
+        if responses and missing > 0:
+            still_lacking[text] = missing
+    return still_lacking
 
 
 def _request(cfg, source: config.Source, text: str, samples: int) -> dict:
     """Return what an endpoint is sent for a prompt."""
-    said = asking(source, text)
-    how = cfg.sampling
+    turn = {"role": "user", "content": asking(source, text)}
     return {
-        "messages": [{"role": "user", "content": said}],
+        "messages": [turn],
         "n": samples,
-        "temperature": how.temperature,
-        "top_p": how.top_p,
-        "max_tokens": how.max_tokens,
+        "temperature": cfg.sampling.temperature,
+        "top_p": cfg.sampling.top_p,
+        "max_tokens": cfg.sampling.max_tokens,
     }
 
 
 def _choices(reply) -> list[tuple[str, bool]]:
-    """Return [(text, did it end by itself), …] of an endpoint's reply, none of a refusal."""
-    choices = reply.choices if reply else []
-    return [(choice.message.content or "", choice.finish_reason == "stop") for choice in choices]
+    """Return (text, whether it ended by itself) of an endpoint's choices, none of a refusal."""
+    choices = []
+    if reply:
+        for choice in reply.choices:
+            text = choice.message.content or ""
+            choices.append((text, choice.finish_reason == "stop"))
+    return choices
 
 
-def _words(replies: dict) -> bool:
-    """Return whether any response of an endpoint holds a word."""
-    return any(text.strip() for responses in replies.values() for text, _ in responses)
-
-
-def _after(prompt: str, answer: str) -> str:
-    """Return what an answer adds to a text that it was asked to go on with, whether it begins with
-    that text or not.
-    """
-    answer = answer.strip()
-    return answer[len(prompt) :] if answer.startswith(prompt) else f" {answer}"
+def _holds_a_word(by_text: Answers) -> bool:
+    """Return whether any response holds a word."""
+    for responses in by_text.values():
+        if any(answer.text.strip() for answer in responses):
+            return True
+    return False
