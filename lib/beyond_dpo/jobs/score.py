@@ -103,7 +103,8 @@ class Scorer:
         scores = scoring.score_rows(
             self._reference, list(pairs.values()), ["response"], pad_id=tokenizer.pad_token_id
         )
-        return dict(zip(pairs, scores["logps"][:, 0].tolist(), strict=True))
+        logps = scores["logps"][:, 0].tolist()
+        return dict(zip(pairs, logps, strict=True))
 
 
 def _rewards_of(rewards: dict, tokenizer, prompt_rows: dict, rows: list[dict]) -> dict:

@@ -1,6 +1,4 @@
-"""Find the α of ExPO (arXiv 2404.16792) with a reward model: one call, one living engine, few
-evaluations.
-"""
+"""Find the α of ExPO (arXiv 2404.16792) with a reward model, by one engine at few values of α."""
 
 import dataclasses
 import json
@@ -29,61 +27,74 @@ def search_alpha(
     samples: int = 1,
     seed: int = 0,
 ) -> Search:
-    """Search the α of θ₁ + α(θ₁ − θ₀) with the highest mean reward (ACL Eq. 6 and App. B, arXiv
-    2404.16792).
+    """Search the α of θ₁ + α(θ₁ − θ₀) with the highest mean reward.
+
+    This is ACL Eq. 6 and App. B of arXiv 2404.16792.
 
     Args:
         sft, aligned: folders of θ₀ and θ₁, as extrapolate() takes them.
         prompts: what the models continue: texts, or lists of {"role", "content"} turns for a chat
-        model.
+            model.
         reward: called with (prompts, responses), two lists of equal length, responses as text;
             returns one finite number each, higher is better.
-        bracket: smallest and largest α, 0 <= smallest < largest; searched on the scale of ln(1 +
-        α).
+        bracket: smallest and largest α, 0 <= smallest < largest; searched on the scale of
+            ln(1 + α).
         evaluations: how many α are sampled in all, α = 0 included; at least 4.
-        decoding: how responses are sampled (the back-end too); default as in the paper, at most 512
-        tokens.
-        samples: responses per prompt. seed: of sampling and bootstrap.
+        decoding: how responses are sampled (the back-end too); default as in the paper, at most
+            512 tokens.
+        samples: responses per prompt.
+        seed: of sampling and bootstrap.
     Returns:
-        a Search. Evaluating one more α changes the others' rewards by nothing.
+        a Search. Evaluating one more α does not change the rewards of the others.
     Raises:
-        ValueError for a bad bracket, no prompt, or rewards that are not finite; launch.JobFailed
-        from the engine,
-        as extrapolate.check() does for models that do not fit.
+        ValueError: a bad bracket, no prompt, or rewards that are not finite.
+        launch.JobFailed: from the engine, as extrapolate.check() for models that do not fit.
     """
     if decoding is None:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         decoding = Decoding(max_tokens=512, max_model_len=2048, dtype=dtype)
     tokenizer = templates.load_tokenizer(str(aligned))
-    rendered = [
-        templates.render(tokenizer, p, "plain" if isinstance(p, str) else "chat") for p in prompts
-    ]
-    if not rendered:
+    prompt_rows = _prompt_rows(tokenizer, prompts)
+    if not prompt_rows:
         raise ValueError("prompts is empty: give at least one, better fifty")
-    asked = [p for p in prompts for _ in range(samples)]
-    events.note(f"searching α: at most {evaluations} values, {len(asked)} responses at each")
-    with tempfile.TemporaryDirectory() as work:
-        given = Path(work, "prompts.json")
-        rows = [{"id": str(i), "prompt_ids": prompt} for i, prompt in enumerate(rendered)]
-        given.write_text(json.dumps(rows), encoding="utf-8")
-        settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
-        with launch.Worker(
-            "beyond_dpo.jobs.generate", settings, Path(work), desc="search"
-        ) as engine:
+    sampled_prompts = [prompt for prompt in prompts for _ in range(samples)]
+    events.note(
+        f"searching α: at most {evaluations} values, {len(sampled_prompts)} responses at each"
+    )
+    settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        prompts_file = work / "prompts.json"
+        prompts_file.write_text(json.dumps(prompt_rows), encoding="utf-8")
+        with launch.Worker("beyond_dpo.jobs.generate", settings, work, desc="search") as engine:
 
             def evaluate(alpha: float) -> np.ndarray:
-                out = Path(work, f"{alpha:g}.jsonl")
+                """Return the mean reward of each prompt's responses at α."""
+                out = work / f"{alpha:g}.jsonl"
+                files = {"prompts": str(prompts_file), "out": str(out)}
                 engine.call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
-                engine.call(
-                    "generate", prompts=str(given), out=str(out), samples=samples, seed=seed
-                )
-                said = [
-                    json.loads(line)["response_ids"]
-                    for line in out.read_text(encoding="utf-8").splitlines()
-                ]
-                scores = np.asarray(
-                    reward(asked, [tokenizer.decode(ids, skip_special_tokens=True) for ids in said])
-                )
+                engine.call("generate", **files, samples=samples, seed=seed)
+                responses = _responses(tokenizer, out)
+                scores = np.asarray(reward(sampled_prompts, responses))
                 return scores.reshape(len(prompts), samples).mean(1)
 
             return golden_section(evaluate, bracket, evaluations, seed=seed)
+
+
+def _prompt_rows(tokenizer, prompts: list) -> list[dict]:
+    """Return prompts as Engine.generate() reads them: texts as they are, turns by the template."""
+    rows = []
+    for number, prompt in enumerate(prompts):
+        kind = "plain" if isinstance(prompt, str) else "chat"
+        tokens = templates.render(tokenizer, prompt, kind)
+        rows.append({"id": str(number), "prompt_ids": tokens})
+    return rows
+
+
+def _responses(tokenizer, path: Path) -> list[str]:
+    """Return the texts of a file of sampled responses."""
+    texts = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        tokens = json.loads(line)["response_ids"]
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    return texts
