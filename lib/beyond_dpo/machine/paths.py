@@ -6,7 +6,9 @@ from pathlib import Path
 
 def _folder(variable: str, default: Path) -> Path:
     """Return the folder that an environment variable names, or the default one."""
-    folder = os.environ.get(variable) or default
+    folder = os.environ.get(variable)
+    if not folder:
+        folder = default
     return Path(folder).expanduser().resolve()
 
 
