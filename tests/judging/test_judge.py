@@ -1047,7 +1047,7 @@ def test_mt_bench_for_real(gate, store):
     counted.
     """
     archive("mt_bench")
-    questions = ask._lines("mt_bench", f"{ask.MT}mt_bench/question.jsonl")
+    questions = ask._member_rows("mt_bench", f"{ask.MT}mt_bench/question.jsonl")
     assert len(questions) == 80
     few = [
         next(one for one in questions if one["category"] == name) for name in ("writing", "math")
@@ -1095,7 +1095,7 @@ def test_arena_hard_for_real(gate, store):
     places.
     """
     archive("llm_eval")
-    questions = ask._lines("llm_eval", f"{ask.ARENA}question.jsonl")
+    questions = ask._member_rows("llm_eval", f"{ask.ARENA}question.jsonl")
     assert len(questions) == 750
     few = [
         min(
