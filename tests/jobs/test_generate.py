@@ -49,6 +49,7 @@ END = [1, *range(200, 260)]
 ALPHAS = (0, -1, 0.5, 3)  # of the written checkpoints
 # What a failed call raises: of an engine in this process, and of a Worker's.
 FAILED = (StaleWeights, launch.JobFailed)
+OWN = {"aligned": None, "alpha": 0.0}  # the swap to a model's own weights
 on_both_backends = pytest.mark.parametrize("backend", ["vllm", "transformers"])
 
 
@@ -129,7 +130,17 @@ def models(tmp_path_factory):
 @pytest.fixture(scope="module")
 def line(models):
     """Return the folders of θ₀ and θ₁, as arguments of swap()."""
-    return {"sft": str(models / "sft"), "aligned": str(models / "aligned")}
+    return line_of(models / "sft", models / "aligned")
+
+
+def line_of(sft, aligned):
+    return {"sft": str(sft), "aligned": str(aligned)}
+
+
+@torch.no_grad()
+def logits_of(model, tokens):
+    batch = torch.tensor([tokens])
+    return model(batch).logits[0]
 
 
 @pytest.fixture(scope="module")
@@ -141,9 +152,7 @@ def reference(models):
         if name not in loaded:
             folder = models / str(name)
             loaded[name] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            logits = loaded[name](torch.tensor([tokens])).logits[0]
-        logps = logits.log_softmax(-1)
+        logps = logits_of(loaded[name], tokens).log_softmax(-1)
         predicted = range(prompt, len(tokens))
         return math.fsum(logps[i - 1, tokens[i]].item() for i in predicted)
 
@@ -163,7 +172,8 @@ def engine(models, tmp_path_factory):
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         worker = launch.Worker("test_generate", settings, workdir, desc="vllm")
     with worker:
-        yield SimpleNamespace(call=worker.call, start=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        yield SimpleNamespace(call=worker.call, start=seconds)
 
 
 @pytest.fixture
@@ -201,19 +211,23 @@ def text_logp(call):
 
 
 def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def sample(call, folder, prompts=PROMPTS, samples=1, seed=0):
     """Return the rows of responses to prompts, by an engine's call."""
-    rows = [{"id": f"p{i}", "prompt_ids": prompt} for i, prompt in enumerate(prompts)]
+    rows = []
+    for number, prompt in enumerate(prompts):
+        rows.append({"id": f"p{number}", "prompt_ids": prompt})
     prompts_file = folder / "prompts.json"
     out = folder / "out.jsonl"
     write_json(prompts_file, rows)
     facts = call("generate", prompts=str(prompts_file), out=str(out), samples=samples, seed=seed)
     lines = read_rows(out)
-    expected = [(row["id"], number) for row in rows for number in range(samples)]
-    assert [(row["id"], row["sample"]) for row in lines] == expected
+    ids = [row["id"] for row in rows for _ in range(samples)]
+    assert [line["id"] for line in lines] == ids
+    assert [line["sample"] for line in lines] == [*range(samples)] * len(rows)
     tokens = sum(len(row["response_ids"]) for row in lines)
     assert facts == {"responses": len(lines), "tokens": tokens}
     return lines
@@ -231,13 +245,14 @@ def test_sweep_equals_checkpoints_written_by_the_extrapolator(engine, swap, refe
     """Each α, the end points and a way back have the ln p of a text of that α's checkpoint."""
     expected = {alpha: reference(alpha) for alpha in ALPHAS}
     ranked = sorted(expected.values())
-    gaps = [high - low for low, high in itertools.pairwise(ranked)]
-    assert min(gaps) > 0.01, "too alike to tell"
+    for low, high in itertools.pairwise(ranked):
+        assert high - low > 0.01, "too alike to tell"
     probes = {}
+    beginning = TEXT[:9]
     for alpha in (-1, 0, 0.5, 3, 0.5, 0, -1):
         probe = swap(alpha)
-        assert probe == pytest.approx(probes.setdefault(alpha, probe), abs=1e-4)
-        beginning = TEXT[:9]
+        probes.setdefault(alpha, probe)
+        assert probe == pytest.approx(probes[alpha], abs=1e-4)
         logps = engine.call("logps", sequences=[TEXT, beginning])
         assert logps == near([expected[alpha], reference(alpha, beginning)])
     assert len(set(probes.values())) == 4
@@ -269,7 +284,6 @@ def test_swap_is_cheap(engine, swap, record_property):
     seconds = time.monotonic() - began
     record_property("start_seconds", round(engine.start, 2))
     record_property("swap_seconds", round(seconds, 2))
-    print(f"start {engine.start:.1f} s, swap {seconds:.2f} s")
     assert seconds < engine.start / 10
 
 
@@ -279,7 +293,8 @@ def test_swap_drops_cached_prefixes(engine, swap, reference, tmp_path):
         swap(alpha)
         for row in sample(engine.call, tmp_path, [LONG, LONG]):
             tokens = LONG + row["response_ids"]
-            assert row["logp"] == near(reference(alpha, tokens, len(LONG)))
+            expected = reference(alpha, tokens, prompt=len(LONG))
+            assert row["logp"] == near(expected)
 
 
 @pytest.mark.parametrize("backend, attempts", [("vllm", 1), ("transformers", 2)])
@@ -292,7 +307,8 @@ def test_weights_that_did_not_change_are_noticed(call, attempts, line):
     with pytest.raises(FAILED, match="the last swap failed"):
         call("logps", sequences=[TEXT])
     assert call("swap", **line, alpha=0.5) != first
-    assert call("swap", **line, alpha=0) == pytest.approx(first, abs=1e-4)
+    again = call("swap", **line, alpha=0)
+    assert again == pytest.approx(first, abs=1e-4)
 
 
 def test_known_weights_that_changed_are_noticed(transformers_engine, line):
@@ -304,7 +320,8 @@ def test_known_weights_that_changed_are_noticed(transformers_engine, line):
     with pytest.raises(StaleWeights, match="gave the probe .* and now"):
         engine.swap(**line, alpha=0)
     engine.probes[key] = first
-    assert engine.swap(**line, alpha=0) == pytest.approx(first, abs=1e-6)
+    again = engine.swap(**line, alpha=0)
+    assert again == pytest.approx(first, abs=1e-6)
 
 
 @on_both_backends
@@ -328,18 +345,16 @@ def test_a_models_own_weights_need_no_second_model(call, models, line, reference
     """Also those that the engine started with, after a sweep."""
     for alpha_before, own in ((3, "sft"), (3, "aligned"), (0.5, "3")):
         call("swap", **line, alpha=alpha_before)
-        call("swap", sft=str(models / own), aligned=None, alpha=0.0)
+        call("swap", sft=str(models / own), **OWN)
         assert text_logp(call) == near(reference(own))
 
 
 @on_both_backends
-def test_the_weights_it_started_with_come_back_after_a_swap_that_failed(
-    call, models, line, reference
-):
+def test_the_weights_it_started_with_come_back_after_a_swap_that_failed(call, line, reference):
     call("swap", **line, alpha=3)
     with pytest.raises((ValueError, launch.JobFailed), match="leaves the range"):
         call("swap", **line, alpha=1e39)
-    call("swap", sft=str(models / "sft"), aligned=None, alpha=0.0)
+    call("swap", sft=line["sft"], **OWN)
     assert text_logp(call) == near(reference("sft"))
 
 
@@ -351,8 +366,8 @@ def test_models_of_another_shape_are_refused(transformers_engine, models, tmp_pa
         del weights["model.layers.1.mlp.up_proj.weight"]
         write_weights(tmp_path / name, weights)
     with pytest.raises(extrapolate.IncompatibleModels, match="up_proj"):
-        sft = str(tmp_path / "sft")
-        transformers_engine.swap(sft, str(tmp_path / "aligned"), 1.0)
+        line = line_of(tmp_path / "sft", tmp_path / "aligned")
+        transformers_engine.swap(**line, alpha=1.0)
 
 
 # ---- samples
@@ -372,7 +387,8 @@ def test_responses(call, line, reference, tmp_path):
         ended += last in END
         prompt = PROMPTS[int(row["id"][1:])]
         tokens = prompt + row["response_ids"]
-        assert row["logp"] == near(reference(0.5, tokens, len(prompt)))
+        expected = reference(0.5, tokens, prompt=len(prompt))
+        assert row["logp"] == near(expected)
     assert len(rows) == 64
     assert 0 < ended < 64, "one way to end was not seen"
 
@@ -383,16 +399,19 @@ def test_the_seed_alone_decides_the_draw(call, line, tmp_path):
     first = sample_ids(call, tmp_path, samples=4, seed=3)
     assert sample_ids(call, tmp_path, samples=4, seed=3) == first
     other = sample_ids(call, tmp_path, samples=4, seed=4)
-    different = [a != b for a, b in zip(other, first, strict=True)]
-    assert sum(different) > 48
+    different = 0
+    for one_response, other_response in zip(first, other, strict=True):
+        different += one_response != other_response
+    assert different > 48
 
 
 def test_a_warm_cache_changes_no_response(engine, swap, tmp_path):
     """Cached prefixes would put more prompts into one step, and so change who gets which draw."""
     swap(0)
-    prompts = [LONG[: 390 - i] for i in range(24)]
+    prompts = [LONG[:length] for length in range(390, 366, -1)]
     first = sample(engine.call, tmp_path, prompts, samples=2, seed=1)
-    assert sample(engine.call, tmp_path, prompts, samples=2, seed=1) == first
+    again = sample(engine.call, tmp_path, prompts, samples=2, seed=1)
+    assert again == first
 
 
 def distributions(model, prompt, response):
@@ -400,8 +419,7 @@ def distributions(model, prompt, response):
 
     In order: penalties, temperature, top-k, top-p.
     """
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + response])).logits[0]
+    logits = logits_of(model, prompt + response)
     logits = logits[len(prompt) - 1 : -1]
     for i, token in enumerate(response[:-1]):
         penalty = DECODING["frequency_penalty"]
@@ -445,12 +463,14 @@ def test_samples_follow_the_definition(drawn):
         for token, p in zip(response, distributions(model, prompt, response), strict=True):
             assert p.get(token), f"token {token} is outside top-k and top-p"
             surprise = -math.log(p[token])
-            entropy = -sum(q * math.log(q) for q in p.values() if q)
+            possible = [q for q in p.values() if q]
+            entropy = -sum(q * math.log(q) for q in possible)
             excess.append(surprise - entropy)
     excess = torch.tensor(excess)
     assert len(excess) > 2000
     standard_error = excess.std() / len(excess) ** 0.5
-    assert abs(excess.mean()) < 5 * standard_error
+    mean = excess.mean()
+    assert abs(mean) < 5 * standard_error
 
 
 def check_first_tokens(distribution, responses):
@@ -593,24 +613,25 @@ def random_pair(folder, config, step=0.1):
             if tensor.is_floating_point():
                 tensor.add_(torch.randn_like(tensor) * step)
     model.save_pretrained(folder / "1")
-    return str(folder / "0"), str(folder / "1")
+    return line_of(folder / "0", folder / "1")
 
 
 @pytest.mark.parametrize("name", RENAMED)
 def test_a_swap_brings_every_tensor_whatever_its_name_in_memory(tmp_path, name):
     """After a swap the engine's model is the one that transformers loads from a checkpoint."""
-    sft, aligned = random_pair(tmp_path, RENAMED[name]())
-    engine = Engine(sft, PLAIN)
-    extrapolate.extrapolate(sft, aligned, {0.5: tmp_path / "half"})
-    checkpoints = {0.0: aligned, 0.5: tmp_path / "half", -1.0: sft}
+    line = random_pair(tmp_path, RENAMED[name]())
+    engine = Engine(line["sft"], PLAIN)
+    half = tmp_path / "half"
+    extrapolate.extrapolate(line["sft"], line["aligned"], {0.5: half})
+    checkpoints = {0.0: line["aligned"], 0.5: half, -1.0: line["sft"]}
     for alpha, folder in checkpoints.items():
-        engine.swap(sft, aligned, alpha)
+        engine.swap(**line, alpha=alpha)
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
         found = engine.backend.model.state_dict()
         assert found.keys() == expected.keys()
         assert len(expected) > 10
         for key, tensor in expected.items():
-            torch.testing.assert_close(found[key], tensor, rtol=0, atol=0, msg=key)
+            assert torch.equal(found[key], tensor), key
     assert engine.backend.model is engine.backend.scorer.model
 
 
@@ -667,12 +688,12 @@ def test_an_engine_is_compared_with_transformers_once(models, line, monkeypatch)
 
     monkeypatch.setattr(scoring, "plain_logps", watched)
     engine = in_process(models / "sft")
-    engine.swap(str(models / "sft"), None, 0.0)
+    engine.swap(line["sft"], **OWN)
     assert compared == []
     for alpha in (0, 0.5, 3, 0.5):
         engine.swap(**line, alpha=alpha)
-    engine.swap(str(models / "3"), None, 0.0)
-    assert compared == [str(models / "sft")]
+    engine.swap(str(models / "3"), **OWN)
+    assert compared == [line["sft"]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -690,11 +711,12 @@ def test_a_small_step_is_no_false_alarm(models, tmp_path, dtype):
         shutil.copytree(models / "sft", tmp_path / name)
         weights[embeddings][50].view(bits)[3] += moved_bits
         write_weights(tmp_path / name, weights)
-    line = {"sft": str(tmp_path / "zero"), "aligned": str(tmp_path / "one")}
+    line = line_of(tmp_path / "zero", tmp_path / "one")
     engine = in_process(tmp_path / "zero", dtype=dtype)
     first = engine.swap(**line, alpha=0.0)
     for alpha in (-1.0, 1.0, 0.0, -1.0):
-        assert engine.swap(**line, alpha=alpha) == pytest.approx(first, rel=1e-6)
+        probe = engine.swap(**line, alpha=alpha)
+        assert probe == pytest.approx(first, rel=1e-6)
     loaded = engine.backend.model.state_dict()[embeddings]
     written = read_weights(tmp_path / "zero")[embeddings]
     assert loaded[50, 3] == written[50, 3]
@@ -715,27 +737,25 @@ def test_sampling_stops_where_the_aligned_model_ends_too(models, tmp_path):
     ends = list(range(100, 400))
     write_json(other / "generation_config.json", {"eos_token_id": ends})
     engine = in_process(models / "sft")
-    closed = {}
-    goes_on = {}
-    for name, aligned in {"aligned": str(models / "aligned"), "other": str(other)}.items():
-        engine.swap(str(models / "sft"), aligned, 0.0)
-        closed[name], goes_on[name] = ended_and_gone_on(engine, ends, tmp_path)
-    engine.swap(str(models / "sft"), None, 0.0)
-    closed["none"], goes_on["none"] = ended_and_gone_on(engine, ends, tmp_path)
-    assert closed["other"], "the test means nothing without such an end"
-    assert goes_on == {"aligned": True, "other": False, "none": True}
+    sft = str(models / "sft")
 
+    def closed_and_gone_on(aligned):
+        """Return whether a response closes with one of the ends, and whether one goes on after."""
+        engine.swap(sft, aligned, 0.0)
+        closed = False
+        goes_on = False
+        responses = sample_ids(by_name(engine), tmp_path, [TEXT[:5]], samples=8, seed=1)
+        for response in responses:
+            places = places_of_ends(response, ends)
+            last = len(response) - 1
+            closed = closed or last in places
+            goes_on = goes_on or any(place < last for place in places)
+        return closed, goes_on
 
-def ended_and_gone_on(engine, ends, folder):
-    """Return whether a response closes with one of the ends, and whether one goes on after it."""
-    closed = False
-    goes_on = False
-    for response in sample_ids(by_name(engine), folder, [TEXT[:5]], samples=8, seed=1):
-        places = places_of_ends(response, ends)
-        last = len(response) - 1
-        closed = closed or last in places
-        goes_on = goes_on or any(place < last for place in places)
-    return closed, goes_on
+    assert closed_and_gone_on(str(other)) == (True, False)
+    for aligned in (str(models / "aligned"), None):
+        _, goes_on = closed_and_gone_on(aligned)
+        assert goes_on
 
 
 @pytest.mark.parametrize("name", ["vllm", "transformers"])
@@ -755,23 +775,23 @@ def test_the_same_weights_under_another_name_are_no_old_weights(
     """α = 0 of the aligned model is that model, and a copy of it is the same."""
     first = transformers_engine.swap(**line, alpha=0.0)
     shutil.copytree(line["aligned"], tmp_path / "copy")
-    assert transformers_engine.swap(line["aligned"], None, 0.0) == first
-    assert transformers_engine.swap(str(tmp_path / "copy"), None, 0.0) == first
+    for folder in (line["aligned"], str(tmp_path / "copy")):
+        assert transformers_engine.swap(folder, **OWN) == first
 
 
 def test_files_that_changed_between_two_swaps_are_noticed(models, tmp_path):
     """The same folders and α are other weights now: what was sampled before was of others."""
     shutil.copytree(models / "aligned", tmp_path / "aligned")
-    folders = str(models / "sft"), str(tmp_path / "aligned")
-    engine = in_process(folders[0])
-    engine.swap(*folders, 0.0)
-    engine.swap(*folders, 0.5)
+    line = line_of(models / "sft", tmp_path / "aligned")
+    engine = in_process(models / "sft")
+    engine.swap(**line, alpha=0.0)
+    engine.swap(**line, alpha=0.5)
     weights = read_weights(tmp_path / "aligned")
     weights["model.embed_tokens.weight"][300] += 1.0  # no token of the probe
     write_weights(tmp_path / "aligned", weights)
     message = "took other tensors than the last time: the files have changed"
     with pytest.raises(StaleWeights, match=message):
-        engine.swap(*folders, 0.0)
+        engine.swap(**line, alpha=0.0)
 
 
 def vllm_worker(model, decoding, folder):
@@ -789,10 +809,11 @@ def unbound(monkeypatch):
 def test_vllm_computes_with_all_weights_of_a_model_of_other_names(tmp_path, unbound):
     config = RENAMED["gpt_neox"]()
     config.update({"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128})
-    sft, aligned = random_pair(tmp_path, config)
-    expected = Engine(sft, PLAIN).swap(sft, aligned, 0.5)
-    with vllm_worker(sft, PLAIN | {"backend": "vllm"}, tmp_path) as engine:
-        probe = engine.call("swap", sft=sft, aligned=aligned, alpha=0.5)
+    line = random_pair(tmp_path, config)
+    alone = Engine(line["sft"], PLAIN)
+    expected = alone.swap(**line, alpha=0.5)
+    with vllm_worker(line["sft"], PLAIN | {"backend": "vllm"}, tmp_path) as engine:
+        probe = engine.call("swap", **line, alpha=0.5)
     assert probe == pytest.approx(expected, abs=1e-3)
 
 
@@ -802,11 +823,11 @@ def test_vllm_says_that_it_does_not_compute_with_all_weights_of_a_mixture(tmp_pa
     config = RENAMED["mixtral"]()
     shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
     config.update(shape)
-    sft, aligned = random_pair(tmp_path, config)
+    line = random_pair(tmp_path, config)
     message = "StaleWeights: vllm does not compute with all of the weights"
-    with vllm_worker(sft, PLAIN | {"backend": "vllm"}, tmp_path) as engine:
+    with vllm_worker(line["sft"], PLAIN | {"backend": "vllm"}, tmp_path) as engine:
         with pytest.raises(launch.JobFailed, match=message):
-            engine.call("swap", sft=sft, aligned=aligned, alpha=0.5)
+            engine.call("swap", **line, alpha=0.5)
 
 
 @pytest.mark.slow
@@ -815,7 +836,8 @@ def test_a_model_spread_over_two_devices_is_the_same_model(models, line, tmp_pat
 
     A seed repeats in all workers.
     """
-    expected = in_process(models / "sft").swap(**line, alpha=0.5)
+    alone = in_process(models / "sft")
+    expected = alone.swap(**line, alpha=0.5)
     decoding = DECODING | {"tensor_parallel": 2}
     with vllm_worker(str(models / "sft"), decoding, tmp_path) as spread:
         probe = spread.call("swap", **line, alpha=0.5)
@@ -889,15 +911,16 @@ def test_top_k_top_p_equals_vllms_own(k, p, kind):
     theirs = sorted_cut(logits, k, p)
     from beyond_dpo.jobs.sampling import top_k_top_p
 
-    kept = theirs.masked_fill(theirs.isinf(), float("inf"))
-    lowest = kept.amin(-1, keepdim=True)
+    impossible = theirs.isinf()
+    lowest = theirs.masked_fill(impossible, float("inf")).amin(-1, keepdim=True)
     expected = logits.masked_fill(logits < lowest, -float("inf"))
     ours = top_k_top_p(logits.clone(), k, p)
     assert torch.equal(ours, expected)
     if kind == "different":
         assert torch.equal(ours, theirs)
     if kind == "different" and p == 1 and k >= 1:
-        assert (ours.isfinite().sum(-1) == k).all()
+        kept = ours.isfinite().sum(-1)
+        assert (kept == k).all()
 
 
 @pytest.mark.parametrize(
@@ -921,7 +944,8 @@ def test_top_k_top_p_by_hand(k, p, kept):
     pytest.importorskip("vllm")
     from beyond_dpo.jobs.sampling import top_k_top_p
 
-    logits = torch.tensor([[1.0, 4.0, 1.0, 3.0, 1.0, 1e-9]]).log()
+    masses = torch.tensor([[1.0, 4.0, 1.0, 3.0, 1.0, 1e-9]])
+    logits = masses.log()
     assert top_k_top_p(logits, k, p).isfinite().sum() == kept
 
 
