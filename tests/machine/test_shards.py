@@ -248,8 +248,8 @@ def test_scaling_an_adapter_is_expo(tiny, adapter, tmp_path, alpha, moved):
     """
     theta_sft = load_file(tiny / "model.safetensors")
     theta_aligned = dict(lora.tensors(tiny, adapter, 0.0))
-    scaled = tmp_path / "scaled"
-    lora.scaled(adapter, {alpha: scaled})
+    scaled = tmp_path / str(alpha)
+    lora.scaled(adapter, {1.5: tmp_path / "1.5", -1.0: tmp_path / "-1.0"})
     weights_file = scaled / lora.WEIGHTS
     assert weights_file.samefile(adapter / lora.WEIGHTS), "linked, not copied"
     by_peft = merged_by_peft(tiny, scaled)
