@@ -1,5 +1,6 @@
-"""Benchmarks' scores against hand and published numbers; judges asked for real, through a gate that
-makes faults.
+"""Benchmarks' scores against hand and published numbers.
+
+Judges are asked for real, through a gate that makes faults.
 """
 
 import gzip
@@ -40,6 +41,10 @@ def annotations(model):
         return json.load(file)
 
 
+def leaderboard(model):
+    return pd.read_csv(RELEASED / "alpaca_leaderboard.csv", index_col=0).loc[model]
+
+
 def archive(*names):
     try:
         assets.fetch_all(list(names))
@@ -47,287 +52,352 @@ def archive(*names):
         pytest.skip(str(error))
 
 
-# ---- scores
+# ---- AlpacaEval's scores
 
 
 def test_win_rate_by_hand():
-    """Shares 0, 1, 0.5, 0.5, 0.25: mean 0.45, variance (0.2025 + 0.3025 + 2 · 0.0025 + 0.04) / 4 =
-    0.1375.
+    """Shares 0, 1, 0.5, 0.5, 0.25: the mean is 0.45.
+
+    Their variance is (0.2025 + 0.3025 + 2 · 0.0025 + 0.04) / 4 = 0.1375.
     """
-    found = judge.win_rate([1, 2, 1.5, 0, None, 1.25, math.nan])
-    assert found.percent == pytest.approx(45) and found.standard_error == pytest.approx(
-        100 * math.sqrt(0.1375 / 5)
-    )
-    assert found[2:] == (pytest.approx(40), 1, 2, 2, 2), "a win, two draws of five; two dropped"
+    score = judge.win_rate([1, 2, 1.5, 0, None, 1.25, math.nan])
+    assert score.percent == pytest.approx(45)
+    assert score.standard_error == pytest.approx(100 * math.sqrt(0.1375 / 5))
+    assert score.discrete == pytest.approx(40), "a win, two draws of five"
+    assert score.wins == 1
+    assert score.losses == 2
+    assert score.draws == 2
+    assert score.dropped == 2
+
+
+def test_turned_preferences_turn_the_win_rate():
+    score = judge.win_rate([1, 2, 1.5, 0, 1.25])
     turned = judge.win_rate([2, 1, 1.5, 1.5, 1.75])
-    assert turned.percent == pytest.approx(100 - found.percent) and turned.wins == found.losses
-    for wrong in ([], [1.5], [None, 1], [1, 2.5], [1, -1], [1, 0.5], [1, math.inf]):
-        with pytest.raises(ValueError, match="two or more preferences in 1…2"):
-            judge.win_rate(wrong)
+    assert turned.percent == pytest.approx(100 - score.percent)
+    assert turned.wins == score.losses
+
+
+@pytest.mark.parametrize(
+    "preferences", [[], [1.5], [None, 1], [1, 2.5], [1, -1], [1, 0.5], [1, math.inf]]
+)
+def test_preferences_that_are_too_few_or_out_of_range_are_refused(preferences):
+    with pytest.raises(ValueError, match="two or more preferences in 1…2"):
+        judge.win_rate(preferences)
+
+
+def recorded_preference(row):
+    """Return the preference that one of the released judgments comes to."""
+    if not row["raw_completion"]:
+        assert row["output_1"] == row["output_2"], "only equal answers were not asked about"
+        return 1.5
+    content = row["raw_completion"]["logprobs"]["content"][0]
+    top = {entry["token"]: entry["logprob"] for entry in content["top_logprobs"]}
+    return judge.preference(top, ask.swapped(row["instruction"]))
 
 
 @released
 @pytest.mark.parametrize("model", MODELS)
 def test_released_annotations_give_the_published_numbers(model):
-    """Of 805 recorded judgments by GPT-4: places, log-probabilities, preferences, the leaderboard's
-    row.
-    """
-    rows, row = (
-        annotations(model),
-        pd.read_csv(RELEASED / "alpaca_leaderboard.csv", index_col=0).loc[model],
-    )
-    again = []
-    for one in rows:
-        content = (
-            one["raw_completion"]
-            and one["raw_completion"]["logprobs"]["content"][0]["top_logprobs"]
-        )
-        top = {entry["token"]: entry["logprob"] for entry in content or []}
-        assert content or one["output_1"] == one["output_2"], "equal answers were not asked about"
-        again.append(judge.preference(top, ask.swapped(one["instruction"])) if content else 1.5)
-    assert again == pytest.approx([one["preference"] for one in rows], abs=1e-9)
-    found = judge.win_rate(again)
-    assert found.percent == pytest.approx(row["win_rate"], rel=1e-11)
-    assert found.standard_error == pytest.approx(row["standard_error"], rel=1e-11)
-    assert found.discrete == pytest.approx(row["discrete_win_rate"], rel=1e-14)
-    assert (found.wins, found.losses, found.draws) == tuple(
-        row[["n_wins", "n_wins_base", "n_draws"]]
-    )
-    printed = (
-        report.published("expo_leaderboard_mapping").set_index("leaderboard_csv_row").loc[model]
-    )
-    assert (round(found.percent, 4), round(found.standard_error, 4)) == (
-        printed["win_rate"],
-        printed["standard_error"],
-    )
+    """Of 805 judgments that GPT-4 made: places, log-probabilities, preferences, the leaderboard."""
+    rows = annotations(model)
+    published_row = leaderboard(model)
+    preferences = [recorded_preference(row) for row in rows]
+    assert preferences == pytest.approx([row["preference"] for row in rows], abs=1e-9)
+    score = judge.win_rate(preferences)
+    assert score.percent == pytest.approx(published_row["win_rate"], rel=1e-11)
+    assert score.standard_error == pytest.approx(published_row["standard_error"], rel=1e-11)
+    assert score.discrete == pytest.approx(published_row["discrete_win_rate"], rel=1e-14)
+    assert score.wins == published_row["n_wins"]
+    assert score.losses == published_row["n_wins_base"]
+    assert score.draws == published_row["n_draws"]
+    tables = report.published("expo_leaderboard_mapping").set_index("leaderboard_csv_row")
+    printed = tables.loc[model]
+    assert round(score.percent, 4) == printed["win_rate"]
+    assert round(score.standard_error, 4) == printed["standard_error"]
 
 
 @released
 @pytest.mark.parametrize("model, off, fitted", [(MODELS[0], 0.73, 6.12), (MODELS[1], 1.09, 7.11)])
 def test_the_length_controlled_estimate_is_as_far_off_as_its_docstring_says(model, off, fitted):
-    rows, board = annotations(model), pd.read_csv(RELEASED / "alpaca_leaderboard.csv", index_col=0)
-    published, found = board.loc[model, "length_controlled_winrate"], judge.length_controlled(rows)
-    assert found.estimate and found.percent - published == pytest.approx(off, abs=0.01)
-    assert found.low < published < found.high < found.percent + 5
-    assert judge.length_controlled(rows, slope=None, n_boot=2).percent - published == pytest.approx(
-        fitted, abs=0.01
-    )
-    assert judge.win_rate(row["preference"] for row in rows).percent < published - 3.9, (
-        "further off"
-    )
+    rows = annotations(model)
+    printed = leaderboard(model)["length_controlled_winrate"]
+    score = judge.length_controlled(rows)
+    assert score.estimate
+    assert score.percent - printed == pytest.approx(off, abs=0.01)
+    assert score.low < printed < score.high < score.percent + 5
+    by_fit = judge.length_controlled(rows, slope=None, n_boot=2)
+    assert by_fit.percent - printed == pytest.approx(fitted, abs=0.01)
+    plain = judge.win_rate(row["preference"] for row in rows)
+    assert plain.percent < printed - 3.9, "further off"
 
 
 def compared(longer, preferences):
-    return [
-        {"output_1": "x" * (100 + k), "output_2": "x" * 100, "preference": p}
-        for k, p in zip(longer, preferences, strict=True)
-    ]
+    """Return rows in which the baseline's answer is `longer` characters longer than ours."""
+    rows = []
+    for difference, preference in zip(longer, preferences, strict=True):
+        output_1 = "x" * (100 + difference)
+        rows.append({"output_1": output_1, "output_2": "x" * 100, "preference": preference})
+    return rows
+
+
+def log_odds(share):
+    return math.log(share / (1 - share))
 
 
 def test_length_controlled_by_hand():
-    """Two lengths: the fitted line goes through both groups' log-odds, and half-way is their
-    mean.
+    """Two lengths: the fitted line goes through both groups' log-odds.
+
+    Half-way between the lengths is the mean of the log-odds.
     """
     rows = compared([-50, 50] * 20, [1.8, 1.4] * 20)
-    logit = [math.log(p / (1 - p)) for p in (0.8, 0.4)]
-    wanted = 100 / (1 + math.exp(-sum(logit) / 2))
-    assert judge.length_controlled(rows, slope=None, n_boot=5).percent == pytest.approx(
-        wanted, abs=1e-3
-    )
-    x = math.tanh(50 / np.std([-50, 50] * 20, ddof=1))
-    slope = (logit[1] - logit[0]) / 2 / x
-    assert judge.length_controlled(rows, slope=slope, n_boot=5).percent == pytest.approx(
-        wanted, abs=1e-6
-    )
-    same = compared([0] * 40, [1.0, 1.9] * 19 + [0, None])
-    found, plain = (
-        judge.length_controlled(same, n_boot=200),
-        judge.win_rate(row["preference"] for row in same),
-    )
-    assert found.percent == pytest.approx(plain.percent, abs=1e-6), (
-        "no difference in length: the win rate"
-    )
-    assert (found.high - found.low) / (2 * 1.96) == pytest.approx(plain.standard_error, rel=0.2)
-    assert judge.length_controlled(same, n_boot=9) == judge.length_controlled(same, n_boot=9)
-    all_lost = judge.length_controlled(compared([5, -5, 9, -9], [1] * 4), n_boot=5)
-    assert all_lost.percent == pytest.approx(0, abs=1e-4)
+    middle = (log_odds(0.8) + log_odds(0.4)) / 2
+    expected = 100 / (1 + math.exp(-middle))
+    fitted = judge.length_controlled(rows, slope=None, n_boot=5)
+    assert fitted.percent == pytest.approx(expected, abs=1e-3)
+    spread = np.std([-50, 50] * 20, ddof=1)
+    slope = (log_odds(0.4) - log_odds(0.8)) / 2 / math.tanh(50 / spread)
+    given = judge.length_controlled(rows, slope=slope, n_boot=5)
+    assert given.percent == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_row_that_does_not_fit_is_dropped_and_counted_or_named():
-    """One missing output or preference made the length-controlled rate NaN, told in a root finder's
-    words.
-    """
+def test_without_differences_in_length_it_is_the_win_rate():
+    rows = compared([0] * 40, [1.0, 1.9] * 19 + [0, None])
+    score = judge.length_controlled(rows, n_boot=200)
+    plain = judge.win_rate(row["preference"] for row in rows)
+    assert score.percent == pytest.approx(plain.percent, abs=1e-6)
+    standard_error = (score.high - score.low) / (2 * 1.96)
+    assert standard_error == pytest.approx(plain.standard_error, rel=0.2)
+
+
+def test_the_same_seed_gives_the_same_interval():
+    rows = compared([0] * 40, [1.0, 1.9] * 20)
+    assert judge.length_controlled(rows, n_boot=9) == judge.length_controlled(rows, n_boot=9)
+
+
+def test_a_model_that_loses_all_has_a_length_controlled_rate_of_0():
+    score = judge.length_controlled(compared([5, -5, 9, -9], [1] * 4), n_boot=5)
+    assert score.percent == pytest.approx(0, abs=1e-4)
+
+
+def test_a_steep_slope_has_a_root_beyond_50():
     rows = compared([-50, 50, 9, 70] * 5, [1.8, 1.4, 1.2, 2.0] * 5)
-    whole = judge.length_controlled(rows, n_boot=9)
-    odd = [
-        rows[0] | change
-        for change in ({"output_1": None}, {"output_2": math.nan}, {"preference": "?"})
+    steep = judge.length_controlled(rows, slope=-80.0, n_boot=9)
+    assert 0 <= steep.low <= steep.percent <= steep.high <= 100
+
+
+@pytest.fixture
+def whole_rows():
+    return compared([-50, 50, 9, 70] * 5, [1.8, 1.4, 1.2, 2.0] * 5)
+
+
+@pytest.fixture
+def odd_rows(whole_rows):
+    """Return rows of which each lacks an output or a preference."""
+    first = whole_rows[0]
+    return [
+        first | {"output_1": None},
+        first | {"output_2": math.nan},
+        first | {"preference": "?"},
+        {"preference": 1.5, "output_1": "alone"},
     ]
-    odd.append({"preference": 1.5, "output_1": "alone"})
-    found = judge.length_controlled(rows + odd, n_boot=9)
-    assert (found.percent, found.low, found.high, found.dropped) == (
-        *whole[:3],
-        4,
-    ) and whole.dropped == 0
-    assert judge.length_controlled(pd.DataFrame(rows + odd), n_boot=9) == found
-    assert judge.length_controlled(iter(rows), n_boot=9) == whole
-    unjudged = [row | {"preference": None} for row in rows]
+
+
+def test_a_row_that_does_not_fit_is_dropped_and_counted(whole_rows, odd_rows):
+    """One missing output or preference made the length-controlled rate NaN."""
+    whole = judge.length_controlled(whole_rows, n_boot=9)
+    score = judge.length_controlled(whole_rows + odd_rows, n_boot=9)
+    assert whole.dropped == 0
+    assert score == whole._replace(dropped=4)
+    table = pd.DataFrame(whole_rows + odd_rows)
+    assert judge.length_controlled(table, n_boot=9) == score
+    assert judge.length_controlled(iter(whole_rows), n_boot=9) == whole
+
+
+def test_rows_without_what_the_rate_is_made_of_are_refused_by_name(whole_rows):
     few = "two or more rows with output_1, output_2 and a preference"
-    for words, given in {
-        few + ": 0 of 20": unjudged,
-        few + ": 1 of 1": rows[:1],
-        "rows with preference, .*: 0 r": [],
-        "row 1 has 3": [rows[0], rows[1] | {"preference": 3}],
-    }.items():
-        with pytest.raises(ValueError, match=words):
-            judge.length_controlled(given, n_boot=9)
+    unjudged = [row | {"preference": None} for row in whole_rows]
+    with pytest.raises(ValueError, match=f"{few}: 0 of 20"):
+        judge.length_controlled(unjudged, n_boot=9)
+    with pytest.raises(ValueError, match=f"{few}: 1 of 1"):
+        judge.length_controlled(whole_rows[:1], n_boot=9)
+    with pytest.raises(ValueError, match="rows with preference, .*: 0 r"):
+        judge.length_controlled([], n_boot=9)
+    wrong = whole_rows[1] | {"preference": 3}
+    with pytest.raises(ValueError, match="row 1 has 3"):
+        judge.length_controlled([whole_rows[0], wrong], n_boot=9)
+
+
+def test_alpaca_evals_own_fit_takes_no_row_that_does_not_fit(whole_rows, odd_rows):
     with pytest.raises(ValueError, match="needs both outputs of each row: row 20 lacks one"):
-        judge.length_controlled(rows + odd, "df_gamed.csv")
+        judge.length_controlled(whole_rows + odd_rows, "df_gamed.csv")
+    unjudged = [row | {"preference": None} for row in whole_rows]
     with pytest.raises(ValueError, match="two or more rows with a preference"):
         judge.length_controlled(unjudged, "df_gamed.csv")
-    steep = judge.length_controlled(rows, slope=-80.0, n_boot=9)
-    assert 0 <= steep.low <= steep.percent <= steep.high <= 100, "the root lies beyond 50"
 
 
 def test_alpaca_eval_itself_fits_where_its_file_is_given(tmp_path):
-    """On invented rows: a win by the longer answer counts for less, by its function and by our
-    estimate.
+    """On invented rows a win by the longer answer counts for less.
+
+    It does so by AlpacaEval's function and by our estimate.
     """
     pytest.importorskip("alpaca_eval")
     rng = np.random.default_rng(0)
     delta = rng.normal(size=805)
-    rows = compared([-int(100 * min(d, 0.9)) for d in delta], 1 + 1 / (1 + np.exp(-1.5 * delta)))
-    rows = [
-        row | {"generator_1": "theirs", "generator_2": "ours", "annotator": "a"} for row in rows
-    ]
-    gamed = pd.DataFrame(
-        {"model": "theirs_verbose", "index": range(805), "preference": rng.uniform(size=805)}
-    )
-    gamed["instruction_difficulty"], gamed["std_delta_len"] = (
-        rng.normal(size=805),
-        rng.normal(size=805),
-    )
-    gamed.assign(not_gamed_baseline=False).to_csv(tmp_path / "df_gamed.csv", index=False)
-    found = judge.length_controlled(rows, tmp_path / "df_gamed.csv")
-    assert not found.estimate and found.low < found.percent < found.high
-    assert found.percent == pytest.approx(
-        judge.length_controlled(rows, slope=None, n_boot=2).percent, abs=3
-    )
+    longer = [-int(100 * min(value, 0.9)) for value in delta]
+    preferences = 1 + 1 / (1 + np.exp(-1.5 * delta))
+    names = {"generator_1": "theirs", "generator_2": "ours", "annotator": "a"}
+    rows = [row | names for row in compared(longer, preferences)]
+    gamed = pd.DataFrame({"model": "theirs_verbose", "index": range(805)})
+    gamed["preference"] = rng.uniform(size=805)
+    gamed["instruction_difficulty"] = rng.normal(size=805)
+    gamed["std_delta_len"] = rng.normal(size=805)
+    gamed["not_gamed_baseline"] = False
+    gamed.to_csv(tmp_path / "df_gamed.csv", index=False)
+    score = judge.length_controlled(rows, tmp_path / "df_gamed.csv")
+    assert not score.estimate
+    assert score.low < score.percent < score.high
+    ours = judge.length_controlled(rows, slope=None, n_boot=2)
+    assert score.percent == pytest.approx(ours.percent, abs=3)
 
 
 def test_preference_by_hand():
-    assert judge.preference(
-        {"m": math.log(0.6), "M": math.log(0.2), "The": 0.1}, False
-    ) == pytest.approx(1.25)
-    assert judge.preference({"m": math.log(0.6), "M": math.log(0.2)}, True) == pytest.approx(1.75)
-    assert judge.preference({"m": -0.1}, False) == 1 and judge.preference({"M": -9.0}, False) == 2
-    assert (
-        judge.preference({"Model": 0.0, " m": -1.0}, True) is None
-        and judge.preference({}, False) is None
-    )
+    logps = {"m": math.log(0.6), "M": math.log(0.2), "The": 0.1}
+    assert judge.preference(logps, False) == pytest.approx(1.25)
+    assert judge.preference(logps, True) == pytest.approx(1.75)
+
+
+def test_a_single_name_is_a_whole_preference():
+    assert judge.preference({"m": -0.1}, False) == 1
+    assert judge.preference({"M": -9.0}, False) == 2
+
+
+def test_no_name_is_no_preference():
+    assert judge.preference({"Model": 0.0, " m": -1.0}, True) is None
+    assert judge.preference({}, False) is None
 
 
 def test_a_token_of_probability_zero_is_a_preference():
-    """Servers write it as -9999, whose exponential is 0: alone or beside an equal, it was no
-    preference.
+    """Servers write it as -9999, whose exponential is 0.
+
+    Alone or beside an equal, it was no preference.
     """
-    assert judge.preference({"m": -9999.0, "The": 0.0}, False) == 1
-    assert judge.preference({"m": -9999.0, "M": -9999.0}, False) == 1.5
-    assert judge.preference({"m": -9999.0, "M": -0.1}, True) == 1
+    zero = -9999.0
+    assert judge.preference({"m": zero, "The": 0.0}, False) == 1
+    assert judge.preference({"m": zero, "M": zero}, False) == 1.5
+    assert judge.preference({"m": zero, "M": -0.1}, True) == 1
     assert judge.preference({"m": -math.inf, "M": -math.inf}, False) is None
 
 
-def test_verdicts_and_ratings():
-    """As the benchmarks' own parsers read them: Arena-Hard's last label, MT-Bench's first
-    number.
-    """
-    strong, weak, tie = judge.STRONG, 1, 0.5
-    for said, wanted in {
-        "[[A>>B]]": (1, strong),
-        "So: [[A>B]].": (1, weak),
-        "[[A=B]]": (tie, weak),
-        "[[B>A]]": (0, weak),
-        "[[B>>A]]": (0, strong),
-        "[[A<<B]]": (0, strong),
-        "[[B<A]]": (1, weak),
-        "not [[A>B]] but [[B>>A]]": (0, strong),
-        "[A>B]": (1, weak),
-        "[[A>A]]": None,
-        "": None,
-        "[[B=A]]": (tie, weak),
-        "[[B<<A]]": (1, strong),
-        "[[A<B]]": (0, weak),
-        "[b>>a], no: [a>b]": (1, weak),
-        "[[a=b]] and [B>A]": (tie, weak),
-        "[[A>B]], or [[A]]": None,
-        "[[A>>>B]]": None,
-        "[[ A>B ]]": None,
-    }.items():
-        assert judge.verdict(said) == wanted, said
-    for said, wanted in {
-        "Rating: [[7]]": 7,
-        "[[6.5]] of [[10]]": 6.5,
-        "[8]": 8,
-        "[3], that is [[4]]": 4,
-        "[[0]]": None,
-        "[[11]]": None,
-        "[[rating]]": None,
-        "ten": None,
-        "[[7]], no: [[8]]": 7,
-        "Rating: [[7/10]]": None,
-        "as [2023] says": None,
-        "[[10.]]": 10,
-    }.items():
-        assert judge.rating(said) == wanted, said
+# ---- Arena-Hard's and MT-Bench's scores
+
+
+STRONG = judge.STRONG
+
+
+@pytest.mark.parametrize(
+    "judgment, verdict",
+    [
+        ("[[A>>B]]", (1, STRONG)),
+        ("So: [[A>B]].", (1, 1)),
+        ("[[A=B]]", (0.5, 1)),
+        ("[[B>A]]", (0, 1)),
+        ("[[B>>A]]", (0, STRONG)),
+        ("[[A<<B]]", (0, STRONG)),
+        ("[[B<A]]", (1, 1)),
+        ("not [[A>B]] but [[B>>A]]", (0, STRONG)),
+        ("[A>B]", (1, 1)),
+        ("[[A>A]]", None),
+        ("", None),
+        ("[[B=A]]", (0.5, 1)),
+        ("[[B<<A]]", (1, STRONG)),
+        ("[[A<B]]", (0, 1)),
+        ("[b>>a], no: [a>b]", (1, 1)),
+        ("[[a=b]] and [B>A]", (0.5, 1)),
+        ("[[A>B]], or [[A]]", None),
+        ("[[A>>>B]]", None),
+        ("[[ A>B ]]", None),
+    ],
+)
+def test_verdicts_are_read_as_arena_hard_does(judgment, verdict):
+    """The last label counts."""
+    assert judge.verdict(judgment) == verdict
+
+
+@pytest.mark.parametrize(
+    "judgment, rating",
+    [
+        ("Rating: [[7]]", 7),
+        ("[[6.5]] of [[10]]", 6.5),
+        ("[8]", 8),
+        ("[3], that is [[4]]", 4),
+        ("[[0]]", None),
+        ("[[11]]", None),
+        ("[[rating]]", None),
+        ("ten", None),
+        ("[[7]], no: [[8]]", 7),
+        ("Rating: [[7/10]]", None),
+        ("as [2023] says", None),
+        ("[[10.]]", 10),
+    ],
+)
+def test_ratings_are_read_as_mt_bench_does(judgment, rating):
+    """The first number counts."""
+    assert judge.rating(judgment) == rating
 
 
 def test_mt_bench_by_hand():
-    rows = [
-        {"turn": turn, "judgment": said}
-        for turn, said in ((1, "[[9]]"), (1, "[[6]]"), (1, "?"), (2, "[[3]]"))
-    ]
-    assert judge.mt_bench(rows) == (7.5, 3, 6, 1), "overall is the mean of ratings, not of turns"
+    judgments = [(1, "[[9]]"), (1, "[[6]]"), (1, "?"), (2, "[[3]]")]
+    rows = [{"turn": turn, "judgment": judgment} for turn, judgment in judgments]
+    score = judge.mt_bench(rows)
+    assert score == (7.5, 3, 6, 1), "overall is the mean of ratings, not of turns"
     assert math.isnan(judge.mt_bench(rows[:3]).second)
 
 
-def games(uid, first, second, *said):
+def games(uid, first, second, *judgments):
     """Return a question's games, the answers changing places."""
-    places = ((first, second), (second, first))
-    return [
-        {"uid": uid, "model_a": places[k % 2][0], "model_b": places[k % 2][1], "judgment": text}
-        for k, text in enumerate(said)
-    ]
+    rows = []
+    for judgment in judgments:
+        rows.append({"uid": uid, "model_a": first, "model_b": second, "judgment": judgment})
+        first, second = second, first
+    return rows
 
 
-def test_arena_hard_by_hand():
-    """Against the baseline alone it is the weighted mean; along a chain the odds multiply."""
-    ours = games(1, "base", "ours", "[[B>>A]]", "[[A>B]]") + games(
-        2, "base", "ours", "[[A>B]]", "[[A=B]]"
-    )
+def test_arena_hard_against_the_baseline_alone_is_the_weighted_mean():
+    won = games(1, "base", "ours", "[[B>>A]]", "[[A>B]]")
+    lost_and_tied = games(2, "base", "ours", "[[A>B]]", "[[A=B]]")
     unparsed = games(3, "base", "ours", "[[B>>A]]", "I cannot say")
-    found = judge.arena_hard(ours + unparsed, "base", n_boot=50)
-    assert found["percent"].tolist() == [pytest.approx(100 * (3 + 1 + 0 + 0.5) / 6, abs=1e-3)]
-    assert found[["model", "questions", "unparsed"]].values.tolist() == [["ours", 2, 1]]
-    assert found["low"][0] < found["percent"][0] < found["high"][0]
-    lost, won = ("[[A>B]]", "[[B>A]]"), ("[[B>A]]", "[[A>B]]")
-    chain = [
-        game
-        for k in range(8)
-        for a, b in (("base", "one"), ("one", "two"))
-        for game in games(k, a, b, *(won if k % 4 else lost))
-    ]
-    found = judge.arena_hard(chain, "base", n_boot=10).set_index("model")["percent"]
-    assert found.tolist() == [pytest.approx(75, abs=1e-3), pytest.approx(90, abs=1e-3)], (
-        "odds 3, then 3 · 3"
-    )
-    turned = judge.arena_hard(chain, "two", n_boot=10).set_index("model")["percent"]
-    assert turned["base"] == pytest.approx(100 - found["two"], abs=1e-3)
-    with pytest.raises(
-        ValueError, match="no chain of verdicts ties all of .*'three'.* to base; unparsed: {'a': 1"
-    ):
-        judge.arena_hard(
-            ours + games(1, "three", "four", "[[A>B]]") + games(1, "a", "base", "?"), "base"
-        )
+    table = judge.arena_hard(won + lost_and_tied + unparsed, "base", n_boot=50)
+    (row,) = table.to_dict("records")
+    assert row["percent"] == pytest.approx(100 * (3 + 1 + 0 + 0.5) / 6, abs=1e-3)
+    assert row["low"] < row["percent"] < row["high"]
+    assert row["model"] == "ours"
+    assert row["questions"] == 2
+    assert row["unparsed"] == 1
+
+
+def test_arena_hard_along_a_chain_multiplies_the_odds():
+    """Each model wins three of four games against the one before: odds 3, then 3 · 3."""
+    lost = ("[[A>B]]", "[[B>A]]")
+    won = ("[[B>A]]", "[[A>B]]")
+    rows = []
+    for question in range(8):
+        judgments = won if question % 4 else lost
+        rows += games(question, "base", "one", *judgments)
+        rows += games(question, "one", "two", *judgments)
+    rates = judge.arena_hard(rows, "base", n_boot=10).set_index("model")["percent"]
+    assert rates["one"] == pytest.approx(75, abs=1e-3)
+    assert rates["two"] == pytest.approx(90, abs=1e-3)
+    turned = judge.arena_hard(rows, "two", n_boot=10).set_index("model")["percent"]
+    assert turned["base"] == pytest.approx(100 - rates["two"], abs=1e-3)
+
+
+def test_models_that_no_chain_ties_to_the_baseline_are_refused():
+    rows = games(1, "base", "ours", "[[B>>A]]", "[[A>B]]")
+    rows += games(1, "three", "four", "[[A>B]]")
+    rows += games(1, "a", "base", "?")
+    message = "no chain of verdicts ties all of .*'three'.* to base; unparsed: {'a': 1"
+    with pytest.raises(ValueError, match=message):
+        judge.arena_hard(rows, "base")
 
 
 # ---- endpoints that reply what none should
@@ -337,33 +407,42 @@ class Scripted(ThreadingHTTPServer):
     """An endpoint that gives the n-th request the n-th of `script`, and all later ones the last.
 
     Of a script: a JSON value or a text is the body of a 200, (status, JSON value) another answer,
-    an Event is waited for, and the connection then closed. asked: the requests' bodies.
+    an Event is waited for, and the connection then closed. requests: those that came, their bodies.
     """
 
     def __init__(self, *script):
         super().__init__(("127.0.0.1", 0), ScriptedAnswer)
-        self.script, self.asked, self.lock = list(script), [], threading.Lock()
+        self.script = list(script)
+        self.requests = []
+        self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
+    def next_answer(self, request):
+        """Note a request; return what the script has for it."""
+        with self.lock:
+            number = min(len(self.requests), len(self.script) - 1)
+            self.requests.append(request)
+            return self.script[number]
 
-class ScriptedAnswer(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            answer = self.server.script[min(len(self.server.asked), len(self.server.script) - 1)]
-            self.server.asked.append(body)
-        if isinstance(answer, threading.Event):
-            answer.wait()
-            return
-        status, answer = answer if isinstance(answer, tuple) else (200, answer)
-        content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+    @property
+    def prompts(self):
+        """Return the texts of the users' turns that came, in order."""
+        return [request["messages"][0]["content"] for request in self.requests]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Read and answer a request as an OpenAI-compatible server does."""
+
+    def body(self):
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def answer(self, status, content, kind="application/json", **headers):
         self.send_response(status)
-        for name, value in {
-            "Content-Type": "application/json",
-            "Content-Length": len(content),
-        }.items():
-            self.send_header(name, str(value))
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         self.wfile.write(content)
 
@@ -371,52 +450,76 @@ class ScriptedAnswer(BaseHTTPRequestHandler):
         pass
 
 
+class ScriptedAnswer(Handler):
+    def do_POST(self):
+        answer = self.server.next_answer(json.loads(self.body()))
+        if isinstance(answer, threading.Event):
+            answer.wait()
+            return
+        status = 200
+        if isinstance(answer, tuple):
+            status, answer = answer
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        self.answer(status, text.encode())
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """Return a maker of Scripted endpoints, which end with the test."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    made = []
+    servers = []
 
     def make(*script) -> Scripted:
-        made.append(Scripted(*script))
-        return made[-1]
+        servers.append(Scripted(*script))
+        return servers[-1]
 
     yield make
-    for server in made:
+    for server in servers:
         server.shutdown()
         server.server_close()
 
 
-def reply(content="Fine.", samples=1, **more):
+def reply(content="Fine.", samples=1, logprobs=None, **more):
     """Return the body of a reply, which counts no tokens."""
     message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "finish_reason": "stop", "logprobs": None, "message": message}
-    return {
+    choice = {"index": 0, "finish_reason": "stop", "logprobs": logprobs, "message": message}
+    body = {
         "id": "1",
         "object": "chat.completion",
         "created": 1,
         "model": "m",
         "choices": [choice] * samples,
-    } | more
+    }
+    return body | more
 
 
 def failed(**error):
     return {"choices": None, "error": error}
 
 
+def with_choice(**choice):
+    return {"choices": [{"index": 0, **choice}]}
+
+
 def requests(count):
-    return {
-        f"q{i}": {
-            "messages": [{"role": "user", "content": f"Say {i}."}],
+    """Return requests q0, q1, …"""
+    made = {}
+    for number in range(count):
+        made[f"q{number}"] = {
+            "messages": [{"role": "user", "content": f"Say {number}."}],
             "max_tokens": 4,
             "temperature": 0,
         }
-        for i in range(count)
-    }
+    return made
 
 
 def text(reply):
     return reply.choices[0].message.content if reply else None
+
+
+def ids_in(kept):
+    """Return the ids of the replies in a file, in its order."""
+    return [json.loads(line)[0] for line in kept.read_text().splitlines()]
 
 
 def test_an_error_in_a_200_and_a_damaged_reply_are_tried_again(scripted, tmp_path):
@@ -431,87 +534,92 @@ def test_an_error_in_a_200_and_a_damaged_reply_are_tried_again(scripted, tmp_pat
         '{"id": "1", "choi',
         "",
         "[]",
-        {"choices": [{"index": 0, "error": {"code": 503}, "message": {"content": ""}}]},
-        {"choices": [{"index": 0, "message": None}]},
-        {"choices": [{"index": 0}]},
-        {"choices": [{"index": 0, "message": {"content": 7}}]},
+        with_choice(error={"code": 503}, message={"content": ""}),
+        with_choice(message=None),
+        with_choice(),
+        with_choice(message={"content": 7}),
     ]
+    count = len(wrong)
     server = scripted(*wrong, reply())
-    by = endpoint.Endpoint("m", server.url, at_once=len(wrong))
-    found, used = endpoint.ask(by, requests(13), tmp_path / "kept.jsonl", text)
-    assert list(found.values()) == ["Fine."] * 13 and used == (13, 0, 0, 0)
-    assert len(server.asked) == 13 + len(wrong)
+    model = endpoint.Endpoint("m", server.url, at_once=count)
+    values, used = endpoint.ask(model, requests(count), tmp_path / "kept.jsonl", text)
+    assert list(values.values()) == ["Fine."] * count
+    assert used == (count, 0, 0, 0)
+    assert len(server.requests) == 2 * count
 
 
 @pytest.mark.parametrize(
-    "error, raised",
+    "error",
     [
-        ({"code": 401}, True),
-        ({"code": "invalid_api_key", "type": "invalid_request_error"}, True),
-        ({"status": 403}, True),
-        ({"code": "insufficient_quota", "type": "rate"}, True),
-        ({"type": "NotFoundError", "code": 404}, True),
-        ({"code": 400}, False),
-        ({"code": "context_length_exceeded"}, False),
-        ({"type": "invalid_request_error"}, False),
-        ({"code": 413}, False),
-        ({"type": "BadRequestError", "code": 400}, False),
+        {"code": 401},
+        {"code": "invalid_api_key", "type": "invalid_request_error"},
+        {"status": 403},
+        {"code": "insufficient_quota", "type": "rate"},
+        {"type": "NotFoundError", "code": 404},
     ],
 )
-def test_an_error_in_a_200_that_no_retry_mends_is_raised_or_counted(
-    scripted, tmp_path, error, raised
-):
-    """As by HTTP: what is about the key or the model is raised at once, what is about one request
-    is a refusal.
-    """
+def test_an_error_in_a_200_about_the_key_or_the_model_is_raised_at_once(scripted, tmp_path, error):
     server = scripted(failed(message="No.", **error))
-    by = endpoint.Endpoint("m", server.url)
-    if raised:
-        with pytest.raises(endpoint.EndpointError, match="m: replied with an error: .*No"):
-            endpoint.ask(by, requests(1), tmp_path / "kept.jsonl", text)
-    else:
-        assert endpoint.ask(by, requests(1), tmp_path / "kept.jsonl", text) == (
-            {"q0": None},
-            (0, 1, 0, 0),
-        )
-    assert len(server.asked) == 1
+    model = endpoint.Endpoint("m", server.url)
+    with pytest.raises(endpoint.EndpointError, match="m: replied with an error: .*No"):
+        endpoint.ask(model, requests(1), tmp_path / "kept.jsonl", text)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": 400},
+        {"code": "context_length_exceeded"},
+        {"type": "invalid_request_error"},
+        {"code": 413},
+        {"type": "BadRequestError", "code": 400},
+    ],
+)
+def test_an_error_in_a_200_about_one_request_is_a_refusal(scripted, tmp_path, error):
+    server = scripted(failed(message="No.", **error))
+    model = endpoint.Endpoint("m", server.url)
+    values, used = endpoint.ask(model, requests(1), tmp_path / "kept.jsonl", text)
+    assert values == {"q0": None}
+    assert used == (0, 1, 0, 0)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_what_was_refused_is_asked_again_by_a_later_run(scripted, tmp_path, status):
     """An endpoint that was set up wrongly refused what it answers now: that stayed for good."""
-    kept, server = (
-        tmp_path / "kept.jsonl",
-        scripted((status, {}), reply("First."), reply("Mended.")),
-    )
-    by = endpoint.Endpoint("m", server.url, at_once=1)
-    assert endpoint.ask(by, requests(2), kept, text) == ({"q0": None, "q1": "First."}, (1, 1, 0, 0))
-    assert endpoint.ask(by, requests(2), kept, text) == (
-        {"q0": "Mended.", "q1": "First."},
-        (2, 0, 0, 0),
-    )
-    assert len(server.asked) == 3
-    assert sorted(json.loads(line)[0] for line in kept.read_text().splitlines()) == ["q0", "q1"]
+    kept = tmp_path / "kept.jsonl"
+    server = scripted((status, {}), reply("First."), reply("Mended."))
+    model = endpoint.Endpoint("m", server.url, at_once=1)
+    values, used = endpoint.ask(model, requests(2), kept, text)
+    assert values == {"q0": None, "q1": "First."}
+    assert used == (1, 1, 0, 0)
+    values, used = endpoint.ask(model, requests(2), kept, text)
+    assert values == {"q0": "Mended.", "q1": "First."}
+    assert used == (2, 0, 0, 0)
+    assert len(server.requests) == 3
+    assert sorted(ids_in(kept)) == ["q0", "q1"]
 
 
 def test_a_silent_endpoint_is_asked_again(scripted, tmp_path):
-    """However slow this machine is: a second is more than enough for the reply that follows, in one
-    of six tries.
+    """The reply follows however slow this machine is.
+
+    A second is more than enough for it in one of six tries.
     """
     silent = threading.Event()
     server = scripted(silent, reply())
-    by = endpoint.Endpoint("m", server.url, timeout=1.0)
-    assert endpoint.ask(by, requests(1), tmp_path / "kept.jsonl", text) == (
-        {"q0": "Fine."},
-        (1, 0, 0, 0),
-    )
-    assert len(server.asked) >= 2
+    model = endpoint.Endpoint("m", server.url, timeout=1.0)
+    values, used = endpoint.ask(model, requests(1), tmp_path / "kept.jsonl", text)
+    assert values == {"q0": "Fine."}
+    assert used == (1, 0, 0, 0)
+    assert len(server.requests) >= 2
     silent.set()
 
 
 def test_a_reply_whose_tokens_are_not_counted_is_kept(scripted, tmp_path, caplog):
-    """`usage` may lack, or lack numbers: that ended in a TypeError, also for all later runs, of
-    what was paid for.
+    """`usage` may lack, or lack numbers.
+
+    That ended in a TypeError, also for all later runs, of what was paid for.
     """
     usages = [
         None,
@@ -522,55 +630,84 @@ def test_a_reply_whose_tokens_are_not_counted_is_kept(scripted, tmp_path, caplog
         {"prompt_tokens": 3},
         {"prompt_tokens": 40, "completion_tokens": 50},
     ]
-    server, kept = (
-        scripted(*[reply(usage=usage) for usage in usages], reply()),
-        tmp_path / "kept.jsonl",
-    )
-    by = endpoint.Endpoint("m", server.url, at_once=1)
-    found, used = endpoint.ask(by, requests(8), kept, text)
-    assert list(found.values()) == ["Fine."] * 8 and used == (8, 0, 43, 52)
+    uncounted = [reply(usage=usage) for usage in usages]
+    kept = tmp_path / "kept.jsonl"
+    server = scripted(*uncounted, reply())
+    model = endpoint.Endpoint("m", server.url, at_once=1)
+    values, used = endpoint.ask(model, requests(8), kept, text)
+    assert list(values.values()) == ["Fine."] * 8
+    assert used == (8, 0, 43, 52)
     assert "m does not count all tokens of 7 of 8 replies" in caplog.text
-    assert endpoint.ask(by, requests(8), kept, text) == (found, used) and len(server.asked) == 8
+    assert endpoint.ask(model, requests(8), kept, text) == (values, used)
+    assert len(server.requests) == 8
+
+
+def test_kept_replies_without_a_count_are_read(scripted, tmp_path):
+    kept = tmp_path / "kept.jsonl"
     kept.write_text(
         '["q0", "of an older version", [null, null]]\n["q1", "that did not count", []]\n'
     )
-    assert endpoint.ask(by, requests(2), kept, text)[1] == (2, 0, 0, 0) and len(server.asked) == 8
+    server = scripted(reply())
+    model = endpoint.Endpoint("m", server.url)
+    _, used = endpoint.ask(model, requests(2), kept, text)
+    assert used == (2, 0, 0, 0)
+    assert server.requests == []
 
 
-def test_a_reply_is_never_changed_and_only_a_real_key_keeps_it_out(
-    scripted, tmp_path, monkeypatch, caplog
-):
+def test_a_placeholder_of_a_key_changes_no_reply(scripted, tmp_path, monkeypatch, caplog):
     """With a placeholder as the key, a "local film" became another one."""
     monkeypatch.setenv("OPENAI_API_KEY", "local")
-    kept, said = tmp_path / "kept.jsonl", "A local film of localhost. \ud800"
+    kept = tmp_path / "kept.jsonl"
+    content = "A local film of localhost. \ud800"
     refusal = {"error": {"message": "no local key at localhost"}}
-    server = scripted(reply(said), (400, refusal), (401, {"detail": "of local"}))
-    by = endpoint.Endpoint("m", server.url, at_once=1)
-    assert endpoint.ask(by, requests(2), kept, text)[0] == {"q0": said, "q1": None}
+    server = scripted(reply(content), (400, refusal), (401, {"detail": "of local"}))
+    model = endpoint.Endpoint("m", server.url, at_once=1)
+    values, _ = endpoint.ask(model, requests(2), kept, text)
+    assert values == {"q0": content, "q1": None}
     assert "no <OPENAI_API_KEY> key at localhost" in caplog.text
     with pytest.raises(endpoint.EndpointError, match="of <OPENAI_API_KEY>"):
-        endpoint.ask(by, requests(2), kept, text)
-    key = 'sk-"quoted"-and-long'
-    monkeypatch.setenv("OPENAI_API_KEY", key)
-    server = scripted(reply(f"Your key is {key}."), reply(f"It begins with {key[:15]}"))
-    by = endpoint.Endpoint("m", server.url, at_once=1)
-    found, used = endpoint.ask(by, requests(3), kept, text)
-    assert found == {"q0": said, "q1": None, "q2": f"It begins with {key[:15]}"} and used == (
-        2,
-        1,
-        0,
-        0,
-    )
-    assert (
-        "quoted" not in kept.read_text().replace(json.dumps(key[:15])[1:-1], "")
-        and key not in caplog.text
-    )
+        endpoint.ask(model, requests(2), kept, text)
 
+
+def test_a_reply_with_a_real_key_is_kept_out(scripted, tmp_path, monkeypatch, caplog):
+    key = 'sk-"quoted"-and-long'
+    beginning = key[:15]
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    kept = tmp_path / "kept.jsonl"
+    server = scripted(reply(f"Your key is {key}."), reply(f"It begins with {beginning}"))
+    model = endpoint.Endpoint("m", server.url, at_once=1)
+    values, used = endpoint.ask(model, requests(2), kept, text)
+    assert values == {"q0": None, "q1": f"It begins with {beginning}"}
+    assert used == (1, 1, 0, 0)
+    written_beginning = json.dumps(beginning)[1:-1]
+    assert "quoted" not in kept.read_text().replace(written_beginning, "")
+    assert key not in caplog.text
+
+
+# ---- judges that reply what none should
 
 PROMPT = "<|im_start|>user\n{output_1} {output_2}<|im_end|>"
 ODDS = {
     "content": [{"token": "m", "logprob": -0.1, "top_logprobs": [{"token": "m", "logprob": -0.1}]}]
 }
+
+
+def with_odds():
+    return reply("m", logprobs=ODDS)
+
+
+def compare_answers(server, names, theirs="Theirs.", **options):
+    """Return the artifact of AlpacaEval's comparison of "Ours." with `theirs`, by a prompt."""
+    outputs = dict.fromkeys(names, "Ours.")
+    questions = [{"instruction": name, "output": theirs} for name in names]
+    model = endpoint.Endpoint("m", server.url, **options)
+    return ask.alpaca_eval(outputs, model, model="ours", questions=questions, prompt=PROMPT)
+
+
+def check_preferences(artifact, count):
+    preferences = [row["preference"] for row in ask.rows(artifact)]
+    assert len(preferences) == count
+    assert set(preferences) <= {1, 2}
 
 
 @pytest.mark.parametrize(
@@ -589,42 +726,27 @@ def test_a_judge_without_log_probabilities_is_an_error_and_asked_again_once_mend
     scripted, store, nothing
 ):
     """Every preference was null, in a finished result that stayed for good."""
-    dumb, mended = reply("m"), reply("m")
-    dumb["choices"][0]["logprobs"], mended["choices"][0]["logprobs"] = nothing, ODDS
-    said = {
-        "questions": [{"instruction": "a", "output": f"Theirs, not {nothing}."}],
-        "prompt": PROMPT,
-    }
-    said["questions"].append({"instruction": "b", "output": "Theirs."})
-    server = scripted(dumb, dumb, mended)
-    by = endpoint.Endpoint("m", server.url)
-    made = ask.alpaca_eval({"a": "Ours.", "b": "Ours."}, by, model="ours", **said)
-    with pytest.raises(
-        endpoint.EndpointError, match="m: none of 2 replies holds log-probabilities"
-    ):
-        made.get()
-    assert [row["preference"] in (1, 2) for row in ask.rows(made)] == [True, True] and len(
-        server.asked
-    ) == 4
+    dumb = reply("m", logprobs=nothing)
+    server = scripted(dumb, dumb, with_odds())
+    artifact = compare_answers(server, ["a", "b"], theirs=f"Theirs, not {nothing}.")
+    message = "m: none of 2 replies holds log-probabilities"
+    with pytest.raises(endpoint.EndpointError, match=message):
+        artifact.get()
+    check_preferences(artifact, 2)
+    assert len(server.requests) == 4
 
 
 def test_replies_of_no_use_are_asked_again_by_a_run_that_goes_on(scripted, store):
-    """A judge was mended in the middle: what it had said before without log-probabilities has no
-    preference.
+    """A judge was mended in the middle.
+
+    What it had said before without log-probabilities has no preference.
     """
-    mended = reply("m")
-    mended["choices"][0]["logprobs"] = ODDS
-    server = scripted(reply("m"), mended, (401, {}), mended)
-    questions = [{"instruction": name, "output": "Theirs, until mended."} for name in "abc"]
-    by = endpoint.Endpoint("m", server.url, at_once=1)
-    made = ask.alpaca_eval(
-        dict.fromkeys("abc", "Ours."), by, model="ours", questions=questions, prompt=PROMPT
-    )
+    server = scripted(reply("m"), with_odds(), (401, {}), with_odds())
+    artifact = compare_answers(server, "abc", theirs="Theirs, until mended.", at_once=1)
     with pytest.raises(endpoint.EndpointError, match="AuthenticationError"):
-        made.get()
-    assert [row["preference"] in (1, 2) for row in ask.rows(made)] == [True] * 3 and len(
-        server.asked
-    ) == 5
+        artifact.get()
+    check_preferences(artifact, 3)
+    assert len(server.requests) == 5
 
 
 @pytest.mark.parametrize("good", [1, 2])
@@ -632,121 +754,125 @@ def test_one_reply_without_log_probabilities_is_an_error_and_only_it_is_asked_ag
     scripted, store, good
 ):
     """With one good reply of 805 it published 804 preferences that were null."""
-    mended = reply("m")
-    mended["choices"][0]["logprobs"] = ODDS
-    server = scripted(*[mended] * good, reply("m"), (400, {}), mended)
-    questions = [
-        {"instruction": name, "output": f"Theirs, {good} good."} for name in "abcd"[: good + 2]
-    ]
-    by = endpoint.Endpoint("m", server.url, at_once=1)
-    outputs = {question["instruction"]: "Ours." for question in questions}
-    made = ask.alpaca_eval(outputs, by, model="ours", questions=questions, prompt=PROMPT)
-    words = (
+    good_replies = [with_odds()] * good
+    server = scripted(*good_replies, reply("m"), (400, {}), with_odds())
+    names = "abcd"[: good + 2]
+    artifact = compare_answers(server, names, theirs=f"Theirs, {good} good.", at_once=1)
+    message = (
         f"m: 1 of {good + 1} replies lack log-probabilities .*; mend the judge, .* the other "
         "replies are kept"
     )
-    with pytest.raises(endpoint.EndpointError, match=words):
-        made.get()
-    assert all(row["preference"] in (1, 2) for row in ask.rows(made))
-    assert len(server.asked) == len(questions) + 2, "the useless one and the refused one"
+    with pytest.raises(endpoint.EndpointError, match=message):
+        artifact.get()
+    check_preferences(artifact, len(names))
+    assert len(server.requests) == len(names) + 2, "the useless one and the refused one"
 
 
 def test_a_refused_question_has_no_preference_and_is_no_error(scripted, store):
     """One of 805 may be too long, or against a rule; it is counted."""
-    fine = reply("m")
-    fine["choices"][0]["logprobs"] = ODDS
-    server = scripted(fine, (400, {}))
-    questions = [
-        {"instruction": name, "output": "Theirs, of which one is refused."} for name in "ab"
-    ]
-    by = endpoint.Endpoint("m", server.url, at_once=1)
-    made = ask.alpaca_eval(
-        {"a": "Ours.", "b": "Ours."}, by, model="ours", questions=questions, prompt=PROMPT
-    )
-    assert [row["preference"] is None for row in ask.rows(made)] == [False, True]
-    assert made.manifest["facts"]["refused"] == 1
+    server = scripted(with_odds(), (400, {}))
+    artifact = compare_answers(server, "ab", theirs="Theirs; one is refused.", at_once=1)
+    first, second = ask.rows(artifact)
+    assert first["preference"] is not None
+    assert second["preference"] is None
+    assert artifact.manifest["facts"]["refused"] == 1
 
 
 def test_judgments_without_a_word_are_no_result(scripted, store):
     archive("mt_bench")
     server = scripted(reply(None), reply(" \n"), reply("Rating: [[7]]"))
     question = {"question_id": 2, "category": "writing", "turns": ["Say a.", "Say b."]}
-    made = ask.mt_bench(
-        {2: ["a", "b"]}, endpoint.Endpoint("m", server.url), model="ours", questions=[question]
-    )
-    with pytest.raises(
-        endpoint.EndpointError, match="m: none of 2 replies holds a word .*max_tokens"
-    ):
-        made.get()
-    assert judge.mt_bench(ask.rows(made)).overall == 7 and len(server.asked) == 4
+    model = endpoint.Endpoint("m", server.url)
+    artifact = ask.mt_bench({2: ["a", "b"]}, model, model="ours", questions=[question])
+    message = "m: none of 2 replies holds a word .*max_tokens"
+    with pytest.raises(endpoint.EndpointError, match=message):
+        artifact.get()
+    assert judge.mt_bench(ask.rows(artifact)).overall == 7
+    assert len(server.requests) == 4
 
 
-def test_an_annotators_prompt_that_shows_no_outputs_is_refused():
-    """Without turns nothing was asked, and without both outputs always the same."""
-    for prompt in (
+@pytest.mark.parametrize(
+    "prompt",
+    [
         "{output_1} {output_2}",
         PROMPT.replace("{output_2}", "{output_1}"),
         "<|im_start|>user\n<|im_end|>",
-    ):
-        with pytest.raises(ValueError, match="the annotator's prompt lacks .*{output_2}"):
-            ask.alpaca_eval({}, endpoint.Endpoint("m"), model="ours", questions=[], prompt=prompt)
+    ],
+)
+def test_an_annotators_prompt_that_shows_no_outputs_is_refused(prompt):
+    """Without turns nothing was asked, and without both outputs always the same."""
+    questions = [{"instruction": "a", "output": "Theirs."}]
+    model = endpoint.Endpoint("m")
+    with pytest.raises(ValueError, match="the annotator's prompt lacks .*{output_2}"):
+        ask.alpaca_eval({}, model, model="ours", questions=questions, prompt=prompt)
 
 
-def served_source(server, *, said="Go on: {prompt}"):
-    """Return WRPO's smoke settings with one source, which an endpoint serves."""
-    source = {"kind": "endpoint", "ref": "m", "url": server.url, "ask": said}
-    return config.load(
+# ---- WRPO's sources behind an endpoint
+
+
+def answers_of_source(server, prompt="Go on: {prompt}"):
+    """Return the answers of WRPO's smoke settings with one source, which an endpoint serves."""
+    source = {"kind": "endpoint", "ref": "m", "url": server.url, "ask": prompt}
+    cfg = config.load(
         "wrpo", "smoke", known_sources={"one": source}, sources=["one"], source_sets=[["one"]]
     )
+    return sources.answers(cfg, "one")
 
 
-def test_a_server_that_ignores_the_number_of_samples_is_asked_again(scripted, store):
-    """WRPO's pool was smaller than its recipe says: one response a prompt instead of three, or
-    two.
+def facts_of(artifact):
+    return artifact.json("manifest.json")["facts"]
+
+
+@pytest.mark.parametrize("returned, numbers_asked_for", [(1, [3, 2, 1]), (2, [3, 1]), (5, [3])])
+def test_a_server_that_ignores_the_number_of_samples_is_asked_again(
+    scripted, store, returned, numbers_asked_for
+):
+    """WRPO's pool was smaller than its recipe says.
+
+    One or two responses a prompt came instead of three.
     """
-    for returned, said in (1, "One: {prompt}"), (2, "Two: {prompt}"), (5, "Five: {prompt}"):
-        server = scripted(reply("it was good", samples=returned))
-        made = sources.answers(served_source(server, said=said), "one")
-        assert made.json("manifest.json")["facts"] == {"responses": 48, "unanswered": 0}
-        asked = [(one["messages"][0]["content"], one["n"]) for one in server.asked]
-        prompts = {prompt for prompt, _ in asked}
-        wanted = {1: [3, 2, 1], 2: [3, 1], 5: [3]}[returned]
-        assert sorted(asked) == sorted((prompt, n) for prompt in prompts for n in wanted)
+    server = scripted(reply("it was good", samples=returned))
+    artifact = answers_of_source(server, prompt=f"{returned}: {{prompt}}")
+    assert facts_of(artifact) == {"responses": 48, "unanswered": 0}
+    expected = []
+    for prompt in set(server.prompts):
+        expected += [(prompt, number) for number in numbers_asked_for]
+    numbers = [request["n"] for request in server.requests]
+    assert sorted(zip(server.prompts, numbers, strict=True)) == sorted(expected)
 
 
 def test_samples_that_a_server_refuses_when_asked_again_are_counted(scripted, store, caplog):
     server = scripted(*[reply("it was good")] * 20, (400, {}))
-    made = sources.answers(served_source(server, said="Refused: {prompt}"), "one")
-    facts = made.json("manifest.json")["facts"]
-    prompts = len({one["messages"][0]["content"] for one in server.asked})
-    assert (
-        f"m: {3 * prompts - 20} responses fewer than asked for, also when asked again"
-        in caplog.text
-    )
-    assert facts["short"] == 3 * prompts - 20, (
-        "in the manifest too: a log is gone when the result is read"
-    )
+    facts = facts_of(answers_of_source(server, prompt="Refused: {prompt}"))
+    short = 3 * len(set(server.prompts)) - 20
+    assert f"m: {short} responses fewer than asked for, also when asked again" in caplog.text
+    assert facts["short"] == short, "in the manifest too: a log is gone when the result is read"
 
 
-def test_a_source_that_was_broken_is_asked_again(scripted, store):
-    """It refused all, or said nothing: both stayed in what was kept, so that no later run asked."""
-    for broken, raised, words in (
+@pytest.mark.parametrize(
+    "broken, error, message",
+    [
         ((400, {}), config.ConfigError, "answers none of the 16 prompts"),
         (reply(""), endpoint.EndpointError, "m: no reply to .* holds a word"),
-    ):
-        server = scripted(broken)
-        made = sources.answers(served_source(server, said=f"{raised.__name__}: {{prompt}}"), "one")
-        with pytest.raises(raised, match=words):
-            made.get()
-        server.script[:] = [reply("it was good", samples=3)]
-        assert made.json("manifest.json")["facts"] == {"responses": 48, "unanswered": 0}
+    ],
+)
+def test_a_source_that_was_broken_is_asked_again(scripted, store, broken, error, message):
+    """It refused all, or said nothing: both stayed in what was kept, so that no later run asked."""
+    server = scripted(broken)
+    artifact = answers_of_source(server, prompt=f"{error.__name__}: {{prompt}}")
+    with pytest.raises(error, match=message):
+        artifact.get()
+    server.script[:] = [reply("it was good", samples=3)]
+    assert facts_of(artifact) == {"responses": 48, "unanswered": 0}
 
 
 def test_words_around_a_prompt_may_hold_braces(scripted, store):
     server = scripted(reply("it was good", samples=3))
-    sources.answers(served_source(server, said='As JSON {"text": ...}, {0}: {prompt}'), "one").get()
-    said = {one["messages"][0]["content"] for one in server.asked}
-    assert len(said) > 10 and all(one.startswith('As JSON {"text": ...}, {0}: ') for one in said)
+    beginning = 'As JSON {"text": ...}, {0}: '
+    answers_of_source(server, prompt=beginning + "{prompt}").get()
+    prompts = set(server.prompts)
+    assert len(prompts) > 10
+    assert all(prompt.startswith(beginning) for prompt in prompts)
 
 
 # ---- a real judge, behind a gate that makes faults
@@ -756,89 +882,100 @@ def test_words_around_a_prompt_may_hold_braces(scripted, store):
 def served():
     """Start a real OpenAI-compatible server with SmolLM2-135M; yield its address."""
     archive("smollm2")
-    options = (
-        "--max-model-len",
-        "2048",
-        "--dtype",
-        "float32",
-    )  # bfloat16 takes minutes where AVX2 is all there is
+    # bfloat16 takes minutes where AVX2 is all there is.
+    options = ("--max-model-len", "2048", "--dtype", "float32")
     with openai_server(assets.model_dir("smollm2"), "judge", KEY, *options) as address:
         yield address
 
 
-@pytest.fixture
-def gate(served, monkeypatch):
-    """Yield a server before the real one: it takes the next of `faults` for each request, or passes
-    it on.
+class Gate(ThreadingHTTPServer):
+    """A server before the real one: it passes requests on, or takes the next of `faults`.
 
     A fault is a status, the text of a reply, or an Event: that request gets no answer, and the
-    event may be waited for.
+    event may be waited for; None is no fault. The other lists hold what was passed on: the requests
+    and, at the same place, the host that the sender wrote, the reply's usage, and its likeliest
+    first tokens where they are asked for.
     """
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
-    class Gate(BaseHTTPRequestHandler):
-        faults, asked, usage = [], [], []
-        hosts = []  # of each request in `asked`, the server's name as its sender wrote it
-        one_at_a_time = threading.Lock()
-        first = []  # the likeliest first tokens, where they are asked for
+    def __init__(self, address):
+        super().__init__(("127.0.0.1", 0), GateHandler)
+        self.address = address
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.faults = []
+        self.requests = []
+        self.hosts = []
+        self.usage = []
+        self.first_tokens = []
+        self.lock = threading.Lock()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
-        def do_POST(self):
-            body, fault = self.rfile.read(int(self.headers["Content-Length"])), None
-            if self.faults:
-                fault = self.faults.pop(0)
-            if isinstance(fault, threading.Event):
-                fault.wait()
-                return None
-            if isinstance(fault, int):  # a status, and what it was sent, as a careless server would
-                return self.answer(
-                    fault,
-                    json.dumps({"error": {"message": self.headers["Authorization"]}}).encode(),
-                )
-            if isinstance(fault, str):
-                return self.answer(200, fault.encode())
-            headers = {
-                "Authorization": self.headers["Authorization"],
-                "Content-Type": "application/json",
-            }
-            try:
-                with urllib.request.urlopen(
-                    urllib.request.Request(served + self.path, body, headers)
-                ) as reply:
-                    content = reply.read()
-            except urllib.error.HTTPError as error:
-                return self.answer(error.code, error.read())
-            said = json.loads(content)
-            with self.one_at_a_time:  # so that the k-th of each list are of one request
-                self.asked.append(json.loads(body))
-                self.hosts.append(self.headers["Host"].partition(":")[0])
-                self.usage.append(said["usage"])
-                self.first.append(
-                    (said["choices"][0]["logprobs"] or {"content": [{}]})["content"][0]
-                )
-            self.answer(200, content)
+    def note(self, request, host, reply):
+        """Note a request that was passed on; the k-th of each list are of one request."""
+        logprobs = reply["choices"][0]["logprobs"]
+        with self.lock:
+            self.requests.append(request)
+            self.hosts.append(host)
+            self.usage.append(reply["usage"])
+            self.first_tokens.append(logprobs["content"][0] if logprobs else {})
 
-        def answer(self, status, content):
-            kind = "application/json" if content.startswith(b"{") else "text/html"
-            try:
-                self.send_response(status)
-                for name, value in {
-                    "Content-Type": kind,
-                    "Content-Length": len(content),
-                    "Retry-After": "0.1",
-                }.items():
-                    self.send_header(name, str(value))
-                self.end_headers()
-                self.wfile.write(content)
-            except OSError:
-                pass  # it hung up: a timeout, or a kill
+    def tokens(self):
+        """Return how many prompt and completion tokens the real server counted."""
+        prompt = sum(usage["prompt_tokens"] for usage in self.usage)
+        completion = sum(usage["completion_tokens"] for usage in self.usage)
+        return prompt, completion
 
-        def log_message(self, *_):
+    @property
+    def prompts(self):
+        """Return the text of the last turn of each request that was passed on."""
+        return [request["messages"][-1]["content"] for request in self.requests]
+
+
+class GateHandler(Handler):
+    def do_POST(self):
+        body = self.body()
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        if fault is None:
+            self.pass_on(body)
+        elif isinstance(fault, threading.Event):
+            fault.wait()
+        elif isinstance(fault, int):
+            # A careless server sends back what it was sent, the key.
+            message = {"error": {"message": self.headers["Authorization"]}}
+            self.answer_or_not(fault, json.dumps(message).encode())
+        else:
+            self.answer_or_not(200, fault.encode())
+
+    def pass_on(self, body):
+        headers = {
+            "Authorization": self.headers["Authorization"],
+            "Content-Type": "application/json",
+        }
+        request = urllib.request.Request(self.server.address + self.path, body, headers)
+        try:
+            with urllib.request.urlopen(request) as response:
+                content = response.read()
+        except urllib.error.HTTPError as error:
+            self.answer_or_not(error.code, error.read())
+            return
+        host = self.headers["Host"].partition(":")[0]
+        self.server.note(json.loads(body), host, json.loads(content))
+        self.answer_or_not(200, content)
+
+    def answer_or_not(self, status, content):
+        """Answer a request, unless its sender hung up: after a timeout, or a kill."""
+        kind = "application/json" if content.startswith(b"{") else "text/html"
+        try:
+            self.answer(status, content, kind, Retry_After="0.1")
+        except OSError:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Gate)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    Gate.url = f"http://127.0.0.1:{server.server_port}/v1"
-    yield Gate
+
+@pytest.fixture
+def gate(served, monkeypatch):
+    """Yield a Gate before the real server."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = Gate(served)
+    yield server
     server.shutdown()
     server.server_close()
 
@@ -846,148 +983,202 @@ def gate(served, monkeypatch):
 def test_faults_are_retried_and_tokens_are_the_servers_own(gate, tmp_path):
     """429, 500 and 503 come to a reply each; what was asked twice counts once, as in the file."""
     gate.faults += [429, 500, 503]
-    by = endpoint.Endpoint("judge", gate.url, prices=(10.0, 30.0), at_once=1)
-    found, used = endpoint.ask(by, requests(6), tmp_path / "kept.jsonl", text)
-    assert list(found) == [f"q{i}" for i in range(6)] and all(found.values()) and not gate.faults
-    tokens = [
-        sum(usage[name] for usage in gate.usage) for name in ("prompt_tokens", "completion_tokens")
-    ]
-    assert used == (6, 0, *tokens) and len(gate.usage) == len(gate.asked) == 6
-    dollars = (10 * tokens[0] + 30 * tokens[1]) / 1e6
-    assert used.cost(by.prices) == pytest.approx(dollars)
+    kept = tmp_path / "kept.jsonl"
+    model = endpoint.Endpoint("judge", gate.url, at_once=1)
+    values, used = endpoint.ask(model, requests(6), kept, text)
+    assert list(values) == list(requests(6))
+    assert all(values.values())
+    assert gate.faults == []
+    assert used == (6, 0, *gate.tokens())
+    assert len(gate.requests) == 6
+    assert endpoint.ask(model, requests(6), kept, text) == (values, used)
+    assert len(gate.requests) == 6
+
+
+def test_cost_is_by_the_million_tokens():
+    used = endpoint.Used(replies=6, refused=0, prompt_tokens=2_000_000, completion_tokens=500_000)
+    assert used.cost((10.0, 30.0)) == pytest.approx(35)
     assert used.cost(None) is None
-    assert (
-        endpoint.ask(by, requests(6), tmp_path / "kept.jsonl", text) == (found, used)
-        and len(gate.usage) == 6
-    )
 
 
-def test_what_no_retry_mends_is_an_error_that_keeps_what_came_and_tells_no_key(
-    gate, tmp_path, caplog
-):
-    caplog.set_level(logging.DEBUG)
-    by, kept = endpoint.Endpoint("judge", gate.url, at_once=1, retries=1), tmp_path / "kept.jsonl"
-    for faults, said in [
+WITH_KEY = json.dumps({"error": {"message": f"Bearer {KEY}", "code": 401}})
+
+
+@pytest.mark.parametrize(
+    "faults, message",
+    [
         ([None, 401], "AuthenticationError.*401.*Bearer <OPENAI_API_KEY>"),
         ([500, 502], "InternalServerError.*502"),
         (['{"choices": null}'] * 2, 'without choices: {"choices":null}'),
         (["<html>"] * 2, "without choices: <html>"),
         (["{"] * 2, "JSON"),
-        (
-            ['{"error": {"message": "Bearer %s", "code": 401}}' % KEY],  # noqa: UP031
-            "replied with an error.*Bearer <OPENAI_API_KEY>",
-        ),
-    ]:
+        ([WITH_KEY], "replied with an error.*Bearer <OPENAI_API_KEY>"),
+    ],
+)
+def test_what_no_retry_mends_is_an_error_that_tells_no_key(gate, tmp_path, caplog, faults, message):
+    caplog.set_level(logging.DEBUG)
+    gate.faults += faults
+    kept = tmp_path / "kept.jsonl"
+    model = endpoint.Endpoint("judge", gate.url, at_once=1, retries=1)
+    with pytest.raises(endpoint.EndpointError, match=f"judge.*{message}") as caught:
+        endpoint.ask(model, requests(3), kept, text)
+    error = caught.value
+    assert KEY not in f"{error!r} {error.__cause__!r}"
+    assert error.__suppress_context__ or error.__context__ is None, "no traceback shows it"
+    assert KEY not in kept.read_text() + caplog.text
+
+
+def test_what_came_before_an_error_is_kept(gate, tmp_path, caplog):
+    kept = tmp_path / "kept.jsonl"
+    model = endpoint.Endpoint("judge", gate.url, at_once=1, retries=1)
+    for faults in ([None, 401], [500, 502], ["<html>"] * 2, [WITH_KEY]):
         gate.faults[:] = faults
-        with pytest.raises(endpoint.EndpointError, match=f"judge.*{said}") as caught:
-            endpoint.ask(by, requests(3), kept, text)
-        assert KEY not in f"{caught.value!r} {caught.value.__cause__!r}"
-        assert caught.value.__suppress_context__ or caught.value.__context__ is None, (
-            "no traceback shows it"
-        )
-    gate.faults[:] = [400]  # its message is logged
-    found, used = endpoint.ask(by, requests(3), kept, text)
-    assert (used.replies, used.refused) == (2, 1) and list(found.values()).count(None) == 1
-    gate.faults[:] = ['{"choices": [{"index": 0, "message": {"content": "Bearer %s"}}]}' % KEY]  # noqa: UP031
-    found, used = endpoint.ask(by, {"other": requests(1)["q0"]}, kept, text)
-    assert used == (0, 1, 0, 0) and found["other"] is None, "it tells the key"
-    assert KEY not in kept.read_text() + caplog.text and "refused 'q1': " in caplog.text
-    assert "left out the reply to 'other', which holds the key" in caplog.text
-    assert len(gate.asked) == 2, "the first reply was kept through six errors"
+        with pytest.raises(endpoint.EndpointError):
+            endpoint.ask(model, requests(3), kept, text)
+    gate.faults[:] = [400]
+    values, used = endpoint.ask(model, requests(3), kept, text)
+    assert (used.replies, used.refused) == (2, 1)
+    assert values["q0"]
+    assert values["q1"] is None
+    assert values["q2"]
+    assert len(gate.requests) == 2, "the first reply was kept through four errors"
+    assert "refused 'q1': " in caplog.text
+    assert KEY not in kept.read_text() + caplog.text
+
+
+def test_a_reply_that_tells_the_key_is_left_out(gate, tmp_path, caplog):
+    content = {"choices": [{"index": 0, "message": {"content": f"Bearer {KEY}"}}]}
+    gate.faults += [json.dumps(content)]
+    kept = tmp_path / "kept.jsonl"
+    model = endpoint.Endpoint("judge", gate.url)
+    values, used = endpoint.ask(model, requests(1), kept, text)
+    assert values == {"q0": None}
+    assert used == (0, 1, 0, 0)
+    assert "left out the reply to 'q0', which holds the key" in caplog.text
+    assert KEY not in kept.read_text() + caplog.text
 
 
 def test_half_a_line_is_asked_again_and_a_whole_one_never(gate, tmp_path):
-    by, kept = endpoint.Endpoint("judge", gate.url), tmp_path / "kept.jsonl"
+    kept = tmp_path / "kept.jsonl"
     kept.write_text('["q0", "kept before", [7, 3]]\n["q1", "and this", []]\n["q2", "not coun')
-    found, used = endpoint.ask(by, requests(3), kept, text)
-    assert found["q0"] == "kept before" and found["q1"] == "and this" and found["q2"]
-    assert [one["messages"][0]["content"] for one in gate.asked] == ["Say 2."]
-    assert used == (
-        3,
-        0,
-        7 + gate.usage[0]["prompt_tokens"],
-        3 + gate.usage[0]["completion_tokens"],
-    )
-    assert [json.loads(line)[0] for line in kept.read_text().splitlines()] == ["q0", "q1", "q2"]
+    model = endpoint.Endpoint("judge", gate.url)
+    values, used = endpoint.ask(model, requests(3), kept, text)
+    assert values["q0"] == "kept before"
+    assert values["q1"] == "and this"
+    assert values["q2"]
+    assert gate.prompts == ["Say 2."]
+    prompt_tokens, completion_tokens = gate.tokens()
+    assert used == (3, 0, 7 + prompt_tokens, 3 + completion_tokens)
+    assert ids_in(kept) == ["q0", "q1", "q2"]
 
 
-QUESTIONS = [
-    {
-        "instruction": f"Name a {what}.",
-        "output": f"A {what}? Of course: {what}s are many.",
-        "generator": "gpt",
-    }
-    for what in "tree fish bird river city metal colour planet".split()
-]
-OUTPUTS = {row["instruction"]: "I will not." for row in QUESTIONS} | {
-    "Name a fish.": QUESTIONS[1]["output"]
-}
+# ---- AlpacaEval for real
+
+NAMED = ("tree", "fish", "bird", "river", "city", "metal", "colour", "planet")
+QUESTIONS = []
+for name in NAMED:
+    answer = f"A {name}? Of course: {name}s are many."
+    QUESTIONS.append({"instruction": f"Name a {name}.", "output": answer, "generator": "gpt"})
+OUTPUTS = {question["instruction"]: "I will not." for question in QUESTIONS}
+TIE = "Name a fish."
+OUTPUTS[TIE] = QUESTIONS[1]["output"]
 
 
-def test_alpaca_eval_for_real(gate, store):
-    """The annotator's own prompt and our loop: places, preferences, tokens, cost; nothing is asked
-    twice.
-    """
+def compare_outputs(model, outputs=OUTPUTS):
+    return ask.alpaca_eval(outputs, model, model="ours", questions=QUESTIONS)
+
+
+@pytest.fixture
+def alpaca(gate, store):
+    """Return (gate, artifact) of AlpacaEval's comparison of OUTPUTS, asked for once."""
     archive("alpaca_eval")
-    by = endpoint.Endpoint("judge", gate.url, prices=(10.0, 30.0))
-    made = ask.alpaca_eval(OUTPUTS, by, model="ours", questions=QUESTIONS)
-    rows, facts = ask.rows(made), made.manifest["facts"]
-    assert [row["instruction"] for row in rows] == list(OUTPUTS) and len(gate.asked) == 7
-    assert rows[1]["preference"] == 1.5, "equal answers are a tie"
+    model = endpoint.Endpoint("judge", gate.url, prices=(10.0, 30.0))
+    return gate, compare_outputs(model)
+
+
+def request_about(gate, instruction):
+    """Return the request about an instruction, and the first tokens of its reply."""
+    (place,) = [place for place, prompt in enumerate(gate.prompts) if instruction in prompt]
+    return gate.requests[place], gate.first_tokens[place]
+
+
+def check_preference(gate, row):
+    """Compare a row's preference with the odds that the judge gave its first answer."""
+    request, first_token = request_about(gate, row["instruction"])
+    odds = {"m": 0.0, "M": 0.0}
+    for top in first_token["top_logprobs"]:
+        odds[top["token"]] = math.exp(top["logprob"])
+    shown_first = odds["m"] / (odds["m"] + odds["M"])
+    expected = 1 + shown_first if row["swapped"] else 2 - shown_first
+    assert row["preference"] == pytest.approx(expected)
+    prompt = request["messages"][-1]["content"]
+    ours_first = prompt.index(row["output_2"]) < prompt.index(row["output_1"])
+    assert ours_first == row["swapped"]
+    assert row["swapped"] == ask.swapped(row["instruction"])
+
+
+def check_alpaca_request(request):
+    assert [turn["role"] for turn in request["messages"]] == ["system", "user"]
+    assert "{output" not in str(request)
+    assert request["max_tokens"] == 1
+    assert request["temperature"] == 0
+    assert request["top_logprobs"] == 5
+
+
+def test_alpaca_eval_for_real(alpaca):
+    """The annotator's own prompt and our loop: places, preferences, tokens, cost.
+
+    Nothing is asked twice, and the judge's address is not in the key.
+    """
+    gate, artifact = alpaca
+    rows = ask.rows(artifact)
+    assert [row["instruction"] for row in rows] == list(OUTPUTS)
     assert {row["swapped"] for row in rows} == {True, False}
-    for row in rows[:1] + rows[2:]:
-        (k,) = [
-            k
-            for k, one in enumerate(gate.asked)
-            if row["instruction"] in one["messages"][1]["content"]
-        ]
-        asked, odds = (
-            gate.asked[k],
-            {top["token"]: math.exp(top["logprob"]) for top in gate.first[k]["top_logprobs"]},
-        )
-        shown_first = odds.get("m", 0) / (odds.get("m", 0) + odds.get("M", 0))
-        assert row["preference"] == pytest.approx(
-            1 + shown_first if row["swapped"] else 2 - shown_first
-        )
-        place = [
-            asked["messages"][1]["content"].index(row[name]) for name in ("output_1", "output_2")
-        ]
-        assert (place[0] > place[1]) == row["swapped"] == ask.swapped(row["instruction"])
-        assert [turn["role"] for turn in asked["messages"]] == [
-            "system",
-            "user",
-        ] and "{output" not in str(asked)
-        assert (asked["max_tokens"], asked["temperature"], asked["top_logprobs"]) == (1, 0, 5)
-    tokens = [
-        sum(usage[name] for usage in gate.usage) for name in ("prompt_tokens", "completion_tokens")
-    ]
-    assert facts == {
+    assert len(gate.requests) == 7
+    for request in gate.requests:
+        check_alpaca_request(request)
+    for row in rows:
+        if row["instruction"] == TIE:
+            assert row["preference"] == 1.5
+        else:
+            check_preference(gate, row)
+    prompt_tokens, completion_tokens = gate.tokens()
+    assert artifact.manifest["facts"] == {
         "replies": 7,
         "refused": 0,
-        "prompt_tokens": tokens[0],
-        "completion_tokens": tokens[1],
-        "cost": pytest.approx((10 * tokens[0] + 30 * tokens[1]) / 1e6),
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "cost": pytest.approx((10 * prompt_tokens + 30 * completion_tokens) / 1e6),
     }
-    assert (
-        judge.win_rate(row["preference"] for row in rows).dropped == 0
-        and judge.length_controlled(rows).estimate
-    )
+    preferences = [row["preference"] for row in rows]
+    assert judge.win_rate(preferences).dropped == 0
+    assert judge.length_controlled(rows).estimate
     elsewhere = endpoint.Endpoint("judge", "http://127.0.0.1:9/v1", at_once=1)
-    again = ask.alpaca_eval(OUTPUTS, elsewhere, model="ours", questions=QUESTIONS)
-    assert ask.rows(again) == rows and len(gate.asked) == 7, "the address is not in the key"
-    other = {
-        ask.alpaca_eval(
-            OUTPUTS | {"Name a city.": "Rome."}, by, model="ours", questions=QUESTIONS
-        ).key,
-        ask.alpaca_eval(
-            OUTPUTS, endpoint.Endpoint("another"), model="ours", questions=QUESTIONS
-        ).key,
-    }
-    assert len(other | {made.key}) == 3
-    written = [path.read_bytes() for path in paths.ARTIFACTS.rglob("*") if path.is_file()]
-    assert len(written) >= 3 and not any(KEY.encode() in content for content in written)
+    assert ask.rows(compare_outputs(elsewhere)) == rows
+    assert len(gate.requests) == 7
+
+
+def test_the_key_is_in_no_file(alpaca):
+    _, artifact = alpaca
+    artifact.get()
+    files = [path for path in paths.ARTIFACTS.rglob("*") if path.is_file()]
+    assert len(files) >= 3
+    assert not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_another_answer_or_judge_is_another_key(alpaca):
+    _, artifact = alpaca
+    other_answer = compare_outputs(
+        endpoint.Endpoint("judge"), outputs=OUTPUTS | {"Name a city.": "Rome."}
+    )
+    other_judge = compare_outputs(endpoint.Endpoint("another"))
+    assert len({artifact.key, other_answer.key, other_judge.key}) == 3
+
+
+def test_a_missing_answer_is_refused_by_its_question():
+    archive("alpaca_eval")
     with pytest.raises(ValueError, match="no answer to 'Name a tree.': 0 answers"):
-        ask.alpaca_eval({}, by, model="ours", questions=QUESTIONS)
+        compare_outputs(endpoint.Endpoint("judge"), outputs={})
 
 
 CHILD = """
@@ -995,147 +1186,191 @@ import json, sys
 from beyond_dpo.judging import ask
 from beyond_dpo.pipeline import endpoint
 outputs, questions, prompt, url = json.loads(sys.stdin.read())
-by = endpoint.Endpoint("judge", url, at_once=2)
-ask.alpaca_eval(outputs, by, model="ours", questions=questions, prompt=prompt).get()
+judge = endpoint.Endpoint("judge", url, at_once=2)
+ask.alpaca_eval(outputs, judge, model="ours", questions=questions, prompt=prompt).get()
 """
 
 
-def test_kill_9_and_go_on(gate, store):
-    """Nothing that was kept is asked again; the result is that of a run without a kill."""
-    prompt = "<|im_start|>user\n{output_1} {output_2}<|im_end|>"
-    questions = [{"instruction": str(i), "output": f"Number {i}"} for i in range(24)]
-    outputs = {str(i): f"No. {i}" for i in range(24)}
-    by = endpoint.Endpoint("judge", gate.url)
-    made = ask.alpaca_eval(outputs, by, model="ours", questions=questions, prompt=prompt)
-    kept = paths.ARTIFACTS / f"{made.key}.partial" / "checkpoints" / "replies.jsonl"
-    killed = threading.Event()
-    gate.faults += [None] * 8 + [killed] * 40  # after eight replies it waits to be killed
+def start_child(*job):
+    """Start a process that asks a judge about a job: outputs, questions, prompt, url."""
     environment = os.environ | {"BEYOND_DPO_ARTIFACTS": str(paths.ARTIFACTS)}
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, env=environment, text=True
     )
-    # by the server's name the requests of the killed process are told apart: some may be read after
-    # its end
-    childs_url = gate.url.replace("127.0.0.1", "localhost")
-    child.stdin.write(json.dumps([outputs, questions, prompt, childs_url]))
+    child.stdin.write(json.dumps(job))
     child.stdin.close()
-    wait_for(
-        lambda: child.poll() is not None or kept.exists() and kept.read_text().count("\n") == 8, 900
-    )
+    return child
+
+
+def asked_from(gate, host):
+    """Return the numbers of the questions that came to a name of the gate."""
+    numbers = []
+    for sender, prompt in zip(gate.hosts, gate.prompts, strict=True):
+        if sender == host:
+            numbers.append(re.search(r"\d+", prompt)[0])
+    return numbers
+
+
+def test_kill_9_and_go_on(gate, store):
+    """Nothing that was kept is asked again; the result is that of a run without a kill."""
+    questions = [{"instruction": str(i), "output": f"Number {i}"} for i in range(24)]
+    outputs = {str(i): f"No. {i}" for i in range(24)}
+    model = endpoint.Endpoint("judge", gate.url)
+    artifact = ask.alpaca_eval(outputs, model, model="ours", questions=questions, prompt=PROMPT)
+    kept = paths.ARTIFACTS / f"{artifact.key}.partial" / "checkpoints" / "replies.jsonl"
+    killed = threading.Event()
+    gate.faults += [None] * 8 + [killed] * 40  # after eight replies it waits to be killed
+    # By the server's name the requests of the killed process are told apart: some may be read after
+    # its end.
+    child = start_child(outputs, questions, PROMPT, gate.url.replace("127.0.0.1", "localhost"))
+
+    def has_eight_replies():
+        return kept.exists() and kept.read_text().count("\n") == 8
+
+    wait_for(lambda: child.poll() is not None or has_eight_replies(), 900)
     assert child.poll() is None
     child.kill()
     assert child.wait() == -signal.SIGKILL
-    before = [json.loads(line)[0] for line in kept.read_text().splitlines()]
+    before = ids_in(kept)
     assert len(before) == 8
     gate.faults.clear()
     killed.set()
-    rows = ask.rows(made)
-    asked = {"localhost": [], "127.0.0.1": []}
-    for host, request in zip(gate.hosts, gate.asked, strict=True):
-        asked[host].append(re.search(r"\d+", request["messages"][0]["content"])[0])
-    assert set(before) <= set(asked["localhost"])
-    assert sorted(asked["127.0.0.1"]) == sorted(set(outputs) - set(before)), (
-        "each of the others once, none again"
-    )
-    assert [row["instruction"] for row in rows] == list(outputs) and made.manifest["facts"][
-        "replies"
-    ] == 24
+    rows = ask.rows(artifact)
+    assert set(before) <= set(asked_from(gate, "localhost"))
+    others = set(outputs) - set(before)
+    assert sorted(asked_from(gate, "127.0.0.1")) == sorted(others), "each once, none again"
+    assert [row["instruction"] for row in rows] == list(outputs)
+    assert artifact.manifest["facts"]["replies"] == 24
 
 
-def test_mt_bench_for_real(gate, store):
-    """80 questions, prompts by category, references where they belong; a judge without judgment is
-    counted.
-    """
+# ---- MT-Bench and Arena-Hard for real
+
+
+@pytest.fixture(scope="module")
+def mt_questions():
+    """Return MT-Bench's first question in writing, and its first in mathematics."""
     archive("mt_bench")
-    questions = ask._lines("mt_bench", f"{ask.MT}mt_bench/question.jsonl")
+    questions = ask._member_rows("mt_bench", f"{ask.MT}mt_bench/question.jsonl")
     assert len(questions) == 80
-    few = [
-        next(one for one in questions if one["category"] == name) for name in ("writing", "math")
-    ]
-    outputs = {one["question_id"]: ["Our first.", "Our {second}."] for one in few}
-    made = ask.mt_bench(
-        outputs, endpoint.Endpoint("judge", gate.url), model="ours", questions=few, max_tokens=24
-    )
-    rows, asked = ask.rows(made), {}
-    assert [(row["category"], row["turn"]) for row in rows] == [
-        (c, t) for c in ("writing", "math") for t in (1, 2)
-    ]
-    for one in gate.asked:
-        said = one["messages"][1]["content"]
-        asked[("Reference" in said or "reference" in said, "Our {second}." in said)] = said
-    assert set(asked) == {(False, False), (False, True), (True, False), (True, True)}
-    references = ask.answers(
-        assets.member("mt_bench", f"{ask.MT}mt_bench/reference_answer/gpt-4.jsonl")
-    )
+    first = {}
+    for question in questions:
+        first.setdefault(question["category"], question)
+    return [first["writing"], first["math"]]
+
+
+def rate(answers, model, **options):
+    return ask.mt_bench(answers, model, model="ours", **options)
+
+
+def mt_prompts(gate):
+    """Return {(beside a reference, second turn): what the judge was shown}."""
+    prompts = {}
+    for prompt in gate.prompts:
+        referenced = "Reference" in prompt or "reference" in prompt
+        prompts[referenced, "Our {second}." in prompt] = prompt
+    return prompts
+
+
+def test_mt_bench_for_real(gate, store, mt_questions):
+    """Prompts go by category, and references are where they belong.
+
+    A judge without a judgment is counted.
+    """
+    writing, math_question = mt_questions
+    ours = {question["question_id"]: ["Our first.", "Our {second}."] for question in mt_questions}
+    model = endpoint.Endpoint("judge", gate.url)
+    rows = ask.rows(rate(ours, model, questions=mt_questions, max_tokens=24))
+    turns = [(row["category"], row["turn"]) for row in rows]
+    assert turns == [("writing", 1), ("writing", 2), ("math", 1), ("math", 2)]
+    prompts = mt_prompts(gate)
+    assert set(prompts) == {(False, False), (False, True), (True, False), (True, True)}
+    content = assets.member("mt_bench", f"{ask.MT}mt_bench/reference_answer/gpt-4.jsonl")
+    references = ask.answers(content)[math_question["question_id"]]
     for second in (False, True):
-        assert references[few[1]["question_id"]][second] in asked[True, second]
-        assert (
-            few[0]["turns"][second] in asked[False, second] and "Our first." in asked[False, second]
-        )
-    found = judge.mt_bench(rows)
-    assert found.unparsed == sum(judge.rating(row["judgment"]) is None for row in rows)
+        assert references[second] in prompts[True, second]
+        assert writing["turns"][second] in prompts[False, second]
+        assert "Our first." in prompts[False, second]
+    ratings = [judge.rating(row["judgment"]) for row in rows]
+    assert judge.mt_bench(rows).unparsed == ratings.count(None)
+
+
+def test_mt_benchs_answers_that_lack_are_refused():
+    archive("mt_bench")
+    model = endpoint.Endpoint("judge")
     with pytest.raises(ValueError, match="no answer to 81"):
-        ask.mt_bench({}, endpoint.Endpoint("judge", gate.url), model="ours")
+        rate({}, model)
     with pytest.raises(ValueError, match="question 81 has one answer, of two turns"):
-        ask.mt_bench({81: "A text."}, endpoint.Endpoint("judge", gate.url), model="ours")
-    added = {"question_id": 999, "category": "math", "turns": ["1 + 1?", "Twice?"]}
+        rate({81: "A text."}, model)
+
+
+def test_a_question_of_ones_own_needs_a_reference():
+    archive("mt_bench")
+    model = endpoint.Endpoint("judge")
+    question = {"question_id": 999, "category": "math", "turns": ["1 + 1?", "Twice?"]}
+    ours = {999: ["2", "4"]}
     with pytest.raises(ValueError, match="no answer to 999"):
-        ask.mt_bench({999: ["2", "4"]}, endpoint.Endpoint("judge"), model="ours", questions=[added])
-    added["reference"] = ["Two.", "Four."]
-    assert (
-        ask.mt_bench(
-            {999: ["2", "4"]}, endpoint.Endpoint("judge"), model="ours", questions=[added]
-        ).key
-        != made.key
-    )
+        rate(ours, model, questions=[question])
+    digits = rate(ours, model, questions=[question | {"reference": ["2.", "4."]}])
+    names = rate(ours, model, questions=[question | {"reference": ["Two.", "Four."]}])
+    assert digits.key != names.key
 
 
-def test_arena_hard_for_real(gate, store):
-    """v2.0 with its own baselines, and rows as of v0.1 with a given one; each question in both
-    places.
-    """
+@pytest.fixture(scope="module")
+def arena_questions():
+    """Return the shortest of Arena-Hard's questions of each category."""
     archive("llm_eval")
-    questions = ask._lines("llm_eval", f"{ask.ARENA}question.jsonl")
+    questions = ask._member_rows("llm_eval", f"{ask.ARENA}question.jsonl")
     assert len(questions) == 750
-    few = [
-        min(
-            (one for one in questions if one["category"] == name),
-            key=lambda one: len(one["prompt"]),
-        )
-        for name in ("hard_prompt", "creative_writing")
+    shortest = {}
+    for question in sorted(questions, key=lambda question: len(question["prompt"])):
+        shortest.setdefault(question["category"], question)
+    return [shortest["hard_prompt"], shortest["creative_writing"]]
+
+
+def test_arena_hard_for_real(gate, store, arena_questions):
+    """Version 2.0 with its own baselines, each question in both places."""
+    outputs = {question["uid"]: "Our {answer}." for question in arena_questions}
+    model = endpoint.Endpoint("judge", gate.url)
+    artifact = ask.arena_hard(outputs, model, model="ours", questions=arena_questions, max_tokens=8)
+    assert [(row["model_a"], row["model_b"]) for row in ask.rows(artifact)] == [
+        ("o3-mini-2025-01-31", "ours"),
+        ("ours", "o3-mini-2025-01-31"),
+        ("gemini-2.0-flash-001", "ours"),
+        ("ours", "gemini-2.0-flash-001"),
     ]
-    outputs, by = {one["uid"]: "Our {answer}." for one in few}, endpoint.Endpoint("judge", gate.url)
-    rows = ask.rows(ask.arena_hard(outputs, by, model="ours", questions=few, max_tokens=8))
-    baselines = ["o3-mini-2025-01-31", "gemini-2.0-flash-001"]
-    pairs = [pair for name in baselines for pair in ((name, "ours"), ("ours", name))]
-    assert [(row["model_a"], row["model_b"]) for row in rows] == pairs
-    old = [{"question_id": "a", "category": "arena-hard-v0.1", "turns": [{"content": "Why?"}]}]
-    content = (
-        b'{"question_id": "a", "choices": [{"turns": [{"content": "Their \xe2\x80\xa8 '
-        b'answer."}]}]}\n'
-    )
-    theirs = ask.answers(content)
-    assert theirs == {"a": "Their \u2028 answer."}, "a line separator in a text ends no line"
-    gate.asked.clear()
-    given = {"questions": old, "baseline": ("gpt-4-0314", theirs), "max_tokens": 8}
-    made = ask.arena_hard({"a": "Ours."}, by, model="ours", **given)
-    assert [row["model_a"] for row in ask.rows(made)] == ["gpt-4-0314", "ours"]
-    first, second = sorted(
-        gate.asked, key=lambda one: one["messages"][1]["content"].index("Ours."), reverse=True
-    )
-    assert first["messages"][1]["content"].index("Their") < first["messages"][1]["content"].index(
-        "Ours."
-    )
-    assert second["messages"][1]["content"].index("Ours.") < second["messages"][1]["content"].index(
-        "Their"
-    )
-    assert "[[A>>B]]" in first["messages"][0]["content"] and first["max_tokens"] == 8
 
 
-def test_published_pairs_are_extrapolated_and_judged(store, gate, tiny, tmp_path, monkeypatch):
-    """Two folders as two hub ids: α by a reward model on dev prompts, both ends on AlpacaEval's, a
-    real judge.
-    """
+def test_a_line_separator_in_an_answer_ends_no_line():
+    row = {"question_id": "a", "choices": [{"turns": [{"content": "Their \u2028 answer."}]}]}
+    content = json.dumps(row, ensure_ascii=False) + "\n"
+    assert ask.answers(content.encode()) == {"a": "Their \u2028 answer."}
+
+
+def test_arena_hard_with_rows_of_version_0_1_and_a_given_baseline(gate, store):
+    archive("llm_eval")
+    question = {"question_id": "a", "category": "arena-hard-v0.1", "turns": [{"content": "Why?"}]}
+    artifact = ask.arena_hard(
+        {"a": "Ours."},
+        endpoint.Endpoint("judge", gate.url),
+        model="ours",
+        questions=[question],
+        baseline=("gpt-4-0314", {"a": "Theirs."}),
+        max_tokens=8,
+    )
+    assert [row["model_a"] for row in ask.rows(artifact)] == ["gpt-4-0314", "ours"]
+    assert len(gate.requests) == 2
+    ours_first = [prompt.index("Ours.") < prompt.index("Theirs.") for prompt in gate.prompts]
+    assert sorted(ours_first) == [False, True]
+    for request in gate.requests:
+        assert "[[A>>B]]" in request["messages"][0]["content"]
+        assert request["max_tokens"] == 8
+
+
+# ---- published pairs
+
+
+def save_pair_and_reward(tiny, folder):
+    """Save a model near the tiny one as `aligned`, and a random reward model as `reward`."""
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -1143,20 +1378,24 @@ def test_published_pairs_are_extrapolated_and_judged(store, gate, tiny, tmp_path
         AutoTokenizer,
     )
 
-    archive("llm_eval")
-    archive("alpaca_eval")
-    model = AutoModelForCausalLM.from_pretrained(tiny)
+    aligned = AutoModelForCausalLM.from_pretrained(tiny)
     with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    reward = AutoModelForSequenceClassification.from_config(
-        AutoConfig.from_pretrained(tiny, num_labels=1)
-    )
-    for name, made in (("aligned", model), ("reward", reward)):
-        made.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / name)
-    dev = tmp_path / "dev.jsonl"
-    dev.write_text("".join(json.dumps({"prompt": f"Say {n} words."}) + "\n" for n in range(4)))
+        for weight in aligned.parameters():
+            generator = torch.Generator().manual_seed(0)
+            weight += 0.02 * torch.randn(weight.shape, generator=generator)
+    reward_config = AutoConfig.from_pretrained(tiny, num_labels=1)
+    reward = AutoModelForSequenceClassification.from_config(reward_config)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    for name, model in (("aligned", aligned), ("reward", reward)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def published_settings(tiny, folder, gate):
+    """Return settings of two folders as two hub ids, with a judge behind the gate."""
+    dev = folder / "dev.jsonl"
+    prompts = [{"prompt": f"Say {number} words."} for number in range(4)]
+    dev.write_text("".join(json.dumps(row) + "\n" for row in prompts))
     world = {
         "target": str(tiny),
         "dataset": str(dev),
@@ -1171,47 +1410,59 @@ def test_published_pairs_are_extrapolated_and_judged(store, gate, tiny, tmp_path
         "gold_rows": 0,
         "reward_rows": 0,
         "prompt_tokens": [1, 60],
-        "reward_model": str(tmp_path / "reward"),
+        "reward_model": str(folder / "reward"),
     }
-    changes = {
-        "pairs": {"mine": [str(tiny), str(tmp_path / "aligned")]},
-        "published_alphas": [0, 0.5],
-    }
-    changes["test_samples"] = 1
-    where = {"judge": "judge", "judge_url": gate.url, "kl_prompts": 0}
-    cfg = config.load("expo", "smoke", world=world, **changes, **where)
-    found = published.off_the_shelf(cfg)
-    table, best, wins = (
-        found.csv("responses.csv.gz"),
-        found.json("best.json"),
-        found.json("wins.json"),
+    return config.load(
+        "expo",
+        "smoke",
+        world=world,
+        pairs={"mine": [str(tiny), str(folder / "aligned")]},
+        published_alphas=[0, 0.5],
+        test_samples=1,
+        judge="judge",
+        judge_url=gate.url,
+        kl_prompts=0,
     )
-    assert set(table[table["split"] == "dev"]["alpha"]) == {0, 0.5} and best["mine"] in (0, 0.5)
+
+
+def test_published_pairs_are_extrapolated_and_judged(store, gate, tiny, tmp_path):
+    """α is chosen by a reward model on dev prompts; both ends are judged on AlpacaEval's."""
+    archive("llm_eval", "alpaca_eval")
+    save_pair_and_reward(tiny, tmp_path)
+    artifact = published.off_the_shelf(published_settings(tiny, tmp_path, gate))
+    table = artifact.csv("responses.csv.gz")
+    best = artifact.json("best.json")
+    wins = artifact.json("wins.json")
+    dev = table[table["split"] == "dev"]
+    assert set(dev["alpha"]) == {0, 0.5}
+    assert best["mine"] in (0, 0.5)
     assert {row["alpha"] for row in wins} == {0.0, best["mine"]}
-    judged = wins[0]["win_rate"]
-    assert judged["wins"] + judged["losses"] + judged["draws"] + judged["dropped"] == len(
-        table[(table["split"] == "test") & (table["alpha"] == 0)]
-    )
-    assert 0 < judged["percent"] < 100 and wins[0]["length_controlled"]["estimate"]
-    assert len(gate.asked) >= judged["wins"] + judged["losses"]
+    score = wins[0]["win_rate"]
+    assert 0 < score["percent"] < 100
+    assert wins[0]["length_controlled"]["estimate"]
+    test = table[(table["split"] == "test") & (table["alpha"] == 0)]
+    decided = score["wins"] + score["losses"]
+    assert decided + score["draws"] + score["dropped"] == len(test)
+    assert len(gate.requests) >= decided
+
+
+def test_prompts_that_are_not_alpaca_evals_are_refused():
+    archive("llm_eval")
     with pytest.raises(ValueError, match="none of 1 prompts is AlpacaEval's"):
         ask.alpaca_questions({"What?": "That."})
 
 
 def test_a_judge_that_refuses_everything_gives_no_result_and_is_asked_again(gate, store):
-    """HTTP 400 to all: an error, not a finished artifact without a judgement; once it answers, it
-    is asked anew.
+    """HTTP 400 to all is an error, not a finished artifact without a judgement.
+
+    Once the judge answers, it is asked anew.
     """
     archive("mt_bench")
     question = {"question_id": 1, "category": "writing", "turns": ["Say a.", "Say b."]}
-    made = ask.mt_bench(
-        {1: ["a", "b"]},
-        endpoint.Endpoint("judge", gate.url, at_once=1),
-        model="ours",
-        questions=[question],
-        max_tokens=8,
-    )
+    model = endpoint.Endpoint("judge", gate.url, at_once=1)
+    artifact = rate({1: ["a", "b"]}, model, questions=[question], max_tokens=8)
     gate.faults += [400, 400]
     with pytest.raises(endpoint.EndpointError, match=r"judge refused all 2 requests \(HTTP 400\)"):
-        made.get()
-    assert len(ask.rows(made)) == 2 and made.manifest["facts"]["refused"] == 0
+        artifact.get()
+    assert len(ask.rows(artifact)) == 2
+    assert artifact.manifest["facts"]["refused"] == 0

@@ -33,13 +33,13 @@ from beyond_dpo.machine import launch
 
 folder, launcher, *names = sys.argv[1:]
 for name in names:
-    place = Path(folder, name)
-    module, job = json.loads(place.with_suffix(".json").read_text())
+    path = Path(folder, name)
+    module, job = json.loads(path.with_suffix(".json").read_text())
     try:
-        launch.run(module, job, place / "checkpoints", desc=name, launcher=launcher, processes=2)
-        place.with_suffix(".ok").touch()
+        launch.run(module, job, path / "checkpoints", desc=name, launcher=launcher, processes=2)
+        path.with_suffix(".ok").touch()
     except launch.JobFailed as failure:
-        place.with_suffix(".failed").write_text(str(failure))
+        path.with_suffix(".failed").write_text(str(failure))
 """
 # Of a job's two processes one fails, if the job says so, and then the other one at the barrier.
 TASK = """
@@ -80,16 +80,14 @@ child.wait()
 """
 
 
+OF_A_CLUSTER = ("SLURM_", "BEYOND_DPO_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+
+
 @pytest.fixture(autouse=True)
 def no_cluster(monkeypatch):
     """Take what the machine of the tests may say of a cluster out of their environment."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "BEYOND_DPO_")) or name in (
-            "RANK",
-            "WORLD_SIZE",
-            "LOCAL_RANK",
-            "MASTER_ADDR",
-        ):
+        if name.startswith(OF_A_CLUSTER):
             monkeypatch.delenv(name)
 
 
@@ -98,19 +96,25 @@ def no_cluster(monkeypatch):
 
 @pytest.fixture
 def hosts(tmp_path, monkeypatch):
+    """Return a function that writes the hostfile and names it in the environment."""
+
     def write(text):
-        (tmp_path / "hostfile").write_text(text)
-        monkeypatch.setenv("BEYOND_DPO_HOSTFILE", str(tmp_path / "hostfile"))
+        path = tmp_path / "hostfile"
+        path.write_text(text)
+        monkeypatch.setenv("BEYOND_DPO_HOSTFILE", str(path))
 
     return write
 
 
 def test_a_hostfile_gives_launcher_and_processes(hosts):
-    assert cluster.hostfile() == {} and cluster.machine(config.Train.MACHINE) == {}
+    assert cluster.hostfile() == {}
+    assert cluster.machine(config.Train.MACHINE) == {}
     hosts("# two\nnode-1 slots=4\n\n10.0.0.2   slots=4  # the other\n")
-    assert cluster.hostfile() == {"node-1": 4, "10.0.0.2": 4} and cluster.nodes("deepspeed") == 2
+    assert cluster.hostfile() == {"node-1": 4, "10.0.0.2": 4}
     assert cluster.machine(config.Train.MACHINE) == {"launcher": "deepspeed", "processes": 8}
-    assert cluster.nodes("torchrun") == cluster.nodes("plain") == 1
+    assert cluster.nodes("deepspeed") == 2
+    assert cluster.nodes("torchrun") == 1
+    assert cluster.nodes("plain") == 1
 
 
 @pytest.mark.parametrize(
@@ -143,66 +147,89 @@ def test_the_hostfile_of_the_recipes_is_one(monkeypatch):
         config.load("expo", "paper", train__micro_batch=8)
 
 
+def keys(cfg):
+    return [stages.sft(cfg).key, stages.aligned(cfg, 0.5).key]
+
+
 def test_the_environment_sets_the_machine_and_never_a_key(monkeypatch):
     before = config.load("expo", "smoke")
-    keys = [stages.sft(before).key, stages.aligned(before, 0.5).key]
-    given = {
+    variables = {
         "LAUNCHER": "srun",
         "PROCESSES": "2",
         "MICRO_BATCH": "1",
         "OFFLOAD": "true",
         "ZERO": "2",
-        "LR": "7",
+        "LR": "7",  # of the result
     }
-    for name, value in given.items():
+    for name, value in variables.items():
         monkeypatch.setenv(f"BEYOND_DPO_{name}", value)
     cfg = config.load("expo", "smoke")
-    assert cfg.sft.launcher == cfg.train.launcher == "srun" and cfg.train.processes == 2
-    assert (cfg.train.micro_batch, cfg.train.offload, cfg.train.zero) == (1, True, 2)
-    assert (
-        cfg.train.lr == before.train.lr and cfg.train.global_batch == before.train.global_batch
-    ), "of the result"
-    assert [stages.sft(cfg).key, stages.aligned(cfg, 0.5).key] == keys
-    assert config.load("expo", "smoke", train__processes=4).train.processes == 4, (
-        "a notebook's own value counts more"
-    )
-    monkeypatch.setenv("BEYOND_DPO_PROCESSES", "two")
-    with pytest.raises(config.ConfigError, match=r"processes.*'two'"):
-        config.load("expo", "smoke")
-    monkeypatch.setenv("BEYOND_DPO_PROCESSES", "16")
-    with pytest.raises(
-        config.ConfigError, match="cannot be split into micro_batch=1 × processes=16"
-    ):
+    assert cfg.sft.launcher == "srun"
+    assert cfg.train.launcher == "srun"
+    assert cfg.train.processes == 2
+    assert cfg.train.micro_batch == 1
+    assert cfg.train.offload is True
+    assert cfg.train.zero == 2
+    assert cfg.train.lr == before.train.lr
+    assert cfg.train.global_batch == before.train.global_batch
+    assert keys(cfg) == keys(before)
+
+
+def test_a_notebooks_own_value_counts_more_than_the_environments(monkeypatch):
+    monkeypatch.setenv("BEYOND_DPO_PROCESSES", "2")
+    assert config.load("expo", "smoke", train__processes=4).train.processes == 4
+
+
+@pytest.mark.parametrize(
+    "processes, message",
+    [
+        ("two", r"processes.*'two'"),
+        ("16", "cannot be split into micro_batch=1 × processes=16"),
+    ],
+)
+def test_a_number_of_processes_that_cannot_be_is_refused(monkeypatch, processes, message):
+    monkeypatch.setenv("BEYOND_DPO_MICRO_BATCH", "1")
+    monkeypatch.setenv("BEYOND_DPO_PROCESSES", processes)
+    with pytest.raises(config.ConfigError, match=message):
         config.load("expo", "smoke")
 
 
-def test_commands_for_many_nodes(hosts, monkeypatch, tmp_path):
-    file = tmp_path / "c.json"
+def test_deepspeeds_command_for_many_nodes(hosts, tmp_path):
+    job = tmp_path / "c.json"
     hosts("a slots=4\nb slots=4")
-    line = launch.command("m", file, launcher="deepspeed", processes=8)
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "4"]
     ssh = ["--hostfile", str(tmp_path / "hostfile"), "--force_multi"]
-    assert line == [*runner, *ssh, "--no_local_rank", "--module", "m", str(file)]
+    command = launch.command("m", job, launcher="deepspeed", processes=8)
+    assert command == [*runner, *ssh, "--no_local_rank", "--module", "m", str(job)]
     with pytest.raises(ValueError, match="8 processes a host are more than the slots"):
-        launch.command("m", file, launcher="deepspeed", processes=16)
+        launch.command("m", job, launcher="deepspeed", processes=16)
 
+
+def test_sruns_command_for_many_nodes(monkeypatch, tmp_path):
+    job = tmp_path / "c.json"
     monkeypatch.setenv("SLURM_NNODES", "2")
-    line = launch.command("m", file, launcher="srun", processes=8)
-    assert line[:3] == ["srun", "--ntasks", "8"]
-    assert line[-5:] == [sys.executable, "-u", "-m", "m", str(file)]
+    command = launch.command("m", job, launcher="srun", processes=8)
+    assert command[:3] == ["srun", "--ntasks", "8"]
+    assert command[-5:] == [sys.executable, "-u", "-m", "m", str(job)]
     with pytest.raises(ValueError, match="3 processes cannot be shared equally by 2 nodes"):
-        launch.command("m", file, launcher="srun", processes=3)
+        launch.command("m", job, launcher="srun", processes=3)
 
-    alone = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
-    assert launch.command("m", file, launcher="torchrun", processes=3)[:5] == alone
+
+def test_torchruns_command_knows_no_other_node(hosts, monkeypatch, tmp_path):
+    hosts("a slots=4\nb slots=4")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    command = launch.command("m", tmp_path / "c.json", launcher="torchrun", processes=3)
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3"]
+    assert command[:5] == agent
 
 
 def test_processes_of_other_nodes_follow_no_process_of_the_head(hosts, monkeypatch, tmp_path):
-    """Only for the launchers that reach other nodes; DeepSpeed's gets a file of what to export
-    there.
+    """This is for the launchers that reach other nodes.
+
+    DeepSpeed's gets a file of what to export there.
     """
-    assert cluster.environment("plain", tmp_path) == cluster.environment("torchrun", tmp_path) == {}
-    assert cluster.environment("deepspeed", tmp_path) == {}
+    for launcher in ("plain", "torchrun", "deepspeed"):
+        assert cluster.environment(launcher, tmp_path) == {}
     assert cluster.environment("srun", tmp_path) == {
         "BEYOND_DPO_PARENT": "0",
         "OMP_NUM_THREADS": "1",
@@ -221,76 +248,78 @@ def test_what_deepspeed_exports(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path.parent)
     (tmp_path / ".deepspeed_env").write_text("UCX_TLS=tcp\nNCCL_DEBUG=WARN\n")
-    given = {
+    variables = {
         "NCCL_DEBUG": "INFO",
         "OMP_NUM_THREADS": "3",
         "OPENAI_API_KEY": "secret",
         "HF_TOKEN": "secret",
     }
-    text = cluster.exported(given)
-    assert text == "UCX_TLS=tcp\nNCCL_DEBUG=WARN\nNCCL_DEBUG=INFO\nOMP_NUM_THREADS=3\n", (
-        "no secret leaves the head"
-    )
+    expected = "UCX_TLS=tcp\nNCCL_DEBUG=WARN\nNCCL_DEBUG=INFO\nOMP_NUM_THREADS=3\n"
+    assert cluster.exported(variables) == expected, "no secret leaves the head"
 
 
-ALONE = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
-STEP = dict(
-    STEP_NUM_TASKS="16", STEP_ID="2", JOB_ID="4242", PROCID="9", LOCALID="1", STEP_NODELIST="n[1-2]"
-)
+ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "0",
+}
+STEP = {
+    "STEP_NUM_TASKS": "16",
+    "STEP_ID": "2",
+    "JOB_ID": "4242",
+    "PROCID": "9",
+    "LOCALID": "1",
+    "STEP_NODELIST": "n[1-2]",
+}
+OF_STEP = {
+    "RANK": "9",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "16",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "23476",
+}
+BATCH_SCRIPT = {"NTASKS": "16", "PROCID": "0", "JOB_ID": "4242"}  # is no step
+NOTEBOOK_SERVER = STEP | {"STEP_NUM_TASKS": "1", "PROCID": "0"}  # is a step of one task
+
+
+def set_slurm(monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+@pytest.mark.parametrize("slurm", [{}, BATCH_SCRIPT, NOTEBOOK_SERVER])
+def test_a_process_that_is_alone(monkeypatch, slurm):
+    set_slurm(monkeypatch, slurm)
+    assert cluster.rank(8) == ALONE
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert cluster.rank(8) == ALONE
 
 
 @pytest.mark.parametrize(
-    "slurm, devices, want",
+    "changes, devices, different",
     [
-        ({}, 0, ALONE),
+        ({}, 0, {}),
+        ({"STEP_NODELIST": "gpu[03-07,11],big"}, 8, {"MASTER_ADDR": "gpu03"}),
+        # A task that sees its own device only.
+        ({"STEP_NODELIST": "gpu[11,13]"}, 1, {"LOCAL_RANK": "0", "MASTER_ADDR": "gpu11"}),
         (
-            {"NTASKS": "16", "PROCID": "0", "JOB_ID": "4242"},
-            8,
-            ALONE,
-        ),  # the batch script, which is no step
-        (
-            STEP | {"STEP_NUM_TASKS": "1", "PROCID": "0"},
-            8,
-            ALONE,
-        ),  # a notebook server that srun started
-        (
-            STEP,
-            0,
-            {
-                "RANK": "9",
-                "LOCAL_RANK": "1",
-                "WORLD_SIZE": "16",
-                "MASTER_ADDR": "n1",
-                "MASTER_PORT": "23476",
-            },
-        ),
-        (
-            STEP | {"STEP_NODELIST": "gpu[03-07,11],big"},
-            8,
-            {"LOCAL_RANK": "1", "MASTER_ADDR": "gpu03"},
-        ),
-        (
-            STEP | {"STEP_NODELIST": "gpu[11,13]"},
-            1,
-            {"LOCAL_RANK": "0", "MASTER_ADDR": "gpu11"},
-        ),  # sees its own only
-        (
-            STEP | {"STEP_NODELIST": "big-7,big-8", "STEP_ID": "3"},
+            {"STEP_NODELIST": "big-7,big-8", "STEP_ID": "3"},
             4,
             {"MASTER_ADDR": "big-7", "MASTER_PORT": "23477"},
         ),
     ],
 )
-def test_rank_by_slurm(monkeypatch, slurm, devices, want):
-    """The port is 12000 + (97 · job + step) mod 20000: here 97 · 4242 + 2 = 411476, and 12000 +
-    11476.
+def test_rank_by_slurm(monkeypatch, changes, devices, different):
+    """The port is 12000 + (97 · job + step) mod 20000.
+
+    Here 97 · 4242 + 2 = 411476, and the port is 12000 + 11476.
     """
-    for name, value in slurm.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    found = cluster.rank(devices)
-    assert found.keys() == ALONE.keys() and found == found | want
+    set_slurm(monkeypatch, STEP | changes)
+    assert cluster.rank(devices) == OF_STEP | different
     monkeypatch.setenv("MASTER_PORT", "29500")
-    assert cluster.rank(devices)["MASTER_PORT"] == ("0" if found == ALONE else "29500")
+    assert cluster.rank(devices)["MASTER_PORT"] == "29500"
 
 
 # ---- when one of those that started a process is gone
@@ -306,18 +335,23 @@ def test_a_process_follows_its_launcher_unless_it_was_started_by_hand(monkeypatc
     launcher.communicate()
     if follows:
         wait_for(lambda: not alive(pid), 10)
-        return
-    time.sleep(2.5)
-    assert alive(pid)
-    os.kill(pid, signal.SIGKILL)
+    else:
+        time.sleep(2.5)
+        assert alive(pid)
+        os.kill(pid, signal.SIGKILL)
+
+
+def put_on_path(monkeypatch, command, script):
+    """Write a command, which comes before all others of its name."""
+    command.parent.mkdir()
+    command.write_text(script)
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
 
 
 @pytest.mark.skipif(not cluster.TETHER, reason="no setpriv")
 def test_a_launcher_of_other_nodes_is_told_to_end_when_its_head_is_killed(tmp_path, monkeypatch):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "srun").write_text(SRUN.format(folder=tmp_path))
-    (tmp_path / "bin" / "srun").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    put_on_path(monkeypatch, tmp_path / "bin" / "srun", SRUN.format(folder=tmp_path))
     (tmp_path / "task.json").write_text(json.dumps(["no_module", {}]))
     head = subprocess.Popen([sys.executable, "-c", HEAD, str(tmp_path), "srun", "task"])
     wait_for((tmp_path / "started").exists)
@@ -331,7 +365,7 @@ def test_a_launcher_of_other_nodes_is_told_to_end_when_its_head_is_killed(tmp_pa
 
 @pytest.fixture(scope="module")
 def folder(tiny, rows, tmp_path_factory):
-    """Write a training job, job.json, and its result in one process, the folder `one`."""
+    """Return a folder of a training job, job.json, and its result in one process, `one`."""
     folder = tmp_path_factory.mktemp("cluster")
     folder.chmod(0o755)
     write_rows(folder / "rows.jsonl", rows)
@@ -353,18 +387,19 @@ def folder(tiny, rows, tmp_path_factory):
         "settings": dataclasses.asdict(config.Train(**settings, warmup=0.2)),
     }
     (folder / "job.json").write_text(json.dumps(job))
-    launch.run(
-        "beyond_dpo.jobs.train",
-        job | {"out": str(folder / "one")},
-        folder / "one" / "checkpoints",
-        desc="one",
-    )
+    out = folder / "one"
+    launch.run("beyond_dpo.jobs.train", job | {"out": str(out)}, out / "checkpoints", desc="one")
     return folder
 
 
+def ip(arguments):
+    subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
+
+
 class Hosts:
-    """Two hosts, n1 and n2: network and UTS namespaces with addresses 10.77.N.1 and .2; or this
-    machine twice.
+    """Two hosts, n1 and n2: network and UTS namespaces, or, with `alone`, this machine twice.
+
+    Their addresses are 10.77.N.1 and 10.77.N.2.
     """
 
     def __init__(self, tmp: Path, alone: bool):
@@ -376,22 +411,18 @@ class Hosts:
             return
         subprocess.run(["unshare", "--uts", "hostname", "n1"], check=True, capture_output=True)
         number = os.getpid() % 250
-        self.names = [f"bd{os.getpid()}{c}" for c in "ab"]
+        self.names = [f"bd{os.getpid()}a", f"bd{os.getpid()}b"]
         self.addresses = [f"10.77.{number}.1", f"10.77.{number}.2"]
         first, second = self.addresses
         (tmp / "hosts").write_text(f"127.0.0.1 localhost\n{first} n1\n{second} n2\n")
         a, b = self.names
-        lines = [
-            f"netns add {a}",
-            f"netns add {b}",
-            f"link add eth0 netns {a} type veth peer name eth0 netns {b}",
-        ]
+        ip(f"netns add {a}")
+        ip(f"netns add {b}")
+        ip(f"link add eth0 netns {a} type veth peer name eth0 netns {b}")
         for name, address in zip(self.names, self.addresses, strict=True):
-            lines.append(f"-n {name} addr add {address}/24 dev eth0")
-            lines.append(f"-n {name} link set eth0 up")
-            lines.append(f"-n {name} link set lo up")
-        for line in lines:
-            subprocess.run(["ip", *line.split()], check=True, capture_output=True)
+            ip(f"-n {name} addr add {address}/24 dev eth0")
+            ip(f"-n {name} link set eth0 up")
+            ip(f"-n {name} link set lo up")
 
     def start(self, host: int, *command, **environment) -> subprocess.Popen:
         """Start a command on a host, in a session of its own; its output is kept in the folder."""
@@ -399,9 +430,10 @@ class Hosts:
         interface = "lo"
         if self.names:
             interface = "eth0"
-            known = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
-            enter = ["ip", "netns", "exec", self.names[host], "unshare", "--uts"]
-            enter += ["sh", "-c", known, f"n{host + 1}", str(self.tmp / "hosts")]
+            script = 'hostname "$0"; mount --bind "$1" /etc/hosts; shift; exec "$@"'
+            namespace = ["ip", "netns", "exec", self.names[host], "unshare", "--uts"]
+            shell = ["sh", "-c", script, f"n{host + 1}", str(self.tmp / "hosts")]
+            enter = [*namespace, *shell]
         with open(self.tmp / f"output{len(self.children)}", "wb") as out:
             child = subprocess.Popen(
                 [*enter, *map(str, command)],
@@ -425,24 +457,33 @@ class Hosts:
 
     def close(self):
         for child in reversed(self.children):  # servers last, as the others may say good-bye
-            for end in (child.terminate, child.kill):
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(10 if child.poll() is None and end() is None else 0)
+            end_process(child)
         for name in self.names:
             subprocess.run(["ip", "netns", "del", name], check=True)
 
 
+def end_process(child):
+    """Ask a process to end, and kill it if it does not within ten seconds."""
+    child.terminate()
+    try:
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait(10)
+
+
 @pytest.fixture
 def two(tmp_path):
-    """Yield two hosts, or one that plays both where namespaces cannot be made: no `ip`, no root, no
-    leave.
+    """Yield two hosts, or one that plays both where namespaces cannot be made.
+
+    They need `ip`, root, and leave to make them.
     """
     try:
-        made = Hosts(tmp_path, alone=False)
+        hosts = Hosts(tmp_path, alone=False)
     except (OSError, subprocess.CalledProcessError):
-        made = Hosts(tmp_path, alone=True)
-    yield made
-    made.close()
+        hosts = Hosts(tmp_path, alone=True)
+    yield hosts
+    hosts.close()
 
 
 @pytest.fixture
@@ -453,43 +494,58 @@ def apart(two):
 
 
 def write_jobs(folder, launcher) -> list[str]:
-    """Write what HEAD runs: a training, a task that fails, one that does not end. Return their
-    names.
+    """Write what HEAD runs: a training, a task that fails, one that does not end.
+
+    Returns their names.
     """
-    names = [launcher, f"{launcher}-broken", f"{launcher}-endless"]
-    training = json.loads((folder / "job.json").read_text()) | {"out": str(folder / launcher)}
-    broken = {"notes": str(folder / names[1]), "fail": "1"}
-    endless = {"notes": str(folder / names[2]), "fail": ""}
-    jobs = [["beyond_dpo.jobs.train", training], ["a_task", broken], ["a_task", endless]]
-    for name, job in zip(names, jobs, strict=True):
+    broken = f"{launcher}-broken"
+    endless = f"{launcher}-endless"
+    jobs = {
+        launcher: ["beyond_dpo.jobs.train", training_job(folder, launcher)],
+        broken: ["a_task", {"notes": str(folder / broken), "fail": "1"}],
+        endless: ["a_task", {"notes": str(folder / endless), "fail": ""}],
+    }
+    for name, job in jobs.items():
         (folder / f"{name}.json").write_text(json.dumps(job))
     (folder / "a_task.py").write_text(TASK)
     (folder / "a_head.py").write_text(HEAD)
-    return names
+    return list(jobs)
 
 
-def named(folder):
-    """Return the processes on all hosts whose command line names the folder: launchers and all that
-    they started.
+def training_job(folder, name):
+    job = json.loads((folder / "job.json").read_text())
+    return job | {"out": str(folder / name)}
+
+
+def processes_of(folder):
+    """Return the processes on all hosts whose command line names the folder.
+
+    These are launchers and all that they started.
     """
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
-            found += [path.name] * (f"{folder}/".encode() in (path / "cmdline").read_bytes())
-    return found
+            command = (path / "cmdline").read_bytes()
+            if f"{folder}/".encode() in command:
+                pids.append(path.name)
+    return pids
 
 
 def losses(folder, name):
-    return [
-        json.loads(line)["loss"] for line in (folder / name / "log.jsonl").read_text().splitlines()
-    ]
+    lines = (folder / name / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def check_trained(folder, name):
     """Compare with one process: another number of processes is the same training."""
-    assert len(losses(folder, name)) == 6
-    assert losses(folder, name) == pytest.approx(losses(folder, "one"), abs=1e-5)
+    trained = losses(folder, name)
+    assert len(trained) == 6
+    assert trained == pytest.approx(losses(folder, "one"), abs=1e-5)
     assert (folder / name / "model.safetensors").exists()
+
+
+def wait_for_end_of(pids, seconds=30):
+    wait_for(lambda: not any(alive(pid) for pid in pids), seconds)
 
 
 def check_head(folder, launcher):
@@ -501,33 +557,28 @@ def check_head(folder, launcher):
     check_trained(folder, launcher)
     message = (folder / f"{launcher}-broken.failed").read_text()
     assert message.count("ValueError: broken lamp") == 1
-    pids = [(folder / f"{launcher}-broken{rank}").read_text().strip() for rank in "01"]
-    wait_for(lambda: not any(map(alive, pids)), 30)
+    notes = [folder / f"{launcher}-broken0", folder / f"{launcher}-broken1"]
+    wait_for_end_of([note.read_text().strip() for note in notes])
 
 
-def endless(folder, way):
+def endless_pids(folder, launcher):
     """Wait for the endless job; return the ids of its processes."""
-    notes = [folder / f"{way}-endless{rank}" for rank in "01"]
-    wait_for(lambda: all(note.exists() and note.read_text().endswith("\n") for note in notes), 300)
-    pids = [note.read_text().strip() for note in notes]
-    assert all(map(alive, pids))
+    pids = []
+    for rank in (0, 1):
+        note = folder / f"{launcher}-endless{rank}"
+        wait_for(lambda note=note: note.exists() and note.read_text().endswith("\n"), 300)
+        pids.append(note.read_text().strip())
+    assert all(alive(pid) for pid in pids)
     return pids
 
 
 @pytest.mark.slow
 def test_the_torchrun_line_of_the_recipes_on_two_hosts_trains_as_one_process_does(folder, two):
     """The line is taken from the page, with other names; both hosts run it on one job file."""
-    line = next(
-        line
-        for line in (RECIPES / "README.md").read_text().splitlines()
-        if "torchrun --nnodes" in line
-    )
+    page = (RECIPES / "README.md").read_text()
+    line = re.search(r"^.*torchrun --nnodes.*$", page, re.MULTILINE)[0]
     job = folder / "torchrun.json"
-    job.write_text(
-        json.dumps(
-            json.loads((folder / "job.json").read_text()) | {"out": str(folder / "torchrun")}
-        )
-    )
+    job.write_text(json.dumps(training_job(folder, "torchrun")))
     meeting = "n1:29400"
     if not two.names:  # both meet on loopback, at a port that is free
         meeting = f"127.0.0.1:{launch._free_port()} --local_addr 127.0.0.1"
@@ -539,11 +590,12 @@ def test_the_torchrun_line_of_the_recipes_on_two_hosts_trains_as_one_process_doe
     for old, new in changes.items():
         assert old in line
         line = line.replace(old, new)
-    assert shlex.split(line)[0] == "torchrun"
-    agent = [sys.executable, "-m", "torch.distributed.run", *shlex.split(line)[1:]]
+    command, *options = shlex.split(line)
+    assert command == "torchrun"
+    agent = [sys.executable, "-m", "torch.distributed.run", *options]
     agents = [two.start(host, *agent) for host in (0, 1)]
-    status = [agent.wait(300) for agent in agents]
-    assert status == [0, 0], [(two.tmp / f"output{host}").read_text()[-2000:] for host in (0, 1)]
+    for host, child in enumerate(agents):
+        assert child.wait(300) == 0, (two.tmp / f"output{host}").read_text()[-2000:]
     check_trained(folder, "torchrun")
     assert all(sent > 100_000 for sent in two.sent()), "gradients went from host to host"
 
@@ -553,14 +605,11 @@ def test_the_torchrun_line_of_the_recipes_on_two_hosts_trains_as_one_process_doe
     not (shutil.which("pdsh") and Path("/usr/sbin/sshd").exists()), reason="no pdsh or sshd"
 )
 def test_a_deepspeed_job_over_ssh(folder, apart, monkeypatch):
-    """An own sshd on each host, with own keys; `ssh` on PATH is the real one with a
-    configuration.
-    """
+    """An own sshd on each host, with own keys; `ssh` on PATH is the real one, configured."""
     tmp = apart.tmp
+    keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f"]
     for name in ("host", "id"):
-        subprocess.run(
-            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp / name)], check=True
-        )
+        subprocess.run([*keygen, str(tmp / name)], check=True)
     (tmp / "sshd_config").write_text(
         f"Port 22\nHostKey {tmp}/host\nAuthorizedKeysFile {tmp}/id.pub\nPermitRootLogin yes\n"
         "StrictModes no\n"
@@ -570,23 +619,21 @@ def test_a_deepspeed_job_over_ssh(folder, apart, monkeypatch):
         f"Host *\nIdentityFile {tmp}/id\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
         "LogLevel ERROR\n"
     )
-    (tmp / "bin").mkdir()
-    (tmp / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {tmp}/ssh_config "$@"\n')
-    (tmp / "bin" / "ssh").chmod(0o755)
+    ssh = f'#!/bin/sh\nexec /usr/bin/ssh -F {tmp}/ssh_config "$@"\n'
+    put_on_path(monkeypatch, tmp / "bin" / "ssh", ssh)
     (tmp / "hostfile").write_text("n1 slots=1\nn2 slots=1\n")
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}")
-    monkeypatch.setenv("PATH", f"{tmp / 'bin'}{os.pathsep}{os.environ['PATH']}")
     Path("/run/sshd").mkdir(exist_ok=True)
     for host in (0, 1):
         apart.start(host, "/usr/sbin/sshd", "-D", "-e", "-f", tmp / "sshd_config")
     jobs = write_jobs(folder, "deepspeed")
-    given = {"BEYOND_DPO_HOSTFILE": str(tmp / "hostfile")}
-    head = apart.start(0, sys.executable, folder / "a_head.py", folder, "deepspeed", *jobs, **given)
-    pids = endless(folder, "deepspeed")
+    command = [sys.executable, folder / "a_head.py", folder, "deepspeed", *jobs]
+    head = apart.start(0, *command, BEYOND_DPO_HOSTFILE=str(tmp / "hostfile"))
+    pids = endless_pids(folder, "deepspeed")
     check_head(folder, "deepspeed")
     head.kill()
-    wait_for(lambda: not any(map(alive, pids)), 30)
-    wait_for(lambda: not named(folder), 30)
+    wait_for_end_of(pids)
+    wait_for(lambda: not processes_of(folder), 30)
 
 
 SLURM = """
@@ -629,8 +676,10 @@ def test_a_slurm_job(folder, apart, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", str(tmp / "slurm.conf"))
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}")
     files = [
-        f"--{name}={tmp}/munge.{name.split('-')[0]}"
-        for name in ("key-file", "pid-file", "log-file", "seed-file")
+        f"--key-file={tmp}/munge.key",
+        f"--pid-file={tmp}/munge.pid",
+        f"--log-file={tmp}/munge.log",
+        f"--seed-file={tmp}/munge.seed",
     ]
     apart.start(0, "munged", "--foreground", "--force", *files, f"--socket={tmp}/munge.socket")
     wait_for((tmp / "munge.socket").exists)
@@ -638,26 +687,28 @@ def test_a_slurm_job(folder, apart, monkeypatch):
     for host in (0, 1):
         apart.start(host, "slurmd", "-D", "-N", f"n{host + 1}")
 
-    def ask(*command):
+    def on_head(*command):
+        """Return what a command prints on the first host."""
         inside = ["ip", "netns", "exec", apart.names[0], *map(str, command)]
         return subprocess.run(inside, capture_output=True, text=True).stdout
 
-    wait_for(
-        lambda: ask("sinfo", "-h", "-N", "-o", "%N %t").split() == ["n1", "idle", "n2", "idle"], 60
-    )
-    script = tmp / "job.sh"
+    idle = ["n1", "idle", "n2", "idle"]
+    wait_for(lambda: on_head("sinfo", "-h", "-N", "-o", "%N %t").split() == idle, 60)
     jobs = " ".join(write_jobs(folder, "srun"))
     head = f"{sys.executable} {folder}/a_head.py {folder} srun {jobs} & echo $! > {tmp}/head"
+    script = tmp / "job.sh"
     script.write_text(f"#!/bin/bash\n{head}\nwait\nsleep 300\n")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     options = ["--nodes=2", "--ntasks-per-node=1", f"--output={tmp}/batch", f"--chdir={tmp}"]
-    number = re.search(r"\d+", ask("sbatch", *options, script))[0]
-    pids = endless(folder, "srun")
+    submitted = on_head("sbatch", *options, script)
+    number = re.search(r"\d+", submitted)[0]
+    pids = endless_pids(folder, "srun")
     check_head(folder, "srun")
     os.kill(int((tmp / "head").read_text()), signal.SIGKILL)
-    wait_for(lambda: not any(map(alive, pids)) and not named(folder), 60)
-    ask("scancel", number)
-    wait_for(lambda: not ask("squeue", "-h"))
+    wait_for_end_of(pids, 60)
+    wait_for(lambda: not processes_of(folder), 60)
+    on_head("scancel", number)
+    wait_for(lambda: not on_head("squeue", "-h"))
 
 
 # ---- recipes
@@ -665,7 +716,8 @@ def test_a_slurm_job(folder, apart, monkeypatch):
 
 def test_the_batch_script_of_the_recipes_is_short_and_is_one():
     text = (RECIPES / "slurm.sh").read_text()
-    assert len(text.splitlines()) < 40 and text.startswith("#!/bin/bash\n")
+    assert text.startswith("#!/bin/bash\n")
+    assert len(text.splitlines()) < 40
     subprocess.run(["bash", "-n", str(RECIPES / "slurm.sh")], check=True)
 
 
@@ -676,4 +728,5 @@ def test_the_recipes_name_only_variables_that_are_read():
     known = {f"BEYOND_DPO_{field.upper()}" for field in fields}
     for file in files:
         named = set(re.findall(r"BEYOND_DPO_\w+", file.read_text()))
-        assert named and named <= known
+        assert named
+        assert named <= known

@@ -512,7 +512,7 @@ def test_nested_numbers_of_threads_are_understood(tmp_path, monkeypatch, given, 
     assert launch.threads() == want
     assert launch._environment(tmp_path / "p", 2, {})["OMP_NUM_THREADS"] == str(max(1, want // 2))
     engines = SimpleNamespace(decoding=SimpleNamespace(engines=2, tensor_parallel=1))
-    assert spread._place(engines, 1)["OMP_NUM_THREADS"] == str(max(1, want // 2))
+    assert spread._engine_environment(engines, 1)["OMP_NUM_THREADS"] == str(max(1, want // 2))
 
 
 def test_a_job_runs_with_nested_numbers_of_threads(tmp_path, monkeypatch):

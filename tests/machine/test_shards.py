@@ -1,5 +1,6 @@
-"""Sampling and scoring by shards: the same bytes from any number of processes and after kill -9;
-adapters.
+"""Sampling and scoring by shards, and adapters of low rank.
+
+Any number of processes gives the same bytes, also after kill -9.
 """
 
 import dataclasses
@@ -20,138 +21,186 @@ from beyond_dpo.machine import launch, paths, shards, spread, workers
 from beyond_dpo.pipeline import config, expo, stages
 
 
-def cut(**changes):
-    """Smoke with shards of two prompts: three for its six dev prompts, eight for the sixteen that
-    make pairs.
+def settings(**changes):
+    """Return smoke with shards of two prompts.
+
+    These are three for its six dev prompts, and eight for the sixteen that make pairs.
     """
-    one = {"fractions": [1.0], "alphas": {1.0: [0, 2]}, "seeds": [0], "seed_fractions": []}
-    return config.load("expo", "smoke", decoding__shard=2, **one, **changes)
+    return config.load(
+        "expo",
+        "smoke",
+        decoding__shard=2,
+        fractions=[1.0],
+        alphas={1.0: [0, 2]},
+        seeds=[0],
+        seed_fractions=[],
+        **changes,
+    )
 
 
-def test_parts_by_hand(tmp_path):
+# ---- cutting
+
+
+def test_parts_have_a_file_for_each_shard(tmp_path):
     files = shards.parts(tmp_path / "out.jsonl", 5, 2)
-    assert [file.name for file in files] == [
-        ".out.jsonl-0of3",
-        ".out.jsonl-1of3",
-        ".out.jsonl-2of3",
-    ]
-    assert len(shards.parts(tmp_path / "out.jsonl", 0, 2)) == 1, "no prompt is one empty shard"
-    assert [shards.left(files, rank, 2) for rank in (0, 1)] == [[0, 2], [1]]
-    for k in (2, 0):
-        files[k].write_text(f'{{"response_ids": [{k}]}}\n')
+    names = [file.name for file in files]
+    assert names == [".out.jsonl-0of3", ".out.jsonl-1of3", ".out.jsonl-2of3"]
+
+
+def test_no_prompt_is_one_empty_shard(tmp_path):
+    assert len(shards.parts(tmp_path / "out.jsonl", 0, 2)) == 1
+
+
+def test_processes_take_shards_in_turn_and_none_that_is_made(tmp_path):
+    files = shards.parts(tmp_path / "out.jsonl", 5, 2)
+    assert shards.left(files, 0, 2) == [0, 2]
+    assert shards.left(files, 1, 2) == [1]
+    for shard in (0, 2):
+        files[shard].touch()
     assert shards.left(files, 0, 1) == [1]
-    with pytest.raises(
-        ValueError, match="1 of 3 shards are missing, such as .out.jsonl-1of3: run again"
-    ):
-        shards.merge(tmp_path / "out.jsonl", files)
-    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_shards_are_merged_in_order_once_all_are_made(tmp_path):
+    out = tmp_path / "out.jsonl"
+    files = shards.parts(out, 5, 2)
+    files[2].write_text('{"response_ids": [2]}\n')
+    files[0].write_text('{"response_ids": [0]}\n')
+    message = "1 of 3 shards are missing, such as .out.jsonl-1of3: run again"
+    with pytest.raises(ValueError, match=message):
+        shards.merge(out, files)
+    assert not out.exists()
     files[1].write_text('{"response_ids": [1, 1]}\n')
-    rows = shards.merge(tmp_path / "out.jsonl", files)
-    assert [row["response_ids"] for row in rows] == [[0], [1, 1], [2]], "in order"
-    assert shards.counted(rows) == {"responses": 3, "tokens": 4} and os.listdir(tmp_path) == [
-        "out.jsonl"
-    ]
+    rows = shards.merge(out, files)
+    assert [row["response_ids"] for row in rows] == [[0], [1, 1], [2]]
+    assert shards.counted(rows) == {"responses": 3, "tokens": 4}
+    assert os.listdir(tmp_path) == ["out.jsonl"]
 
 
-def test_devices(monkeypatch):
+def test_devices_of_a_process_are_its_part_of_those_it_sees(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert spread.devices(1, 2) == {"CUDA_VISIBLE_DEVICES": "2,3"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert [spread.devices(i, 2)["CUDA_VISIBLE_DEVICES"] for i in (0, 1)] == ["4,5", "6,7"]
+    assert spread.devices(0, 2) == {"CUDA_VISIBLE_DEVICES": "4,5"}
+    assert spread.devices(1, 2) == {"CUDA_VISIBLE_DEVICES": "6,7"}
 
 
 def test_only_a_shard_size_of_its_own_enters_a_key():
     plain = config.load("expo", "smoke").decoding
-    assert (
-        "shard" not in plain.recipe() and dataclasses.replace(plain, shard=4).recipe()["shard"] == 4
-    )
-    for machine in (
-        {"engines": 4},
-        {"tensor_parallel": 2},
-        {"gpu_share": 0.2},
-        {"launcher": "torchrun"},
-    ):
-        assert dataclasses.replace(plain, **machine).recipe() == plain.recipe()
-    assert set(plain.recipe()) == {f.name for f in dataclasses.fields(plain)} - {
-        "shard",
-        *plain.MACHINE,
-    }
+    cut = dataclasses.replace(plain, shard=4)
+    assert "shard" not in plain.recipe()
+    assert cut.recipe()["shard"] == 4
+    fields = {field.name for field in dataclasses.fields(plain)}
+    assert set(plain.recipe()) == fields - {"shard", *plain.MACHINE}
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("engines", 4), ("tensor_parallel", 2), ("gpu_share", 0.2), ("launcher", "torchrun")],
+)
+def test_the_machine_enters_no_key(name, value):
+    plain = config.load("expo", "smoke").decoding
+    changed = dataclasses.replace(plain, **{name: value})
+    assert changed.recipe() == plain.recipe()
+
+
+# ---- one point, made by one process and by several
+
+
+def contents(scores):
+    """Return the bytes of a point's responses and scores, computed if they are missing."""
+    responses = scores.inputs["responses"]
+    responses_file = responses.get() / "responses.jsonl"
+    scores_file = scores.get() / "scores.jsonl"
+    return responses_file.read_bytes(), scores_file.read_bytes()
+
+
+def dev_point(cfg):
+    return expo.point(cfg, 1.0, 0, 2.0, "dev_prompts")
 
 
 @pytest.fixture(scope="module")
 def made(store):
-    """Return the scores of one point, made by one process, and their bytes."""
-    cfg = cut()
-    scores = expo.point(cfg, 1.0, 0, 2.0, "dev_prompts")
-    responses = scores.inputs["responses"]
-    held = [(a.get() / f"{a.stage}.jsonl").read_bytes() for a in (responses, scores)]
-    assert len(held[0].splitlines()) == 6 and not list(responses.get().glob(".*")), (
-        "no shard is left"
-    )
+    """Return the scores of one point, made by one process, and the bytes of its files."""
+    scores = dev_point(settings())
+    expected = contents(scores)
+    assert len(expected[0].splitlines()) == 6
+    folder = scores.inputs["responses"].get()
+    assert not list(folder.glob(".*")), "no shard is left"
     workers.close()
-    return responses, scores, held
+    return scores, expected
 
 
-def again(made, monkeypatch, tmp_path, **changes):
-    """Make the same point in a store without it, otherwise; return its bytes."""
-    responses, scores, _ = made
-    for artifact in (responses, scores):
+@pytest.fixture
+def emptied(made, tmp_path):
+    """Take the point out of the store; return its scores and the bytes of its files."""
+    scores, _ = made
+    for artifact in (scores.inputs["responses"], scores):
         os.rename(paths.ARTIFACTS / artifact.key, tmp_path / artifact.key)
-    new = expo.point(cut(**changes), 1.0, 0, 2.0, "dev_prompts")
-    assert (new.key, new.inputs["responses"].key) == (scores.key, responses.key), (
-        "the machine is not in a key"
-    )
-    return [(a.get() / f"{a.stage}.jsonl").read_bytes() for a in (new.inputs["responses"], new)]
-
-
-def test_two_living_engines_give_the_bytes_of_one(made, monkeypatch, tmp_path):
-    assert again(made, monkeypatch, tmp_path, decoding__engines=2) == made[2]
-    assert {"generate", "generate1", "score", "score1"} <= workers.living.keys()
-    assert workers.living["generate"].child.pid != workers.living["generate1"].child.pid
+    yield made
     workers.close()
 
 
-def test_a_job_of_two_processes_gives_the_bytes_of_one(made, monkeypatch, tmp_path):
-    """As on many nodes: torchrun starts an engine for each process, which takes every second
-    shard.
+def test_the_machine_of_a_point_is_not_in_its_key(made):
+    scores, _ = made
+    again = dev_point(settings(decoding__engines=2, decoding__launcher="torchrun"))
+    assert again.key == scores.key
+    assert again.inputs["responses"].key == scores.inputs["responses"].key
+
+
+def test_two_living_engines_give_the_bytes_of_one(emptied):
+    _, expected = emptied
+    assert contents(dev_point(settings(decoding__engines=2))) == expected
+    living = workers.living
+    assert {"generate", "generate1", "score", "score1"} <= living.keys()
+    assert living["generate"].child.pid != living["generate1"].child.pid
+
+
+def test_a_job_of_two_processes_gives_the_bytes_of_one(emptied):
+    """As on many nodes: torchrun starts an engine for each process.
+
+    Each takes every second shard.
     """
-    changes = {"decoding__engines": 2, "decoding__launcher": "torchrun"}
-    assert again(made, monkeypatch, tmp_path, **changes) == made[2]
+    _, expected = emptied
+    cfg = settings(decoding__engines=2, decoding__launcher="torchrun")
+    assert contents(dev_point(cfg)) == expected
     assert "generate" not in workers.living
-    workers.close()
 
 
-def test_an_engine_killed_in_the_middle_keeps_the_shards_it_made(made, monkeypatch, tmp_path):
-    responses, seen = made[0], []
-    partial = paths.ARTIFACTS / f"{responses.key}.partial"
+def made_at(files):
+    """Return {name: when it was made} of files."""
+    return {file.name: file.stat().st_mtime_ns for file in files}
+
+
+def test_an_engine_killed_in_the_middle_keeps_the_shards_it_made(emptied, monkeypatch):
+    scores, expected = emptied
+    partial = paths.ARTIFACTS / f"{scores.inputs['responses'].key}.partial"
+    pattern = ".responses.jsonl-*"
+    seen = []
 
     def kill():
         end = time.monotonic() + 120
-        while time.monotonic() < end and not list(partial.glob(".responses.jsonl-*")):
+        while not seen and time.monotonic() < end:
             time.sleep(0.002)
-        seen.extend(partial.glob(".responses.jsonl-*"))
+            seen.extend(partial.glob(pattern))
         os.kill(workers.living["generate"].child.pid, signal.SIGKILL)
 
     thread = threading.Thread(target=kill)
     thread.start()
     with pytest.raises(launch.JobFailed, match="generate: the worker died with status -9"):
-        again(made, monkeypatch, tmp_path)
+        contents(dev_point(settings()))
     thread.join()
-    left = {path.name: path.stat().st_mtime_ns for path in partial.glob(".responses.jsonl-*")}
+    left = made_at(partial.glob(pattern))
     assert 0 < len(seen) <= len(left) < 3, left
-    kept, merge = {}, shards.merge
+    merged = {}
+    merge = shards.merge
 
-    def watch(out, files):  # this process merges, since two engines made the shards
-        kept.update({file.name: file.stat().st_mtime_ns for file in files})
+    def watched_merge(out, files):  # by this process, since two engines made the shards
+        merged.update(made_at(files))
         return merge(out, files)
 
-    monkeypatch.setattr(shards, "merge", watch)
-    new = expo.point(cut(decoding__engines=2), 1.0, 0, 2.0, "dev_prompts")
-    assert [
-        (a.get() / f"{a.stage}.jsonl").read_bytes() for a in (new.inputs["responses"], new)
-    ] == made[2]
-    assert {name: kept[name] for name in left} == left, "a shard that was there is not made again"
-    workers.close()
+    monkeypatch.setattr(shards, "merge", watched_merge)
+    assert contents(dev_point(settings(decoding__engines=2))) == expected
+    assert left.items() <= merged.items(), "a shard that was there is not made again"
 
 
 # ---- adapters
@@ -159,8 +208,9 @@ def test_an_engine_killed_in_the_middle_keeps_the_shards_it_made(made, monkeypat
 
 @pytest.fixture(scope="module")
 def adapter(tiny, tmp_path_factory):
-    """A random adapter of rank 2 for every linear layer of the tiny model, large enough to change
-    what it says.
+    """Return a random adapter of rank 2 for every linear layer of the tiny model.
+
+    It is large enough to change what the model says.
     """
     from transformers import AutoModelForCausalLM
 
@@ -168,40 +218,56 @@ def adapter(tiny, tmp_path_factory):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     torch.manual_seed(0)
     lora.inject(model, 2, 4.0)
-    moved = {
-        name: 0.5 * torch.randn(w.shape) for name, w in model.named_parameters() if w.requires_grad
-    }
-    lora.save(model, moved, folder)
+    weights = {}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            weights[name] = 0.5 * torch.randn(weight.shape)
+    lora.save(model, weights, folder)
     return folder
 
 
-def test_scaling_an_adapter_is_expo(tiny, adapter, tmp_path):
-    """θ₀ + (1 + α)sBA is extrapolate.blend(θ₀, θ₁, α) of the merged model, and the scaled adapter
-    merged by peft.
-    """
+def changed(weights, others):
+    """Return the names of the tensors that differ."""
+    return [name for name in weights if not torch.equal(weights[name], others[name])]
+
+
+def merged_by_peft(tiny, folder):
     import peft
     from transformers import AutoModelForCausalLM
 
-    start = load_file(tiny / "model.safetensors")
-    merged = dict(lora.tensors(tiny, adapter, 0.0))
-    lora.scaled(adapter, {1.5: tmp_path / "a", -1.0: tmp_path / "b"})
-    assert (tmp_path / "a" / lora.WEIGHTS).samefile(adapter / lora.WEIGHTS), "linked, not copied"
-    for alpha, folder in ((1.5, "a"), (-1.0, "b")):
-        model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-        theirs = (
-            peft.PeftModel.from_pretrained(model, tmp_path / folder).merge_and_unload().state_dict()
-        )
-        ours = dict(lora.tensors(tiny, adapter, alpha))
-        assert ours.keys() == start.keys()
-        moved = [name for name in ours if not torch.equal(ours[name], start[name])]
-        assert len(moved) == (14 if alpha > 0 else 0)
-        for name, weight in ours.items():
-            wanted = extrapolate.blend(start[name], merged[name], alpha)
-            torch.testing.assert_close(weight, wanted, rtol=1e-5, atol=1e-5)
-            torch.testing.assert_close(weight, theirs[name], rtol=1e-5, atol=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    merged = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    return merged.state_dict()
+
+
+@pytest.mark.parametrize("alpha, moved", [(1.5, 14), (-1.0, 0)])
+def test_scaling_an_adapter_is_expo(tiny, adapter, tmp_path, alpha, moved):
+    """θ₀ + (1 + α)sBA is extrapolate.blend(θ₀, θ₁, α) of the merged model.
+
+    It is also the scaled adapter merged by peft.
+    """
+    theta_sft = load_file(tiny / "model.safetensors")
+    theta_aligned = dict(lora.tensors(tiny, adapter, 0.0))
+    scaled = tmp_path / str(alpha)
+    lora.scaled(adapter, {1.5: tmp_path / "1.5", -1.0: tmp_path / "-1.0"})
+    weights_file = scaled / lora.WEIGHTS
+    assert weights_file.samefile(adapter / lora.WEIGHTS), "linked, not copied"
+    by_peft = merged_by_peft(tiny, scaled)
+    weights = dict(lora.tensors(tiny, adapter, alpha))
+    assert weights.keys() == theta_sft.keys()
+    assert len(changed(weights, theta_sft)) == moved
+    for name, weight in weights.items():
+        expected = extrapolate.blend(theta_sft[name], theta_aligned[name], alpha)
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(weight, by_peft[name], rtol=1e-5, atol=1e-5)
+
+
+def test_the_alpha_of_a_part_moves_only_its_tensors(tiny, adapter):
+    theta_aligned = dict(lora.tensors(tiny, adapter, 0.0))
     only_mlp = dict(lora.tensors(tiny, adapter, 0.0, {"*.mlp.*": 1.0}))
-    moved = [n for n in merged if not torch.equal(only_mlp[n], merged[n])]
-    assert len(moved) == 6 and all(".mlp." in n for n in moved)
+    moved = changed(theta_aligned, only_mlp)
+    assert len(moved) == 6
+    assert all(".mlp." in name for name in moved)
 
 
 @pytest.mark.parametrize(
@@ -215,61 +281,78 @@ def test_scaling_an_adapter_is_expo(tiny, adapter, tmp_path):
 def test_an_adapter_that_is_more_than_a_product_is_refused(
     tiny, adapter, tmp_path, change, message
 ):
-    settings = json.loads((adapter / lora.CONFIG).read_text()) | change
-    (tmp_path / lora.CONFIG).write_text(json.dumps(settings))
+    peft_settings = json.loads((adapter / lora.CONFIG).read_text())
+    (tmp_path / lora.CONFIG).write_text(json.dumps(peft_settings | change))
     os.link(adapter / lora.WEIGHTS, tmp_path / lora.WEIGHTS)
-    for use in (
-        lambda: lora.scaled(tmp_path, {1: tmp_path / "out"}),
-        lambda: lora.tensors(tiny, tmp_path, 1.0),
-    ):
-        with pytest.raises(ValueError, match=message):
-            use()
+    with pytest.raises(ValueError, match=message):
+        lora.scaled(tmp_path, {1: tmp_path / "out"})
+    with pytest.raises(ValueError, match=message):
+        lora.tensors(tiny, tmp_path, 1.0)
 
 
-def test_adapters_of_other_models_and_those_that_add_nothing_are_refused(tiny, adapter, tmp_path):
-    (tmp_path / lora.CONFIG).write_text((adapter / lora.CONFIG).read_text())
+def write_adapter(folder, adapter, weights):
+    """Write other weights with the settings of an adapter."""
+    (folder / lora.CONFIG).write_text((adapter / lora.CONFIG).read_text())
+    save_file(weights, folder / lora.WEIGHTS)
+
+
+def test_an_adapter_that_adds_nothing_is_refused(tiny, adapter, tmp_path):
     weights = load_file(adapter / lora.WEIGHTS)
-    save_file({n: w * 0 for n, w in weights.items()}, tmp_path / lora.WEIGHTS)
+    zeros = {name: 0 * weight for name, weight in weights.items()}
+    write_adapter(tmp_path, adapter, zeros)
     with pytest.raises(extrapolate.IncompatibleModels, match="there is no direction to follow"):
         lora.tensors(tiny, tmp_path, 1.0)
-    save_file(
-        {n.replace("layers.1", "layers.7"): w for n, w in weights.items()}, tmp_path / lora.WEIGHTS
-    )
-    with pytest.raises(
-        extrapolate.IncompatibleModels, match=r"adds .* to model.layers.7.*, in .* it is None"
-    ):
+
+
+def test_an_adapter_of_another_model_is_refused(tiny, adapter, tmp_path):
+    renamed = {}
+    for name, weight in load_file(adapter / lora.WEIGHTS).items():
+        renamed[name.replace("layers.1", "layers.7")] = weight
+    write_adapter(tmp_path, adapter, renamed)
+    message = r"adds .* to model.layers.7.*, in .* it is None"
+    with pytest.raises(extrapolate.IncompatibleModels, match=message):
         lora.tensors(tiny, tmp_path, 1.0)
-    with pytest.raises(
-        ValueError, match=r"no model.safetensors or index in .*; adapters: lora.scaled"
-    ):
+
+
+def test_an_adapter_is_no_model(tiny, adapter):
+    message = r"no model.safetensors or index in .*; adapters: lora.scaled"
+    with pytest.raises(ValueError, match=message):
         extrapolate.check(tiny, adapter)
+
+
+def test_an_sft_model_is_no_adapter():
     with pytest.raises(config.ConfigError, match="sft.lora_rank"):
         config.load("expo", "smoke", sft__lora_rank=4)
 
 
-def test_a_trained_adapter_is_sampled_at_each_alpha(store, tiny):
-    """Real training with lora_rank; the log-probability of each response is that under θ₀ + (1 +
-    α)sBA.
-    """
+def logps_at(theta_sft, adapter, alpha, prompts, responses):
+    """Return the log-probability of each response under θ₀ + (1 + α)sBA (nats)."""
     from transformers import AutoModelForCausalLM
 
-    cfg = cut(train__lora_rank=2, train__lr=0.05, decoding__temperature=0.5)
-    start, adapter = stages.sft(cfg), stages.aligned(cfg, 1.0, 0)
-    said = {}
+    model = AutoModelForCausalLM.from_pretrained(theta_sft, dtype=torch.float32)
+    weights = dict(lora.tensors(theta_sft, adapter, alpha))
+    model.load_state_dict(weights, strict=False)
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        tokens = prompt["prompt_ids"]
+        rows.append({"id": prompt["id"], "prompt_ids": tokens, "responses": {"it": response}})
+    scores = scoring.ResponseScorer(model).score(rows, ["it"], 2)
+    return scores["logps"].detach().flatten().numpy()
+
+
+def test_a_trained_adapter_is_sampled_at_each_alpha(store):
+    """The log-probability of each response is that under θ₀ + (1 + α)sBA, after real training."""
+    cfg = settings(train__lora_rank=2, train__lr=0.05, decoding__temperature=0.5)
+    theta_sft = stages.sft(cfg)
+    adapter = stages.aligned(cfg, 1.0, 0)
+    prompts = stages.texts(cfg.world).json("dev_prompts.json")
+    responses = {}
     for alpha in (0.0, 2.0):
         sampled = expo.point(cfg, 1.0, 0, alpha, "dev_prompts").inputs["responses"]
         table = pd.read_json(sampled.get() / "responses.jsonl", lines=True)
-        said[alpha] = table["response_ids"].tolist()
-        model = AutoModelForCausalLM.from_pretrained(start.get(), dtype=torch.float32)
-        model.load_state_dict(dict(lora.tensors(start.get(), adapter.get(), alpha)), strict=False)
-        prompts = stages.texts(cfg.world).json("dev_prompts.json")
-        rows = [
-            {"id": prompt["id"], "prompt_ids": prompt["prompt_ids"], "responses": {"said": ids}}
-            for prompt, ids in zip(prompts, said[alpha], strict=True)
-        ]
-        scores = scoring.ResponseScorer(model).score(rows, ["said"], 2)
-        np.testing.assert_allclose(
-            scores["logps"].detach().flatten().numpy(), table["logp"], atol=1e-3
-        )
-    assert said[0.0] != said[2.0] and len(said[0.0]) == 6
+        responses[alpha] = table["response_ids"].tolist()
+        logps = logps_at(theta_sft.get(), adapter.get(), alpha, prompts, responses[alpha])
+        np.testing.assert_allclose(logps, table["logp"], atol=1e-3)
+    assert len(responses[0.0]) == 6
+    assert responses[0.0] != responses[2.0]
     workers.close()

@@ -17,11 +17,10 @@ from beyond_dpo.rewards import BagOfWords, Classifier, Vader, readable_tokens
 def train_bag_of_words(
     texts: list[str], labels: list[int], out: Path, *, held_out: tuple, seed: int
 ) -> dict:
-    """Fit TF-IDF over words and word pairs with logistic regression, and write it to `out` as JSON
-    and .npz.
+    """Fit logistic regression on TF-IDF of words and word pairs; write it to the folder `out`.
 
-    labels: 0 or 1 by people. held_out: (texts, labels) never trained on. Returns its accuracy and
-    AUC there.
+    It is written as JSON and .npz. labels: 0 or 1 by people. held_out: (texts, labels) never
+    trained on. Returns its accuracy and AUC there.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -29,28 +28,27 @@ def train_bag_of_words(
     vectorizer = TfidfVectorizer(
         ngram_range=(1, 2), min_df=2, max_features=200_000, sublinear_tf=True
     )
-    model = LogisticRegression(C=4.0, max_iter=400, random_state=seed).fit(
-        vectorizer.fit_transform(texts), labels
-    )
-    words = sorted(vectorizer.vocabulary_, key=vectorizer.vocabulary_.get)
-    (out / "words.json").write_text(json.dumps(words), encoding="utf-8")
+    features = vectorizer.fit_transform(texts)
+    model = LogisticRegression(C=4.0, max_iter=400, random_state=seed).fit(features, labels)
+    vocabulary = sorted(vectorizer.vocabulary_, key=vectorizer.vocabulary_.get)
+    (out / "words.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     np.savez(
         out / "weights.npz", idf=vectorizer.idf_, coef=model.coef_[0], intercept=model.intercept_
     )
-    return held_out_facts(BagOfWords(out), *held_out) | {
-        "trained_on": len(texts),
-        "features": len(words),
-    }
+    facts = held_out_facts(BagOfWords(out), *held_out)
+    return facts | {"trained_on": len(texts), "features": len(vocabulary)}
 
 
 def held_out_facts(reward, texts: list[str], labels: list[int]) -> dict:
-    """Return a reward's accuracy (score > 0 against the human label) and AUC on texts it was not
-    trained on.
+    """Return a reward's accuracy and AUC on texts that it was not trained on.
+
+    Accuracy: how often a score above 0 goes with the human label 1.
     """
     from sklearn.metrics import roc_auc_score
 
-    scores, labels = reward.score(texts), np.asarray(labels)
-    accuracy = float(((scores > 0) == labels).mean())
+    scores = reward.score(texts)
+    correct = (scores > 0) == np.asarray(labels)
+    accuracy = float(correct.mean())
     auc = float(roc_auc_score(labels, scores))
     return {"held_out": len(texts), "accuracy": round(accuracy, 4), "auc": round(auc, 4)}
 
@@ -70,19 +68,16 @@ def train_classifier(
     precision: str = "bf16",
     tell: Callable[[int, int], None] | None = None,
 ) -> dict:
-    """Fine-tune an encoder with a one-logit head on human labels (0 or 1), and write a transformers
-    folder to `out`.
+    """Fine-tune an encoder with a one-logit head on human labels; write a transformers folder.
 
-    One epoch, AdamW, linear decay. precision: "bf16" is autocast over float32 weights, "fp32" is
-    float32 throughout. The embeddings and the first `frozen` layers stay as they are: a third of
-    the time for less than a point of accuracy. Texts are cut to max_tokens, or to what the encoder
-    reads. Returns the accuracy and AUC on `held_out` (texts, labels). tell: called with (steps
-    done, steps in all). Raises ValueError for fewer texts than a batch, and for "bf16" on a CPU
-    that would emulate it;
-    OSError for an encoder without safetensors.
+    labels: 0 or 1. One epoch, AdamW, linear decay. precision: "bf16" is autocast over float32
+    weights, "fp32" is float32 throughout. The embeddings and the first `frozen` layers stay as they
+    are: a third of the time for less than a point of accuracy. Texts are cut to max_tokens, or to
+    what the encoder reads. Returns the accuracy and AUC on `held_out` (texts, labels). tell: called
+    with (steps done, steps in all). Raises ValueError for fewer texts than a batch, and for "bf16"
+    on a CPU that would emulate it; OSError for an encoder without safetensors.
     """
     import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     require_precision(precision)
     if len(texts) < batch:
@@ -90,28 +85,18 @@ def train_classifier(
             f"{len(texts)} texts are fewer than one batch of {batch}: nothing would be trained"
         )
     torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    options = {"num_labels": 1, "dtype": torch.float32, "use_safetensors": True}
-    model = (
-        AutoModelForSequenceClassification.from_pretrained(encoder, **options).to(device).train()
-    )
+    model, tokenizer = _one_logit_model(encoder, frozen)
     max_tokens = min(max_tokens, readable_tokens(model) or max_tokens)
-    for part in (model.base_model.embeddings, *model.base_model.encoder.layer[:frozen]):
-        part.requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed)).tolist()
-    targets, steps = torch.tensor(labels, dtype=torch.float32), len(texts) // batch
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(texts), generator=generator).tolist()
+    targets = torch.tensor(labels, dtype=torch.float32)
+    steps = len(texts) // batch
     for step in range(steps):
         picked = order[step * batch : (step + 1) * batch]
-        part = [texts[i] for i in picked]
-        inputs = tokenizer(
-            [texts[i] for i in picked],
-            truncation=True,
-            max_length=max_tokens,
-            padding=True,
-            return_tensors="pt",
-        )
+        batch_texts = [texts[i] for i in picked]
+        inputs = _tokenized(tokenizer, batch_texts, max_tokens)
         loss = _loss(model, inputs, targets[picked], bf16=precision == "bf16")
         optimizer.zero_grad()
         loss.backward()
@@ -122,9 +107,37 @@ def train_classifier(
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     share_weights(Path(out))
-    return held_out_facts(Classifier(out, max_tokens=max_tokens), *held_out) | {
-        "trained_on": steps * batch
-    }
+    facts = held_out_facts(Classifier(out, max_tokens=max_tokens), *held_out)
+    return facts | {"trained_on": steps * batch}
+
+
+def _one_logit_model(encoder: str, frozen: int) -> tuple:
+    """Return (model in training, tokenizer) of an encoder, its first `frozen` layers frozen.
+
+    The head is drawn from torch's present state.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        encoder, num_labels=1, dtype=torch.float32, use_safetensors=True
+    )
+    for part in (model.base_model.embeddings, *model.base_model.encoder.layer[:frozen]):
+        part.requires_grad_(False)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).train(), tokenizer
+
+
+def _tokenized(tokenizer, texts: list[str], max_tokens: int):
+    """Return a batch of texts as tensors, cut to max_tokens and padded."""
+    return tokenizer(
+        texts,
+        truncation=True,
+        max_length=max_tokens,
+        padding=True,
+        return_tensors="pt",
+    )
 
 
 def _loss(model, inputs, targets, *, bf16: bool):
@@ -143,24 +156,26 @@ def main(path: str) -> None:
     reward: gold, reward or vader. An encoder is trained in the job's "precision", else in bf16.
     """
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    name, out = job.pop("reward"), Path(job["out"])
-    precision = job.pop("precision", "bf16")
-    if not job["held_out"][0]:  # preferences have no labels to measure it on
-        facts = {}
-    elif name == "vader" or not job["texts"]:  # finished as it is
-        judge = (
-            Vader()
-            if name == "vader"
-            else Classifier(job["encoder"], trust_remote_code=job["trust_remote_code"])
-        )
-        facts = held_out_facts(judge, *job["held_out"])
-    elif name == "gold":
-        facts = train_bag_of_words(**job | {"out": out})
-    else:
-        facts = train_classifier(
-            **job | {"out": out, "precision": precision, "tell": events.progress}
-        )
+    facts = _facts(job)
     Path(job["out"], "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _facts(job: dict) -> dict:
+    """Train or only measure the reward of a job; return what is known of it on held-out texts."""
+    if not job["held_out"][0]:  # preferences have no labels to measure it on
+        return {}
+    name = job["reward"]
+    if name == "vader":
+        return held_out_facts(Vader(), *job["held_out"])
+    if not job["texts"]:  # finished as it is
+        reward = Classifier(job["encoder"], trust_remote_code=job["trust_remote_code"])
+        return held_out_facts(reward, *job["held_out"])
+    settings = {key: value for key, value in job.items() if key not in ("reward", "precision")}
+    settings["out"] = Path(job["out"])
+    if name == "gold":
+        return train_bag_of_words(**settings)
+    settings["precision"] = job.get("precision", "bf16")
+    return train_classifier(**settings, tell=events.progress)
 
 
 if __name__ == "__main__":

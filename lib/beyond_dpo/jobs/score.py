@@ -1,6 +1,4 @@
-"""Score response files with named rewards, in a process that keeps them loaded
-(`launch.Worker`).
-"""
+"""Score response files with named rewards, in a process that keeps them (`launch.Worker`)."""
 
 import json
 from pathlib import Path
@@ -13,9 +11,7 @@ from beyond_dpo.rewards import chat, distinct_n, load, repetition
 
 
 class Scorer:
-    """Score response files with named rewards, and the log-probability of each response by
-    `target`, the SFT model.
-    """
+    """Score response files with named rewards, and with the log-probability by the SFT model."""
 
     def __init__(self, target: str, precision: str = "bf16"):
         """Take the SFT model's folder, and the precision of its pass.
@@ -23,7 +19,9 @@ class Scorer:
         Raises ValueError for "bf16" on a CPU that would emulate it.
         """
         require_precision(precision)
-        self.target, self.precision, self._reference = target, precision, None
+        self.target = target
+        self.precision = precision
+        self._reference = None  # the SFT model, once it is needed
 
     def score(
         self,
@@ -36,75 +34,97 @@ class Scorer:
         rank: int = 0,
         world: int = 1,
     ) -> dict | None:
-        """Write one JSON line per response: id, sample, length, each reward, repetition, logp, and
-        logp_sft.
+        """Write a JSON line for each response.
+
+        Its fields are id, sample, length, each reward, repetition, logp and logp_sft.
 
         rewards: name -> {"kind": "bag_of_words" | "classifier" | "finished" | "vader", …arguments}.
         A reward reads prompt and response together, as its training texts are whole openings; a
         finished one with a chat template reads turns where the prompts have a "text" (one user's,
-        or turns). logp_sft is given for the first `reference_prompts` prompts (else null): logp −
-        logp_sft estimates the KL to the SFT model in nats.
+        or turns). logp is the response file's. logp_sft is given for the first `reference_prompts`
+        prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
         shard, rank, world: as for Engine.generate(). Returns {"distinct_2"} of all responses
         together.
         """
-        asked = {r["id"]: r for r in json.loads(Path(prompts).read_text(encoding="utf-8"))}
-        lines = [
-            json.loads(line) for line in Path(responses).read_text(encoding="utf-8").splitlines()
-        ]
-        place, files = (
-            {name: i // shard for i, name in enumerate(asked)},
-            shards.parts(out, len(asked), shard),
-        )
-        referenced = set(list(asked)[:reference_prompts])
-        for k in shards.left(files, rank, world):
-            part = self._scored(
-                rewards, asked, [r for r in lines if place[r["id"]] == k], referenced
-            )
-            write_file(files[k], "".join(json.dumps(entry) + "\n" for entry in part))
+        prompt_list = json.loads(Path(prompts).read_text(encoding="utf-8"))
+        prompt_rows = {row["id"]: row for row in prompt_list}
+        response_lines = Path(responses).read_text(encoding="utf-8").splitlines()
+        response_rows = [json.loads(line) for line in response_lines]
+        referenced = set(list(prompt_rows)[:reference_prompts])
+        shard_of = {prompt: place // shard for place, prompt in enumerate(prompt_rows)}
+        files = shards.parts(out, len(prompt_rows), shard)
+        for number in shards.left(files, rank, world):
+            shard_rows = [row for row in response_rows if shard_of[row["id"]] == number]
+            entries = self._scored(rewards, prompt_rows, shard_rows, referenced)
+            lines = [json.dumps(entry) + "\n" for entry in entries]
+            write_file(files[number], "".join(lines))
         if world > 1:
             return None
         shards.merge(out, files)
-        return {"distinct_2": round(distinct_n([r["response_ids"] for r in lines]), 4)}
+        token_lists = [row["response_ids"] for row in response_rows]
+        return {"distinct_2": round(distinct_n(token_lists), 4)}
 
-    def _scored(self, rewards: dict, asked: dict, lines: list[dict], referenced: set) -> list[dict]:
+    def _scored(
+        self, rewards: dict, prompt_rows: dict, rows: list[dict], referenced: set
+    ) -> list[dict]:
+        """Return the entry of each response; prompt_rows: by id, referenced: ids with logp_sft."""
         tokenizer = templates.load_tokenizer(self.target)
-        whole = [asked[r["id"]]["prompt_ids"] + r["response_ids"] for r in lines]
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
-        chats, table = texts, {}
-        if all("text" in row for row in asked.values()):
-            said = [tokenizer.decode(r["response_ids"], skip_special_tokens=True) for r in lines]
-            chats = [
-                chat(asked[r["id"]]["text"], answer) for r, answer in zip(lines, said, strict=True)
-            ]
-        for name, given in rewards.items():
-            spoken = given["kind"] == "finished" and load(**given).tokenizer.chat_template
-            table[name] = load(**given).score(chats if spoken else texts)
-        rows, logps, scored = {}, {}, []
-        for i, r in enumerate(lines):
-            if r["id"] in referenced and r["response_ids"]:
-                prompt = asked[r["id"]]["prompt_ids"]
-                rows[i] = {
-                    "id": r["id"],
+        values = _rewards_of(rewards, tokenizer, prompt_rows, rows)
+        logps_sft = self._logps_sft(tokenizer, prompt_rows, rows, referenced)
+        entries = []
+        for i, row in enumerate(rows):
+            response = row["response_ids"]
+            entry = {"id": row["id"], "sample": row["sample"], "length": len(response)}
+            for name, scores in values.items():
+                entry[name] = round(float(scores[i]), 5)
+            entry["repetition"] = round(repetition(response), 5)
+            entry["logp"] = row["logp"]
+            entry["logp_sft"] = logps_sft.get(i)
+            entries.append(entry)
+        return entries
+
+    def _logps_sft(
+        self, tokenizer, prompt_rows: dict, rows: list[dict], referenced: set
+    ) -> dict[int, float]:
+        """Return {place in rows: log-probability by the SFT model} of the referenced responses."""
+        pairs = {}
+        for i, row in enumerate(rows):
+            if row["id"] in referenced and row["response_ids"]:
+                prompt = prompt_rows[row["id"]]["prompt_ids"]
+                pairs[i] = {
+                    "id": row["id"],
                     "prompt_ids": prompt,
-                    "responses": {"said": r["response_ids"]},
+                    "responses": {"response": row["response_ids"]},
                 }
-        if rows:
-            self._reference = self._reference or scoring.load_scorer(self.target, self.precision)
-            found = scoring.score_rows(
-                self._reference, [*rows.values()], ["said"], pad_id=tokenizer.pad_token_id
-            )
-            logps = dict(zip(rows, found["logps"][:, 0].tolist(), strict=True))
-        for i, r in enumerate(lines):
-            said = r["response_ids"]
-            entry = {"id": r["id"], "sample": r["sample"], "length": len(said)}
-            entry |= {name: round(float(scores[i]), 5) for name, scores in table.items()}
-            entry |= {
-                "repetition": round(repetition(said), 5),
-                "logp": r["logp"],
-                "logp_sft": logps.get(i),
-            }
-            scored.append(entry)
-        return scored
+        if not pairs:
+            return {}
+        if self._reference is None:
+            self._reference = scoring.load_scorer(self.target, self.precision)
+        scores = scoring.score_rows(
+            self._reference, list(pairs.values()), ["response"], pad_id=tokenizer.pad_token_id
+        )
+        logps = scores["logps"][:, 0].tolist()
+        return dict(zip(pairs, logps, strict=True))
+
+
+def _rewards_of(rewards: dict, tokenizer, prompt_rows: dict, rows: list[dict]) -> dict:
+    """Return {reward's name: a score per response}, of whole texts or of turns as it reads them."""
+    texts = []
+    for row in rows:
+        tokens = prompt_rows[row["id"]]["prompt_ids"] + row["response_ids"]
+        texts.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    chats = texts
+    if all("text" in prompt for prompt in prompt_rows.values()):
+        chats = []
+        for row in rows:
+            response = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+            chats.append(chat(prompt_rows[row["id"]]["text"], response))
+    values = {}
+    for name, arguments in rewards.items():
+        reward = load(**arguments)
+        reads_turns = arguments["kind"] == "finished" and reward.tokenizer.chat_template
+        values[name] = reward.score(chats if reads_turns else texts)
+    return values
 
 
 if __name__ == "__main__":

@@ -53,9 +53,10 @@ def search_alpha(
     if decoding is None:
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         decoding = Decoding(max_tokens=512, max_model_len=2048, dtype=dtype)
-    if not prompts:
-        raise ValueError("prompts is empty: give at least one, better fifty")
     tokenizer = templates.load_tokenizer(str(aligned))
+    prompt_rows = _prompt_rows(tokenizer, prompts)
+    if not prompt_rows:
+        raise ValueError("prompts is empty: give at least one, better fifty")
     sampled_prompts = [prompt for prompt in prompts for _ in range(samples)]
     events.note(
         f"searching α: at most {evaluations} values, {len(sampled_prompts)} responses at each"
@@ -64,7 +65,7 @@ def search_alpha(
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         prompts_file = work / "prompts.json"
-        prompts_file.write_text(json.dumps(_prompt_rows(tokenizer, prompts)), encoding="utf-8")
+        prompts_file.write_text(json.dumps(prompt_rows), encoding="utf-8")
         with launch.Worker("beyond_dpo.jobs.generate", settings, work, desc="search") as engine:
 
             def evaluate(alpha: float) -> np.ndarray:

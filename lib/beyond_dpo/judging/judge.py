@@ -1,7 +1,6 @@
-"""What a judge's verdicts come to: AlpacaEval 2.0, Arena-Hard and MT-Bench, from the rows that
-`ask` returns.
-"""
+"""Score a judge's verdicts, the rows that `ask` returns: AlpacaEval 2.0, Arena-Hard, MT-Bench."""
 
+import functools
 import math
 import re
 from collections import Counter
@@ -13,7 +12,8 @@ import pandas as pd
 from beyond_dpo import stats
 
 STRONG = 3  # Arena-Hard counts a strong verdict as three
-VERDICTS = {  # Arena-Hard's labels: score of A, weight
+# Arena-Hard's labels: (score of A, weight).
+VERDICTS = {
     "A>>B": (1.0, STRONG),
     "B<<A": (1.0, STRONG),
     "A>B": (1.0, 1),
@@ -26,10 +26,11 @@ VERDICTS = {  # Arena-Hard's labels: score of A, weight
     "B>>A": (0.0, STRONG),
 }
 COMPARED = ["preference", "output_1", "output_2"]  # what the length-controlled rate is made of
-# log-odds per unit of the length term, and its spread over models: median, and quartiles' distance
-# / 1.349, over 84 models of φ·logit(LC)/θ, of the weights and scores that alpaca-eval publishes: φ
-# as it is without the difficulty term
-SLOPE, SPREAD = -1.18, 0.23
+# Log-odds per unit of the length term, and its spread over models: the median, and the quartiles'
+# distance / 1.349, of φ·logit(LC)/θ over the 84 models whose weights and scores alpaca-eval
+# publishes. This is φ as it would be without the difficulty term.
+SLOPE = -1.18
+SPREAD = 0.23
 
 
 class WinRate(NamedTuple):
@@ -45,10 +46,10 @@ class WinRate(NamedTuple):
 
 
 class LengthControlled(NamedTuple):
-    """Hold a length-controlled win rate in percent with its 95 % interval; estimate: without
-    alpaca-eval's own data.
+    """Hold a length-controlled win rate in percent with its 95 % interval.
 
-    dropped: rows without a preference, or without one of the outputs.
+    estimate: whether it was made without alpaca-eval's own data. dropped: rows without a
+    preference, or without one of the outputs.
     """
 
     percent: float
@@ -59,8 +60,9 @@ class LengthControlled(NamedTuple):
 
 
 class MtBench(NamedTuple):
-    """Hold mean ratings, 1 to 10, of first turns, second turns and both; unparsed: judgments
-    without a rating.
+    """Hold mean ratings, 1 to 10, of first turns, second turns and both.
+
+    unparsed: judgments without a rating.
     """
 
     first: float
@@ -70,47 +72,51 @@ class MtBench(NamedTuple):
 
 
 def win_rate(preferences) -> WinRate:
-    """Score preferences, AlpacaEval's win rate: 100 · mean(preference − 1), with its standard error
-    (n − 1).
+    """Return AlpacaEval's win rate, 100 · mean(preference − 1), with its standard error.
 
     preferences: (n,) in 1 (the baseline wins) to 2 (ours wins); 0, as in old files, is a tie, 1.5;
-    None or NaN is dropped and counted. discrete: wins + half of the draws, in percent. Raises
-    ValueError for anything else and for fewer than two. Turning all preferences x into 3 − x turns
-    the percentage p into 100 − p.
+    None or NaN is dropped and counted. The standard error divides by n − 1. discrete: wins + half
+    of the draws, in percent. Raises ValueError for anything else and for fewer than two. Turning
+    all preferences x into 3 − x turns the percentage p into 100 − p.
     """
-    given = np.array(list(preferences), float)
-    kept = np.where(given == 0, 1.5, given)[~np.isnan(given)]
-    if len(kept) < 2 or kept.min() < 1 or kept.max() > 2:
-        raise ValueError(f"needs two or more preferences in 1…2 (0 is a tie): {given}")
-    wins, losses, share = int((kept > 1.5).sum()), int((kept < 1.5).sum()), 100 * (kept - 1)
-    draws, error = len(kept) - wins - losses, float(share.std(ddof=1) / math.sqrt(len(kept)))
-    discrete = 100 * (wins + draws / 2) / len(kept)
+    values = np.array(list(preferences), float)
+    judged = values[~np.isnan(values)]
+    judged = np.where(judged == 0, 1.5, judged)
+    count = len(judged)
+    if count < 2 or judged.min() < 1 or judged.max() > 2:
+        raise ValueError(f"needs two or more preferences in 1…2 (0 is a tie): {values}")
+    wins = int((judged > 1.5).sum())
+    losses = int((judged < 1.5).sum())
+    draws = count - wins - losses
+    percentages = 100 * (judged - 1)
+    standard_error = percentages.std(ddof=1) / math.sqrt(count)
     return WinRate(
-        float(share.mean()), error, discrete, wins, losses, draws, len(given) - len(kept)
+        percent=float(percentages.mean()),
+        standard_error=float(standard_error),
+        discrete=100 * (wins + draws / 2) / count,
+        wins=wins,
+        losses=losses,
+        draws=draws,
+        dropped=len(values) - count,
     )
 
 
 def length_controlled(
     annotations, difficulty=None, *, slope=SLOPE, seed=0, n_boot=500
 ) -> LengthControlled:
-    """Return the win rate if both answers were equally long (arXiv 2404.04475): 100 · mean σ(θ + γ
-    difficulty).
+    """Return the win rate if both answers were equally long: 100 · mean σ(θ + γ difficulty).
 
-    annotations: AlpacaEval rows: preference, output_1 (the baseline's), output_2. difficulty: path
-    of AlpacaEval's df_gamed.csv; with it alpaca-eval itself (extra `judge`) does the fit, on all
-    805 rows in their order. Without, an
-    estimate: σ(θ) of P(ours wins) = σ(θ + slope · tanh(Δ length / its standard deviation)), by
-    maximum likelihood. Its interval draws prompts, and the slope by SPREAD; slope=None fits the
-    slope as well. On the two released models of the controlled study (published 8.7 and 10.4) it is
-    0.7 and 1.1 points too high with SLOPE, 6.1 and 7.1 with a fitted slope; the plain win rate is
-    4.0 and 4.5 too low. Without differences in length it is the win rate. A row without a
-    preference or an output is dropped and counted. Raises ValueError for fewer than two other rows,
-    for preferences out of 1…2 (0 is a tie), and with `difficulty` for an output that is missing.
+    From arXiv 2404.04475. annotations: AlpacaEval rows: preference, output_1 (the baseline's),
+    output_2. difficulty: path of AlpacaEval's df_gamed.csv; with it alpaca-eval itself (extra
+    `judge`) does the fit, on all 805 rows in their order. Without, an estimate: σ(θ) of
+    P(ours wins) = σ(θ + slope · tanh(Δ length / its standard deviation)), by maximum likelihood.
+    Its interval draws prompts, and the slope by SPREAD; slope=None fits the slope as well. On the
+    two released models of the controlled study (published 8.7 and 10.4) it is 0.7 and 1.1 points
+    too high with SLOPE, 6.1 and 7.1 with a fitted slope; the plain win rate is 4.0 and 4.5 too low.
+    Without differences in length it is the win rate. A row without a preference or an output is
+    dropped and counted. Raises ValueError for fewer than two other rows, for preferences out of
+    1…2 (0 is a tie), and with `difficulty` for an output that is missing.
     """
-    from scipy.optimize import brentq
-    from scipy.special import expit
-    from sklearn.linear_model import LogisticRegression
-
     table = _compared(annotations)
     if difficulty is not None:
         return _by_alpaca_eval(table, difficulty)
@@ -118,107 +124,152 @@ def length_controlled(
     if len(whole) < 2:
         raise ValueError(
             "the length-controlled rate needs two or more rows with output_1, output_2 and a "
-            "preference:"
-            f" {len(whole)} of {len(table)} have them"
+            f"preference: {len(whole)} of {len(table)} have them"
         )
-    longer = whole["output_1"].str.len() - whole["output_2"].str.len()
-    x = np.tanh(longer / (longer.std() or 1)).to_numpy()
-    y = whole["preference"].replace(0, 1.5).to_numpy() - 1
+    difference = whole["output_1"].str.len() - whole["output_2"].str.len()
+    spread = difference.std() or 1
+    lengths = np.tanh(difference / spread).to_numpy()
+    preferences = whole["preference"].replace(0, 1.5)
+    shares = preferences.to_numpy() - 1
     generator = np.random.default_rng(seed)
+    if slope is None:
+        slopes = [None] * n_boot
+    else:
+        slopes = [generator.normal(slope, SPREAD) for _ in range(n_boot)]
+    rates = []
+    for drawn_slope in slopes:
+        drawn = generator.integers(len(whole), size=len(whole))
+        rate = _controlled_rate(lengths[drawn], shares[drawn], drawn_slope)
+        rates.append(rate)
+    lower_tail = (1 - stats.LEVEL) / 2
+    upper_tail = (1 + stats.LEVEL) / 2
+    low, high = np.quantile(rates, [lower_tail, upper_tail])
+    percent = _controlled_rate(lengths, shares, slope)
+    return LengthControlled(
+        percent=float(percent),
+        low=float(low),
+        high=float(high),
+        estimate=True,
+        dropped=len(table) - len(whole),
+    )
 
-    def controlled(i, slope) -> float:
-        if slope is None:
-            features = np.column_stack([x[i], np.ones(len(i))])
-            fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8, max_iter=1000)
-            # each row once as won and once as lost, with the weight of either
-            both = np.r_[features, features]
-            outcomes = np.repeat([1, 0], len(i))
-            weights = np.r_[y[i], 1 - y[i]]
-            fit.fit(both, outcomes, sample_weight=weights)
-            return 100 * expit(fit.coef_[0, 1])
-        rate = np.clip(y[i].mean(), 1e-9, 1 - 1e-9)
-        widest = 50 + abs(slope)  # |x| < 1
-        return 100 * expit(
-            brentq(lambda theta: expit(theta + slope * x[i]).mean() - rate, -widest, widest)
-        )
 
-    slopes = [slope if slope is None else generator.normal(slope, SPREAD) for _ in range(n_boot)]
-    draws = [controlled(generator.integers(len(y), size=len(y)), slope) for slope in slopes]
-    low, high = np.quantile(draws, [(1 - stats.LEVEL) / 2, (1 + stats.LEVEL) / 2])
-    percent = float(controlled(np.arange(len(y)), slope))
-    return LengthControlled(percent, float(low), float(high), True, len(table) - len(whole))
+def _controlled_rate(lengths: np.ndarray, shares: np.ndarray, slope: float | None) -> float:
+    """Return 100 · σ(θ) of P(ours wins) = σ(θ + slope · length); slope=None fits the slope as well.
+
+    lengths: in −1…1. shares: P(ours wins) by the judge. Both (n,).
+    """
+    from scipy.optimize import brentq
+    from scipy.special import expit
+
+    if slope is None:
+        return _fitted_rate(lengths, shares)
+    rate = np.clip(shares.mean(), 1e-9, 1 - 1e-9)
+
+    def excess(theta: float) -> float:
+        predicted = expit(theta + slope * lengths)
+        return predicted.mean() - rate
+
+    widest = 50 + abs(slope)  # a length is in −1…1
+    theta = brentq(excess, -widest, widest)
+    return 100 * expit(theta)
+
+
+def _fitted_rate(lengths: np.ndarray, shares: np.ndarray) -> float:
+    """Return 100 · σ(θ) by logistic regression on the lengths and a constant, whose weight is θ.
+
+    Each row is there once as won and once as lost, with the weight of either.
+    """
+    from scipy.special import expit
+    from sklearn.linear_model import LogisticRegression
+
+    constant = np.ones(len(lengths))
+    features = np.column_stack([lengths, constant])
+    outcomes = np.repeat([1, 0], len(lengths))
+    weights = np.concatenate([shares, 1 - shares])
+    fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8, max_iter=1000)
+    fit.fit(np.tile(features, (2, 1)), outcomes, sample_weight=weights)
+    theta = fit.coef_[0, 1]
+    return 100 * expit(theta)
 
 
 def _compared(annotations) -> pd.DataFrame:
-    """Return a row per comparison: preference, NaN where there is none, and both outputs, None
-    where one is missing.
+    """Return a row per comparison: preference and both outputs.
+
+    A missing preference is NaN, a missing output None. Raises ValueError for columns that are not
+    there, and for preferences out of 1…2 (0 is a tie).
     """
-    rows = (
-        [dict(row) for row in annotations]
-        if not isinstance(annotations, pd.DataFrame)
-        else annotations
-    )
-    table = pd.DataFrame(rows)
+    if not isinstance(annotations, pd.DataFrame):
+        annotations = [dict(row) for row in annotations]
+    table = pd.DataFrame(annotations)
     missing = [name for name in COMPARED if name not in table]
     if missing:
         raise ValueError(
             f"the length-controlled rate needs rows with {', '.join(missing)}: {len(table)} rows"
         )
-    table["preference"] = pd.to_numeric(table["preference"], errors="coerce").astype(float)
-    wrong = table["preference"][
-        (table["preference"] != 0) & ~table["preference"].between(1, 2)
-    ].dropna()
+    preferences = pd.to_numeric(table["preference"], errors="coerce")
+    preferences = preferences.astype(float)
+    allowed = (preferences == 0) | preferences.between(1, 2)
+    wrong = preferences[~allowed].dropna()
     if len(wrong):
         raise ValueError(
             f"preferences are in 1…2 (0 is a tie): row {wrong.index[0]} has {wrong.iloc[0]:g}"
         )
+    table["preference"] = preferences
     for name in ("output_1", "output_2"):
-        text = table[name].map(lambda value: isinstance(value, str))
-        table[name] = table[name].astype(object).where(text, None)
+        is_text = table[name].map(lambda value: isinstance(value, str))
+        table[name] = table[name].astype(object).where(is_text, None)
     return table
 
 
 def _by_alpaca_eval(table: pd.DataFrame, difficulty) -> LengthControlled:
     """Let alpaca-eval fit; its data belong to rows by their place: none can be left out."""
-    missing = table.index[table[["output_1", "output_2"]].isna().any(axis=1)]
+    lacks_output = table[["output_1", "output_2"]].isna().any(axis=1)
+    missing = table.index[lacks_output]
     if len(missing):
         raise ValueError(
             f"alpaca-eval's own fit needs both outputs of each row: row {missing[0]} lacks one"
         )
-    if table["preference"].notna().sum() < 2:
+    judged = table["preference"].notna()
+    if judged.sum() < 2:
         raise ValueError("alpaca-eval's own fit needs two or more rows with a preference")
-    from unittest.mock import patch  # its function takes the file from the hub only
+    from unittest.mock import patch
 
     import sklearn
     from alpaca_eval.metrics import glm_winrate
 
-    fetched = patch.object(glm_winrate, "hf_hub_download", lambda **_: str(difficulty))
-    with fetched, sklearn.config_context():  # it changes sklearn's settings for good
-        found = glm_winrate.get_length_controlled_winrate(table, save_weights_dir=None)
-    percent, error = (
-        float(found["length_controlled_winrate"]),
-        1.96 * float(found["lc_standard_error"]),
+    # Its function takes the file from the hub only, and changes sklearn's settings for good.
+    hub = patch.object(glm_winrate, "hf_hub_download", lambda **_: str(difficulty))
+    with hub, sklearn.config_context():
+        facts = glm_winrate.get_length_controlled_winrate(table, save_weights_dir=None)
+    percent = float(facts["length_controlled_winrate"])
+    half_width = 1.96 * float(facts["lc_standard_error"])
+    return LengthControlled(
+        percent=percent,
+        low=percent - half_width,
+        high=percent + half_width,
+        estimate=False,
+        dropped=int((~judged).sum()),
     )
-    dropped = int(table["preference"].isna().sum())
-    return LengthControlled(percent, percent - error, percent + error, False, dropped)
 
 
 def preference(top: dict[str, float], swapped: bool) -> float | None:
-    """Return weighted_alpaca_eval_gpt4_turbo's preference, 2 − p(m) / (p(m) + p(M)); None without
-    either token.
+    """Return weighted_alpaca_eval_gpt4_turbo's preference, 2 − p(m) / (p(m) + p(M)).
 
-    top: log-probabilities of the likeliest tokens; m names the answer shown first. swapped: the
-    baseline's answer was not the first, and the result x is turned into 3 − x.
+    top: log-probabilities of the likeliest tokens; m names the answer shown first, M the other.
+    Without either token it is None. swapped: the baseline's answer was not the first, and the
+    result x is turned into 3 − x.
     """
-    logps = [top.get(token, -math.inf) for token in "mM"]
-    likelier = max(logps)
+    first_logp = top.get("m", -math.inf)
+    second_logp = top.get("M", -math.inf)
+    likelier = max(first_logp, second_logp)
     if likelier == -math.inf:
         return None
-    m, other = (
-        math.exp(logp - likelier) for logp in logps
-    )  # servers write -9999 for a probability of 0
-    found = 2 - m / (m + other)
-    return 3 - found if swapped else found
+    # Relative to the likelier one: servers write -9999 for a probability of 0.
+    first = math.exp(first_logp - likelier)
+    second = math.exp(second_logp - likelier)
+    value = 2 - first / (first + second)
+    return 3 - value if swapped else value
 
 
 def rating(judgment: str) -> float | None:
@@ -227,33 +278,44 @@ def rating(judgment: str) -> float | None:
     None without one, and for one outside of the 1 to 10 that the judge is asked for, where FastChat
     would count any number, such as a year in brackets.
     """
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
-    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else None
+    for pattern in (r"\[\[(\d+\.?\d*)\]\]", r"\[(\d+\.?\d*)\]"):
+        match = re.search(pattern, judgment)
+        if match:
+            score = float(match[1])
+            return score if 1 <= score <= 10 else None
+    return None
 
 
 def mt_bench(rows) -> MtBench:
-    """Average the ratings of MT-Bench (arXiv 2306.05685), by turn and over all; NaN for a turn
-    without any.
+    """Average the ratings of MT-Bench (arXiv 2306.05685), by turn and over all.
 
-    rows: of ask.mt_bench. overall is the mean of all ratings, not of the two means.
+    rows: of ask.mt_bench. overall is the mean of all ratings, not of the two means; a turn without
+    any rating is NaN.
     """
-    rated = [(row["turn"], rating(row["judgment"])) for row in rows]
-    turns = [
-        [score for turn, score in rated if turn == wanted and score is not None]
-        for wanted in (1, 2)
-    ]
-    means = [
-        float(np.mean(scores)) if scores else math.nan for scores in (*turns, turns[0] + turns[1])
-    ]
-    return MtBench(*means, len(rated) - len(turns[0] + turns[1]))
+    ratings = {1: [], 2: []}
+    unparsed = 0
+    for row in rows:
+        score = rating(row["judgment"])
+        if score is None:
+            unparsed += 1
+        else:
+            ratings[row["turn"]].append(score)
+    first = ratings[1]
+    second = ratings[2]
+    both = first + second
+    return MtBench(_mean(first), _mean(second), _mean(both), unparsed)
+
+
+def _mean(scores: list[float]) -> float:
+    """Return the mean, NaN of nothing."""
+    return float(np.mean(scores)) if scores else math.nan
 
 
 def verdict(judgment: str) -> tuple[float, int] | None:
-    """Return (score of A: 1, 0.5 or 0, weight) of a judgment, as Arena-Hard v2.0 reads it; None
-    without a verdict.
+    """Return (score of A: 1, 0.5 or 0, weight) of a judgment, as Arena-Hard v2.0 reads it.
 
     It is the last [[A>B]], or else the last [A>B], in either case of letters; see VERDICTS for the
-    others.
+    others. None without a verdict.
     """
     for pattern in (r"\[\[([AB<>=]+)\]\]", r"\[([AB<>=]+)\]"):
         labels = re.findall(pattern, judgment.upper())
@@ -262,59 +324,110 @@ def verdict(judgment: str) -> tuple[float, int] | None:
     return None
 
 
-def arena_hard(rows, baseline: str, *, seed: int = 0, n_boot: int = 500) -> pd.DataFrame:
-    """Fit Bradley–Terry strengths, the baseline's 0 (arXiv 2406.11939): P(i beats j) = σ(s_i −
-    s_j).
+class Game(NamedTuple):
+    """Hold what a judge said of two answers; verdict: as `verdict` returns it."""
 
-    rows: of ask.arena_hard, of one or more models (and of one category, where categories have their
-    own baselines). A strong verdict counts STRONG times, a tie for both sides; of a question with a
-    game without a verdict none counts. Returns a row per model: percent, 100 · σ(s), its win rate
-    against the baseline, with a bootstrap interval over questions, the questions that count, and
-    those unparsed. Raises ValueError for models that no chain of games ties to the baseline. Of a
-    model that meets the baseline only, it is the weighted mean of its scores.
+    model_a: str
+    model_b: str
+    verdict: tuple[float, int] | None
+
+
+def arena_hard(rows, baseline: str, *, seed: int = 0, n_boot: int = 500) -> pd.DataFrame:
+    """Fit Bradley–Terry strengths s: P(i beats j) = σ(s_i − s_j), the baseline's s is 0.
+
+    From arXiv 2406.11939. rows: of ask.arena_hard, of one or more models (and of one category,
+    where categories have their own baselines). A strong verdict counts STRONG times, a tie for both
+    sides; of a question with a game without a verdict none counts. Returns a row per model:
+    percent, 100 · σ(s), its win rate against the baseline, with a bootstrap interval over
+    questions, the questions that count, and those unparsed. Raises ValueError for models that no
+    chain of games ties to the baseline. Of a model that meets the baseline only, it is the weighted
+    mean of its scores.
     """
     from scipy.sparse.csgraph import connected_components
-    from scipy.special import expit
-    from sklearn.linear_model import LogisticRegression
 
-    games, unparsed = {}, Counter()
-    for row in rows:
-        pair = (row["model_a"], row["model_b"])
-        games.setdefault((row["uid"], *sorted(pair)), []).append((*pair, verdict(row["judgment"])))
-    names = [baseline, *sorted({name for _, *pair in games for name in pair} - {baseline})]
-    questions = {uid: k for k, uid in enumerate(dict.fromkeys(uid for uid, *_ in games))}
-    wins = np.zeros((len(questions), len(names), len(names)))
-    for (uid, *pair), played in games.items():
-        if not all(found for *_, found in played):
-            unparsed.update(pair)
-            continue
-        for a, b, (score, weight) in played:
-            a, b = names.index(a), names.index(b)
-            wins[questions[uid], a, b] += weight * score
-            wins[questions[uid], b, a] += weight * (1 - score)
-    wins = wins[wins.any((1, 2))]
+    games = _games(rows)
+    models = {name for _, *pair in games for name in pair}
+    others = models - {baseline}
+    names = [baseline, *sorted(others)]
+    wins, unparsed = _wins(games, names)
     total = wins.sum(0)
     if connected_components(total + total.T)[0] > 1:
         raise ValueError(
             f"no chain of verdicts ties all of {names} to {baseline}; unparsed: {dict(unparsed)}"
         )
+    played = wins.sum(2) + wins.sum(1) > 0
+    questions = played.sum(0)
+    table = []
+    for place, name in enumerate(names[1:], start=1):
+        win_rate_of_draw = functools.partial(_win_rate, wins, place)
+        percent, low, high = stats.interval(win_rate_of_draw, len(wins), seed, n_boot)
+        row = {
+            "model": name,
+            "percent": percent,
+            "low": low,
+            "high": high,
+            "questions": questions[place],
+            "unparsed": unparsed[name],
+        }
+        table.append(row)
+    columns = ["model", "percent", "low", "high", "questions", "unparsed"]
+    return pd.DataFrame(table, columns=columns)
 
-    def rates(i) -> np.ndarray:
-        total, sides = wins[i].sum(0), np.eye(len(names))
-        a, b = np.nonzero(np.triu(total + total.T))
-        features = np.tile((sides[a] - sides[b])[:, 1:], (2, 1))
-        fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8, max_iter=1000)
-        fit.fit(features, np.repeat([1, 0], len(a)), sample_weight=np.r_[total[a, b], total[b, a]])
-        return 100 * expit(fit.coef_[0])
 
-    counts = (wins.sum(2) + wins.sum(1) > 0).sum(0)
-    found = [
-        [
-            name,
-            *stats.interval(lambda i, k=k: rates(i)[k], len(wins), seed, n_boot),
-            counts[k + 1],
-            unparsed[name],
-        ]
-        for k, name in enumerate(names[1:])
-    ]
-    return pd.DataFrame(found, columns=["model", "percent", "low", "high", "questions", "unparsed"])
+def _games(rows) -> dict[tuple, list[Game]]:
+    """Return the games of each (question, model, model), whichever model is shown first."""
+    games = {}
+    for row in rows:
+        game = Game(row["model_a"], row["model_b"], verdict(row["judgment"]))
+        models = sorted([game.model_a, game.model_b])
+        pair_games = games.setdefault((row["uid"], *models), [])
+        pair_games.append(game)
+    return games
+
+
+def _wins(games: dict[tuple, list[Game]], names: list[str]) -> tuple[np.ndarray, Counter]:
+    """Return how often i beats j, (questions, models, models), and {model: games left out}.
+
+    Only questions with a game that counts are in it. A pair's games of one question are left out
+    together if one of them has no verdict.
+    """
+    questions = {}
+    for uid, _, _ in games:
+        questions.setdefault(uid, len(questions))
+    models = len(names)
+    wins = np.zeros((len(questions), models, models))
+    unparsed = Counter()
+    for (uid, *pair), pair_games in games.items():
+        if any(game.verdict is None for game in pair_games):
+            unparsed.update(pair)
+            continue
+        question_wins = wins[questions[uid]]
+        for game in pair_games:
+            a = names.index(game.model_a)
+            b = names.index(game.model_b)
+            score, weight = game.verdict
+            question_wins[a, b] += weight * score
+            question_wins[b, a] += weight * (1 - score)
+    counted = wins.any((1, 2))
+    return wins[counted], unparsed
+
+
+def _win_rate(wins: np.ndarray, place: int, drawn: np.ndarray) -> float:
+    """Return 100 · σ(s) of one model against the first, the baseline, by logistic regression.
+
+    wins: (questions, models, models), how often i beats j. place: of the model. drawn: questions.
+    """
+    from scipy.special import expit
+    from sklearn.linear_model import LogisticRegression
+
+    total = wins[drawn].sum(0)
+    a, b = np.nonzero(np.triu(total + total.T))
+    sides = np.eye(len(total))
+    differences = sides[a] - sides[b]
+    features = differences[:, 1:]  # the baseline's strength stays 0
+    outcomes = np.repeat([1, 0], len(a))
+    weights = np.concatenate([total[a, b], total[b, a]])
+    fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-8, max_iter=1000)
+    fit.fit(np.tile(features, (2, 1)), outcomes, sample_weight=weights)
+    strength = fit.coef_[0][place - 1]
+    return 100 * expit(strength)

@@ -1,6 +1,4 @@
-"""ExPO on published pairs of models, searched and judged here (arXiv 2404.16792, Table 2 and ACL
-Table 5).
-"""
+"""Search and judge ExPO on published pairs of models (arXiv 2404.16792, Table 2, ACL Table 5)."""
 
 import json
 from pathlib import Path
@@ -15,57 +13,101 @@ from beyond_dpo.pipeline.endpoint import Endpoint
 
 
 def off_the_shelf(cfg) -> Artifact:
-    """Extrapolate published pairs: α by the reward model on dev prompts, then test prompts at 0 and
-    the chosen α.
+    """Extrapolate published pairs: search α on dev prompts, then sample and judge test prompts.
 
-    As sweep(), with the column split and the pair's name as `model`; wins.json: with a judge,
+    The reward model chooses α; test prompts are sampled at α = 0 and at the chosen α. Files: as
+    sweep(), with the column split and the pair's name as `model`; wins.json: with a judge,
     AlpacaEval's win rate in percent with its standard error, and its length-controlled estimate
     with its interval, of each (model, alpha).
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
-    lines = {name: expo.published(pair, cfg.published_alphas) for name, pair in cfg.pairs.items()}
-
-    def place(name: str, alpha: float, split: str) -> tuple[dict, Artifact]:
-        samples = cfg.test_samples if split == "test" else cfg.dev_samples
-        scores = lines[name].scores(cfg, alpha, f"{split}_prompts", samples)
-        return {"split": split, "model": name, "alpha": alpha}, scores
-
-    dev = [place(name, alpha, "dev") for name in lines for alpha in cfg.published_alphas]
+    lines = {}
+    for name, pair in cfg.pairs.items():
+        lines[name] = expo.published(pair, cfg.published_alphas)
+    dev = []
+    for name, line in lines.items():
+        for alpha in cfg.published_alphas:
+            scores = line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples)
+            place = {"split": "dev", "model": name, "alpha": alpha}
+            dev.append((place, scores))
 
     def make(out: Path) -> None:
         needs.check(cfg)
-        searched, points = gather.scored(dev, "α of published models, dev prompts")
-        means, wins = searched.groupby(["model", "alpha"])["reward"].mean().unstack(), []
-        best = {name: float(means.loc[name].idxmax()) for name in lines}
-        test = [place(name, a, "test") for name in lines for a in dict.fromkeys([0.0, best[name]])]
-        tested, more = gather.scored(test, "published models, test prompts")
-        gather.write(out, pd.concat([searched, tested]), points + more)
-        for at, scores in test if cfg.judge else ():
-            said = _spoken(lines[at["model"]].own(cfg), scores.inputs["responses"], "test_prompts")
-            name, by = f"{at['model']} {at['alpha']:g}", Endpoint(cfg.judge, cfg.judge_url)
-            rows = ask.rows(
-                ask.alpaca_eval(said, by, model=name, questions=ask.alpaca_questions(said))
-            )
-            won, fair = (
-                judge.win_rate(row["preference"] for row in rows),
-                judge.length_controlled(rows),
-            )
-            wins.append(at | {"win_rate": won._asdict(), "length_controlled": fair._asdict()})
+        dev_table, dev_points = gather.scored(dev, "α of published models, dev prompts")
+        best = _best_alphas(dev_table, list(lines))
+        test = _test_places(cfg, lines, best)
+        test_table, test_points = gather.scored(test, "published models, test prompts")
+        gather.write(out, pd.concat([dev_table, test_table]), dev_points + test_points)
+        wins = []
+        if cfg.judge:
+            for place, scores in test:
+                line = lines[place["model"]]
+                responses = scores.inputs["responses"]
+                wins.append(place | _wins(line.own(cfg), place, responses))
         (out / "wins.json").write_text(json.dumps(wins, indent=1), encoding="utf-8")
         (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
 
-    recipe = {"dev": [scores for _, scores in dev], "names": list(lines), "judge": cfg.judge}
-    recipe |= {"test_samples": cfg.test_samples}
+    recipe = {
+        "dev": [scores for _, scores in dev],
+        "names": list(lines),
+        "judge": cfg.judge,
+        "test_samples": cfg.test_samples,
+    }
     return Artifact("published", 1, recipe, make, hours=cfg.needs.hours)
 
 
-def _spoken(cfg, said: Artifact, split: str) -> dict[str, str]:
-    """Return {what a prompt asks: the first response to it} in words."""
-    tokenizer, found = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target)), {}
-    asked = {row["id"]: row["text"] for row in stages.texts(cfg.world).json(f"{split}.json")}
-    for line in (said.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines():
+def _best_alphas(table: pd.DataFrame, names: list[str]) -> dict[str, float]:
+    """Return the α with the highest mean reward of each model."""
+    rewards = table.groupby(["model", "alpha"])["reward"]
+    means = rewards.mean().unstack()
+    best = {}
+    for name in names:
+        best[name] = float(means.loc[name].idxmax())
+    return best
+
+
+def _test_places(
+    cfg, lines: dict[str, expo.Line], best: dict[str, float]
+) -> list[tuple[dict, Artifact]]:
+    """Return (place, scores) of each model on test prompts, at α = 0 and at its chosen α."""
+    places = []
+    for name, line in lines.items():
+        alphas = dict.fromkeys([0.0, best[name]])  # once, where the chosen α is 0
+        for alpha in alphas:
+            scores = line.scores(cfg, alpha, "test_prompts", cfg.test_samples)
+            place = {"split": "test", "model": name, "alpha": alpha}
+            places.append((place, scores))
+    return places
+
+
+def _wins(cfg, place: dict, responses: Artifact) -> dict:
+    """Return AlpacaEval's win rate, plain and length-controlled, of the responses of one place."""
+    outputs = _first_responses(cfg, responses)
+    judged = ask.alpaca_eval(
+        outputs,
+        Endpoint(cfg.judge, cfg.judge_url),
+        model=f"{place['model']} {place['alpha']:g}",
+        questions=ask.alpaca_questions(outputs),
+    )
+    rows = ask.rows(judged)
+    win_rate = judge.win_rate(row["preference"] for row in rows)
+    length_controlled = judge.length_controlled(rows)
+    return {
+        "win_rate": win_rate._asdict(),
+        "length_controlled": length_controlled._asdict(),
+    }
+
+
+def _first_responses(cfg, responses: Artifact) -> dict[str, str]:
+    """Return {text of a test prompt: the first response to it}, decoded."""
+    tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
+    prompts = {}
+    for row in stages.texts(cfg.world).json("test_prompts.json"):
+        prompts[row["id"]] = row["text"]
+    lines = (responses.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines()
+    first = {}
+    for line in lines:
         row = json.loads(line)
-        found.setdefault(
-            asked[row["id"]], tokenizer.decode(row["response_ids"], skip_special_tokens=True)
-        )
-    return found
+        text = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        first.setdefault(prompts[row["id"]], text)
+    return first

@@ -23,8 +23,8 @@ import yaml
 # Before a launcher's command line: Linux sends the launcher SIGTERM when the thread that started it
 # is gone, also after kill -9, and the launcher then ends its processes on all nodes.
 TETHER = ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
-# What goes along over ssh, beside PYTHON*: DeepSpeed writes it into the log, so no HF_TOKEN or
-# other secret.
+# Beginnings of the variables that go along over ssh, beside PYTHON*. DeepSpeed writes them into the
+# log, so HF_TOKEN and other secrets are not among them.
 PASSED = (
     "BEYOND_DPO_",
     "GLOO_",
@@ -39,23 +39,25 @@ PASSED = (
 
 
 def machine(names) -> dict:
-    """Return those of the named fields of config.Train that the environment sets, or a hostfile.
+    """Return those of the named fields of config.Train that the environment or a hostfile sets.
 
     Raises ValueError as hostfile() does, and for a value that is no YAML.
     """
+    fields = {}
     slots = hostfile()
-    found = {"launcher": "deepspeed", "processes": sum(slots.values())} if slots else {}
-    given = {name: os.environ.get(f"BEYOND_DPO_{name.upper()}") for name in names}
-    for name, text in given.items():
+    if slots:
+        fields["launcher"] = "deepspeed"
+        fields["processes"] = sum(slots.values())
+    for name in names:
+        variable = f"BEYOND_DPO_{name.upper()}"
+        text = os.environ.get(variable)
         if not text:
             continue
         try:
-            found[name] = yaml.safe_load(text)
+            fields[name] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ValueError(
-                f"BEYOND_DPO_{name.upper()}={text} is neither a number nor a word"
-            ) from None
-    return found
+            raise ValueError(f"{variable}={text} is neither a number nor a word") from None
+    return fields
 
 
 def hostfile() -> dict[str, int]:
@@ -70,21 +72,24 @@ def hostfile() -> dict[str, int]:
         lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise ValueError(f"BEYOND_DPO_HOSTFILE={path} cannot be read: {error.strerror}") from None
-    found: dict[str, int] = {}
+    slots: dict[str, int] = {}
     for line in lines:
-        if line.split("#")[0].strip():
-            fits = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?", line.strip())
-            if not fits or fits[1] in found:
-                raise ValueError(f"{path}: {line!r} is not `host slots=N`, each host once")
-            found[fits[1]] = int(fits[2])
-    if not found:
+        content = line.split("#")[0].strip()
+        if not content:
+            continue
+        entry = re.fullmatch(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?", line.strip())
+        if not entry or entry[1] in slots:
+            raise ValueError(f"{path}: {line!r} is not `host slots=N`, each host once")
+        slots[entry[1]] = int(entry[2])
+    if not slots:
         raise ValueError(f"{path} names no host")
-    return found
+    return slots
 
 
 def nodes(launcher: str) -> int:
-    """Return over how many nodes the launcher spreads a job; raise ValueError as hostfile()
-    does.
+    """Return over how many nodes the launcher spreads a job.
+
+    Raises ValueError as hostfile() does.
     """
     if launcher == "deepspeed":
         return len(hostfile()) or 1
@@ -101,24 +106,27 @@ def reaches_others(launcher: str) -> bool:
 
 
 def share(processes: int, launcher: str) -> int:
-    """Return how many of the processes each node runs; ValueError if that is not the same number
-    for all.
+    """Return how many of the processes each node runs.
+
+    Raises ValueError if that is not the same number for all.
     """
-    if processes % nodes(launcher):
-        raise ValueError(
-            f"{processes} processes cannot be shared equally by {nodes(launcher)} nodes"
-        )
-    return processes // nodes(launcher)
+    count = nodes(launcher)
+    if processes % count:
+        raise ValueError(f"{processes} processes cannot be shared equally by {count} nodes")
+    return processes // count
 
 
 def over_ssh(hosts: dict[str, int], each: int) -> list[str]:
-    """Return what makes DeepSpeed run `each` processes on each host; ValueError if one has fewer
-    slots.
+    """Return what makes DeepSpeed run `each` processes on each host.
+
+    Raises ValueError if a host has fewer slots.
     """
     if each > min(hosts.values()):
         raise ValueError(f"{each} processes a host are more than the slots of one of {hosts}")
-    first = ["--master_addr", os.environ["MASTER_ADDR"]] if "MASTER_ADDR" in os.environ else []
-    return ["--hostfile", os.environ["BEYOND_DPO_HOSTFILE"], "--force_multi", *first]
+    options = ["--hostfile", os.environ["BEYOND_DPO_HOSTFILE"], "--force_multi"]
+    if "MASTER_ADDR" in os.environ:
+        options += ["--master_addr", os.environ["MASTER_ADDR"]]
+    return options
 
 
 def environment(launcher: str, workdir: Path) -> dict[str, str]:
@@ -147,7 +155,9 @@ def exported(variables: dict[str, str]) -> str:
     for path in (Path.home() / name, Path(name)):
         if path.is_file():
             lines += path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    lines += [f"{key}={value}" for key, value in variables.items() if key.startswith(PASSED)]
+    for key, value in variables.items():
+        if key.startswith(PASSED):
+            lines.append(f"{key}={value}")
     return "".join(f"{line}\n" for line in lines if "=" in line)
 
 
@@ -159,16 +169,20 @@ def rank(devices: int) -> dict[str, str]:
     devices: how many this process sees; one, where SLURM gives each task its own.
     """
     world = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if world == "1":  # port 0: any that is free
-        return dict(
-            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0"
-        )
+    if world == "1":
+        return {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": "0",  # any that is free
+        }
     job = int(os.environ["SLURM_JOB_ID"])
     step = int(os.environ["SLURM_STEP_ID"])
     local = int(os.environ["SLURM_LOCALID"])
     if devices:
         local = local % devices
-    # the first node of gpu[03-07,11],big is gpu03
+    # The first node of gpu[03-07,11],big is gpu03.
     first = re.match(r"([^,\[]+)(?:\[([^],-]+))?", os.environ["SLURM_STEP_NODELIST"])
     address = first[1] + (first[2] or "")
     port = 12_000 + (97 * job + step) % 20_000  # below the ports a system gives away
@@ -184,9 +198,10 @@ def rank(devices: int) -> dict[str, str]:
 def follow_parent() -> None:
     """End this process within about a second when one of those that started it is gone.
 
-    These are its launcher, on the same machine, and the notebook's kernel, where BEYOND_DPO_PARENT
-    holds its number: 0 says that the kernel may sit on another node. Both may have been killed with
-    kill -9. A process that was started by hand, without that variable, follows nobody.
+    Its launcher, on the same machine, is one of them. The notebook's kernel is the other, where
+    BEYOND_DPO_PARENT holds its number: 0 says that the kernel may sit on another node. Both may
+    have been killed with kill -9. A process that was started by hand, without that variable,
+    follows nobody.
 
     From here on an exception that ends this process is written in one piece, see
     _write_traceback().
@@ -210,8 +225,8 @@ def follow_parent() -> None:
 def _write_traceback(*error) -> None:
     """Write an exception (its type, value and traceback) to stderr at once.
 
-    Launchers start Python unbuffered, and several processes share one log: those that fail together
-    would mix even their words in it.
+    Launchers start Python unbuffered, and several processes share one log: without this, those that
+    fail together would mix their lines, and even words, in it.
     """
     text = "".join(traceback.format_exception(*error))
     with suppress(OSError):  # the log is on a full disk

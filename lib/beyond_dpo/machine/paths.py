@@ -5,17 +5,22 @@ from pathlib import Path
 
 
 def _folder(variable: str, default: Path) -> Path:
-    return Path(os.environ.get(variable) or default).expanduser().resolve()
+    """Return the folder that an environment variable names, or the default one."""
+    folder = os.environ.get(variable)
+    if not folder:
+        folder = default
+    return Path(folder).expanduser().resolve()
 
 
-LIBRARY = Path(__file__).resolve().parents[2]  # for children, where the package is not installed
+MODULE = Path(__file__).resolve()
+LIBRARY = MODULE.parents[2]  # for children, where the package is not installed
 ROOT = _folder("BEYOND_DPO_ROOT", LIBRARY.parent)
 NOTEBOOKS = ROOT / "notebooks"
 FIGURES = _folder("BEYOND_DPO_FIGURES", ROOT / "figures")
-PUBLISHED = ROOT / "data" / "published"  # numbers as printed in the papers
-FIXTURES = ROOT / "data" / "fixtures"  # invented rows for tests and the smoke profile
-FROZEN = ROOT / "data" / "frozen"  # small measured results, committed
+DATA = ROOT / "data"
+PUBLISHED = DATA / "published"  # numbers as printed in the papers
+FIXTURES = DATA / "fixtures"  # invented rows for tests and the smoke profile
+FROZEN = DATA / "frozen"  # small measured results, committed
 ARTIFACTS = _folder("BEYOND_DPO_ARTIFACTS", ROOT / "artifacts")  # everything computed, git-ignored
-CACHE = _folder(
-    "BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo")
-)  # downloaded archives, converted models
+# Downloaded archives and converted models.
+CACHE = _folder("BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo"))
