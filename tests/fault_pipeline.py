@@ -1,29 +1,32 @@
-"""A real pipeline at smoke, for the fault suite to break: `python fault_pipeline.py expo wrpo
-mallows served`.
+"""A real pipeline of profile smoke, for the fault suite to break.
 
-A worker that dies is met once: the next call must work. Training leaves a checkpoint after each
-step.
+    python fault_pipeline.py expo wrpo mallows served
+
+If a worker dies, the next call must work. Training leaves a checkpoint after each step.
 """
 
+import json
 import os
 import sys
 
+from beyond_dpo import events
 from beyond_dpo.machine import launch
 from beyond_dpo.pipeline import config, expo, mallows, sources, wrpo
 
-OFTEN = {"train__checkpoint_every": 1, "sft__checkpoint_every": 1, "needs__disk_gb": 0}
+CHECKPOINTS = {"train__checkpoint_every": 1, "sft__checkpoint_every": 1, "needs__disk_gb": 0}
 FEW = {"fractions": [0.5], "alphas": {0.5: [0, 1]}, "seeds": [0], "seed_fractions": []}
 
 
-def results(name: str) -> list:
+def results(part: str) -> list:
     """Return the last artifacts of one part of the pipeline."""
-    if name == "expo":
-        return [expo.curves(config.load("expo", "smoke", **FEW, **OFTEN))]
-    if name == "mallows":
-        cfg = config.load("mallows", "smoke", **OFTEN)
+    if part == "expo":
+        cfg = config.load("expo", "smoke", **FEW, **CHECKPOINTS)
+        return [expo.curves(cfg)]
+    if part == "mallows":
+        cfg = config.load("mallows", "smoke", **CHECKPOINTS)
         return [mallows.dispersed(cfg), mallows.plug_in(cfg)]
-    cfg = config.load("wrpo", "smoke", **OFTEN)
-    if name == "wrpo":
+    if part == "wrpo":
+        cfg = config.load("wrpo", "smoke", **CHECKPOINTS)
         return [wrpo.main_result(cfg), wrpo.dynamics(cfg)]
     served = {
         "kind": "endpoint",
@@ -37,11 +40,30 @@ def results(name: str) -> list:
     return [sources.answers(cfg, "served")]
 
 
+def compute(artifact) -> None:
+    """Compute an artifact, again if a worker died the first time."""
+    try:
+        artifact.get()
+    except launch.JobFailed as failure:
+        print(f"JobFailed: {failure}", file=sys.stderr, flush=True)
+        artifact.get()
+
+
+def report(**event) -> None:
+    """Append what this process reports to the file that the fault suite reads."""
+    with open(os.environ["FAULT_REPORTS"], "a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
+
+
+def main(parts: list[str]) -> None:
+    """Compute all artifacts of some parts of the pipeline."""
+    # The recipes of all parts are made before anything is computed.
+    last_artifacts = [artifact for part in parts for artifact in results(part)]
+    with events.listening(report):
+        for last in last_artifacts:
+            for artifact in last.upstream.values():
+                compute(artifact)
+
+
 if __name__ == "__main__":
-    for last in [last for name in sys.argv[1:] for last in results(name)]:
-        for one in last.upstream.values():
-            try:
-                one.get()
-            except launch.JobFailed as failure:
-                print(f"JobFailed: {failure}", file=sys.stderr, flush=True)
-                one.get()
+    main(sys.argv[1:])

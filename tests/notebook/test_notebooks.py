@@ -20,10 +20,11 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from beyond_dpo.machine import paths
-from beyond_dpo.notebook import plan, report, run
+from beyond_dpo.notebook import plan, report
 from beyond_dpo.pipeline import assets, config, expo, stages
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
+OF_PAPERS = [path for path in NOTEBOOKS if path.stem[0] in "123"]
 LIBRARIES = {
     "dataclasses",
     "beyond_dpo",
@@ -34,226 +35,218 @@ LIBRARIES = {
     "ipywidgets",
     "io",
 }
+PATH = re.compile(r"(\.{0,2}/|~|[A-Z]:\\)\w")
+# A number as report.show writes it; a sign or a dash stands for one.
+NUMBER = re.compile(r"-?\d+(\.\d+)?|[–+-]|yes|no")
 
 
-def code_cells(path):
-    return [c for c in nbformat.read(path, 4).cells if c.cell_type == "code"]
+def read(stem: str):
+    return nbformat.read(paths.NOTEBOOKS / f"{stem}.ipynb", 4)
+
+
+def code_cells(nb) -> list:
+    return [cell for cell in nb.cells if cell.cell_type == "code"]
+
+
+def outputs(nb) -> list:
+    """Return the outputs of all cells of a notebook."""
+    return [output for cell in code_cells(nb) for output in cell.outputs]
+
+
+def tables_of(nb) -> list[str]:
+    """Return the HTML of all tables that a notebook shows."""
+    shown = [output.get("data", {}) for output in outputs(nb)]
+    return [data["text/html"] for data in shown if "text/html" in data]
+
+
+def printed(nb) -> str:
+    """Return all that a notebook printed."""
+    return "".join(output.text for output in outputs(nb) if output.output_type == "stream")
+
+
+def parameters_cell(nb):
+    """Return the one cell that has the tag `parameters`."""
+    (cell,) = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+    return cell
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    """Return each committed notebook's path in turn."""
+    return request.param
+
+
+@pytest.fixture
+def nb(path):
+    """Return each committed notebook in turn."""
+    return nbformat.read(path, 4)
 
 
 def test_there_are_notebooks():
-    assert {p.stem for p in NOTEBOOKS} >= {
-        "00_start_here",
-        "11_expo_headline",
-        "12_expo_interpolation",
-    }
-    assert len(NOTEBOOKS) == 22
+    stems = [path.stem for path in NOTEBOOKS]
+    assert stems[0] == "00_start_here"
+    assert "11_expo_headline" in stems
+    assert "12_expo_interpolation" in stems
+    assert len(stems) == 22
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_house_rules(path):
-    """At most 20 code cells of 15 lines, one parameters cell, no class, no long function, no path,
-    no shell.
-    """
-    cells = code_cells(path)
+# ---- house rules
+
+
+def imported(node) -> list[str]:
+    """Return the packages that a node of a syntax tree imports from."""
+    names = []
+    if isinstance(node, ast.ImportFrom):
+        names = [node.module]
+    elif isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+    return [name.partition(".")[0] for name in names]
+
+
+def test_cells_are_few_and_short(nb):
+    """At most 20 code cells of 15 lines, one of them with the parameters."""
+    cells = code_cells(nb)
     assert 1 <= len(cells) <= 20
-    assert sum("parameters" in c.metadata.get("tags", []) for c in cells) == 1
+    assert parameters_cell(nb) in cells
     for cell in cells:
         assert len(cell.source.splitlines()) <= 15, cell.source
-        assert not re.search(r"^\s*[%!]", cell.source, re.M), "no shell and no magic"
-        tree = ast.parse(cell.source)
-        for node in ast.walk(tree):
+
+
+def test_cells_hold_no_machinery(nb):
+    """No class, no long function, no import from elsewhere, no path, no shell and no magic."""
+    for cell in code_cells(nb):
+        assert not re.search(r"^\s*[%!]", cell.source, re.M), cell.source
+        for node in ast.walk(ast.parse(cell.source)):
             assert not isinstance(node, ast.ClassDef)
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 8, node.name
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                names = (
-                    [node.module]
-                    if isinstance(node, ast.ImportFrom)
-                    else [a.name for a in node.names]
-                )
-                assert {n.split(".")[0] for n in names} <= LIBRARIES
+            assert set(imported(node)) <= LIBRARIES
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                assert not re.match(r"(\.{0,2}/|~|[A-Z]:\\)\w", node.value), f"a path: {node.value}"
+                assert not PATH.match(node.value), f"a path: {node.value}"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_committed_outputs_are_whole_and_clean(path):
-    """Every cell was run in order, none failed, and nothing of one machine or one run is in the
-    file.
-    """
-    text, cells = path.read_text(), code_cells(path)
-    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
-    assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
-    assert "papermill" not in json.loads(text)["metadata"] and '"execution": {' not in text
+def test_committed_outputs_are_whole_and_clean(path, nb):
+    """Every cell was run in order, none failed, and nothing tells of one machine or one run."""
+    text = path.read_text()
+    counts = [cell.execution_count for cell in code_cells(nb)]
+    assert counts == list(range(1, len(counts) + 1))
+    assert not [output for output in outputs(nb) if output.output_type == "error"]
+    assert "papermill" not in nb.metadata
+    assert '"execution": {' not in text
     assert not re.search(r"/(home|root|tmp|Users)/", text), "a path of one machine"
-    if path.stem[0] in "123":
-        joined = json.dumps([o.get("data", {}) for c in cells for o in c.outputs])
-        assert "image/svg+xml" in joined and "verdict" in joined, "a figure and a verdict"
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_figures_fit_the_output_area_and_need_no_trust(path):
-    """JupyterLab in a window of 1,280 pixels shows 828; SVG and PNG have one size, the PNG twice
-    the pixels.
-    """
-    for cell in code_cells(path):
-        for output in cell.outputs:
-            data = output.get("data", {})
-            assert ("image/svg+xml" in data) == ("image/png" in data)
-            if "image/png" in data:
-                size = output.metadata["image/png"]
-                points = re.search(
-                    r'width="([\d.]+)pt" height="([\d.]+)pt"', data["image/svg+xml"]
-                ).groups()
-                assert [round(float(one) * 96 / 72) for one in points] == [
-                    size["width"],
-                    size["height"],
-                ]
-                picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-                assert (
-                    abs(picture.width - 2 * size["width"]) <= 1
-                    and abs(picture.height - 2 * size["height"]) <= 1
-                )
-                assert size["width"] <= 828
-                assert "stamp" in data["image/svg+xml"]
+@pytest.mark.parametrize("path", OF_PAPERS, ids=lambda path: path.stem)
+def test_notebooks_of_the_papers_show_a_figure_and_a_verdict(nb):
+    shown = json.dumps([output.get("data", {}) for output in outputs(nb)])
+    assert "image/svg+xml" in shown
+    assert "verdict" in shown
+
+
+def test_figures_fit_the_output_area_and_need_no_trust(path, nb):
+    """JupyterLab shows 828 pixels in a window of 1,280; a PNG has two pixels for each of them."""
+    for output in outputs(nb):
+        data = output.get("data", {})
+        assert ("image/svg+xml" in data) == ("image/png" in data)
+        if "image/png" in data:
+            svg = data["image/svg+xml"]
+            size = output.metadata["image/png"]
+            points = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', svg)
+            width, height = (round(float(number) * 96 / 72) for number in points.groups())
+            assert size == {"width": width, "height": height}
+            assert width <= 828
+            picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+            assert abs(picture.width - 2 * width) <= 1
+            assert abs(picture.height - 2 * height) <= 1
+            assert "stamp" in svg
     assert path.stat().st_size < 1_000_000
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_tables_have_readable_headings(path):
-    tables = [
-        o.data["text/html"]
-        for c in code_cells(path)
-        for o in c.outputs
-        if "text/html" in o.get("data", {})
-    ]
-    headings = [name for table in tables for name in re.findall(r"<th[^>]*>(.*?)</th>", table)]
+def test_tables_have_readable_headings(path, nb):
+    headings = re.findall(r"<th[^>]*>(.*?)</th>", "".join(tables_of(nb)))
     assert bool(headings) == (path.stem != "90_playground")
-    raw = set(report.HEADINGS) - {
-        "reward"
-    }  # also the name of what the sources' responses are given
+    raw = set(report.HEADINGS)
+    raw.discard("reward")  # also the name of what the sources' responses are given
     assert not [name for name in headings if "_" in name or name in raw]
 
 
-NUMBER = re.compile(
-    r"-?\d+(\.\d+)?|[–+-]|yes|no"
-)  # as report.show writes them; a sign or a dash stands for one
-
-
 def columns(table: str) -> dict[int, list[tuple[str, str]]]:
-    """Return (style, text) of the cells below each heading of a table's HTML, the heading's
-    first.
-    """
-    found: dict[int, list] = {}
+    """Return (style, text) of each column's cells in a table's HTML, the heading first."""
+    cells_of: dict[int, list] = {}
     for row in re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL):
-        for j, cell in enumerate(
-            re.findall(r'<t[hd][^>]*style="([^"]*)"[^>]*>(.*?)</t[hd]>', row, re.DOTALL)
-        ):
-            found.setdefault(j, []).append(cell)
-    return found
+        cells = re.findall(r'<t[hd][^>]*style="([^"]*)"[^>]*>(.*?)</t[hd]>', row, re.DOTALL)
+        for number, cell in enumerate(cells):
+            cells_of.setdefault(number, []).append(cell)
+    return cells_of
 
 
 def test_in_committed_tables_numbers_stand_right_and_texts_left():
     """Heading and cells of a column alike; a column with a single word in it holds texts."""
-    tables, left, right = 0, 0, 0
+    tables = []
     for path in NOTEBOOKS:
-        shown = [
-            o.data["text/html"]
-            for c in code_cells(path)
-            for o in c.outputs
-            if "text/html" in o.get("data", {})
-        ]
-        tables += len(shown)
-        for column in [column for table in shown for column in columns(table).values()]:
-            (_, heading), *cells = column
+        tables += tables_of(read(path.stem))
+    counts = {"text-align: left": 0, "text-align: right": 0}
+    for table in tables:
+        for (style, heading), *cells in columns(table).values():
+            assert cells, heading
             numbers = all(NUMBER.fullmatch(text) for _, text in cells)
-            wanted = "text-align: right" if numbers else "text-align: left"
-            assert cells and {style.partition(";")[0] for style, _ in column} == {wanted}, (
-                path.stem,
-                heading,
-            )
-            left += not numbers
-            right += numbers
-    assert tables == 88 and left > 150 and right > 300
+            alignment = "text-align: right" if numbers else "text-align: left"
+            assert style == alignment, heading
+            assert {look.partition(";")[0] for look, _ in cells} == {alignment}, heading
+            counts[alignment] += 1
+    assert len(tables) == 88
+    assert counts["text-align: left"] > 150
+    assert counts["text-align: right"] > 300
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_kernel_without_the_package_is_told_which_one_has_it(path):
+def test_a_kernel_without_the_package_is_told_which_one_has_it(nb):
     """Its first import fails with ModuleNotFoundError; what to do stands directly above."""
-    cells = nbformat.read(path, 4).cells
-    first = next(
-        i
-        for i, cell in enumerate(cells)
-        if cell.cell_type == "code" and "from beyond_dpo" in cell.source
-    )
-    above = cells[first - 1]
-    assert above.cell_type == "markdown" and above.id == "kernel" and above.source.count("\n") == 0
+    above = None
+    for cell in nb.cells:
+        if cell.cell_type == "code" and "from beyond_dpo" in cell.source:
+            break
+        above = cell
+    assert above.cell_type == "markdown"
+    assert above.id == "kernel"
+    assert "\n" not in above.source
     assert above.source.startswith(
         "If `beyond_dpo` is not found below, this kernel is another Python: "
     )
-    assert "`make lab`" in above.source and "`.venv/bin/python`" in above.source
+    assert "`make lab`" in above.source
+    assert "`.venv/bin/python`" in above.source
 
 
 def test_nbconvert_to_script_writes_a_python_file():
     from nbconvert import ScriptExporter
 
-    body, resources = ScriptExporter().from_filename(
-        str(paths.NOTEBOOKS / "11_expo_headline.ipynb")
-    )
+    notebook = paths.NOTEBOOKS / "11_expo_headline.ipynb"
+    body, resources = ScriptExporter().from_filename(str(notebook))
     assert resources["output_extension"] == ".py"
     ast.parse(body)
     assert "curves = expo.curves(cfg)" in body
 
 
-def test_the_quick_notebooks_need_no_model_and_no_download(monkeypatch):
-    """They come first in `make reproduce`, within a minute of the set-up."""
-    quick = [path for path in NOTEBOOKS if path.name[:2] in run.QUICK]
-    assert [path.name[:2] for path in quick] == list(run.QUICK)
-    assert {"train", "responses", "scores", "reward-gold"} <= {
-        job.stage for job in upstream("11_expo_headline")
-    }
-    asked = []
-    for name in ("fetch_all", "model_dir", "tokenizer_dir", "resolve"):
-        monkeypatch.setattr(assets, name, lambda *given, name=name: asked.append((name, given)))
-    monkeypatch.setenv("COMPUTE", "cold")
-    for path in quick:
-        jobs = upstream(path.stem)
-        assert {job.stage for job in jobs} <= {"bandits"}, path.stem
-        assert not re.search(
-            '"(asset|local|repo|plan)": ', json.dumps([job.recipe for job in jobs])
-        ), path.stem
-    assert not asked
-
-
-def upstream(stem: str) -> list:
-    """Return all that a notebook's results are made from, and they themselves."""
-    nb = nbformat.read(paths.NOTEBOOKS / f"{stem}.ipynb", 4)
-    _, named = plan.planned(nb, plan.parameters(nb, stem))
-    return [job for one in named for job in one.upstream.values()]
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_opening_and_saving_in_jupyterlab_changes_nothing(path):
-    """The file is as JupyterLab writes it: its metadata, its cells' ids, its indentation; nbconvert
-    knows `.py`.
-    """
-    nb = json.loads(path.read_text(encoding="utf-8"))
-    assert (nb["nbformat"], nb["nbformat_minor"]) == (4, 5)
-    assert nb["metadata"]["kernelspec"] == {
+def test_opening_and_saving_in_jupyterlab_changes_nothing(path, nb):
+    """The file is as JupyterLab writes it: its metadata, its cells' ids, its indentation."""
+    assert (nb.nbformat, nb.nbformat_minor) == (4, 5)
+    assert nb.metadata.kernelspec == {
         "display_name": "Python 3 (ipykernel)",
         "language": "python",
         "name": "python3",
     }
-    language = nb["metadata"]["language_info"]
-    assert language["file_extension"] == ".py" and language["mimetype"] == "text/x-python"
-    assert language["codemirror_mode"] == {"name": "ipython", "version": 3}
-    assert (language["name"], language["nbconvert_exporter"], language["pygments_lexer"]) == (
-        "python",
-        "python",
-        "ipython3",
-    )
-    assert len({cell["id"] for cell in nb["cells"]}) == len(nb["cells"])
-    assert path.read_text(encoding="utf-8") == nbformat.writes(nbformat.read(path, 4)) + "\n"
+    language = nb.metadata.language_info
+    assert language.file_extension == ".py"
+    assert language.mimetype == "text/x-python"
+    assert language.codemirror_mode == {"name": "ipython", "version": 3}
+    assert language.name == "python"
+    assert language.nbconvert_exporter == "python"
+    assert language.pygments_lexer == "ipython3"
+    ids = {cell.id for cell in nb.cells}
+    assert len(ids) == len(nb.cells)
+    assert path.read_text(encoding="utf-8") == nbformat.writes(nb) + "\n"
+
+
+# ---- what the committed notebooks say
 
 
 @pytest.mark.slow
@@ -262,74 +255,128 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
 
     It compares the SVG of each figure, which is the same on every CPU, and not the PNG.
     """
-    env = {
-        **os.environ,
+    environment = os.environ | {
         "COMPUTE": "never",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-    }
-    env |= {
         "BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"),
         "BEYOND_DPO_FIGURES": str(tmp_path / "figures"),
     }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--nbval",
-        "--nbval-current-env",
-        "--nbval-cell-timeout=120",
-        "-p",
-        "no:cacheprovider",
-    ]
-    done = subprocess.run(
-        [*command, *map(str, NOTEBOOKS)], env=env, capture_output=True, text=True, cwd=paths.ROOT
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["--nbval", "--nbval-current-env", "--nbval-cell-timeout=120"]
+    command += [str(path) for path in NOTEBOOKS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=paths.ROOT)
     assert done.returncode == 0, done.stdout[-6000:]
     passed = int(re.search(r"(\d+) passed", done.stdout)[1])
-    assert passed == sum(len(code_cells(p)) for p in NOTEBOOKS), "every code cell was compared"
-    drawn = {p.name: p.read_bytes() for p in (tmp_path / "figures").glob("*.svg")}
-    assert (
-        drawn == {p.name: p.read_bytes() for p in paths.FIGURES.glob("*.svg")} and len(drawn) == 29
-    ), "the same bytes"
+    cells = [len(code_cells(read(path.stem))) for path in NOTEBOOKS]
+    assert passed == sum(cells), "every code cell was compared"
+    drawn = pictures(tmp_path / "figures")
+    assert len(drawn) == 29
+    assert drawn == pictures(paths.FIGURES), "the same bytes"
 
 
-def test_sample_texts_train_nothing(tmp_path, monkeypatch):
-    """Notebook 11 shows frozen texts; it samples 15 where the models are there, and says so where
-    nothing is.
-    """
+def pictures(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.svg")}
+
+
+def upstream(stem: str) -> list:
+    """Return all that a notebook's results are made from, and they themselves."""
+    nb = read(stem)
+    _, results = plan.planned(nb, plan.parameters(nb, stem))
+    return [artifact for result in results for artifact in result.upstream.values()]
+
+
+def test_the_quick_notebooks_need_no_model_and_no_download(monkeypatch):
+    """They come first in `make reproduce`, within a minute of the set-up."""
+    quick = [path for path in NOTEBOOKS if path.name[:2] in plan.QUICK]
+    assert [path.name[:2] for path in quick] == list(plan.QUICK)
+    calls = []
+    for name in ("fetch_all", "model_dir", "tokenizer_dir", "resolve"):
+        monkeypatch.setattr(assets, name, lambda *args, name=name: calls.append((name, args)))
+    monkeypatch.setenv("COMPUTE", "cold")
+    for path in quick:
+        artifacts = upstream(path.stem)
+        assert {artifact.stage for artifact in artifacts} <= {"bandits"}, path.stem
+        recipes = json.dumps([artifact.recipe for artifact in artifacts])
+        assert not re.search('"(asset|local|repo|plan)": ', recipes), path.stem
+    assert not calls
+
+
+def test_the_headline_notebook_needs_models():
+    """So `upstream` does find what the quick notebooks have not."""
+    stages_of_headline = {artifact.stage for artifact in upstream("11_expo_headline")}
+    assert {"train", "responses", "scores", "reward-gold"} <= stages_of_headline
+
+
+@pytest.mark.parametrize("mode", ["auto", "cold"])
+def test_a_dry_run_draws_nothing(tmp_path, monkeypatch, mode):
+    """It executes a notebook's first cells in the runner's process, also those that draw."""
+    monkeypatch.setenv("COMPUTE", mode)
+    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
+    stem = "23_mallows_links"
+    nb = read(stem)
+    assert "figures.save" in code_cells(nb)[2].source
+    plan.planned(nb, plan.parameters(nb, stem))
+    assert not (tmp_path / "figures").exists()
+
+
+# ---- the sample texts of notebook 11
+
+ALPHAS = [0.0, 8.0, 64.0]  # none, the chosen and the largest
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """Return settings of which no model has been trained, in an empty store."""
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path)
-    cfg, other = config.load("expo", "cpu"), config.load("expo", "cpu", seeds=[5])
-    alphas = [0.0, 8.0, 64.0]
-    for mode in ("auto", "never"):
-        monkeypatch.setenv("COMPUTE", mode)
-        frozen = expo.samples(cfg, alphas)
-        assert not frozen.missing() and (paths.FROZEN / frozen.key).is_dir()
-        assert expo.samples(other, alphas) is None
-    for model in (stages.sft(other), stages.aligned(other, other.recipe_fraction, 5)):
-        (tmp_path / model.key).mkdir()
-    assert expo.samples(other, alphas) is None, "COMPUTE=never samples nothing"
-    monkeypatch.setenv("COMPUTE", "auto")
-    wanted = expo.samples(other, alphas)
-    assert sorted({artifact.stage for artifact in wanted.missing().values()}) == [
-        "own-prompts",
-        "responses",
-        "said",
-    ]
-    assert len(wanted.missing()) == 5, "three α, one response to each of five prompts"
-    sampled = [
-        one.recipe["inputs"]["alpha"]
-        for one in wanted.missing().values()
-        if one.stage == "responses"
-    ]
-    assert sampled == alphas, "0, the chosen and the largest"
+    return config.load("expo", "cpu", seeds=[5])
+
+
+@pytest.fixture
+def trained(untrained, tmp_path):
+    """Return settings whose models are there, as far as folders tell, and no responses."""
+    sft = stages.sft(untrained)
+    aligned = stages.aligned(untrained, untrained.recipe_fraction, 5)
+    (tmp_path / sft.key).mkdir()
+    (tmp_path / aligned.key).mkdir()
+    return untrained
+
+
+@pytest.mark.parametrize("mode", ["auto", "never"])
+def test_sample_texts_are_frozen(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path)
+    monkeypatch.setenv("COMPUTE", mode)
+    frozen = expo.samples(config.load("expo", "cpu"), ALPHAS)
+    assert not frozen.missing()
+    assert (paths.FROZEN / frozen.key).is_dir()
     texts = pd.DataFrame(frozen.json("texts.json"))
     first = texts[texts["model"] == texts["model"][0]]
-    assert sorted(set(first["alpha"])) == [0, 1, 4, 16] and first["prompt"].nunique() == 5
+    assert sorted(set(first["alpha"])) == [0, 1, 4, 16]
+    assert first["prompt"].nunique() == 5
 
 
-class Told:
-    """What expo.samples returns, with texts at the given α of the first of two models."""
+@pytest.mark.parametrize("mode", ["auto", "never"])
+def test_sample_texts_train_nothing(untrained, monkeypatch, mode):
+    monkeypatch.setenv("COMPUTE", mode)
+    assert expo.samples(untrained, ALPHAS) is None
+
+
+def test_sample_texts_are_not_sampled_where_nothing_may_be_computed(trained, monkeypatch):
+    monkeypatch.setenv("COMPUTE", "never")
+    assert expo.samples(trained, ALPHAS) is None
+
+
+def test_sample_texts_are_sampled_where_the_models_are_there(trained, monkeypatch):
+    """At three α, one response to each of five prompts."""
+    monkeypatch.setenv("COMPUTE", "auto")
+    missing = expo.samples(trained, ALPHAS).missing().values()
+    made = sorted(artifact.stage for artifact in missing)
+    assert made == ["own-prompts", "responses", "responses", "responses", "said"]
+    responses = [artifact for artifact in missing if artifact.stage == "responses"]
+    assert [artifact.recipe["inputs"]["alpha"] for artifact in responses] == ALPHAS
+
+
+class SampleTexts:
+    """Stand in for what expo.samples returns: a text of two models at each α."""
 
     key = "said-0123456789abcdef"
 
@@ -337,221 +384,211 @@ class Told:
         self.alphas = alphas
 
     def json(self, name):
-        at = {"prompt": "My wife and I", "text": "left."}
-        return [
-            at | {"model": model, "alpha": alpha}
-            for model in ("asked", "other")
-            for alpha in self.alphas
-        ]
+        rows = []
+        for model in ("first", "second"):
+            for alpha in self.alphas:
+                row = {"model": model, "alpha": alpha, "prompt": "My wife and I", "text": "left."}
+                rows.append(row)
+        return rows
 
 
-@pytest.mark.parametrize(
-    "sampled, shown, words",
-    [
-        (
-            [0.0, 8.0, 64.0],
-            ["α = 0", "α = 8", "α = 64"],
-            "sampled nearest: 8 and 64",
-        ),  # as a run samples them
-        (
-            [0.0, 1.0, 4.0, 16.0],
-            ["α = 0", "α = 4", "α = 16"],
-            "sampled nearest: 4 and 16",
-        ),  # as they are frozen
-    ],
-)
-def test_sample_texts_are_of_no_the_chosen_and_the_largest_extrapolation(sampled, shown, words):
-    """Notebook 11's own cell; where other α were sampled its caption says which."""
-    (cell,) = [
-        cell
-        for cell in code_cells(paths.NOTEBOOKS / "11_expo_headline.ipynb")
-        if "expo.samples" in cell.source
-    ]
-    cfg, asked, tables = config.load("expo", "cpu"), [], []
-    stub = SimpleNamespace(samples=lambda cfg, alphas: asked.extend(alphas) or Told(sampled))
+def show_sample_texts(sampled: list[float]):
+    """Run notebook 11's own cell where texts were sampled at these α; return α asked for, table."""
+    nb = read("11_expo_headline")
+    (cell,) = [cell for cell in code_cells(nb) if "expo.samples" in cell.source]
+    cfg = config.load("expo", "cpu")
+    assert max(cfg.alphas[cfg.recipe_fraction]) == 64
+    requests = []
+    tables = []
+
+    def samples(cfg, alphas):
+        requests.extend(alphas)
+        return SampleTexts(sampled)
+
     names = {
         "cfg": cfg,
         "chosen": {cfg.recipe_fraction: 8.0},
-        "expo": stub,
+        "expo": SimpleNamespace(samples=samples),
         "curves": SimpleNamespace(key="curves-0"),
+        "pd": pd,
+        "report": report,
+        "display": tables.append,
     }
-    exec(cell.source, names | {"pd": pd, "report": report, "display": tables.append})
-    assert asked == [0.0, 8.0, 64.0] == [0.0, 8.0, max(cfg.alphas[cfg.recipe_fraction])]
-    assert list(tables[0].data.columns) == ["prompt", *shown]
-    caption = f"chosen: α = 8, largest: 64; {words}"
-    assert caption in tables[0]._repr_html_()
-    if sampled[1] == 1.0:
-        assert caption in "".join(cell.outputs[0].data["text/html"]), "as it is committed"
+    exec(cell.source, names)
+    assert requests == ALPHAS
+    return tables[0]
 
 
-@pytest.mark.parametrize("mode", ["auto", "cold"])
-def test_a_dry_run_draws_nothing(tmp_path, monkeypatch, mode):
-    """It executes the first cells of a notebook in the runner's own process; in one that draws a
-    figure as well.
-    """
-    monkeypatch.setenv("COMPUTE", mode)
-    monkeypatch.setattr(paths, "FIGURES", tmp_path / "figures")
-    path = paths.NOTEBOOKS / "23_mallows_links.ipynb"
-    nb = nbformat.read(path, 4)
-    assert "figures.save" in code_cells(path)[2].source
-    plan.planned(nb, plan.parameters(nb, path.stem))
-    assert not (tmp_path / "figures").exists()
+def test_sample_texts_are_of_no_the_chosen_and_the_largest_extrapolation():
+    table = show_sample_texts(sampled=ALPHAS)
+    assert list(table.data.columns) == ["prompt", "α = 0", "α = 8", "α = 64"]
+    assert "chosen: α = 8, largest: 64; sampled nearest: 8 and 64" in table._repr_html_()
 
+
+def test_where_other_alphas_were_sampled_the_caption_says_which():
+    """So it is where the frozen texts are shown."""
+    table = show_sample_texts(sampled=[0.0, 1.0, 4.0, 16.0])
+    assert list(table.data.columns) == ["prompt", "α = 0", "α = 4", "α = 16"]
+    caption = "chosen: α = 8, largest: 64; sampled nearest: 4 and 16"
+    assert caption in table._repr_html_()
+    assert caption in "".join(tables_of(read("11_expo_headline"))), "as it is committed"
+
+
+# ---- what running a notebook overwrites
 
 COPIED = "12_expo_interpolation"
+FIGURE = "expo_fig2_interpolation"  # which it draws
 
 
 @pytest.fixture
 def project(tmp_path):
-    """A copy of what one notebook reads and writes, and the environment of a kernel that works
-    there.
-    """
-    for name in ("figures", "data"):
-        shutil.copytree(paths.ROOT / name, tmp_path / name)
+    """Copy what one notebook reads and writes; return the folder."""
+    shutil.copytree(paths.ROOT / "figures", tmp_path / "figures")
+    shutil.copytree(paths.ROOT / "data", tmp_path / "data")
     (tmp_path / "notebooks").mkdir()
     shutil.copy(paths.NOTEBOOKS / f"{COPIED}.ipynb", tmp_path / "notebooks")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")}
-    lib = str(paths.LIBRARY)
-    kept |= {"BEYOND_DPO_ROOT": str(tmp_path), "PYTHONPATH": lib, "COMPUTE": "never"}
-    return tmp_path, kept
+    return tmp_path
 
 
-def committed(root) -> dict:
+@pytest.fixture
+def environment(project) -> dict[str, str]:
+    """Return the environment of a kernel that works in the project."""
+    variables = dict(os.environ)
+    for name in os.environ:
+        if name.startswith("BEYOND_DPO_"):
+            del variables[name]
+    variables["BEYOND_DPO_ROOT"] = str(project)
+    variables["PYTHONPATH"] = str(paths.LIBRARY)
+    variables["COMPUTE"] = "never"
+    return variables
+
+
+def committed(project) -> dict[str, bytes]:
     """Return the bytes of all that a notebook must leave alone."""
-    files = [
-        path for name in ("figures", "data") for path in (root / name).rglob("*") if path.is_file()
-    ]
-    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+    files = [*(project / "figures").rglob("*"), *(project / "data").rglob("*")]
+    return {str(file): file.read_bytes() for file in files if file.is_file()}
 
 
-def execute(root, environment, nb) -> str:
+def execute(project, environment, nb) -> str:
     """Run a notebook's cells in a kernel of its own, as JupyterLab does; return what it printed."""
     manager = AsyncKernelManager(
         kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
     )
-    client = NotebookClient(
-        nb, km=manager, resources={"metadata": {"path": str(root / "notebooks")}}
-    )
-    client.execute(env=environment)
-    return "".join(
-        o.text for c in nb.cells for o in c.get("outputs", []) if o.output_type == "stream"
-    )
+    folder = {"metadata": {"path": str(project / "notebooks")}}
+    NotebookClient(nb, km=manager, resources=folder).execute(env=environment)
+    return printed(nb)
 
 
-def with_seed(nb, seed: int):
-    """Return the notebook with another seed of its intervals in its parameters cell."""
-    (cell,) = [cell for cell in nb.cells if "parameters" in cell.metadata.get("tags", [])]
+def check_trial(project, output: str, change: str) -> None:
+    """Check that figure and claims are under artifacts/, and that both say what was changed."""
+    figures = project / "artifacts" / "figures"
+    record = json.loads((figures / f"{FIGURE}.json").read_text())
+    assert record["stamp"].endswith(f" · changed: {change}")
+    assert (figures / f"{FIGURE}.svg").is_file()
+    assert f"drawn with {change}; it is in {figures}" in output
+    trials = project / "artifacts" / "runs" / "trials"
+    assert f"claimed with {change}; it is in {trials}" in output
+    assert [file.name for file in trials.iterdir()] == [f"{COPIED}.cpu.json"]
+    assert not (project / "artifacts" / "runs" / "claims").exists()
+
+
+def test_an_edited_parameter_overwrites_nothing(project, environment):
+    """JupyterLab saves the edited notebook by itself: the file then holds what the kernel holds."""
+    before = committed(project)
+    nb = read(COPIED)
+    cell = parameters_cell(nb)
     assert "bootstrap_seed = 0" in cell.source
-    cell.source = cell.source.replace("bootstrap_seed = 0", f"bootstrap_seed = {seed}")
-    return nb
+    cell.source = cell.source.replace("bootstrap_seed = 0", "bootstrap_seed = 1")
+    nbformat.write(nb, project / "notebooks" / f"{COPIED}.ipynb")
+    output = execute(project, environment, nb)
+    assert committed(project) == before
+    check_trial(project, output, "bootstrap_seed = 1")
 
 
-def check_trial(root, said, changed):
-    """The figure and the claims are under artifacts/, and both say what was changed."""
-    record = json.loads((root / "artifacts/figures/expo_fig2_interpolation.json").read_text())
-    assert record["stamp"].endswith(f" · changed: {changed}")
-    assert (root / "artifacts/figures/expo_fig2_interpolation.svg").is_file()
-    assert f"drawn with {changed}; it is in {root}/artifacts/figures" in said
-    assert f"claimed with {changed}; it is in {root}/artifacts/runs/trials" in said
-    assert [path.name for path in (root / "artifacts/runs/trials").iterdir()] == [
-        f"{COPIED}.cpu.json"
-    ]
-    assert not (root / "artifacts/runs/claims").exists()
+def test_papermill_overwrites_nothing(project, environment):
+    """papermill by itself injects a cell with the parameters of its command line."""
+    before = committed(project)
+    notebook = project / "notebooks" / f"{COPIED}.ipynb"
+    copy = project / "copy.ipynb"
+    command = [sys.executable, "-m", "papermill", notebook, copy]
+    command += ["-k", "python3", "-p", "bootstrap_seed", "2"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert committed(project) == before
+    output = printed(nbformat.read(copy, 4))
+    check_trial(project, output, "bootstrap_seed = 2")
 
 
-def test_an_edited_parameter_overwrites_nothing(project):
-    """In JupyterLab, which saves the edited notebook by itself: the file then holds what the kernel
-    holds.
-    """
-    root, environment = project
-    before = committed(root)
-    path = root / "notebooks" / f"{COPIED}.ipynb"
-    nb = with_seed(nbformat.read(path, 4), 1)
-    nbformat.write(nb, path)
-    said = execute(root, environment, nb)
-    assert committed(root) == before
-    check_trial(root, said, "bootstrap_seed = 1")
+def test_unchanged_parameters_give_the_committed_files_again(project, environment):
+    before = committed(project)
+    (project / "figures" / f"{FIGURE}.svg").write_text("damaged")
+    output = execute(project, environment, read(COPIED))
+    assert output == ""
+    assert committed(project) == before
+    claims = project / "artifacts" / "runs" / "claims"
+    assert [file.name for file in claims.iterdir()] == [f"{COPIED}.cpu.json"]
+    assert not (project / "artifacts" / "figures").exists()
 
 
-def test_papermill_overwrites_nothing(project):
-    """papermill by itself, which injects a cell with the parameters that it was given."""
-    root, environment = project
-    before = committed(root)
-    command = [sys.executable, "-m", "papermill", "-k", "python3", "-p", "bootstrap_seed", "2"]
-    copy = root / "copy.ipynb"
-    notebook = root / "notebooks" / f"{COPIED}.ipynb"
-    subprocess.run([*command, notebook, copy], env=environment, check=True, capture_output=True)
-    assert committed(root) == before
-    streams = [o.text for c in code_cells(copy) for o in c.outputs if o.output_type == "stream"]
-    check_trial(root, "".join(streams), "bootstrap_seed = 2")
-
-
-def test_unchanged_parameters_give_the_committed_files_again(project):
-    root, environment = project
-    before = committed(root)
-    figure = root / "figures/expo_fig2_interpolation.svg"
-    figure.write_text("damaged")
-    said = execute(root, environment, nbformat.read(root / "notebooks" / f"{COPIED}.ipynb", 4))
-    assert said == "" and committed(root) == before
-    assert [path.name for path in (root / "artifacts/runs/claims").iterdir()] == [
-        f"{COPIED}.cpu.json"
-    ]
-    assert not (root / "artifacts/figures").exists()
-
-
-DRAWS = "19_expo_controlled"  # recomputes published tables, whatever COMPUTE says
-
-
-def test_a_cold_run_by_hand_overwrites_no_committed_figure(project):
+def test_a_cold_run_by_hand_overwrites_no_committed_figure(project, environment):
     """JupyterLab or papermill under COMPUTE=cold, with all parameters as committed."""
-    root, environment = project
-    shutil.copy(paths.NOTEBOOKS / f"{DRAWS}.ipynb", root / "notebooks")
-    drawn = sorted((root / "figures").glob("expo_*.svg"))
-    for figure in drawn:
-        figure.write_text("kept")  # the numbers are the same: the bytes would tell nothing
-    before = committed(root)
-    nb = nbformat.read(root / "notebooks" / f"{DRAWS}.ipynb", 4)
-    said = execute(root, environment | {"COMPUTE": "cold"}, nb)
-    assert committed(root) == before
-    (figure,) = (root / "artifacts/figures").glob("*.svg")
-    assert (
-        f"{figure.stem}: drawn from results computed anew; it is in {root}/artifacts/figures"
-        in said
-    )
-    assert "float32" not in json.loads(figure.with_suffix(".json").read_text())["stamp"], (
-        "no model computed it"
-    )
+    stem = "19_expo_controlled"  # recomputes published tables, whatever COMPUTE says
+    shutil.copy(paths.NOTEBOOKS / f"{stem}.ipynb", project / "notebooks")
+    for file in (project / "figures").glob("expo_*.svg"):
+        file.write_text("kept")  # the numbers are the same: the bytes would tell nothing
+    before = committed(project)
+    environment["COMPUTE"] = "cold"
+    output = execute(project, environment, read(stem))
+    assert committed(project) == before
+    folder = project / "artifacts" / "figures"
+    (figure,) = folder.glob("*.svg")
+    message = f"{figure.stem}: drawn from results computed anew; it is in {folder}"
+    assert message in output
+    record = json.loads(figure.with_suffix(".json").read_text())
+    assert "float32" not in record["stamp"], "no model computed it"
+
+
+# ---- the README
+
+
+def save_causal_model(folder, noise: float) -> None:
+    """Save the tiny model and its tokenizer, with each weight moved by `noise`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny = assets.model_dir("tiny")
+    model = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += noise
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+
+
+def save_reward_model(folder) -> None:
+    """Save a tiny reward model with a random head, and its tokenizer."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    encoder = assets.model_dir("tiny-encoder")
+    model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=1)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
 
 
 @pytest.mark.slow
 def test_readme_examples_run(tmp_path, monkeypatch):
     """Each Python block of the README, on two tiny models and a tiny reward model."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-    from beyond_dpo.pipeline import assets
-
-    for name, noise in (("sft", 0.0), ("aligned", 0.01)):
-        model = AutoModelForCausalLM.from_pretrained(assets.model_dir("tiny"))
-        with torch.no_grad():
-            for p in model.parameters():
-                p += noise
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(assets.model_dir("tiny")).save_pretrained(tmp_path / name)
-    AutoModelForSequenceClassification.from_pretrained(
-        assets.model_dir("tiny-encoder"), num_labels=1
-    ).save_pretrained(tmp_path / "reward")
-    AutoTokenizer.from_pretrained(assets.model_dir("tiny-encoder")).save_pretrained(
-        tmp_path / "reward"
-    )
-    blocks = re.findall(r"```python\n(.*?)```", (paths.ROOT / "README.md").read_text(), re.S)
+    save_causal_model(tmp_path / "sft", 0.0)
+    save_causal_model(tmp_path / "aligned", 0.01)
+    save_reward_model(tmp_path / "reward")
+    readme = (paths.ROOT / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert len(blocks) == 8
-    folders = {
-        "sft_folder": tmp_path / "sft",
-        "aligned_folder": tmp_path / "aligned",
-        "reward_folder": tmp_path / "reward",
-    }
     monkeypatch.chdir(tmp_path)
     for block in blocks:
-        exec(block, dict(folders))
+        names = {
+            "sft_folder": tmp_path / "sft",
+            "aligned_folder": tmp_path / "aligned",
+            "reward_folder": tmp_path / "reward",
+        }
+        exec(block, names)
     assert (tmp_path / "out/alpha-0.5/model.safetensors").exists()

@@ -13,36 +13,39 @@ from pathlib import Path
 
 from beyond_dpo.machine import paths
 
-# set by `run --in-place` and `run --freeze`: what is drawn is what will be committed
+# The variable that `run --in-place` and `run --freeze` set: what is drawn will be committed.
 RENEW = "BEYOND_DPO_RENEW"
 
 
 def changed(notebook: str) -> dict[str, str]:
     """Return {parameter: "parameter = value"} for each that differs from what is committed.
 
-    notebook: the stem of its file name. Empty outside of a notebook, for an unknown notebook, and
-    where the runner renews what is committed.
+    Empty outside of a notebook, for an unknown notebook, and where the runner renews what is
+    committed.
+
+    Args:
+        notebook: the stem of its file name.
     """
     namespace = _namespace()
     if namespace is None or os.environ.get(RENEW):
         return {}
     differences = {}
-    for name, before in committed(notebook).items():
+    for name, committed_value in committed(notebook).items():
         if name not in namespace:
             differences[name] = f"{name} is not set"
-        elif _plain(namespace[name]) != before:
+        elif _plain(namespace[name]) != committed_value:
             differences[name] = f"{name} = {namespace[name]!r:.60}"
     return differences
 
 
 def anew() -> bool:
-    """Say whether all results are computed anew (COMPUTE=cold), and not to be committed."""
-    return os.environ.get("COMPUTE") == "cold" and not os.environ.get(RENEW)
+    """Return whether all results are computed anew (COMPUTE=cold), and not to be committed."""
+    cold = os.environ.get("COMPUTE") == "cold"
+    return cold and not os.environ.get(RENEW)
 
 
 def committed(notebook: str) -> dict:
-    """Return the parameters with which a notebook's committed figures were drawn, else those of its
-    file.
+    """Return the parameters of a notebook's committed figures, or those of its file without any.
 
     The figures know better: JupyterLab saves an edited parameters cell into the notebook's file by
     itself.
@@ -61,16 +64,16 @@ def declared(notebook: str) -> dict:
     if not path.is_file():
         return {}
     values = {}
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+    notebook_json = json.loads(path.read_text(encoding="utf-8"))
+    for cell in notebook_json["cells"]:
         if "parameters" in cell["metadata"].get("tags", []):
-            values |= _literals("".join(cell["source"]))
+            source = "".join(cell["source"])
+            values.update(_literals(source))
     return values
 
 
 def current(notebook: str) -> dict:
-    """Return the values that the running notebook has now for the parameters of its file; empty
-    outside of one.
-    """
+    """Return the running notebook's values of its file's parameters; empty outside of one."""
     namespace = _namespace()
     if namespace is None:
         return {}
@@ -79,14 +82,14 @@ def current(notebook: str) -> dict:
 
 def notebook_of(figure: str) -> str:
     """Return the stem of the notebook that draws a figure; "" if none is known to."""
-    owner = _record(paths.ROOT / "figures" / f"{figure}.json").get("notebook")
-    if owner:
-        return owner
-    written = (
-        json.dumps(json.dumps(figure)).strip('"').encode()
-    )  # its name, quoted in a cell, as JSON holds it
+    record = _record(paths.ROOT / "figures" / f"{figure}.json")
+    if record.get("notebook"):
+        return record["notebook"]
+    # A cell has the figure's name in quotes, which the notebook's JSON escapes.
+    quoted = json.dumps(figure)
+    escaped = json.dumps(quoted).strip('"')
     for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")):
-        if written in path.read_bytes():
+        if escaped.encode() in path.read_bytes():
             return path.stem
     return ""
 
@@ -102,23 +105,22 @@ def _namespace() -> dict | None:
 
 
 def _literals(source: str) -> dict:
-    """Return {name: value} of the lines `name = literal`; other lines are the runner's to
-    refuse.
-    """
+    """Return {name: value} of the lines `name = literal`; the runner refuses other lines."""
     values = {}
     for node in ast.parse(source).body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, ast.Assign):
+            target = node.targets[0]
+        else:
+            target = getattr(node, "target", None)  # of `name: type = literal`
         try:
-            values[targets[0].id] = _plain(ast.literal_eval(node.value))
+            values[target.id] = _plain(ast.literal_eval(node.value))
         except (AttributeError, ValueError):
             continue
     return values
 
 
 def _plain(value):
-    """Return a value as JSON gives it back, where 1 and 1.0 are equal; its text where it is no
-    JSON.
-    """
+    """Return a value as JSON gives it back, or its text where JSON cannot hold it."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):
