@@ -864,8 +864,8 @@ def test_logp_sft_is_the_responses_for_the_first_prompts(answers, scored):
         input_ids = torch.tensor([prompt_ids + response_ids])
         logps = model(input_ids).logits[0].log_softmax(-1)
         logp = 0.0
-        for place, token in enumerate(response_ids, start=len(prompt_ids)):
-            logp += logps[place - 1, token].item()
+        for position, token in enumerate(response_ids, start=len(prompt_ids)):
+            logp += logps[position - 1, token].item()
         assert row["logp_sft"] == pytest.approx(logp, abs=1e-3)
 
 
@@ -891,8 +891,8 @@ def scorer():
 
 
 @pytest.fixture
-def asked(answers, tmp_path) -> Path:
-    """Write the answers with what was asked: one user's words or turns."""
+def spoken(answers, tmp_path) -> Path:
+    """Write the answers with their prompts as they were spoken: one user's text, or turns."""
     prompts, responses = read_answers(answers)
     for i, prompt in enumerate(prompts.values()):
         prompt["text"] = TEXTS[i] if i % 2 else [{"role": "user", "content": "Hi"}]
@@ -908,7 +908,7 @@ def drop_chat_template(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def test_a_finished_reward_reads_turns(asked, head, bag, scorer):
+def test_a_finished_reward_reads_turns(spoken, head, bag, scorer):
     """One without a chat template reads the text, as all rewards do that were trained here."""
     model = head("llama")
     bare = head("bert")
@@ -919,16 +919,16 @@ def test_a_finished_reward_reads_turns(asked, head, bag, scorer):
         "bare": {"kind": "finished", "folder": str(bare)},
         "words": bag_recipe(bag),
     }
-    out = asked / "scores.jsonl"
-    scorer.score(recipes, **files_of(asked), out=str(out))
-    prompts, responses = read_answers(asked)
+    out = spoken / "scores.jsonl"
+    scorer.score(recipes, **files_of(spoken), out=str(out))
+    prompts, responses = read_answers(spoken)
     chats = []
     for response in responses:
         answer = decode(response["response_ids"])
         chats.append(rewards.chat(prompts[response["id"]]["text"], answer))
     assert chats[0][0] == {"role": "user", "content": "Hi"}
     assert chats[2][0] == {"role": "user", "content": TEXTS[1]}
-    texts = whole_texts(asked)
+    texts = whole_texts(spoken)
     wanted = {
         "turns": Classifier(model).score(chats),
         "text": Classifier(model).score(texts),
