@@ -132,9 +132,9 @@ def _phi_link(t):
     c = 1 / (1 - PHI * q)
     next_t = t + 1
     u = t * b - next_t * PHI * c
-    curvature = t * b * b - next_t * PHI * c * c
-    rise = b - PHI * c
-    v = rise + log_phi * curvature
+    slope_of_factors = t * b * b - next_t * PHI * c * c
+    slope_of_t = b - PHI * c
+    v = slope_of_t + log_phi * slope_of_factors
     return q, u, v
 
 
