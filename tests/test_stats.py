@@ -9,6 +9,9 @@ import pytest
 
 from beyond_dpo import stats
 
+NAN = float("nan")
+INF = float("inf")
+
 
 def width(interval):
     _, low, high = interval
@@ -27,7 +30,8 @@ def test_two_values_by_hand():
 
     So the 95 % interval is [0, 1].
     """
-    assert stats.mean_interval([0, 1], seed=0) == (0.5, 0.0, 1.0)
+    interval = stats.mean_interval([0, 1], seed=0)
+    assert interval == (0.5, 0.0, 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,8 @@ def test_coverage_on_a_normal_sample(intervals_of_normal_samples):
 def test_width_on_a_normal_sample(intervals_of_normal_samples):
     widths = [width(interval) for interval in intervals_of_normal_samples]
     standard_error = 1 / np.sqrt(60)
-    assert np.mean(widths) == pytest.approx(2 * 1.96 * standard_error, rel=0.05)
+    wanted = 2 * 1.96 * standard_error
+    assert np.mean(widths) == pytest.approx(wanted, rel=0.05)
 
 
 def test_seed_fixes_the_draw_and_another_seed_changes_it():
@@ -73,7 +78,8 @@ def test_shift_moves_all_three():
     values = normal(5, 40, 3)
     plain = stats.mean_interval(values, seed=0)
     moved = stats.mean_interval(values + 7, seed=0)
-    assert np.subtract(moved, plain) == pytest.approx([7, 7, 7])
+    differences = np.subtract(moved, plain)
+    assert differences == pytest.approx([7, 7, 7])
 
 
 def test_copies_inside_a_group_add_no_information():
@@ -97,7 +103,9 @@ def test_copies_inside_a_group_add_no_information():
 
 def test_groups_of_unequal_size_keep_the_mean_of_all_units():
     """Values 0 | 3, 3, 3: the mean of the four units is 9/4, not the mean 3/2 of the two groups."""
-    interval = stats.mean_interval([0, 3, 3, 3], seed=0, groups=["a", "b", "b", "b"])
+    values = [0, 3, 3, 3]
+    groups = ["a", "b", "b", "b"]
+    interval = stats.mean_interval(values, seed=0, groups=groups)
     assert interval == (2.25, 0.0, 3.0)
 
 
@@ -210,7 +218,8 @@ def test_rank_correlation_of_noisy_values():
     generator = np.random.default_rng(0)
     a = generator.normal(size=200)
     noise = generator.normal(size=200)
-    rho, low, high = stats.rank_correlation(a, a + noise, seed=1)
+    b = a + noise
+    rho, low, high = stats.rank_correlation(a, b, seed=1)
     assert low < rho < high
     assert 0.5 < rho < 0.8
 
@@ -221,8 +230,8 @@ def test_rank_correlation_of_noisy_values():
 @pytest.mark.parametrize(
     "values, groups, message",
     [
-        ([1, np.nan, 2], None, "must not contain infs or NaNs"),
-        ([[1, 2], [3, np.inf]], None, "must not contain infs or NaNs"),
+        ([1, NAN, 2], None, "must not contain infs or NaNs"),
+        ([[1, 2], [3, INF]], None, "must not contain infs or NaNs"),
         ([1], None, "units=1"),
         ([1, 2], [0, 0], "units=1"),
         ([], None, "array of size 0"),
@@ -238,8 +247,8 @@ def test_values_without_a_mean_interval_are_refused(values, groups, message):
 @pytest.mark.parametrize(
     "a, b, message",
     [
-        ([1, 2], [1, np.nan], "must not contain infs or NaNs"),
-        ([1, np.nan, 3], [1, 2, 3], "must not contain infs or NaNs"),
+        ([1, 2], [1, NAN], "must not contain infs or NaNs"),
+        ([1, NAN, 3], [1, 2, 3], "must not contain infs or NaNs"),
         ([1, 2], [1, 2, 3], "shapes differ"),
     ],
 )

@@ -75,7 +75,8 @@ def train(
     if link not in ("dpo", "mallows_phi"):
         raise ValueError(f'link must be "dpo" or "mallows_phi", got {link!r}')
     betas = np.asarray(betas, dtype=float)
-    if betas.ndim != 1 or betas.size == 0:
+    is_list = betas.ndim == 1
+    if not is_list or betas.size == 0:
         raise ValueError(f"betas must be a list of at least one number, got shape {betas.shape}")
     _require_positive("betas", betas)
     _require_positive("lr", lr)
@@ -86,7 +87,8 @@ def train(
     records = steps // record_every + 1
     shape = (records, len(betas), ARMS)
     logits = np.zeros(shape)
-    _descend(logits, betas, link == "dpo", record_every, float(lr))
+    is_dpo = link == "dpo"
+    _descend(logits, betas, is_dpo, record_every, float(lr))
     steps_done = np.arange(records) * record_every
     return steps_done, softmax(logits, -1)
 
@@ -128,9 +130,11 @@ def _phi_link(t):
     q = np.exp(t * log_phi)
     b = 1 / (1 - q)
     c = 1 / (1 - PHI * q)
-    u = t * b - (t + 1) * PHI * c
-    du = t * b * b - (t + 1) * PHI * c * c
-    v = b - PHI * c + log_phi * du
+    next_t = t + 1
+    u = t * b - next_t * PHI * c
+    slope_of_factors = t * b * b - next_t * PHI * c * c
+    slope_of_t = b - PHI * c
+    v = slope_of_t + log_phi * slope_of_factors
     return q, u, v
 
 
@@ -142,7 +146,8 @@ def _cubic():
     slope = -q * v
     cube = EPSILON**3
     a3 = (slope * EPSILON - gap) / (2 * cube)
-    a1 = gap / EPSILON - a3 * EPSILON**2
+    square = EPSILON**2
+    a1 = gap / EPSILON - a3 * square
     return a1, a3
 
 

@@ -144,7 +144,7 @@ def _lay_out(
     members: the sequences of each line, by their index.
     """
     lines = []
-    predictors = {}  # {(part, sequence): (line, places in it)}
+    predictors = {}  # {(part, sequence): (line, offsets in it)}
     for number, indices in enumerate(members):
         line = _Line()
         for i in indices:
@@ -155,15 +155,16 @@ def _lay_out(
                 start = line.append(response, len(prompt), i, part)
                 # The prompt's last token predicts the first one, which predicts the second.
                 chain = [last_of_prompt, *range(start, start + len(response))]
-                places = chain[: len(response)]
-                predictors[part, i] = (number, places)
+                offsets = chain[: len(response)]
+                predictors[part, i] = (number, offsets)
         lines.append(line)
     width = max(len(line.input_ids) for line in lines)
     flat = []
     for key in sorted(predictors):
-        number, places = predictors[key]
-        for place in places:
-            flat.append(number * width + place)
+        number, offsets = predictors[key]
+        line_start = number * width
+        for offset in offsets:
+            flat.append(line_start + offset)
     return lines, flat
 
 
@@ -268,7 +269,11 @@ class ResponseScorer(torch.nn.Module):
         ids = [i % self.config.vocab_size for i in range(5, 15)]
         prompt = ids[:4]
         responses = {"a": ids[4:7], "b": ids[7:]}
-        row = {"id": "", "prompt_ids": prompt, "responses": responses}
+        row = {
+            "id": "",
+            "prompt_ids": prompt,
+            "responses": responses,
+        }
         names = list(responses)
         scores = self.score([row, row], names, pad_id=0)
         packed_logps = scores["logps"].view(2, 2)
@@ -444,7 +449,11 @@ def load_model(folder: str, implementation: str, dtype: torch.dtype, tensors: di
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    options = {"dtype": dtype, "attn_implementation": implementation, "output_loading_info": True}
+    options = {
+        "dtype": dtype,
+        "attn_implementation": implementation,
+        "output_loading_info": True,
+    }
     if tensors is None:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, **options

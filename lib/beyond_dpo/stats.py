@@ -11,7 +11,9 @@ from collections.abc import Callable
 import numpy as np
 
 LEVEL = 0.95  # of all intervals
-ENDS = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)  # the quantiles of all draws where an interval ends
+# The quantiles of all draws where an interval ends.
+LOW_END = (1 - LEVEL) / 2
+HIGH_END = (1 + LEVEL) / 2
 
 Interval = tuple[float, float, float]  # of the statistic of all units, low end, high end
 
@@ -31,7 +33,7 @@ def interval(
     for _ in range(n_boot):
         draw = generator.integers(units, size=units)
         statistics.append(statistic(draw))
-    low, high = np.quantile(statistics, ENDS)
+    low, high = np.quantile(statistics, [LOW_END, HIGH_END])
     all_units = np.arange(units)
     estimate = statistic(all_units)
     return float(estimate), float(low), float(high)
@@ -130,7 +132,7 @@ def summarise(table, value: str, by: list[str], *, seed: int):
     rows = []
     columns = [*by, "mean", "low", "high", "n"]
     measured = table.dropna(subset=[value])
-    for combination, group in measured.groupby(by, sort=True):
+    for combination, group in measured.groupby(by):
         prompts = group["prompt"]
         mean, low, high = mean_interval(group[value], seed=seed, groups=prompts)
         row = [*combination, mean, low, high, len(group)]
@@ -183,7 +185,9 @@ def _rho(a, b) -> float:
 
     ranks_a = rankdata(a)
     ranks_b = rankdata(b)
-    if not np.ptp(ranks_a) or not np.ptp(ranks_b):
+    spread_a = np.ptp(ranks_a)
+    spread_b = np.ptp(ranks_b)
+    if spread_a == 0 or spread_b == 0:
         return 0.0
     matrix = np.corrcoef(ranks_a, ranks_b)
     return float(matrix[0, 1])
