@@ -674,23 +674,23 @@ def test_every_shipped_profile_and_experiment_loads(monkeypatch, paper, frozen):
         load(paper, profile, "" if experiment == "frozen" else experiment)
 
 
-@pytest.mark.parametrize(
-    "key, value, plain",
-    [
-        ("seeds", np.arange(2), (0, 1)),
-        ("train.lr", np.float32(0.1), 0.1),
-        ("train.epochs", np.int64(3), 3),
-        ("train.offload", np.bool_(True), True),
-        ("world.target", Path("/models/x"), "/models/x"),
-        ("recipe_alphas", pd.Series([0.1], dtype="float32"), (0.1,)),
-        (
-            "alphas",
-            {np.int64(1): [np.float64(0.5)], np.float32(0.5): np.array([0.1, 0.2], np.float32)},
-            {1.0: (0.5,), 0.5: (0.1, 0.2)},
-        ),
-    ],
-)
-def test_values_of_other_kinds_are_taken(key, value, plain):
+OF_OTHER_KINDS = {  # key -> value, and what it is taken for
+    "seeds": (np.arange(2), (0, 1)),
+    "train.lr": (np.float32(0.1), 0.1),
+    "train.epochs": (np.int64(3), 3),
+    "train.offload": (np.bool_(True), True),
+    "world.target": (Path("/models/x"), "/models/x"),
+    "recipe_alphas": (pd.Series([0.1], dtype="float32"), (0.1,)),
+    "alphas": (
+        {np.int64(1): [np.float64(0.5)], np.float32(0.5): np.array([0.1, 0.2], np.float32)},
+        {1.0: (0.5,), 0.5: (0.1, 0.2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("key", OF_OTHER_KINDS)
+def test_values_of_other_kinds_are_taken(key):
+    value, plain = OF_OTHER_KINDS[key]
     taken = load("expo", "smoke", **{key: value})
     for name in key.split("."):
         taken = getattr(taken, name)
