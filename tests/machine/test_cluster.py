@@ -176,6 +176,7 @@ def test_the_environment_sets_the_machine_and_never_a_key(monkeypatch):
 
 
 def test_a_notebooks_own_value_counts_more_than_the_environments(monkeypatch):
+    monkeypatch.setenv("BEYOND_DPO_MICRO_BATCH", "1")
     monkeypatch.setenv("BEYOND_DPO_PROCESSES", "2")
     assert config.load("expo", "smoke", train__processes=4).train.processes == 4
 

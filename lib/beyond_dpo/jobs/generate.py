@@ -73,7 +73,7 @@ class Engine:
     config.Decoding.
     """
 
-    def __init__(self, model: str, decoding: dict, seed: int = 0):
+    def __init__(self, model: str, decoding: dict):
         backends = {"vllm": VllmBackend, "transformers": TransformersBackend}
         name = decoding["backend"]
         if name not in backends:
@@ -85,7 +85,7 @@ class Engine:
         dtype = self.decoding["dtype"]
         if dtype == "bfloat16":
             require_precision("bf16")
-        self.backend = backends[name](model, self.decoding, seed)
+        self.backend = backends[name](model, self.decoding)
         # vLLM takes more names of types, such as "auto": they get the widest bounds.
         self.precision = dtype if dtype in REPEATED else "bfloat16"
         vocabulary = _vocabulary_size(model)
@@ -393,7 +393,7 @@ class VllmBackend:
     sampling.
     """
 
-    def __init__(self, model: str, decoding: dict, seed: int):
+    def __init__(self, model: str, decoding: dict):
         # This process already is the child that owns the engine.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -415,7 +415,7 @@ class VllmBackend:
             model,
             dtype=decoding["dtype"],
             max_model_len=decoding["max_model_len"],
-            seed=seed,
+            seed=0,  # sampling seeds its generator anew
             max_num_seqs=VLLM_BLOCK,
             skip_tokenizer_init=True,
             generation_config="vllm",
@@ -557,7 +557,7 @@ def _repack_heads(model) -> None:
 class TransformersBackend:
     """Sample with transformers' generate(), for machines without vLLM."""
 
-    def __init__(self, model: str, decoding: dict, seed: int):
+    def __init__(self, model: str, decoding: dict):
         self.folder = model
         self.decoding = decoding
         self.end_tokens = _end_tokens([model])

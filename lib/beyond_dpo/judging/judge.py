@@ -56,7 +56,7 @@ class LengthControlled(NamedTuple):
     low: float
     high: float
     estimate: bool
-    dropped: int = 0
+    dropped: int
 
 
 class MtBench(NamedTuple):
