@@ -1,10 +1,11 @@
 """Extrapolating a checkpoint: ours, mergekit and a plain copy of the same bytes, in turn.
 
-A random bf16 checkpoint of about 1B parameters in four shards, K = 1 and K = 4 values of α:
+A random bf16 checkpoint of about 1B parameters in four shards, one and four values of α:
 
     python benchmarks/extrapolate.py        # pip install .[bench]
 
-mergekit writes one α per run (method `linear`, weights 1 + α and −α), ours and `cp` all K in one.
+mergekit writes one α per run (method `linear`, weights 1 + α and −α); ours and `cp` write all of
+them in one.
 """
 
 from __future__ import annotations
@@ -21,52 +22,123 @@ from measure import report, run
 from safetensors.torch import save_file
 
 ALPHAS = (0.3, 0.5, 1.0, 2.0)
+SHARDS = 4
+# Of the random Llama. Eight of 32 heads have keys and values: a fourth of the hidden size.
+VOCABULARY = 32000
+HIDDEN = 2048
+INNER = 5632
+KEYS = 512
 
 
-def checkpoint(folder: Path, seed: int, layers: int) -> Path:
-    """Write a random Llama of hidden size 2048, 45M parameters a layer, in four shards."""
+def shapes_of(layers: int) -> dict[str, tuple]:
+    """Return {name: shape} of the weights, 45M parameters a layer."""
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "lm_head.weight": (VOCABULARY, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+    }
+    for i in range(layers):
+        layer = {
+            "self_attn.q_proj": (HIDDEN, HIDDEN),
+            "self_attn.k_proj": (KEYS, HIDDEN),
+            "self_attn.v_proj": (KEYS, HIDDEN),
+            "self_attn.o_proj": (HIDDEN, HIDDEN),
+            "mlp.gate_proj": (INNER, HIDDEN),
+            "mlp.up_proj": (INNER, HIDDEN),
+            "mlp.down_proj": (HIDDEN, INNER),
+            "input_layernorm": (HIDDEN,),
+            "post_attention_layernorm": (HIDDEN,),
+        }
+        for name, shape in layer.items():
+            shapes[f"model.layers.{i}.{name}.weight"] = shape
+    return shapes
+
+
+def write_checkpoint(folder: Path, seed: int, layers: int) -> None:
+    """Write a random Llama in bf16, in shards."""
     from transformers import LlamaConfig
 
+    folder.mkdir()
     config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
+        hidden_size=HIDDEN,
+        intermediate_size=INNER,
         num_hidden_layers=layers,
         num_attention_heads=32,
         num_key_value_heads=8,
-        vocab_size=32000,
+        vocab_size=VOCABULARY,
         tie_word_embeddings=False,
         dtype="bfloat16",
         architectures=["LlamaForCausalLM"],
     )
     config.save_pretrained(folder)
-    hidden, inner, small = 2048, 5632, 512
-    shapes = {n: (32000, hidden) for n in ("model.embed_tokens.weight", "lm_head.weight")}
-    shapes["model.norm.weight"] = (hidden,)
-    for i in range(layers):
-        at = f"model.layers.{i}."
-        shapes |= {
-            at + "self_attn.q_proj.weight": (hidden, hidden),
-            at + "self_attn.k_proj.weight": (small, hidden),
+    generator = torch.Generator().manual_seed(seed)
+    shapes = shapes_of(layers)
+    weight_map = {}
+    for shard in range(SHARDS):
+        file = f"model-{shard + 1:05}-of-{SHARDS:05}.safetensors"
+        tensors = {}
+        for name in list(shapes)[shard::SHARDS]:
+            weight = 0.02 * torch.randn(shapes[name], generator=generator)
+            tensors[name] = weight.to(torch.bfloat16)
+            weight_map[name] = file
+        save_file(tensors, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def ours(sft: Path, aligned: Path, out: Path, alphas) -> dict:
+    """Write all α in one run of our command; return its seconds and peak."""
+    command = [sys.executable, "-m", "beyond_dpo.extrapolate", sft, aligned, out]
+    for alpha in alphas:
+        command += ["--alpha", alpha]
+    measured = run(command)
+    shutil.rmtree(out)
+    return measured
+
+
+def copy(aligned: Path, out: Path, times: int) -> dict:
+    """Copy a checkpoint as often with cp; return the seconds and the peak."""
+    steps = [f"mkdir {out}"]
+    steps += [f"cp -r {aligned} {out}/{i}" for i in range(times)]
+    measured = run(["sh", "-c", " && ".join(steps)])
+    shutil.rmtree(out)
+    return measured
+
+
+def merge(command, sft: Path, aligned: Path, out: Path, alphas) -> dict:
+    """Run mergekit once per α; return the seconds of all and the largest peak."""
+    seconds = 0.0
+    peak = 0.0
+    for alpha in alphas:
+        recipe = {
+            "merge_method": "linear",
+            "models": [
+                {"model": str(aligned), "parameters": {"weight": 1 + alpha}},
+                {"model": str(sft), "parameters": {"weight": -alpha}},
+            ],
+            "parameters": {"normalize": False},
+            "dtype": "bfloat16",
         }
-        shapes |= {
-            at + "self_attn.v_proj.weight": (small, hidden),
-            at + "self_attn.o_proj.weight": (hidden, hidden),
-        }
-        shapes |= {at + f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
-        shapes |= {at + "mlp.down_proj.weight": (hidden, inner)}
-        shapes |= {at + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
-    generator, names, index = torch.Generator().manual_seed(seed), list(shapes), {}
-    for shard in range(4):
-        part, file = names[shard::4], f"model-{shard + 1:05}-of-00004.safetensors"
-        tensors = {n: 0.02 * torch.randn(shapes[n], generator=generator) for n in part}
-        save_file(
-            {n: t.to(torch.bfloat16) for n, t in tensors.items()}, folder / file, {"format": "pt"}
-        )
-        index |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index})
-    )
-    return folder
+        file = out.with_name("recipe.yml")
+        file.write_text(json.dumps(recipe))  # JSON is YAML
+        measured = run([command, file, out, "--no-copy-tokenizer"])
+        seconds += measured["seconds"]
+        peak = max(peak, measured["peak_gib"])
+        shutil.rmtree(out)
+    return {"seconds": seconds, "peak_gib": peak}
+
+
+def measure_round(command, sft: Path, aligned: Path, out: Path) -> dict[str, float]:
+    """Measure ours, cp and mergekit in turn, for one α and for four."""
+    measured = {}
+    for k in (1, 4):
+        measured[f"ours_{k}"] = ours(sft, aligned, out, ALPHAS[:k])
+        measured[f"cp_{k}"] = copy(aligned, out, k)
+        measured[f"mergekit_{k}"] = merge(command, sft, aligned, out, ALPHAS[:k])
+    row = {f"{name}_s": result["seconds"] for name, result in measured.items()}
+    for name, result in measured.items():
+        row[f"{name}_gib"] = result["peak_gib"]
+    return row
 
 
 def main() -> None:
@@ -80,57 +152,18 @@ def main() -> None:
         "--freeze", action="store_true", help="write data/frozen/benchmarks/extrapolate.json"
     )
     options = parser.parse_args()
-    rounds = []
     with tempfile.TemporaryDirectory() as work:
-        for name, seed in (("sft", 0), ("aligned", 1)):
-            Path(work, name).mkdir()
-            checkpoint(Path(work, name), seed, options.layers)
-        sft, aligned, out = Path(work, "sft"), Path(work, "aligned"), Path(work, "out")
-        size = sum(f.stat().st_size for f in aligned.iterdir())
+        sft = Path(work, "sft")
+        aligned = Path(work, "aligned")
+        out = Path(work, "out")
+        write_checkpoint(sft, 0, options.layers)
+        write_checkpoint(aligned, 1, options.layers)
+        size = sum(file.stat().st_size for file in aligned.iterdir())
+        rounds = []
         for _ in range(options.rounds):
-            found = {}
-            for k in (1, 4):
-                command = [sys.executable, "-m", "beyond_dpo.extrapolate", sft, aligned, out]
-                found[f"ours_{k}"] = run(
-                    [*command, *(x for a in ALPHAS[:k] for x in ("--alpha", a))]
-                )
-                shutil.rmtree(out)
-                copies = [f"cp -r {aligned} {out}/{i}" for i in range(k)]
-                found[f"cp_{k}"] = run(["sh", "-c", " && ".join([f"mkdir {out}", *copies])])
-                shutil.rmtree(out)
-                found[f"mergekit_{k}"] = merge(options.mergekit, sft, aligned, out, ALPHAS[:k])
-            row = {f"{n}_s": f["seconds"] for n, f in found.items()}
-            row |= {f"{n}_gib": f["peak_gib"] for n, f in found.items()}
-            rounds.append(row)
-    report(
-        "extrapolate",
-        {"bytes": size, "shards": 4, "dtype": "bfloat16", "alphas": ALPHAS},
-        rounds,
-        options.freeze,
-    )
-
-
-def merge(command, sft: Path, aligned: Path, out: Path, alphas) -> dict:
-    """Run mergekit once per α; return the seconds of all and the largest peak."""
-    total = {"seconds": 0.0, "peak_gib": 0.0}
-    for alpha in alphas:
-        models = [{"model": str(aligned), "parameters": {"weight": 1 + alpha}}]
-        models += [{"model": str(sft), "parameters": {"weight": -alpha}}]
-        recipe = {
-            "merge_method": "linear",
-            "models": models,
-            "parameters": {"normalize": False},
-            "dtype": "bfloat16",
-        }
-        file = out.with_name("recipe.yml")
-        file.write_text(json.dumps(recipe))  # JSON is YAML
-        once = run([command, file, out, "--no-copy-tokenizer"])
-        total = {
-            "seconds": total["seconds"] + once["seconds"],
-            "peak_gib": max(total["peak_gib"], once["peak_gib"]),
-        }
-        shutil.rmtree(out)
-    return total
+            rounds.append(measure_round(options.mergekit, sft, aligned, out))
+    settings = {"bytes": size, "shards": SHARDS, "dtype": "bfloat16", "alphas": ALPHAS}
+    report("extrapolate", settings, rounds, options.freeze)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""What the benchmarks share: run a command to its end and say how long it took and how much memory
-it used.
-"""
+"""What the benchmarks share: time a command and its memory, report rounds, and show them all."""
 
 from __future__ import annotations
 
@@ -8,8 +6,9 @@ import json
 import os
 import subprocess
 import threading
-import time
 from statistics import median
+from time import perf_counter
+from typing import NamedTuple
 
 import psutil
 
@@ -18,106 +17,128 @@ from beyond_dpo.machine import paths
 from beyond_dpo.pipeline import artifacts
 
 RESULTS = paths.FROZEN / "benchmarks"
-ROWS = {  # what is compared: in words, our number, against whom, theirs, the goal for the ratio
+
+
+class Comparison(NamedTuple):
+    """A row of the README's table: our number, whom it is compared with, theirs, the ratio's goal.
+
+    `ours` and `theirs` are names of numbers in a round.
+    """
+
+    what: str
+    ours: str
+    against: str
+    theirs: str
+    goal: str = ""
+
+
+SPEED = "DPO training (pairs/s)"
+MEMORY = "DPO training, peak memory (GiB)"
+ONE_ALPHA = "one α, peak memory (GiB; goal: below 1)"
+FOUR_ALPHAS = "four α, peak memory (GiB; goal: below 1)"
+ROWS = {
     "train_vs_trl": [
-        ("DPO training (pairs/s)", "ours_pairs_per_s", "TRL", "trl_pairs_per_s", "≥ 1.5"),
-        ("DPO training, peak memory (GiB)", "ours_peak_gib", "TRL", "trl_peak_gib", "≤ 0.8"),
-        (
-            "DPO training (pairs/s)",
-            "ours_pairs_per_s",
-            "TRL as it comes",
-            "trl_default_pairs_per_s",
-            "",
-        ),
-        (
-            "DPO training, peak memory (GiB)",
-            "ours_peak_gib",
-            "TRL as it comes",
-            "trl_default_peak_gib",
-            "",
-        ),
+        Comparison(SPEED, "ours_pairs_per_s", "TRL", "trl_pairs_per_s", "≥ 1.5"),
+        Comparison(MEMORY, "ours_peak_gib", "TRL", "trl_peak_gib", "≤ 0.8"),
+        Comparison(SPEED, "ours_pairs_per_s", "TRL as it comes", "trl_default_pairs_per_s"),
+        Comparison(MEMORY, "ours_peak_gib", "TRL as it comes", "trl_default_peak_gib"),
     ],
     "extrapolate": [
-        ("one α of a 1B model (s)", "ours_1_s", "`cp`", "cp_1_s", "≤ 1.5"),
-        ("four α (s)", "ours_4_s", "`cp` four times", "cp_4_s", "≤ 1.5"),
-        ("one α (s)", "ours_1_s", "mergekit", "mergekit_1_s", ""),
-        ("four α (s)", "ours_4_s", "mergekit", "mergekit_4_s", "≤ 0.33"),
-        ("one α, peak memory (GiB; goal: below 1)", "ours_1_gib", "mergekit", "mergekit_1_gib", ""),
-        (
-            "four α, peak memory (GiB; goal: below 1)",
-            "ours_4_gib",
-            "mergekit",
-            "mergekit_4_gib",
-            "",
-        ),
+        Comparison("one α of a 1B model (s)", "ours_1_s", "`cp`", "cp_1_s", "≤ 1.5"),
+        Comparison("four α (s)", "ours_4_s", "`cp` four times", "cp_4_s", "≤ 1.5"),
+        Comparison("one α (s)", "ours_1_s", "mergekit", "mergekit_1_s"),
+        Comparison("four α (s)", "ours_4_s", "mergekit", "mergekit_4_s", "≤ 0.33"),
+        Comparison(ONE_ALPHA, "ours_1_gib", "mergekit", "mergekit_1_gib"),
+        Comparison(FOUR_ALPHAS, "ours_4_gib", "mergekit", "mergekit_4_gib"),
     ],
     "bandit": [
-        (
+        Comparison(
             "five-armed bandit, all β (steps/s)",
             "ours_steps_per_s",
             "PyTorch",
             "torch_steps_per_s",
-            "",
-        )
+        ),
     ],
     "shared_prompts": [
-        (
-            f"{name}/s, prompts of {n} tokens",
-            f"shared_{name}_{n}",
+        Comparison(
+            f"{kind}/s, prompts of {tokens} tokens",
+            f"shared_{kind}_{tokens}",
             "one for each response",
-            f"alone_{name}_{n}",
-            "",
+            f"alone_{kind}_{tokens}",
         )
-        for name in ("pairs", "quadruples")
-        for n in (8, 64, 512)
+        for kind in ("pairs", "quadruples")
+        for tokens in (8, 64, 512)
     ],
     "sweep": [
-        ("one more α in the living engine (s)", "swap_s", "a new engine", "engine_start_s", "≤ 0.1")
+        Comparison(
+            "one more α in the living engine (s)",
+            "swap_s",
+            "a new engine",
+            "engine_start_s",
+            "≤ 0.1",
+        ),
     ],
 }
 
 
-def run(command: list, **environment: str) -> dict:
-    """Return {seconds, peak_gib} of a command and all its children; raise CalledProcessError with
-    its output's end.
+class PeakMemory(threading.Thread):
+    """Watch the memory of a process and all its children, ten times a second, until `stop`."""
 
-    The peak is of the summed resident memory, sampled ten times a second; pages that processes
-    share count in each. What was written before is on the disk when the clock starts.
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self.process = psutil.Process(pid)
+        self.peak = 0  # bytes
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        while not self.over.wait(0.1):
+            try:
+                processes = [self.process, *self.process.children(recursive=True)]
+                used = sum(process.memory_info().rss for process in processes)
+            except psutil.NoSuchProcess:
+                continue
+            self.peak = max(self.peak, used)
+
+    def stop(self) -> float:
+        """Return the peak in GiB."""
+        self.over.set()
+        self.join()
+        return self.peak / 2**30
+
+
+def run(command: list, **environment: str) -> dict:
+    """Return {seconds, peak_gib, output} of a command and all its children.
+
+    The peak is of the summed resident memory; pages that processes share count in each. What was
+    written before is on the disk when the clock starts.
+
+    Raises:
+        CalledProcessError: with the end of its output.
     """
     os.sync()
-    began, peak, over = time.perf_counter(), [0], threading.Event()
+    began = perf_counter()
     child = subprocess.Popen(
-        list(map(str, command)),
+        [str(argument) for argument in command],
         env={**os.environ, "TQDM_DISABLE": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-    def watch():
-        root = psutil.Process(child.pid)
-        while not over.wait(0.1):
-            try:
-                peak[0] = max(
-                    peak[0],
-                    sum(p.memory_info().rss for p in [root, *root.children(recursive=True)]),
-                )
-            except psutil.NoSuchProcess:
-                continue
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
+    memory = PeakMemory(child.pid)
+    memory.start()
     output, _ = child.communicate()
-    over.set()
-    thread.join()
+    peak = memory.stop()
+    seconds = perf_counter() - began
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command, output[-3000:])
-    return {"seconds": time.perf_counter() - began, "peak_gib": peak[0] / 2**30, "output": output}
+    return {"seconds": seconds, "peak_gib": peak, "output": output}
 
 
 def report(name: str, settings: dict, rounds: list[dict], freeze: bool) -> None:
-    """Print the rounds and what they compare; with `freeze` keep them in data/frozen and renew the
-    README's table.
+    """Print the rounds and what they compare.
+
+    Args:
+        freeze: keep the rounds in data/frozen and renew the README's table.
     """
     content = {"benchmark": name, **settings, **artifacts.environment(), "rounds": rounds}
     print(json.dumps(content, indent=1))
@@ -129,15 +150,24 @@ def report(name: str, settings: dict, rounds: list[dict], freeze: bool) -> None:
 
 
 def compared(content: dict) -> list[str]:
-    """Return a Markdown line per comparison of ROWS: medians, and the ratio's median [smallest,
-    largest] of a round.
+    """Return a Markdown line per comparison of ROWS.
+
+    It has the medians of both, and the median [smallest, largest] of the rounds' ratios.
     """
-    lines, rounds = [], content["rounds"]
-    for what, ours, other, theirs, goal in ROWS[content["benchmark"]]:
-        a, b = ([r[name] for r in rounds] for name in (ours, theirs))
-        ratios = sorted(x / y for x, y in zip(a, b, strict=True))
-        ratio = f"{median(ratios):.2f} [{ratios[0]:.2f}, {ratios[-1]:.2f}]"
-        cells = [what, f"{median(a):.3g}", other, f"{median(b):.3g}", ratio, goal]
+    rounds = content["rounds"]
+    lines = []
+    for comparison in ROWS[content["benchmark"]]:
+        ours = [row[comparison.ours] for row in rounds]
+        theirs = [row[comparison.theirs] for row in rounds]
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        cells = [
+            comparison.what,
+            f"{median(ours):.3g}",
+            comparison.against,
+            f"{median(theirs):.3g}",
+            f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
+            comparison.goal,
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -150,9 +180,12 @@ def table(readme: str) -> str:
     ]
     for name in ROWS:
         path = RESULTS / f"{name}.json"
-        lines += compared(json.loads(path.read_text())) if path.exists() else []
-    start, end = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+        if path.exists():
+            lines += compared(json.loads(path.read_text()))
+    start = "<!-- benchmarks -->"
+    end = "<!-- /benchmarks -->"
     if not readme.count(start) == readme.count(end) == 1:
         raise ValueError(f"README.md needs {start} and {end} once each, around the table")
-    before, after = readme.partition(start)[0], readme.partition(end)[2]
+    before, _, rest = readme.partition(start)
+    _, _, after = rest.partition(end)
     return "\n".join([before + start, *lines, end]) + after

@@ -1,11 +1,10 @@
-"""Responses that share their prompt in one row, against each with a prompt of its own: forward and
-backward passes.
+"""Responses that share their prompt in one row, against each with a prompt of its own.
 
     python benchmarks/shared_prompts.py
 
-Rows of two (DPO) and three (WRPO) responses of 24 tokens, random tokens, prompts of 8, 64 and 512
-tokens; SmolLM2-135M in bf16 autocast over float32 weights, 4 rows a pass. Both sides are packed
-alike, in turn; their scores must agree.
+What is timed is a forward and backward pass of SmolLM2-135M in bf16 autocast over float32 weights.
+A pass has 4 rows of random tokens: two (DPO) or three (WRPO) responses of 24 tokens, prompts of 8,
+64 and 512. Both sides are packed alike, in turn; their scores must agree.
 """
 
 from __future__ import annotations
@@ -19,32 +18,35 @@ from measure import report
 from beyond_dpo import scoring
 from beyond_dpo.pipeline import assets, config
 
-ROWS, SAID = 4, 24
+ROWS = 4
+PROMPT_TOKENS = (8, 64, 512)
+RESPONSE_TOKENS = 24
 KINDS = {"pairs": config.FUSED[1:], "quadruples": config.FUSED}
 
 
-def rows_of(prompt: int, names: tuple, vocabulary: int) -> tuple[list[dict], list[dict]]:
-    """Return rows that share their prompt, and the same responses in rows of their own, name-major
-    as scores are.
-    """
-    generator = torch.Generator().manual_seed(prompt)
+def shared_rows(prompt_tokens: int, names: tuple, vocabulary: int) -> list[dict]:
+    """Return rows of random tokens whose responses share their prompt."""
+    generator = torch.Generator().manual_seed(prompt_tokens)
 
-    def some(n: int) -> list[int]:
+    def random_ids(n: int) -> list[int]:
         return torch.randint(vocabulary, (n,), generator=generator).tolist()
 
-    shared = []
+    rows = []
     for i in range(ROWS):
-        shared.append(
-            {
-                "id": str(i),
-                "prompt_ids": some(prompt),
-                "responses": {name: some(SAID) for name in names},
-            }
-        )
-    alone = [
-        {**row, "responses": {"said": row["responses"][name]}} for name in names for row in shared
-    ]
-    return shared, alone
+        prompt_ids = random_ids(prompt_tokens)
+        responses = {name: random_ids(RESPONSE_TOKENS) for name in names}
+        rows.append({"id": str(i), "prompt_ids": prompt_ids, "responses": responses})
+    return rows
+
+
+def separate_rows(rows: list[dict], names: tuple) -> list[dict]:
+    """Return each response in a row of its own, name-major as scores are."""
+    separate = []
+    for name in names:
+        for row in rows:
+            response = row["responses"][name]
+            separate.append({**row, "responses": {"response": response}})
+    return separate
 
 
 def timed(
@@ -65,23 +67,29 @@ def main() -> None:
         "--freeze", action="store_true", help="write data/frozen/benchmarks/shared_prompts.json"
     )
     options = parser.parse_args()
-    scorer, rounds, apart = scoring.load_scorer(str(assets.model_dir("smollm2")), "bf16"), [], {}
-    timed(scorer, rows_of(8, config.FUSED, scorer.config.vocab_size)[0], config.FUSED)  # warms up
+    scorer = scoring.load_scorer(str(assets.model_dir("smollm2")), "bf16")
+    vocabulary = scorer.config.vocab_size
+    timed(scorer, shared_rows(8, config.FUSED, vocabulary), config.FUSED)  # warms up
+    rounds = []
+    differences = {}
     for _ in range(options.rounds):
         row = {}
         for kind, names in KINDS.items():
-            for prompt in (8, 64, 512):
-                shared, alone = rows_of(prompt, names, scorer.config.vocab_size)
-                ours, found = timed(scorer, shared, names)
-                theirs, wanted = timed(scorer, alone, ("said",))
-                apart[f"{kind}_{prompt}"] = float(((found - wanted) / wanted).abs().max())
-                assert apart[f"{kind}_{prompt}"] < 0.01, "both must compute the same"
-                row[f"shared_{kind}_{prompt}"], row[f"alone_{kind}_{prompt}"] = (
-                    ROWS / ours,
-                    ROWS / theirs,
-                )
+            for tokens in PROMPT_TOKENS:
+                rows = shared_rows(tokens, names, vocabulary)
+                seconds, scores = timed(scorer, rows, names)
+                row[f"shared_{kind}_{tokens}"] = ROWS / seconds
+                seconds, expected = timed(scorer, separate_rows(rows, names), ("response",))
+                row[f"alone_{kind}_{tokens}"] = ROWS / seconds
+                difference = float(((scores - expected) / expected).abs().max())
+                assert difference < 0.01, "both must compute the same"
+                differences[f"{kind}_{tokens}"] = difference
         rounds.append(row)
-    settings = {"rows": ROWS, "response_tokens": SAID, "largest_relative_difference": apart}
+    settings = {
+        "rows": ROWS,
+        "response_tokens": RESPONSE_TOKENS,
+        "largest_relative_difference": differences,
+    }
     report("shared_prompts", settings, rounds, options.freeze)
 
 

@@ -1,7 +1,8 @@
-"""One more α in the living engine against a new engine, on SmolLM2-135M: start, weight swap, and 64
-responses.
+"""One more α in the living engine against a new engine, on SmolLM2-135M.
 
-python benchmarks/sweep.py
+    python benchmarks/sweep.py
+
+What is timed is the start of an engine, swaps of its weights, and 64 responses.
 """
 
 from __future__ import annotations
@@ -22,6 +23,55 @@ from beyond_dpo.machine import launch
 from beyond_dpo.pipeline import assets, config
 
 
+def write_aligned(sft: Path, aligned: Path) -> int:
+    """Copy a model with all weights moved a little; return the number of its tensors."""
+    aligned.mkdir()
+    for file in sft.iterdir():
+        (aligned / file.name).write_bytes(file.read_bytes())
+    generator = torch.Generator().manual_seed(0)
+    weights = load_file(sft / "model.safetensors")
+    for name, weight in weights.items():
+        noise = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        weights[name] = weight + 1e-3 * noise
+    save_file(weights, aligned / "model.safetensors", {"format": "pt"})
+    return len(weights)
+
+
+def write_prompts(path: Path, sft: Path) -> None:
+    """Write the same prompt 64 times."""
+    tokenizer = templates.load_tokenizer(str(sft))
+    prompts = []
+    for i in range(64):
+        prompt_ids = templates.render(tokenizer, "The film is", "plain")
+        prompts.append({"id": str(i), "prompt_ids": prompt_ids})
+    path.write_text(json.dumps(prompts))
+
+
+def seconds_of(function, *args, **kwargs) -> float:
+    """Return how long a call takes."""
+    began = time.perf_counter()
+    function(*args, **kwargs)
+    return time.perf_counter() - began
+
+
+def measure_round(settings: dict, sft: Path, aligned: Path, work: Path) -> dict[str, float]:
+    """Start an engine, swap its weights four times and let it answer."""
+    models = {"sft": str(sft), "aligned": str(aligned)}
+    files = {"prompts": str(work / "prompts.json"), "out": str(work / "out.jsonl")}
+    began = time.perf_counter()
+    with launch.Worker("beyond_dpo.jobs.generate", settings, work, desc="sweep") as engine:
+        started = time.perf_counter() - began
+        first_swap = seconds_of(engine.call, "swap", **models, alpha=0.0)
+        swaps = [seconds_of(engine.call, "swap", **models, alpha=a) for a in (0.5, 1.0, 2.0)]
+        responses = seconds_of(engine.call, "generate", **files, samples=1, seed=0)
+    return {
+        "engine_start_s": started,
+        "first_swap_s": first_swap,
+        "swap_s": sum(swaps) / len(swaps),
+        "64_responses_s": responses,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
@@ -29,47 +79,18 @@ def main() -> None:
         "--freeze", action="store_true", help="write data/frozen/benchmarks/sweep.json"
     )
     options = parser.parse_args()
-    cfg, sft, rounds = config.load("expo", "cpu"), assets.model_dir("smollm2"), []
-    with tempfile.TemporaryDirectory() as work:
-        aligned = Path(work, "aligned")
-        aligned.mkdir()
-        for file in sft.iterdir():
-            (aligned / file.name).write_bytes(file.read_bytes())
-        generator = torch.Generator().manual_seed(0)
-        weights = load_file(sft / "model.safetensors")
-        moved = {
-            n: w + 1e-3 * torch.randn(w.shape, generator=generator).to(w.dtype)
-            for n, w in weights.items()
-        }
-        save_file(moved, aligned / "model.safetensors", {"format": "pt"})
-        tokenizer = templates.load_tokenizer(str(sft))
-        prompts = [
-            {"id": str(i), "prompt_ids": templates.render(tokenizer, "The film is", "plain")}
-            for i in range(64)
-        ]
-        Path(work, "prompts.json").write_text(json.dumps(prompts))
-        settings = {"model": str(sft), "decoding": dataclasses.asdict(cfg.decoding)}
+    sft = assets.model_dir("smollm2")
+    decoding = config.load("expo", "cpu").decoding
+    settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        aligned = work / "aligned"
+        tensors = write_aligned(sft, aligned)
+        write_prompts(work / "prompts.json", sft)
+        rounds = []
         for _ in range(options.rounds):
-            clock = [time.perf_counter()]
-            with launch.Worker(
-                "beyond_dpo.jobs.generate", settings, Path(work), desc="sweep"
-            ) as engine:
-                clock.append(time.perf_counter())
-                engine.call("swap", sft=str(sft), aligned=str(aligned), alpha=0.0)
-                clock.append(time.perf_counter())
-                for alpha in (0.5, 1.0, 2.0):
-                    engine.call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
-                clock.append(time.perf_counter())
-                files = {
-                    "prompts": str(Path(work, "prompts.json")),
-                    "out": str(Path(work, "out.jsonl")),
-                }
-                engine.call("generate", **files, samples=1, seed=0)
-                clock.append(time.perf_counter())
-            start, swap = clock[1] - clock[0], (clock[3] - clock[2]) / 3
-            row = {"engine_start_s": start, "first_swap_s": clock[2] - clock[1], "swap_s": swap}
-            rounds.append(row | {"64_responses_s": clock[4] - clock[3]})
-    report("sweep", {"model": "SmolLM2-135M", "tensors": len(weights)}, rounds, options.freeze)
+            rounds.append(measure_round(settings, sft, aligned, work))
+    report("sweep", {"model": "SmolLM2-135M", "tensors": tensors}, rounds, options.freeze)
 
 
 if __name__ == "__main__":

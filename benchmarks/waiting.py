@@ -1,11 +1,10 @@
-"""Do OpenMP's idle threads spin, and what does that cost? A small DPO training, alone and beside a
-busy process.
+"""Do OpenMP's idle threads spin, and what does that cost a small DPO training?
 
     python benchmarks/waiting.py [--rounds 3] [--seconds 20] [--out waiting.json]
 
-Each measurement is a child process of its own, as launch starts them: with the default of the
-OpenMP library that torch brings along (threads spin for a while), and with OMP_WAIT_POLICY=PASSIVE
-(they sleep at once).
+The training runs alone, beside one busy process, and beside several. Each measurement is a child
+process of its own, as launch starts them: with the default of the OpenMP library that torch brings
+along (threads spin for a while), and with OMP_WAIT_POLICY=PASSIVE (they sleep at once).
 """
 
 from __future__ import annotations
@@ -23,12 +22,14 @@ from beyond_dpo.machine import launch
 from beyond_dpo.pipeline import artifacts
 
 POLICIES = {"as it comes": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
-BESIDE = {  # what runs at the same time
+# How many busy processes run at the same time.
+BESIDE = {
     "nothing": 0,
     "one busy process": 1,
     "as many as there are cores": len(os.sched_getaffinity(0)),
 }
 BUSY = "while True: pass"
+# SmolLM2-135M's, with fewer layers and words.
 SHAPE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -36,21 +37,20 @@ SHAPE = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "vocab_size": 8192,
-}  # SmolLM2-135M's, with fewer layers and words
-ROWS, TOKENS = 4, 64  # pairs in a step, tokens of a response
+}
+PAIRS = 4  # in a step
+TOKENS = 64  # of a response
 
 
 def train(seconds: float) -> float:
-    """Return the seconds that one DPO step of a small random model takes: the mean over this
-    long.
-    """
+    """Return the seconds of a DPO step of a small random model, the mean over `seconds`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    ids = torch.randint(SHAPE["vocab_size"], (2 * ROWS, TOKENS))  # chosen, then rejected
+    ids = torch.randint(SHAPE["vocab_size"], (2 * PAIRS, TOKENS))  # chosen, then rejected
 
     def step() -> None:
         logits = model(input_ids=ids).logits[:, :-1]
@@ -63,7 +63,8 @@ def train(seconds: float) -> float:
 
     for _ in range(3):  # the first ones fill the allocator
         step()
-    steps, began = 0, time.perf_counter()
+    steps = 0
+    began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         step()
         steps += 1
@@ -71,14 +72,13 @@ def train(seconds: float) -> float:
 
 
 def measure(policy: dict[str, str], neighbours: int, seconds: float) -> float:
-    """Return train(seconds) of a child with this policy, beside so many processes that never
-    wait.
-    """
+    """Return train(seconds) of a child, beside so many processes that never wait."""
     environment = {name: value for name, value in os.environ.items() if name not in launch.WAITING}
+    environment.update(policy)
     busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(neighbours)]
     try:
         command = [sys.executable, __file__, "--step", str(seconds)]
-        done = subprocess.run(command, env=environment | policy, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
         return float(done.stdout)
     finally:
         for process in busy:
@@ -92,9 +92,21 @@ def table(rounds: list[dict]) -> list[str]:
         f"{'beside':28} {'as it comes':>12} {'passive':>10} {'ratio':>6}   (ms a step, medians)"
     ]
     for beside in BESIDE:
-        spun, slept = (1000 * median(r[beside][policy] for r in rounds) for policy in POLICIES)
-        lines.append(f"{beside:28} {spun:12.1f} {slept:10.1f} {slept / spun:6.2f}")
+        spinning = 1000 * median(row[beside]["as it comes"] for row in rounds)
+        sleeping = 1000 * median(row[beside]["passive"] for row in rounds)
+        ratio = sleeping / spinning
+        lines.append(f"{beside:28} {spinning:12.1f} {sleeping:10.1f} {ratio:6.2f}")
     return lines
+
+
+def measure_round(seconds: float) -> dict[str, dict[str, float]]:
+    """Return {what runs beside: {policy: seconds of a step}}."""
+    measured = {}
+    for beside, neighbours in BESIDE.items():
+        measured[beside] = {}
+        for name, policy in POLICIES.items():
+            measured[beside][name] = measure(policy, neighbours, seconds)
+    return measured
 
 
 def main() -> None:
@@ -117,17 +129,16 @@ def main() -> None:
             f"round {i + 1} of {options.rounds}, {6 * options.seconds:.0f} s and the starts",
             file=sys.stderr,
         )
-        rounds.append({})
-        for beside, neighbours in BESIDE.items():
-            found = {
-                name: measure(policy, neighbours, options.seconds)
-                for name, policy in POLICIES.items()
-            }
-            rounds[-1][beside] = found
+        rounds.append(measure_round(options.seconds))
     print("\n".join(table(rounds)))
     if options.out:
-        about = {"benchmark": "waiting", "seconds": options.seconds, "threads": launch.threads()}
-        content = about | artifacts.environment() | {"rounds": rounds}
+        content = {
+            "benchmark": "waiting",
+            "seconds": options.seconds,
+            "threads": launch.threads(),
+            **artifacts.environment(),
+            "rounds": rounds,
+        }
         options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

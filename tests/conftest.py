@@ -18,47 +18,49 @@ import pytest
 from beyond_dpo.machine import paths, workers
 from beyond_dpo.pipeline import assets
 
-os.environ.update(
-    PYTHONPATH=os.pathsep.join(
-        filter(None, [str(paths.ROOT / "lib"), os.environ.get("PYTHONPATH")])
-    ),
-    TOKENIZERS_PARALLELISM="false",  # forked children of a used tokenizer warn and may hang
-    HF_HUB_OFFLINE="1",  # no test needs the network
-    TQDM_DISABLE="1",
-    # threads of models this small mostly wait for each other, the longer the busier the machine
-    OMP_NUM_THREADS="1",
-    MPLBACKEND="agg",
-)
+search_path = [str(paths.ROOT / "lib")]
+if os.environ.get("PYTHONPATH"):
+    search_path.append(os.environ["PYTHONPATH"])
+os.environ["PYTHONPATH"] = os.pathsep.join(search_path)
+# Forked children of a used tokenizer warn and may hang.
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network
+os.environ["TQDM_DISABLE"] = "1"
+# Threads of models this small mostly wait for each other, the longer the busier the machine.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "agg"
+# What the caller (or make) set for itself is not part of a test.
 for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
-    os.environ.pop(name, None)  # what the caller (or make) set for itself is not part of a test
+    os.environ.pop(name, None)
 
 
-# fixtures of tests that train, sample, serve or run notebooks for real: they count as slow
+# Fixtures of tests that train, sample, serve or run notebooks for real: they count as slow.
 SLOW = {"store", "engine", "transformers_engine", "served", "gate", "endpoint", "project"}
+# The files that take longest begin, so that two processes end at about one time.
+LONGEST = [
+    "test_cold.py",
+    "test_faults.py",
+    "test_shards.py",
+    "test_wrpo.py",
+    "test_notebooks.py",
+    "test_judge.py",
+]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by the marks
 def pytest_collection_modifyitems(items):
-    """Mark the slow tests, and begin with the files that take longest, so that two processes end at
-    about one time.
-    """
+    """Mark the slow tests, and begin with the files that take longest."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if SLOW & set(item.fixturenames) or "vllm" in parameters:
             item.add_marker(pytest.mark.slow)
-    longest = (
-        "test_cold.py",
-        "test_faults.py",
-        "test_shards.py",
-        "test_wrpo.py",
-        "test_notebooks.py",
-        "test_judge.py",
-    )
-    items.sort(
-        key=lambda item: (
-            longest.index(item.path.name) if item.path.name in longest else len(longest)
-        )
-    )
+    items.sort(key=rank)
+
+
+def rank(item) -> int:
+    """Return the place of a test's file in LONGEST, which all others follow."""
+    name = item.path.name
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -71,17 +73,23 @@ def pytest_terminal_summary(terminalreporter):
 def wait_for(condition, seconds=60.0):
     """Return condition()'s first true value; fail when it takes too long."""
     end = time.monotonic() + seconds
-    while not (value := condition()):
+    value = condition()
+    while not value:
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.05)
+        value = condition()
     return value
 
 
 def alive(pid):
+    """Return whether a process exists and is no zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        text = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return False
+    _, _, after_name = text.rpartition(")")
+    state = after_name.split()[0]
+    return state != "Z"
 
 
 @contextmanager
@@ -90,34 +98,39 @@ def openai_server(model, name: str, key: str, *options: str):
     pytest.importorskip("vllm")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--port",
-        str(port),
-        "--enforce-eager",
-    ]
-    command += ["--model", str(model), "--served-model-name", name, *options]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port)]
+    command += ["--model", str(model), "--served-model-name", name, "--enforce-eager", *options]
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_API_KEY": key,
         "VLLM_NO_USAGE_STATS": "1",
     }
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    child = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    address = f"http://127.0.0.1:{port}"
     try:
-        end = time.monotonic() + 240
-        while True:
-            with suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
-                break
-            assert child.poll() is None and time.monotonic() < end
-            time.sleep(0.5)
-        yield f"http://127.0.0.1:{port}"
+        wait_for_server(child, f"{address}/health")
+        yield address
     finally:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def wait_for_server(child, url: str) -> None:
+    """Wait until a server answers; fail if it ends before, or takes longer than four minutes."""
+    end = time.monotonic() + 240
+    while True:
+        with suppress(OSError):
+            urllib.request.urlopen(url)
+            return
+        assert child.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.5)
 
 
 @pytest.fixture
@@ -159,18 +172,17 @@ def rows(tiny):
     """Return preference rows of different lengths, cut out of the invented reviews."""
     from beyond_dpo import templates
 
-    tokenizer, rng = templates.load_tokenizer(tiny), random.Random(0)
-    texts = [
-        json.loads(line)["text"]
-        for line in (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()
-    ]
-    made = []
+    tokenizer = templates.load_tokenizer(tiny)
+    rng = random.Random(0)
+    lines = (paths.FIXTURES / "reviews.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+
+    def response(text: str) -> list[int]:
+        return templates.encode_response(tokenizer, text[: rng.randint(5, 90)])
+
+    preferences = []
     for i in range(12):
         prompt = templates.render(tokenizer, texts[i], "plain")[: rng.randint(3, 12)]
-        answers = [
-            templates.encode_response(tokenizer, texts[i + k][: rng.randint(5, 90)])
-            for k in (20, 40)
-        ]
-        responses = {"chosen": answers[0], "rejected": answers[1]}
-        made.append({"id": f"r{i}", "prompt_ids": prompt, "responses": responses})
-    return made
+        responses = {"chosen": response(texts[i + 20]), "rejected": response(texts[i + 40])}
+        preferences.append({"id": f"r{i}", "prompt_ids": prompt, "responses": responses})
+    return preferences

@@ -1,8 +1,7 @@
-"""Imports run one way between the folders, lazy ones too; nobody uses another module's private
-names.
-"""
+"""Imports run one way between folders, and nobody uses another module's private names."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +11,8 @@ import pytest
 import beyond_dpo
 
 LIB = Path(beyond_dpo.__file__).parent
-FOLDERS = {
-    "": 0,
-    "machine": 1,
-    "jobs": 2,
-    "pipeline": 3,
-    "judging": 4,
-    "notebook": 4,
-}  # may import what is lower
+# The height of each folder, which may import what is lower. The core is "".
+FOLDERS = {"": 0, "machine": 1, "jobs": 2, "pipeline": 3, "judging": 4, "notebook": 4}
 HEAVY = (
     "deepspeed",
     "vllm",
@@ -45,26 +38,40 @@ def folder_of(module):
     return module.rpartition(".")[0]
 
 
+MODULES = {name_of(path) for path in FILES}
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def imported(path):
     """Return {name in this file: module of the package} for all of its imports, lazy ones too."""
-    modules = {name_of(file) for file in FILES}
-    found = {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and (node.module or "").partition(".")[0] == "beyond_dpo"
-        ):
-            inside = node.module.removeprefix("beyond_dpo").lstrip(".")
-            for alias in node.names:
-                whole = f"{inside}.{alias.name}".lstrip(".")
-                found[alias.asname or alias.name] = whole if whole in modules else inside
+    module_of = {}
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ImportFrom):
+            module_of.update(imported_from(node))
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("beyond_dpo."):
-                    found[alias.asname or alias.name] = alias.name.removeprefix("beyond_dpo.")
-    return found
+                    name = alias.asname or alias.name
+                    module_of[name] = alias.name.removeprefix("beyond_dpo.")
+    return module_of
 
 
+def imported_from(node):
+    """Return {name: module of the package} of `from x import name`, where name may be a module."""
+    package, _, parent = (node.module or "").partition(".")
+    if package != "beyond_dpo":
+        return {}
+    module_of = {}
+    for alias in node.names:
+        child = f"{parent}.{alias.name}".lstrip(".")
+        module_of[alias.asname or alias.name] = child if child in MODULES else parent
+    return module_of
+
+
+# {module: the modules that it imports}
 GRAPH = {name_of(path): set(imported(path).values()) - {name_of(path)} for path in FILES}
 
 
@@ -75,60 +82,64 @@ def test_the_folders_are_those_of_the_architecture():
 
 def test_no_import_runs_upwards():
     wrong = []
-    for module, others in GRAPH.items():
-        for other in others:
-            here, there = folder_of(module), folder_of(other)
-            if here != there and FOLDERS[there] >= FOLDERS[here]:
+    for module, imports in GRAPH.items():
+        folder = folder_of(module)
+        for other in imports:
+            other_folder = folder_of(other)
+            if folder != other_folder and FOLDERS[other_folder] >= FOLDERS[folder]:
                 wrong.append(f"{module} imports {other}")
     assert not wrong
 
 
 def test_no_two_modules_need_each_other():
-    left = dict(GRAPH)
-    while free := [module for module, others in left.items() if not others & left.keys()]:
-        for module in free:
-            del left[module]
-    assert not left, "these import each other in a circle"
+    try:
+        list(graphlib.TopologicalSorter(GRAPH).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(f"these import each other in a circle: {error.args[1]}")
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_private_names_stay_at_home(path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
     names = imported(path)
     private = [name for name in names if name.startswith("_")]
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id in names
-        ):
-            if node.attr.startswith("_") and not node.attr.startswith("__"):
-                private.append(f"{node.value.id}.{node.attr}")
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner = node.value.id
+            if owner in names and is_private(node.attr):
+                private.append(f"{owner}.{node.attr}")
     assert not private
 
 
+def python(code):
+    """Run code in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
 def test_the_core_needs_no_heavy_package():
-    """With all of them blocked, each module of the core can be imported, but for the compiled
-    one.
-    """
+    """With all of them blocked each module of the core can be imported, but the compiled one."""
+    names = [name for name in CORE if name != COMPILED]
     code = f"""
 import importlib, sys
 # an import of None fails as that of a package that is not there
 sys.modules.update(dict.fromkeys({HEAVY}))
-for name in {[name for name in CORE if name != COMPILED]}:
+for name in {names}:
     importlib.import_module("beyond_dpo." + name)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = python(code)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_rows_and_settings_are_read_without_torch():
-    code = (
-        "import sys\n"
-        "from beyond_dpo import rows, templates\n"
-        "from beyond_dpo.pipeline import artifacts, config, preferences\n"
-        "config.load('expo', 'smoke')\n"
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = """
+import sys
+from beyond_dpo import rows, templates
+from beyond_dpo.pipeline import artifacts, config, preferences
+config.load('expo', 'smoke')
+print('torch' in sys.modules)
+"""
+    done = python(code)
     assert done.stdout.strip() == "False", done.stdout + done.stderr
