@@ -413,7 +413,7 @@ def test_reference_file_holds_the_scores_of_the_cut_rows(job, model, rows):
         assert f.metadata()["dropped"] == "1" and json.loads(f.metadata()["names"]) == job["names"]
         assert json.loads(f.metadata()["ids"]) == [r["id"] for r in rows]
         assert set(f.keys()) == {"logps", "tokens", "entropies"}
-    kept, dropped = prepare(rows, job["names"], **job["limits"])
+    kept, dropped = prepare(rows, job["names"], **job["limits"], bos_id=0, eos_id=1)
     assert dropped == 0 and kept != rows
     wanted = [
         [by_hand(model, r["prompt_ids"], r["responses"][n]) for n in ("rejected", "chosen")]
@@ -429,7 +429,7 @@ def test_reference_file_holds_the_scores_of_the_cut_rows(job, model, rows):
 
 
 def test_reference_file_of_other_rows_is_refused(job, rows):
-    kept, _ = prepare(rows, job["names"], **job["limits"])
+    kept, _ = prepare(rows, job["names"], **job["limits"], bos_id=0, eos_id=1)
     with pytest.raises(ValueError, match="holds no 'stranger'"):
         reference.load(job["out"], [*kept, {**kept[0], "id": "stranger"}], ["chosen"])
     with pytest.raises(ValueError, match="holds no 'target_chosen'"):

@@ -1025,7 +1025,8 @@ def test_the_date_that_a_reward_models_template_writes_is_in_the_key_of_its_scor
 
     def inputs(judges=("reward",), **changes):
         cfg = dataclasses.replace(SMOKE, world=dataclasses.replace(SMOKE.world, **changes))
-        said = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=2)
+        weights = stages.Weights(stages.sft(cfg))
+        said = stages.responses(cfg, weights, "dev_prompts", samples=1, seed=2)
         return stages.scores(cfg, said, "dev_prompts", judges=judges).inputs
 
     finished = {"reward_model": dated, "reward_rows": 0}
@@ -1127,9 +1128,8 @@ def test_a_users_file_trains_and_is_scored_in_turns(store, tmp_path):
     )
     trained = stages.aligned(cfg, 1.0).manifest["facts"]
     assert trained["first"]["loss"] == pytest.approx(0.6931, abs=2e-3), "DPO starts at ln 2"
-    said = stages.responses(
-        cfg, stages.sft(cfg), "dev_prompts", aligned=stages.aligned(cfg, 1.0), samples=1, seed=2
-    )
+    weights = stages.Weights(stages.sft(cfg), stages.aligned(cfg, 1.0))
+    said = stages.responses(cfg, weights, "dev_prompts", samples=1, seed=2)
     lines = [json.loads(line) for line in (said.get() / "responses.jsonl").read_text().splitlines()]
     scores = [
         json.loads(line)

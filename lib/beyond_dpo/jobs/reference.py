@@ -27,7 +27,7 @@ def main(path: str) -> None:
 
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     require_precision(job["precision"])
-    rows, dropped = prepare(read_rows(job["rows"]), job["names"], **job["limits"])
+    rows, dropped = cut_rows(job)
     if not rows:
         why = f"{dropped} dropped, without prompt or response"
         raise ValueError(f"{job['rows']}: no row is left to score ({why})")
@@ -48,6 +48,22 @@ def main(path: str) -> None:
         "dropped": str(dropped),
     }
     write_file(Path(job["out"]), _sorted(save(scores, metadata=about)))
+
+
+def cut_rows(job: dict) -> tuple[list[dict], int]:
+    """Return a job's rows, cut to its limits (see rows.prepare), and how many were dropped.
+
+    The model's own tokenizer says which tokens open a prompt and close a response.
+    """
+    tokenizer = templates.load_tokenizer(job["model"])
+    return prepare(
+        read_rows(job["rows"]),
+        job["names"],
+        max_prompt=job["limits"]["max_prompt"],
+        max_length=job["limits"]["max_length"],
+        bos_id=tokenizer.bos_token_id,
+        eos_id=templates.end_tokens(tokenizer),
+    )
 
 
 def _sorted(content: bytes) -> bytes:

@@ -29,7 +29,7 @@ from beyond_dpo.files import share_weights, sync, write_file
 from beyond_dpo.jobs import reference
 from beyond_dpo.jobs.settings import FUSED, ConfigError, Train, check_batch
 from beyond_dpo.machine import cluster, launch
-from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length
+from beyond_dpo.rows import epoch_order, row_length
 
 log = logging.getLogger("beyond_dpo.jobs.train")
 OPTIMIZERS = {
@@ -158,7 +158,7 @@ def main(path: str) -> None:
     engine_settings = engine_config(settings, accumulation)
     save_dtype = getattr(torch, settings.save_dtype)
     out, names = Path(job["out"]), job["names"]
-    rows, dropped = prepare(read_rows(job["rows"]), names, **job["limits"])
+    rows, dropped = reference.cut_rows(job)
     if not rows:
         raise ValueError(
             f"{job['rows']}: no row is left to train on ({dropped} dropped, without prompt or "

@@ -25,14 +25,14 @@ def off_the_shelf(cfg) -> Artifact:
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
     lines = {name: expo.published(pair, cfg.published_alphas) for name, pair in cfg.pairs.items()}
 
-    def place(name: str, alpha: float, split: str) -> tuple[dict, Artifact]:
+    def place(name: str, alpha: float, split: str) -> gather.Point:
         samples = cfg.test_samples if split == "test" else cfg.dev_samples
         scores = lines[name].scores(cfg, alpha, f"{split}_prompts", samples)
-        return {"split": split, "model": name, "alpha": alpha}, scores
+        return gather.Point({"split": split, "model": name, "alpha": alpha}, scores)
 
     dev = [place(name, alpha, "dev") for name in lines for alpha in cfg.published_alphas]
 
-    def make(out: Path) -> None:
+    def make(out: Path) -> dict:
         needs.check(cfg)
         searched, points = gather.scored(dev, "α of published models, dev prompts")
         means, wins = searched.groupby(["model", "alpha"])["reward"].mean().unstack(), []
@@ -53,6 +53,7 @@ def off_the_shelf(cfg) -> Artifact:
             wins.append(at | {"win_rate": won._asdict(), "length_controlled": fair._asdict()})
         (out / "wins.json").write_text(json.dumps(wins, indent=1), encoding="utf-8")
         (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
+        return {"chosen_points": gather.keys(test)}
 
     recipe = {"dev": [scores for _, scores in dev], "names": list(lines), "judge": cfg.judge}
     recipe |= {"test_samples": cfg.test_samples}

@@ -59,7 +59,8 @@ def answers(cfg, name: str) -> Artifact:
     elif source.kind == "model":
         prompts = _put(cfg, source)
         how = {"prompts": prompts, "samples": cfg.world.samples, "seed": 1, "engine": "sample"}
-        said = stages.responses(sampling(cfg), stages.model(source.ref), "prompts", **how)
+        weights = stages.Weights(stages.model(source.ref))
+        said = stages.responses(sampling(cfg), weights, "prompts", **how)
         made_of = {"said": said}
 
     def make(out: Path) -> dict:
