@@ -42,8 +42,6 @@ def our_jobs(job: dict) -> list[tuple[str, Path]]:
     limits = {
         "max_prompt": settings.max_prompt,
         "max_length": settings.max_length + 1,  # room for the end token
-        "bos_id": None,
-        "eos_id": templates.load_tokenizer(job["model"]).eos_token_id,
     }
     shared = {
         "model": job["model"],

@@ -487,7 +487,7 @@ def job(tiny, rows, tmp_path_factory):
 @pytest.fixture
 def kept(job, rows):
     """Return the rows as the job cut them."""
-    kept, dropped = prepare(rows, job["names"], **job["limits"])
+    kept, dropped = prepare(rows, job["names"], **job["limits"], bos_id=0, eos_id=1)
     assert dropped == 0
     assert kept != rows
     return kept

@@ -384,7 +384,7 @@ def folder(tiny, rows, tmp_path_factory):
         "names": ["chosen"],
         "seed": 3,
         "reference": None,
-        "limits": {"max_prompt": 8, "max_length": 24, "bos_id": 0, "eos_id": 1},
+        "limits": {"max_prompt": 8, "max_length": 24},
         "settings": dataclasses.asdict(config.Train(**settings, warmup=0.2)),
     }
     (folder / "job.json").write_text(json.dumps(job))

@@ -16,7 +16,7 @@ from beyond_dpo.rows import write_rows
 def job(tmp_path, monkeypatch, tiny, rows):
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
     write_rows(tmp_path / "rows.jsonl", rows)
-    limits = {"max_prompt": 16, "max_length": 64, "bos_id": 0, "eos_id": 1}
+    limits = {"max_prompt": 16, "max_length": 64}
     job = {
         "model": str(tiny),
         "rows": str(tmp_path / "rows.jsonl"),

@@ -1217,7 +1217,8 @@ def scores_inputs(judges=("reward",), **changes):
     """Return the inputs of the scores of SFT responses, in the smoke world with changes."""
     changed = dataclasses.replace(SMOKE.world, **changes)
     cfg = dataclasses.replace(SMOKE, world=changed)
-    responses = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=2)
+    weights = stages.Weights(stages.sft(cfg))
+    responses = stages.responses(cfg, weights, "dev_prompts", samples=1, seed=2)
     return stages.scores(cfg, responses, "dev_prompts", judges=judges).inputs
 
 
@@ -1361,9 +1362,8 @@ def test_a_users_file_trains_and_is_scored_in_turns(store, reward_model):
     assert facts["pairs"]["pairs"] == 12
     assert facts["reward"] == {}
 
-    responses = stages.responses(
-        cfg, stages.sft(cfg), "dev_prompts", aligned=stages.aligned(cfg, 1.0), samples=1, seed=2
-    )
+    weights = stages.Weights(stages.sft(cfg), stages.aligned(cfg, 1.0))
+    responses = stages.responses(cfg, weights, "dev_prompts", samples=1, seed=2)
     prompts = stages.texts(cfg.world).json("dev_prompts.json")
     questions = {row["id"]: row["text"] for row in prompts}
     decode = templates.load_tokenizer(assets.model_dir("tiny")).decode

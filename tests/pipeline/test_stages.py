@@ -120,7 +120,8 @@ def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
         json.loads(line)
         for line in (stages.pairs(cfg).get() / "pairs.jsonl").read_text().splitlines()
     ]
-    pool = stages.responses(cfg, stages.sft(cfg), "prompts", samples=cfg.world.samples, seed=1)
+    weights = stages.Weights(stages.sft(cfg))
+    pool = stages.responses(cfg, weights, "prompts", samples=cfg.world.samples, seed=1)
     gold = pd.read_json(
         stages.scores(cfg, pool, "prompts", judges=("gold",)).get() / "scores.jsonl", lines=True
     )
@@ -198,7 +199,8 @@ def test_one_engine_samples_from_all_models_of_a_shape(store):
     start, raw = stages.sft(cfg), stages.model(cfg.world.target)
 
     def said(model):
-        answers = stages.responses(cfg, model, "dev_prompts", samples=2, seed=1)
+        weights = stages.Weights(model)
+        answers = stages.responses(cfg, weights, "dev_prompts", samples=2, seed=1)
         shutil.rmtree(paths.ARTIFACTS / answers.key, ignore_errors=True)
         return (answers.get() / "responses.jsonl").read_text()
 
@@ -384,7 +386,8 @@ def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):
     assert not list(stages.reward(cfg.world, "reward").get().glob("*.safetensors")), (
         "no copy of the model"
     )
-    pool = stages.responses(cfg, stages.sft(cfg), "dev_prompts", samples=1, seed=1)
+    weights = stages.Weights(stages.sft(cfg))
+    pool = stages.responses(cfg, weights, "dev_prompts", samples=1, seed=1)
     scores = pd.read_json(
         stages.scores(cfg, pool, "dev_prompts").get() / "scores.jsonl", lines=True
     )

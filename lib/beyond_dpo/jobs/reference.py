@@ -28,7 +28,7 @@ def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     names = job["names"]
     require_precision(job["precision"])
-    rows, dropped = prepare(read_rows(job["rows"]), names, **job["limits"])
+    rows, dropped = cut_rows(job)
     ids = [row["id"] for row in rows]
     if not rows:
         raise ValueError(
@@ -52,6 +52,22 @@ def main(path: str) -> None:
     metadata = {"ids": json.dumps(ids), "names": json.dumps(names), "dropped": str(dropped)}
     content = save(scores, metadata=metadata)
     write_file(Path(job["out"]), _sorted(content))
+
+
+def cut_rows(job: dict) -> tuple[list[dict], int]:
+    """Return a job's rows, cut to its limits (see rows.prepare), and how many were dropped.
+
+    The model's own tokenizer says which tokens open a prompt and close a response.
+    """
+    tokenizer = templates.load_tokenizer(job["model"])
+    return prepare(
+        read_rows(job["rows"]),
+        job["names"],
+        max_prompt=job["limits"]["max_prompt"],
+        max_length=job["limits"]["max_length"],
+        bos_id=tokenizer.bos_token_id,
+        eos_id=templates.end_tokens(tokenizer),
+    )
 
 
 def _sorted(content: bytes) -> bytes:

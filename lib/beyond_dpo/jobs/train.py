@@ -35,7 +35,7 @@ from beyond_dpo.jobs import reference
 from beyond_dpo.jobs.settings import ConfigError, Train, check_batch
 from beyond_dpo.losses import LOSSES, PAIRS
 from beyond_dpo.machine import cluster, launch
-from beyond_dpo.rows import FUSED, epoch_order, prepare, read_rows, row_length
+from beyond_dpo.rows import FUSED, epoch_order, row_length
 
 log = logging.getLogger("beyond_dpo.jobs.train")
 OPTIMIZERS = {
@@ -298,7 +298,7 @@ def _read_job(path: str, processes: int) -> Job:
     accumulation = check_batch(settings)
     names = fields["names"]
     config = engine_config(settings, accumulation)
-    rows, dropped = prepare(read_rows(fields["rows"]), names, **fields["limits"])
+    rows, dropped = reference.cut_rows(fields)
     if not rows:
         raise ValueError(
             f"{fields['rows']}: no row is left to train on ({dropped} dropped, without prompt or "

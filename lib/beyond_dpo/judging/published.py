@@ -31,7 +31,7 @@ def off_the_shelf(cfg) -> Artifact:
             place = {"split": "dev", "model": name, "alpha": alpha}
             dev.append((place, scores))
 
-    def make(out: Path) -> None:
+    def make(out: Path) -> dict:
         needs.check(cfg)
         dev_table, dev_points = gather.scored(dev, "α of published models, dev prompts")
         best = _best_alphas(dev_table, list(lines))
@@ -46,6 +46,7 @@ def off_the_shelf(cfg) -> Artifact:
                 wins.append(place | _wins(line.own(cfg), place, responses))
         (out / "wins.json").write_text(json.dumps(wins, indent=1), encoding="utf-8")
         (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
+        return {"chosen_points": gather.keys(test)}
 
     recipe = {
         "dev": [scores for _, scores in dev],

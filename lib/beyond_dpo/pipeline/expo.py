@@ -1,20 +1,25 @@
-"""ExPO's experiments (arXiv 2404.16792): what is trained, and which lines through two models are
-walked along.
+"""ExPO's experiments (arXiv 2404.16792): what is trained, and which lines through two models.
 
-Each function returns an Artifact; nothing runs before its get().
+Each function returns an Artifact, or lines for sweep(); nothing runs before its get().
 """
 
-import dataclasses
 import json
 import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from beyond_dpo import search, templates
+from beyond_dpo.files import write_file
 from beyond_dpo.pipeline import config, corpus, gather, needs, stages
 from beyond_dpo.pipeline.artifacts import Artifact
+
+# θ₀ and the models θ₁ that it is compared with, by name
+Comparison = tuple[Artifact, dict[str, Artifact]]
 
 PROMPTS = (
     "The film opens with",
@@ -23,348 +28,183 @@ PROMPTS = (
     "I rented it because",
     "The acting in",
 )
+SAMPLING_SEED = 2  # of responses that are judged
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Line:
-    """A line through two models, θ₁ + α(θ₁ − θ₀), and where to look on it; modules scales Δθ of
-    some tensors only.
-
-    target: whose tokenizer reads the prompts, for published models in place of the world's own.
-    """
+    """A line through two models, θ₁ + α(θ₁ − θ₀), and where to look on it."""
 
     start: Artifact  # θ₀
     end: Artifact  # θ₁
     alphas: tuple[float, ...] = ()  # the grid, where it is walked along
-    modules: tuple[
-        str, ...
-    ] = ()  # patterns of the tensors that move past θ₁; the others stay there
-    target: str = ""
+    modules: tuple[str, ...] = ()  # patterns of the tensors that move past θ₁; "": all of them
+    target: str = ""  # whose tokenizer reads the prompts of published models; "": the world's
 
     def own(self, cfg):
         """Return the configuration in whose world this line's prompts are."""
-        return dataclasses.replace(
-            cfg, world=dataclasses.replace(cfg.world, target=self.target or cfg.world.target)
-        )
+        if not self.target:
+            return cfg
+        world = replace(cfg.world, target=self.target)
+        return replace(cfg, world=world)
+
+    def weights(self, alpha: float) -> stages.Weights:
+        """Return the weights at α; tensors that do not move past θ₁ stay there."""
+        if self.modules and alpha:
+            modules = dict.fromkeys(self.modules, alpha)
+            return stages.Weights(self.start, self.end, modules=modules)
+        if alpha == -1:
+            return stages.sft_weights(self.start, self.end)
+        return stages.Weights(self.start, self.end, alpha)
 
     def at(
         self, cfg, alpha: float, split: str, samples: int, prompts: Artifact | None = None
     ) -> Artifact:
-        """Return the responses of one point; at α = 0 every part is θ₁ itself."""
-        modules = dict.fromkeys(self.modules, alpha) if alpha else {}
-        how = {
-            "alpha": 0.0 if modules else alpha,
-            "modules": modules,
-            "samples": samples,
-            "seed": 2,
-        }
+        """Return the responses at α."""
         return stages.responses(
-            self.own(cfg), self.start, split, aligned=self.end, prompts=prompts, **how
+            self.own(cfg),
+            self.weights(alpha),
+            split,
+            prompts=prompts,
+            samples=samples,
+            seed=SAMPLING_SEED,
         )
 
     def scores(self, cfg, alpha: float, split: str, samples: int) -> Artifact:
-        """Return the scores of one point."""
-        compared = 0 if self.target else cfg.kl_prompts  # its SFT model is no scorer here
-        return stages.scores(
-            self.own(cfg), self.at(cfg, alpha, split, samples), split, kl_prompts=compared
-        )
+        """Return the scores of the responses at α."""
+        sampled = self.at(cfg, alpha, split, samples)
+        # the world's SFT model says nothing of published models
+        kl_prompts = 0 if self.target else cfg.kl_prompts
+        return stages.scores(self.own(cfg), sampled, split, kl_prompts=kl_prompts)
+
+
+# --- the α of each fraction of the data
 
 
 def curves(cfg) -> Artifact:
-    """Search α with the reward model on dev prompts, for every fraction and seed; judge the chosen
-    α on test prompts.
+    """Search α with the reward model for every fraction and seed; judge it on test prompts.
 
     responses.csv.gz: one line a response (split, fraction, seed, alpha, prompt, sample, every
-    score, logratio in nats); points.json: distinct-2 of each (split, fraction, seed, alpha);
-    best.json: the chosen α. Fraction 0: the SFT model.
+    score, logratio in nats). points.json: distinct-2 of each (split, fraction, seed, alpha).
+    best.json: the chosen α. Fraction 0 is the SFT model. The facts name the points of test prompts.
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
-    dev = [(f, s, alpha) for f, s in runs(cfg) for alpha in cfg.alphas[f]] + [
-        (0.0, cfg.seeds[0], 0.0)
-    ]
-    recipe = {"dev": [point(cfg, *place, "dev_prompts") for place in dev]}
-    recipe |= {"test_samples": cfg.test_samples, "test": stages.texts(cfg.world)}
+    dev = []
+    for fraction, seed in runs(cfg):
+        for alpha in cfg.alphas[fraction]:
+            dev.append(_placed(cfg, "dev", fraction, seed, alpha))
+    dev.append(_placed_sft(cfg, "dev"))
+    recipe = {
+        "dev": gather.scores_of(dev),
+        "test_samples": cfg.test_samples,
+        "test": stages.texts(cfg.world),
+    }
 
-    def judged(split: str, places: list, desc: str) -> tuple:
-        walk = [
-            (
-                {"split": split, "fraction": f, "seed": s, "alpha": a},
-                point(cfg, f, s, a, f"{split}_prompts"),
-            )
-            for f, s, a in places
-        ]
-        return gather.scored(walk, desc)
-
-    def make(out: Path) -> None:
+    def make(out: Path) -> dict:
         needs.check(cfg)
-        searched, points = judged("dev", dev, "α curves on dev prompts")
-        means = searched.groupby(["fraction", "seed", "alpha"])["reward"].mean()
-        best = [
-            {"fraction": f, "seed": s, "alpha": float(means.loc[f, s].idxmax())}
-            for f, s in runs(cfg)
-        ]
-        wanted = dev[-1:]  # the SFT model
-        wanted += [
-            (b["fraction"], b["seed"], alpha)
-            for b in best
-            for alpha in dict.fromkeys([0.0, b["alpha"]])
-        ]
-        tested, more = judged("test", wanted, "chosen α on test prompts")
-        gather.write(out, pd.concat([searched, tested]), points + more)
-        (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
-        names = ("gold",) * bool(cfg.world.gold_rows) + ("reward", "vader")
-        facts = {name: stages.reward(cfg.world, name).manifest["facts"] for name in names}
-        facts["pairs"] = stages.pairs(cfg).manifest["facts"]
-        (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        dev_table, dev_facts = gather.scored(dev, "α curves on dev prompts")
+        best = _best_alphas(cfg, dev_table)
+        test = _test_points(cfg, best)
+        test_table, test_facts = gather.scored(test, "chosen α on test prompts")
+        table = pd.concat([dev_table, test_table])
+        gather.write(out, table, dev_facts + test_facts)
+        gather.write_json(out / "best.json", best, indent=1)
+        gather.write_json(out / "facts.json", _facts(cfg), indent=1)
+        return {"chosen_points": gather.keys(test)}
 
     return Artifact("curves", 2, recipe, make, hours=cfg.needs.hours)
 
 
-def sweep(cfg, lines: dict[str, Line]) -> Artifact:
-    """Walk along lines through two models on dev prompts; best.json: the α of each that the reward
-    model chooses.
+def runs(cfg) -> list[tuple[float, int]]:
+    """Return every (fraction, seed) that is trained.
 
-    responses.csv.gz and points.json as in curves(), with the line's name as `model`; the SFT model
-    is "SFT".
+    The first seed is trained with all fractions, the others with those where it is cheap.
     """
-    config.require_prompts(cfg.world, "dev_prompts")
-    start = Line(stages.sft(cfg), stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0]), (-1.0,))
-    walk = [
-        ({"model": name, "alpha": alpha}, line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples))
-        for name, line in {"SFT": start, **lines}.items()
-        for alpha in line.alphas
-    ]
-
-    def make(out: Path) -> None:
-        needs.check(cfg)
-        table, points = gather.scored(walk, "lines through two models, dev prompts")
-        gather.write(out, table, points)
-        means = table.groupby(["model", "alpha"])["reward"].mean().unstack()
-        best = {name: float(means.loc[name].idxmax()) for name in lines}
-        (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
-
-    inputs = {"points": [score for _, score in walk], "names": list(lines)}
-    return Artifact("sweep", 2, inputs, make, hours=cfg.needs.hours)
+    trained = []
+    for fraction in cfg.fractions:
+        for seed in cfg.seeds:
+            if seed == cfg.seeds[0] or fraction in cfg.seed_fractions:
+                trained.append((fraction, seed))
+    return trained
 
 
-def interpolation(cfg) -> dict[str, Line]:
-    """Return the line from the SFT model (γ = 0) to the one aligned on all pairs (γ = 1) and past
-    it; γ = 1 + α.
+def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact:
+    """Return the scores of one α of one model on one split; fraction 0 is the SFT model."""
+    samples = cfg.dev_samples
+    if split == "test_prompts":
+        samples = cfg.test_samples
+    if fraction == 0:
+        line = _main_line(cfg)
+        return line.scores(cfg, -1.0, split, samples)
+    line = _aligned_line(cfg, fraction, seed)
+    return line.scores(cfg, alpha, split, samples)
+
+
+def _aligned_line(cfg, fraction: float, seed: int, alphas: tuple = (), **changes) -> Line:
+    """Return the line from the SFT model through one that is aligned on a fraction of the pairs.
+
+    changes: as in stages.aligned().
     """
-    alphas = sorted(
-        {round(gamma - 1, 6) for gamma in cfg.interpolation} | set(cfg.alphas[cfg.fractions[-1]])
-    )
-    return {
-        "aligned": Line(
-            stages.sft(cfg), stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0]), tuple(alphas)
-        )
-    }
+    start = stages.sft(cfg)
+    end = stages.aligned(cfg, fraction, seed, **changes)
+    return Line(start, end, alphas)
 
 
-def recipes(cfg) -> dict[str, Line]:
-    """Return the lines of models trained longer, faster, by other optimizers and with another β
-    (ACL Table 4).
-    """
-    lr, beta = cfg.train.lr, cfg.train.beta
-    changes = {"default": {}, "2 epochs": {"epochs": 2}, "3 epochs": {"epochs": 3}}
-    changes |= {"learning rate × 2": {"lr": 2 * lr}, "learning rate × 4": {"lr": 4 * lr}}
-    changes |= {"AdaGrad": {"optimizer": "adagrad"}, "RMSprop": {"optimizer": "rmsprop"}}
-    changes |= {"β × 0.1": {"beta": beta / 10}, "β × 10": {"beta": beta * 10}}
-    train = partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
-    models = {name: train(**changes[name]) for name in ("default", *cfg.recipes)}
-    return {name: Line(stages.sft(cfg), model, cfg.recipe_alphas) for name, model in models.items()}
+def _main_line(cfg, alphas: tuple = ()) -> Line:
+    """Return the line through the model that is aligned on the most pairs, first seed."""
+    most = cfg.fractions[-1]
+    return _aligned_line(cfg, most, cfg.seeds[0], alphas)
 
 
-def data_quality(cfg) -> dict[str, Line]:
-    """Return the lines of models trained on random pairs, and on those with the longest chosen
-    responses (Table 3).
-
-    Raises ConfigError without an α grid for this fraction.
-    """
-    f, seed = cfg.quality_fraction, cfg.seeds[0]
-    config.check_grid(cfg, f)
-    models = {
-        "random": stages.aligned(cfg, f, seed),
-        "length-biased": stages.aligned(cfg, f, seed, longest=True),
-    }
-    return {name: Line(stages.sft(cfg), model, cfg.alphas[f]) for name, model in models.items()}
+def _placed(cfg, split: str, fraction: float, seed: int, alpha: float) -> gather.Point:
+    """Return a point of the curves; split is "dev" or "test"."""
+    place = {"split": split, "fraction": fraction, "seed": seed, "alpha": alpha}
+    scores = point(cfg, fraction, seed, alpha, f"{split}_prompts")
+    return gather.Point(place, scores)
 
 
-def wrong_pairs(cfg) -> dict[str, Line]:
-    """Return a line from SFT to aligned, and lines through models that ExPO should not be applied
-    to (v1 Fig. 7).
-
-    Those are published ones where the configuration names them. Raises ConfigError where it starts
-    from one finished SFT model and names none.
-    """
-    if not cfg.world.sft_rows and not cfg.wrong_pairs:
-        raise config.ConfigError(
-            f"profile {cfg.profile} starts from one finished SFT model: no other is there"
-        )
-    one, aligned = stages.sft(cfg), partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
-    if cfg.wrong_pairs:
-        lines = {"SFT → aligned from it": Line(one, aligned(), cfg.pair_alphas)}
-        return lines | {
-            name: published(pair, cfg.pair_alphas) for name, pair in cfg.wrong_pairs.items()
-        }
-    other = stages.sft(cfg, seed=1)
-    pairs = {
-        "SFT → aligned from it": (one, aligned()),
-        "instruct → SFT": (stages.model(cfg.world.target), one),
-        "two SFT models of one start": (one, other),
-        "two aligned models of different starts": (aligned(), aligned(start=other)),
-    }
-    return {name: Line(*models, cfg.pair_alphas) for name, models in pairs.items()}
+def _placed_sft(cfg, split: str) -> gather.Point:
+    """Return the SFT model as a point of the curves; its α is written as 0."""
+    return _placed(cfg, split, 0.0, cfg.seeds[0], 0.0)
 
 
-def published(pair: tuple[str, str], alphas: tuple) -> Line:
-    """Return the line through two published models, by hub id or folder; the second's tokenizer
-    reads the prompts.
-    """
-    return Line(stages.model(pair[0]), stages.model(pair[1]), alphas, target=pair[1])
-
-
-def modules(cfg) -> dict[str, Line]:
-    """Return lines on which all tensors, attention, MLP, or half of the layers move past the
-    aligned model.
-    """
-    model, half = stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0]), cfg.layers // 2
-    parts = {"attention": ("*.self_attn.*",), "MLP": ("*.mlp.*",)}
-    parts["first half of the layers"] = tuple(f"*.layers.{i}.*" for i in range(half))
-    parts["second half of the layers"] = tuple(f"*.layers.{i}.*" for i in range(half, cfg.layers))
-    line = Line(stages.sft(cfg), model, cfg.module_alphas)
-    return {"all": line} | {
-        name: dataclasses.replace(line, modules=patterns) for name, patterns in parts.items()
-    }
-
-
-def alignments(cfg) -> dict[str, tuple[Artifact, dict[str, Artifact]]]:
-    """Return what change() compares for ACL Table 1: SFT, and DPO on each fraction and with each
-    seed.
-    """
-    start, first = stages.sft(cfg), cfg.seeds[0]
-    models = {}
+def _best_alphas(cfg, table: pd.DataFrame) -> list[dict]:
+    """Return the α of each run with the highest mean of the reward model."""
+    means = table.groupby(["fraction", "seed", "alpha"])["reward"].mean()
+    best = []
     for fraction, seed in runs(cfg):
-        name = f"{fraction:.0%} of the pairs"
-        if seed != first:
-            name += f", seed {seed}"
-        models[name] = stages.aligned(cfg, fraction, seed)
-    most = stages.aligned(cfg, cfg.fractions[-1], first)
-    before, ends = (
-        stages.model(cfg.world.target),
-        {"SFT": start, "DPO": most} if cfg.world.sft_rows else {},
-    )
-    return {"SFT → DPO": (start, models)} | {
-        f"instruct → {name}": (before, {name: end}) for name, end in ends.items()
-    }
+        alpha = float(means.loc[fraction, seed].idxmax())
+        best.append({"fraction": fraction, "seed": seed, "alpha": alpha})
+    return best
 
 
-def change(cfg, pairs: dict[str, tuple[Artifact, dict[str, Artifact]]]) -> Artifact:
-    """Measure how far each θ₀ lies from its models: movement.csv.gz, a row a tensor; cosines.json
-    of all but single.
-    """
-
-    def make(out: Path) -> None:
-        from beyond_dpo.change import movement
-
-        needs.check(cfg)
-        frames, angles = [], []
-        for name, (zero, ends) in pairs.items():
-            rows, cosines = movement(zero.get(), {n: model.get() for n, model in ends.items()})
-            frames.append(pd.DataFrame(rows).assign(pair=name))
-            angles += [[*pair, value] for pair, value in cosines.items()] if len(ends) > 1 else []
-        (out / "cosines.json").write_text(json.dumps(angles), encoding="utf-8")
-        table = pd.concat(frames, ignore_index=True)
-        table.to_csv(
-            out / "movement.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
-        )
-
-    inputs = {name: {"start": zero, **ends} for name, (zero, ends) in pairs.items()}
-    return Artifact("change", 2, inputs, make, hours=cfg.needs.hours)
+def _test_points(cfg, best: list[dict]) -> list[gather.Point]:
+    """Return the SFT model, and each run at α = 0 and at its best α, on test prompts."""
+    points = [_placed_sft(cfg, "test")]
+    for run in best:
+        fraction = run["fraction"]
+        seed = run["seed"]
+        for alpha in dict.fromkeys([0.0, run["alpha"]]):
+            points.append(_placed(cfg, "test", fraction, seed, alpha))
+    return points
 
 
-def said(cfg, lines: dict[str, Line]) -> Artifact:
-    """Sample one response of every point to PROMPTS; texts.json: [{model, alpha, prompt, text},
-    …].
-    """
-    readers = {
-        name: stages.sft(line.own(cfg)) for name, line in lines.items()
-    }  # of each line's prompts
-
-    def prompts(reader: Artifact) -> Artifact:
-        def own(out: Path) -> None:
-            tokenizer = templates.load_tokenizer(str(reader.get()))
-            rows = [
-                {"id": p, "prompt_ids": templates.render(tokenizer, p, cfg.world.template)}
-                for p in PROMPTS
-            ]
-            (out / "own.json").write_text(json.dumps(rows), encoding="utf-8")
-
-        recipe = {"prompts": PROMPTS, "tokenizer": reader}
-        if cfg.world.template == "chat":
-            recipe |= {"template": "chat"} | corpus.rendering(cfg.world.target, "chat")
-        return Artifact("own-prompts", 1, recipe, own)
-
-    points = {
-        (name, alpha): line.at(cfg, alpha, "own", 1, prompts(readers[name]))
-        for name, line in lines.items()
-        for alpha in line.alphas
-    }
-
-    def make(out: Path) -> None:
-        needs.check(cfg)
-        texts = []
-        for (name, alpha), artifact in gather.watched(points.items(), "text samples"):
-            decode = partial(
-                templates.load_tokenizer(str(readers[name].get())).decode, skip_special_tokens=True
-            )
-            for line in (
-                (artifact.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-            ):
-                r = json.loads(line)
-                texts.append(
-                    {
-                        "model": name,
-                        "alpha": alpha,
-                        "prompt": r["id"],
-                        "text": decode(r["response_ids"]),
-                    }
-                )
-        (out / "texts.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-
-    inputs = {"points": list(points.values()), "names": list(lines)}
-    return Artifact("said", 1, inputs, make, hours=cfg.needs.hours)
-
-
-def samples(cfg, alphas: list[float]) -> Artifact | None:
-    """Return what one model of the curves says at the given α, or at others if those alone were
-    sampled.
-
-    The model: DPO on cfg.recipe_fraction of the pairs, the first seed. Sampling takes one response
-    to each of PROMPTS at each α, and the model itself: where it is not there, said(cfg,
-    wrong_pairs(cfg)) may hold texts of its line. Nothing is trained for this; None where neither is
-    there. In texts.json its name is the first.
-    """
-    model = stages.aligned(cfg, cfg.recipe_fraction, cfg.seeds[0])
-    name = f"{cfg.recipe_fraction:.0%} of the pairs"
-    wanted = said(cfg, {name: Line(stages.sft(cfg), model, tuple(dict.fromkeys(alphas)))})
-    small = {"own-prompts", "responses", "said"}
-    missing = {artifact.stage for artifact in wanted.missing().values()}
-    if not missing or (missing <= small and os.environ.get("COMPUTE") != "never"):
-        return wanted
-    if not cfg.world.sft_rows and not cfg.wrong_pairs:
-        return None
-    other = said(cfg, wrong_pairs(cfg))
-    return None if other.missing() else other
+def _facts(cfg) -> dict:
+    """Return how well each reward does on labels that it never saw, and the facts of the pairs."""
+    names = ["reward", "vader"]
+    if cfg.world.gold_rows:
+        names.insert(0, "gold")
+    measured = {name: stages.reward(cfg.world, name) for name in names}
+    measured["pairs"] = stages.pairs(cfg)
+    return {name: artifact.manifest["facts"] for name, artifact in measured.items()}
 
 
 def searches(cfg) -> Artifact:
-    """Search α by golden section for every fraction, in the bracket of its hand-made grid; dev
-    prompts.
+    """Search α by golden section for every fraction, in the bracket of its grid; dev prompts.
 
     searches.json: per fraction the chosen α with its interval and the α in the order they were
-    tried, beside the grid's choice. responses.csv.gz and points.json as in curves(), of both.
-    Raises ConfigError for a grid that reaches no α above 0.
+    tried, beside the grid's choice. responses.csv.gz and points.json as in curves(), of both. The
+    facts name the points of both. Raises ConfigError for a grid that reaches no α above 0.
     """
     config.require_prompts(cfg.world, "dev_prompts")
     for fraction in cfg.fractions:
@@ -372,61 +212,335 @@ def searches(cfg) -> Artifact:
             raise config.ConfigError(
                 f"alphas.{fraction}: a search needs an α above 0, where it ends"
             )
-    seed, most = cfg.seeds[0], cfg.search_evaluations
+    grids = []
+    for fraction in cfg.fractions:
+        grids += _searched_points(cfg, fraction, cfg.alphas[fraction])
 
-    def mean_rewards(f: float, alpha: float):
-        scores = pd.read_json(
-            point(cfg, f, seed, alpha, "dev_prompts").get() / "scores.jsonl", lines=True
-        )
-        return scores.groupby("id", sort=False)["reward"].mean().to_numpy()
-
-    def make(out: Path) -> None:
+    def make(out: Path) -> dict:
         needs.check(cfg)
-        found, walk = [], []
-        for f in gather.watched(cfg.fractions, "golden-section search"):
-            grid = {a: mean_rewards(f, a).mean() for a in cfg.alphas[f]}
-            result = search.golden_section(
-                partial(mean_rewards, f), (0.0, max(grid)), most, seed=seed
-            )
-            found.append(
-                {
-                    "fraction": f,
-                    "alpha": result.alpha,
-                    "low": result.low,
-                    "high": result.high,
-                    "grid": max(grid, key=grid.get),
-                    "tried": list(result.rewards),
-                }
-            )
-            places = [{"fraction": f, "alpha": a} for a in dict.fromkeys([*grid, *result.rewards])]
-            walk += [
-                (place, point(cfg, f, seed, place["alpha"], "dev_prompts")) for place in places
-            ]
-        gather.write(out, *gather.scored(walk, "searched α and grids"))
-        (out / "searches.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        found = []
+        points = []
+        for fraction in gather.watched(cfg.fractions, "golden-section search"):
+            choice, alphas = _search(cfg, fraction)
+            found.append(choice)
+            points += _searched_points(cfg, fraction, alphas)
+        table, facts = gather.scored(points, "searched α and grids")
+        gather.write(out, table, facts)
+        gather.write_json(out / "searches.json", found, indent=1)
+        return {"chosen_points": gather.keys(points)}
 
-    grids = [point(cfg, f, seed, a, "dev_prompts") for f in cfg.fractions for a in cfg.alphas[f]]
-    inputs = {"points": grids, "evaluations": most, "seed": seed}
+    inputs = {
+        "points": gather.scores_of(grids),
+        "evaluations": cfg.search_evaluations,
+        "seed": cfg.seeds[0],
+    }
     return Artifact("searches", 2, inputs, make, hours=cfg.needs.hours)
 
 
-def runs(cfg) -> list[tuple[float, int]]:
-    """Return every (fraction, seed) that is trained: the first seed for all, the others where they
-    are cheap.
-    """
-    return [
-        (f, s)
-        for f in cfg.fractions
-        for s in cfg.seeds
-        if s == cfg.seeds[0] or f in cfg.seed_fractions
-    ]
+def _search(cfg, fraction: float) -> tuple[dict, list[float]]:
+    """Search α of one fraction; return an entry of searches.json, and all α that were sampled."""
+    rewards = partial(_mean_rewards, cfg, fraction)
+    grid = {alpha: rewards(alpha).mean() for alpha in cfg.alphas[fraction]}
+    bracket = (0.0, max(grid))
+    seed = cfg.seeds[0]
+    result = search.golden_section(rewards, bracket, cfg.search_evaluations, seed=seed)
+    tried = list(result.rewards)
+    choice = {
+        "fraction": fraction,
+        "alpha": result.alpha,
+        "low": result.low,
+        "high": result.high,
+        "grid": max(grid, key=grid.get),
+        "tried": tried,
+    }
+    sampled = dict.fromkeys([*grid, *tried])
+    return choice, list(sampled)
 
 
-def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact:
-    """Return the scores of one α of one model on one split; fraction 0 is the SFT model (α = −1 of
-    any other).
+def _searched_points(cfg, fraction: float, alphas: Iterable[float]) -> list[gather.Point]:
+    """Return these α of one fraction on dev prompts, first seed."""
+    points = []
+    for alpha in alphas:
+        place = {"fraction": fraction, "alpha": alpha}
+        scores = point(cfg, fraction, cfg.seeds[0], alpha, "dev_prompts")
+        points.append(gather.Point(place, scores))
+    return points
+
+
+def _mean_rewards(cfg, fraction: float, alpha: float) -> np.ndarray:
+    """Return the mean of the reward model for each dev prompt, (prompts,)."""
+    scores = point(cfg, fraction, cfg.seeds[0], alpha, "dev_prompts")
+    table = pd.read_json(scores.get() / "scores.jsonl", lines=True)
+    means = table.groupby("id", sort=False)["reward"].mean()
+    return means.to_numpy()
+
+
+# --- lines through two models
+
+
+def sweep(cfg, lines: dict[str, Line]) -> Artifact:
+    """Walk along lines on dev prompts; best.json: the α of each that the reward model chooses.
+
+    responses.csv.gz and points.json as in curves(), with the line's name as `model`; the SFT model
+    is "SFT".
     """
-    samples = cfg.test_samples if split == "test_prompts" else cfg.dev_samples
-    model = stages.aligned(cfg, fraction or cfg.fractions[-1], seed if fraction else cfg.seeds[0])
-    alpha = alpha if fraction else -1.0
-    return Line(stages.sft(cfg), model).scores(cfg, alpha, split, samples)
+    config.require_prompts(cfg.world, "dev_prompts")
+    sft_alone = _main_line(cfg, alphas=(-1.0,))
+    points = []
+    for name, line in {"SFT": sft_alone, **lines}.items():
+        for alpha in line.alphas:
+            place = {"model": name, "alpha": alpha}
+            scores = line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples)
+            points.append(gather.Point(place, scores))
+
+    def make(out: Path) -> None:
+        needs.check(cfg)
+        table, facts = gather.scored(points, "lines through two models, dev prompts")
+        gather.write(out, table, facts)
+        means = table.groupby(["model", "alpha"])["reward"].mean()
+        best = {name: float(means.loc[name].idxmax()) for name in lines}
+        gather.write_json(out / "best.json", best, indent=1)
+
+    inputs = {"points": gather.scores_of(points), "names": list(lines)}
+    return Artifact("sweep", 2, inputs, make, hours=cfg.needs.hours)
+
+
+def interpolation(cfg) -> dict[str, Line]:
+    """Return the line from the SFT model (γ = 0) to the aligned one (γ = 1), and past it.
+
+    The model is aligned on all pairs; γ = 1 + α.
+    """
+    most = cfg.fractions[-1]
+    between = [round(gamma - 1, 6) for gamma in cfg.interpolation]
+    alphas = sorted({*between, *cfg.alphas[most]})
+    return {"aligned": _main_line(cfg, tuple(alphas))}
+
+
+def recipes(cfg) -> dict[str, Line]:
+    """Return the lines of models trained longer, faster, by other optimizers or with another β.
+
+    These are the rows of ACL Table 4 that cfg.recipes names, after the default.
+    """
+    lr = cfg.train.lr
+    beta = cfg.train.beta
+    changes = {
+        "default": {},
+        "2 epochs": {"epochs": 2},
+        "3 epochs": {"epochs": 3},
+        "learning rate × 2": {"lr": 2 * lr},
+        "learning rate × 4": {"lr": 4 * lr},
+        "AdaGrad": {"optimizer": "adagrad"},
+        "RMSprop": {"optimizer": "rmsprop"},
+        "β × 0.1": {"beta": beta / 10},
+        "β × 10": {"beta": beta * 10},
+    }
+    align = partial(_aligned_line, cfg, cfg.recipe_fraction, cfg.seeds[0], cfg.recipe_alphas)
+    return {name: align(**changes[name]) for name in ("default", *cfg.recipes)}
+
+
+def data_quality(cfg) -> dict[str, Line]:
+    """Return the lines of models trained on random pairs, and on those with long chosen responses.
+
+    These are the rows of ACL Table 3. Raises ConfigError without an α grid for this fraction.
+    """
+    fraction = cfg.quality_fraction
+    config.check_grid(cfg, fraction)
+    align = partial(_aligned_line, cfg, fraction, cfg.seeds[0], cfg.alphas[fraction])
+    return {"random": align(), "length-biased": align(longest=True)}
+
+
+def wrong_pairs(cfg) -> dict[str, Line]:
+    """Return a line from SFT to aligned, and lines that ExPO should not be applied to (v1 Fig. 7).
+
+    Those go through published models where the configuration names them. Raises ConfigError where
+    it starts from one finished SFT model and names none.
+    """
+    if not cfg.world.sft_rows and not cfg.wrong_pairs:
+        raise config.ConfigError(
+            f"profile {cfg.profile} starts from one finished SFT model: no other is there"
+        )
+    alphas = cfg.pair_alphas
+    start = stages.sft(cfg)
+    align = partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
+    lines = {"SFT → aligned from it": Line(start, align(), alphas)}
+    if cfg.wrong_pairs:
+        for name, pair in cfg.wrong_pairs.items():
+            lines[name] = published(pair, alphas)
+        return lines
+    instruct = stages.model(cfg.world.target)
+    other = stages.sft(cfg, seed=1)
+    other_aligned = align(start=other)
+    lines["instruct → SFT"] = Line(instruct, start, alphas)
+    lines["two SFT models of one start"] = Line(start, other, alphas)
+    lines["two aligned models of different starts"] = Line(align(), other_aligned, alphas)
+    return lines
+
+
+def published(pair: tuple[str, str], alphas: tuple) -> Line:
+    """Return the line through two published models, by hub id or folder.
+
+    The second's tokenizer reads the prompts.
+    """
+    start, end = pair
+    return Line(stages.model(start), stages.model(end), alphas, target=end)
+
+
+def modules(cfg) -> dict[str, Line]:
+    """Return lines on which all tensors, or a part of them, move past the aligned model.
+
+    The parts are attention, MLP, and each half of the layers.
+    """
+    half = cfg.layers // 2
+    parts = {
+        "attention": ("*.self_attn.*",),
+        "MLP": ("*.mlp.*",),
+        "first half of the layers": _layer_patterns(0, half),
+        "second half of the layers": _layer_patterns(half, cfg.layers),
+    }
+    line = _main_line(cfg, cfg.module_alphas)
+    lines = {"all": line}
+    for name, patterns in parts.items():
+        lines[name] = replace(line, modules=patterns)
+    return lines
+
+
+def _layer_patterns(first: int, end: int) -> tuple[str, ...]:
+    """Return patterns of the tensors of layers first, …, end − 1."""
+    return tuple(f"*.layers.{layer}.*" for layer in range(first, end))
+
+
+# --- how far models move
+
+
+def alignments(cfg) -> dict[str, Comparison]:
+    """Return what change() compares for ACL Table 1.
+
+    That is SFT, and DPO on each fraction and with each seed; and where SFT is trained here, the
+    target before it, and both.
+    """
+    first = cfg.seeds[0]
+    start = stages.sft(cfg)
+    models = {}
+    for fraction, seed in runs(cfg):
+        name = f"{fraction:.0%} of the pairs"
+        if seed != first:
+            name += f", seed {seed}"
+        models[name] = stages.aligned(cfg, fraction, seed)
+    comparisons = {"SFT → DPO": (start, models)}
+    if cfg.world.sft_rows:
+        instruct = stages.model(cfg.world.target)
+        most = stages.aligned(cfg, cfg.fractions[-1], first)
+        comparisons["instruct → SFT"] = (instruct, {"SFT": start})
+        comparisons["instruct → DPO"] = (instruct, {"DPO": most})
+    return comparisons
+
+
+def change(cfg, pairs: dict[str, Comparison]) -> Artifact:
+    """Measure how far each θ₀ lies from its models.
+
+    movement.csv.gz: a row a tensor. cosines.json: [pair, model, model, cosine] wherever a θ₀ has
+    several models.
+    """
+
+    def make(out: Path) -> None:
+        from beyond_dpo.change import movement
+
+        needs.check(cfg)
+        frames = []
+        angles = []
+        for name, (start, ends) in pairs.items():
+            folders = {model: artifact.get() for model, artifact in ends.items()}
+            rows, cosines = movement(start.get(), folders)
+            table = pd.DataFrame(rows)
+            frames.append(table.assign(pair=name))
+            if len(ends) > 1:
+                angles += [[*models, cosine] for models, cosine in cosines.items()]
+        gather.write_json(out / "cosines.json", angles)
+        table = pd.concat(frames, ignore_index=True)
+        gather.write_table(out / "movement.csv.gz", table)
+
+    inputs = {}
+    for name, (start, ends) in pairs.items():
+        inputs[name] = {"start": start, **ends}
+    return Artifact("change", 2, inputs, make, hours=cfg.needs.hours)
+
+
+# --- what models write
+
+
+def said(cfg, lines: dict[str, Line]) -> Artifact:
+    """Sample one response to each of PROMPTS at every α of the lines.
+
+    texts.json: [{model, alpha, prompt, text}, …], the model by its line's name.
+    """
+    readers = {}  # models whose tokenizers read the prompts, by line
+    sampled = {}  # responses, by (line, α)
+    for name, line in lines.items():
+        reader = stages.sft(line.own(cfg))
+        readers[name] = reader
+        prompts = _own_prompts(cfg, reader)
+        for alpha in line.alphas:
+            sampled[name, alpha] = line.at(cfg, alpha, "own", 1, prompts)
+
+    def make(out: Path) -> None:
+        needs.check(cfg)
+        texts = []
+        for (name, alpha), artifact in gather.watched(sampled.items(), "text samples"):
+            place = {"model": name, "alpha": alpha}
+            texts += [{**place, **row} for row in _decoded(artifact, readers[name])]
+        write_file(out / "texts.json", json.dumps(texts, ensure_ascii=False))
+
+    inputs = {"points": list(sampled.values()), "names": list(lines)}
+    return Artifact("said", 1, inputs, make, hours=cfg.needs.hours)
+
+
+def _decoded(responses: Artifact, reader: Artifact) -> list[dict]:
+    """Return {prompt, text} of each response, by the tokenizer of a model."""
+    tokenizer = templates.load_tokenizer(str(reader.get()))
+    rows = []
+    for response in stages.json_lines(responses.get() / "responses.jsonl"):
+        text = tokenizer.decode(response["response_ids"], skip_special_tokens=True)
+        rows.append({"prompt": response["id"], "text": text})
+    return rows
+
+
+def _own_prompts(cfg, reader: Artifact) -> Artifact:
+    """Write PROMPTS in the tokens of a model: own.json."""
+    recipe = {"prompts": PROMPTS, "tokenizer": reader}
+    if cfg.world.template == "chat":
+        recipe["template"] = "chat"
+        recipe.update(corpus.rendering(cfg.world.target, "chat"))
+
+    def make(out: Path) -> None:
+        tokenizer = templates.load_tokenizer(str(reader.get()))
+        rows = []
+        for prompt in PROMPTS:
+            prompt_ids = templates.render(tokenizer, prompt, cfg.world.template)
+            rows.append({"id": prompt, "prompt_ids": prompt_ids})
+        gather.write_json(out / "own.json", rows)
+
+    return Artifact("own-prompts", 1, recipe, make)
+
+
+def samples(cfg, alphas: list[float]) -> Artifact | None:
+    """Return texts of one model of the curves at these α, or at others if only those were sampled.
+
+    The model is DPO on cfg.recipe_fraction of the pairs, first seed; its name is the first in
+    texts.json. Nothing is trained for this: sampling takes the model itself, and one response to
+    each of PROMPTS at each α. Where the model is not there, said(cfg, wrong_pairs(cfg)) may hold
+    texts of its line. None where neither is there.
+    """
+    fraction = cfg.recipe_fraction
+    each_once = tuple(dict.fromkeys(alphas))
+    line = _aligned_line(cfg, fraction, cfg.seeds[0], each_once)
+    wanted = said(cfg, {f"{fraction:.0%} of the pairs": line})
+    missing = {artifact.stage for artifact in wanted.missing().values()}
+    may_sample = os.environ.get("COMPUTE") != "never"
+    if not missing:
+        return wanted
+    if may_sample and missing <= {"own-prompts", "responses", "said"}:
+        return wanted
+    if not cfg.world.sft_rows and not cfg.wrong_pairs:
+        return None
+    other = said(cfg, wrong_pairs(cfg))
+    return None if other.missing() else other

@@ -1,63 +1,115 @@
-"""Results of many models in one table: computed in an order that keeps engines alive, under one
-progress bar.
-"""
+"""Results of many models in one table, computed in an order that keeps engines alive."""
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
 from beyond_dpo import events
+from beyond_dpo.files import write_file
 from beyond_dpo.pipeline import needs
 from beyond_dpo.pipeline.artifacts import Artifact
 
 
-def watched(items, desc: str):
+class Point(NamedTuple):
+    """A model at an α: its place in the table, and the scores of its responses."""
+
+    place: dict  # the columns that say which it is, such as {"model": "DPO", "alpha": 2.0}
+    scores: Artifact
+
+
+def watched(items: Iterable, desc: str) -> Iterator:
     """Yield the items under a progress bar, and tell the batch runner."""
-    items, began = list(items), time.monotonic()
+    items = list(items)
+    began = time.monotonic()
     with events.Bar(len(items), desc) as bar:
         for item in items:
             yield item
             bar.update(1)
-            events.announce(desc, bar.done, len(items), time.monotonic() - began)
+            seconds = time.monotonic() - began
+            events.announce(desc, bar.done, len(items), seconds)
 
 
-def scored(walk: list[tuple[dict, Artifact]], desc: str) -> tuple[pd.DataFrame, list[dict]]:
-    """Get the scores of every place: one line a response, and each place with its facts; all
-    trainings come first.
+def scored(points: list[Point], desc: str) -> tuple[pd.DataFrame, list[dict]]:
+    """Get the scores of every point: a table with a row for each response, and each place's facts.
 
-    gold: the reward that made the pairs, where no labels train another.
+    Trainings that are missing all come first. "gold" is the reward that made the pairs, also where
+    no labels train one of that name.
     """
-    made_from = {key: one for _, artifact in walk for key, one in artifact.missing().items()}
-    for one in [one for one in made_from.values() if one.stage == "train"]:
-        one.get()  # in between it would end the engine that samples
-    frames, points = [], []
-    for place, artifact in watched(walk, desc):
-        table = pd.read_json(artifact.get() / "scores.jsonl", lines=True)
-        table["logratio"] = (table["logp"] - table["logp_sft"]).round(4)
-        table["prompt"] = pd.factorize(table["id"])[0]  # no row of the data set leaves artifacts/
-        frames.append(table.drop(columns=["id", "logp", "logp_sft"]).assign(**place))
-        points.append(place | artifact.manifest["facts"])
+    _train(points)
+    frames = []
+    facts = []
+    for place, scores in watched(points, desc):
+        responses = _responses(scores)
+        measured = scores.manifest["facts"]
+        frames.append(responses.assign(**place))
+        facts.append({**place, **measured})
     table = pd.concat(frames, ignore_index=True)
-    return table if "gold" in table else table.assign(gold=table["reward"]), points
+    if "gold" not in table:
+        table["gold"] = table["reward"]
+    return table, facts
 
 
-def judged(cfg, points: list[tuple[dict, Artifact]]) -> Artifact:
-    """Gather the scores of trained models: responses.csv.gz and points.json as write() leaves them.
+def _train(points: list[Point]) -> None:
+    """Run the trainings that are missing: later they would end the engine that samples."""
+    missing = {}
+    for _, scores in points:
+        missing.update(scores.missing())
+    for artifact in missing.values():
+        if artifact.stage == "train":
+            artifact.get()
 
-    points: (place, in columns; its scores).
+
+def _responses(scores: Artifact) -> pd.DataFrame:
+    """Return a row for each response that was scored, with its log-ratio to the SFT model (nats).
+
+    Prompts are numbered: no row of the data set, not even its name, leaves artifacts/.
     """
+    table = pd.read_json(scores.get() / "scores.jsonl", lines=True)
+    logratio = table["logp"] - table["logp_sft"]
+    numbers, _ = pd.factorize(table["id"])
+    table["logratio"] = logratio.round(4)
+    table["prompt"] = numbers
+    return table.drop(columns=["id", "logp", "logp_sft"])
+
+
+def judged(cfg, points: list[Point]) -> Artifact:
+    """Gather the scores of trained models: responses.csv.gz and points.json, as of write()."""
 
     def make(out: Path) -> None:
         needs.check(cfg)
-        write(out, *scored(points, "trained models"))
+        table, facts = scored(points, "trained models")
+        write(out, table, facts)
 
-    inputs = {"places": [p for p, _ in points], "points": [s for _, s in points]}
+    places = [place for place, _ in points]
+    inputs = {"places": places, "points": scores_of(points)}
     return Artifact("judged", 1, inputs, make, hours=cfg.needs.hours)
 
 
-def write(out: Path, table: pd.DataFrame, points: list[dict]) -> None:
+def scores_of(points: list[Point]) -> list[Artifact]:
+    """Return the scores of every point, for the inputs of what is made from them."""
+    return [scores for _, scores in points]
+
+
+def keys(points: list[Point]) -> list[dict]:
+    """Return each place with the key of its scores, for the facts of the stage that chose it."""
+    return [{**place, "key": scores.key} for place, scores in points]
+
+
+def write(out: Path, table: pd.DataFrame, facts: list[dict]) -> None:
     """Write what scored() returns: responses.csv.gz and points.json."""
-    table.to_csv(out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
-    (out / "points.json").write_text(json.dumps(points), encoding="utf-8")
+    write_table(out / "responses.csv.gz", table)
+    write_json(out / "points.json", facts)
+
+
+def write_table(file: Path, table: pd.DataFrame) -> None:
+    """Write a table as .csv.gz, the same bytes each time."""
+    table.to_csv(file, index=False, compression={"method": "gzip", "mtime": 0})
+
+
+def write_json(file: Path, value, indent: int | None = None) -> None:
+    """Write a value as JSON; the file appears whole or not at all."""
+    write_file(file, json.dumps(value, indent=indent))

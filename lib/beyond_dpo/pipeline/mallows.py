@@ -1,11 +1,12 @@
-"""MallowsPO's experiments (arXiv 2405.14953): the bandit, the dispersion estimate, controlled
-sentiment, plug-ins.
+"""MallowsPO's experiments (arXiv 2405.14953): bandit, dispersion, controlled sentiment, plug-ins.
 
 Each function returns an Artifact; nothing runs before its get().
 """
 
 import json
 import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,244 +30,51 @@ NAMES = {
     "mallows_simpo": "MallowsSimPO",
 }
 RECORDS = 200  # of each bandit's training, fewer towards its end
+ARMS = ["arm1", "arm2", "arm3", "arm4", "arm5"]
+LEAST_PLACES = 3  # of a curve of gap_at_equal()
+
+# ratings of review sentences by people, in the package vaderSentiment (Hutto & Gilbert 2014)
+RATINGS = "hutto_ICWSM_2014"
+RATINGS_ARCHIVE = f"vaderSentiment-3.3.2/additional_resources/{RATINGS}.tar.gz"
+
+
+# --- the bandit
 
 
 def bandits(cfg) -> Artifact:
-    """Train the bandit with both links and every β; runs.csv.gz: method, step, beta, arm1 … arm5,
-    reward, kl (nats).
+    """Train the bandit with both links and every β.
+
+    runs.csv.gz: method, step, beta, arm1 … arm5 (probabilities), reward, kl (nats).
     """
+    betas = cfg.bandit_betas
+    steps = cfg.bandit_steps
 
     def make(out: Path) -> None:
-        from beyond_dpo import bandit
+        runs = [_bandit_runs(link, betas, steps) for link in ("dpo", "mallows_phi")]
+        table = pd.concat(runs).round(6)
+        gather.write_table(out / "runs.csv.gz", table.reset_index())
 
-        frames, betas = [], cfg.bandit_betas
-        for link in ("dpo", "mallows_phi"):
-            steps, probs = bandit.train(betas, link=link, steps=cfg.bandit_steps)
-            kept = (
-                np.unique(np.geomspace(1, len(steps), RECORDS).astype(int)) - 1
-            )  # it changes most at the start
-            steps, probs = steps[kept], probs[kept]
-            index = pd.MultiIndex.from_product(
-                [[NAMES[link]], steps, betas], names=["method", "step", "beta"]
-            )
-            arms = pd.DataFrame(probs.reshape(-1, 5), index, [f"arm{arm}" for arm in range(1, 6)])
-            frames.append(
-                arms.assign(reward=bandit.reward(probs).ravel(), kl=bandit.kl(probs).ravel())
-            )
-        table = pd.concat(frames).round(6).reset_index()
-        table.to_csv(out / "runs.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+    does = f"bandit, in this process: {steps:,} steps for {len(betas)} β, DPO and MallowsPO-φ"
+    return Artifact("bandits", 1, {"betas": betas, "steps": steps}, make, does)
 
-    does = (
-        f"bandit, in this process: {cfg.bandit_steps:,} steps for {len(cfg.bandit_betas)} β, DPO "
-        "and MallowsPO-φ"
+
+def _bandit_runs(link: str, betas: tuple[float, ...], steps: int) -> pd.DataFrame:
+    """Train the bandit with one link and every β; return a row for each recorded (step, β)."""
+    from beyond_dpo import bandit
+
+    every_step, every_policy = bandit.train(betas, link=link, steps=steps)
+    # it changes most at the start
+    spaced = np.geomspace(1, len(every_step), RECORDS).astype(int)
+    recorded = np.unique(spaced) - 1
+    policies = every_policy[recorded]
+    index = pd.MultiIndex.from_product(
+        [[NAMES[link]], every_step[recorded], betas],
+        names=["method", "step", "beta"],
     )
-    return Artifact(
-        "bandits", 1, {"betas": cfg.bandit_betas, "steps": cfg.bandit_steps}, make, does
-    )
-
-
-def dispersed(cfg) -> Artifact:
-    """Weight all pairs by the SFT model's entropies; dispersion.csv: chosen, rejected (normalised),
-    weight.
-    """
-    held = stages.reference(cfg)
-
-    def make(out: Path) -> dict:
-        from beyond_dpo import dispersion
-
-        needs.check(cfg)
-        chosen, rejected = stages.of_reference(held, "entropies")
-        weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
-        table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
-        table.round(6).to_csv(out / "dispersion.csv", index=False)
-        return {"phi_star": round(phi_star, 6)}
-
-    return Artifact("dispersion", 1, {"reference": held}, make, hours=cfg.needs.hours)
-
-
-def rated(source: str) -> list[tuple[str, list[int]]]:
-    """Return sentences of reviews with the ratings, −4 (negative) to 4, of 15 to 29 people each
-    (Hutto & Gilbert 2014).
-
-    source: "movie" (10,605 sentences), "amazon" (3,708, on products), or "fixtures" with invented
-    ratings.
-    """
-    if source not in corpus.RATED:
-        return [
-            (text, [4 * label - 2, len(text) % 5 - 2]) for text, label in corpus.halves(source)[0]
-        ]
-    folder, archive = (
-        "hutto_ICWSM_2014",
-        "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-    )
-
-    def rows(what: str) -> list[list[str]]:
-        text = assets.member(
-            "vader", archive, f"{folder}/{source}ReviewSnippets_{what}.txt"
-        ).decode("utf-8-sig")
-        return [line.split("\t") for line in text.splitlines() if line.strip()]
-
-    ratings = {name: json.loads(values) for name, _, _, values in rows("anonDataRatings")}
-    return [(text, ratings[name]) for name, _, text in rows("GroundTruth")]
-
-
-def raters(cfg) -> Artifact:
-    """Set the SFT model's entropy on the second half of film-review sentences beside what 15 to 29
-    people said of them.
-
-    raters.csv, a row a sentence in no order: entropy (normalised), tokens (of that half), people,
-    sd of their ratings, split (the smaller of the shares of positive and of negative ratings),
-    strength (absolute mean rating).
-    """
-    recipe = {"tokenizer": assets.resolve(cfg.world.target), "source": corpus.source(cfg.rated)}
-    recipe |= {"rows": cfg.rated_rows, "max_prompt": cfg.train.max_prompt, "kind": cfg.rated}
-
-    def split(out: Path) -> None:
-        sentences, rows, said = rated(cfg.rated), [], []
-        random.Random(0).shuffle(sentences)
-        reader = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
-        for i, (text, ratings) in enumerate(sentences):
-            ids = templates.render(reader, text, "plain")
-            if len(ids) >= openings.SHORTEST and len(rows) < cfg.rated_rows:
-                cut = min(len(ids) // 2, cfg.train.max_prompt)
-                rows.append(
-                    {"id": str(i), "prompt_ids": ids[:cut], "responses": {"said": ids[cut:]}}
-                )
-                said.append(ratings)
-        write_rows(out / "pairs.jsonl", rows)
-        (out / "ratings.json").write_text(json.dumps(said), encoding="utf-8")
-
-    rows = Artifact("rated", 1, recipe, split)
-    held = stages.reference(cfg, rows=rows, names=("said",))
-
-    def make(out: Path) -> None:
-        needs.check(cfg)
-        entropies, tokens = (stages.of_reference(held, what)[0] for what in ("entropies", "tokens"))
-        table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
-        ratings = [
-            np.array(said)
-            for said in json.loads((rows.get() / "ratings.json").read_text(encoding="utf-8"))
-        ]
-        table["people"] = [len(said) for said in ratings]
-        table["sd"] = [said.std() for said in ratings]
-        table["split"] = [min((said > 0).mean(), (said < 0).mean()) for said in ratings]
-        table["strength"] = [abs(said.mean()) for said in ratings]
-        table.round(6).to_csv(out / "raters.csv", index=False)
-
-    return Artifact("raters", 1, {"reference": held, "rated": rows}, make, hours=cfg.needs.hours)
-
-
-def frontier(cfg) -> Artifact:
-    """Judge every method, β and seed along its training (Fig. 8c)."""
-    runs = [
-        {"loss": m, "beta": b, "lr": cfg.train.lr, "seed": s}
-        for m in cfg.methods
-        for b in cfg.betas
-        for s in cfg.seeds
-    ]
-    parts = [*(f"part{part}" for part in range(1, cfg.train.parts)), ""]
-    return judged(cfg, [(run, "test_prompts", None, part) for run in runs for part in parts])
-
-
-def plug_in(cfg) -> Artifact:
-    """Judge every plug-in with and without weights on test prompts and elsewhere, and a grid of β
-    and learning rate.
-
-    Table 1: the settings of cfg.plug_ins. Table 6: DPO and MallowsPO-θ, on test prompts only.
-    Raises ConfigError where there are neither.
-    """
-    if not cfg.plug_ins and not cfg.grid_betas:
-        raise config.ConfigError(
-            "plug_ins and grid_betas are empty: nothing would be trained; set one of them"
-        )
-    shared = {"seed": cfg.seeds[0], "lr": cfg.train.lr}
-    plugs = [
-        {"loss": name, **shared, **settings}
-        for loss, settings in cfg.plug_ins.items()
-        for name in (loss, WEIGHTED[loss])
-    ]
-    cells = [
-        {"loss": name, **shared, "lr": lr, "beta": beta}
-        for name in cfg.grid_methods
-        for beta in cfg.grid_betas
-        for lr in cfg.grid_lrs
-    ]
-    far = {source: elsewhere(cfg, source) for source in cfg.elsewhere}
-    wide, cells = (plugs + cells, []) if cfg.grid_elsewhere else (plugs, cells)
-    walk = [
-        (run, split, prompts, "")
-        for run in wide
-        for split, prompts in {"test_prompts": None, **far}.items()
-    ]
-    walk += [(run, "test_prompts", None, "") for run in cells]
-    return judged(cfg, [place for i, place in enumerate(walk) if place not in walk[:i]])
-
-
-def judged(cfg, walk: list[tuple[dict, str, Artifact | None, str]]) -> Artifact:
-    """Train every run of `walk`, sample after that part of it, and judge; the SFT model once for
-    each split.
-
-    walk: (loss, seed and settings of cfg.train; split; its prompts, None for the world's own; part,
-    "" for the end). As gather.judged, with the columns of the runs, split and part; loss "sft" is
-    the SFT model.
-    """
-    config.require_prompts(cfg.world, "test_prompts")
-    start, points = stages.sft(cfg), []
-    for run, split, prompts, part in walk:
-        model = stages.aligned(cfg, cfg.fraction, **run)
-        new = split not in [place["split"] for place, _ in points]
-        for place, part_of, alpha in [({"loss": "sft"}, "", -1.0)] * new + [(run, part, 0.0)]:
-            how = {"aligned": model, "alpha": alpha, "part": part_of, "samples": 1, "seed": 2}
-            said = stages.responses(cfg, start, split, prompts=prompts, **how)
-            judge = {
-                "judges": (stages.oracle(cfg.world), "vader"),
-                "kl_prompts": cfg.world.test_prompts,
-            }
-            score = stages.scores(cfg, said, split, prompts=prompts, **judge)
-            points.append(({"split": split, "part": part_of or "end", **place}, score))
-
-    return gather.judged(cfg, points)
-
-
-def elsewhere(cfg, source: str) -> Artifact:
-    """Take prompts from another domain, of texts their beginning; <source>.json as the world's own
-    prompts.
-
-    The facts hold how many rows of a data set were dropped, and why.
-    """
-    world = cfg.world
-    recipe = {
-        "source": corpus.source(source),
-        "kind": source,
-        "tokenizer": assets.resolve(world.target),
-    }
-    recipe |= {
-        "rows": cfg.elsewhere_prompts,
-        "prompt_tokens": world.prompt_tokens,
-        "template": world.template,
-    }
-    recipe |= corpus.rendering(world.target, world.template)
-
-    def make(out: Path) -> dict:
-        tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
-        known = source in (*corpus.RATED, "fixtures")
-        rows, dropped = [], {}
-        if not known:
-            rows, dropped = preferences.prompts(source, world, tokenizer, cfg.elsewhere_prompts)
-        generator, texts = random.Random(0), [text for text, _ in rated(source)] if known else []
-        generator.shuffle(texts)
-        for i, text in enumerate(texts):
-            ids = templates.render(tokenizer, text, "plain")
-            cut = generator.randint(*world.prompt_tokens)
-            if len(ids) >= cut and len(rows) < cfg.elsewhere_prompts:
-                rows.append({"id": f"E{i}"} | openings.begun(tokenizer, ids[:cut], world.template))
-        if len(rows) < cfg.elsewhere_prompts:
-            found = f"{source} has only {len(rows)}; dropped: {dict(dropped)}"
-            raise config.ConfigError(f"elsewhere_prompts={cfg.elsewhere_prompts}, but {found}")
-        write_file(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
-        return {"dropped": dict(dropped)}
-
-    return Artifact("elsewhere", 1, recipe, make)
+    table = pd.DataFrame(policies.reshape(-1, len(ARMS)), index, ARMS)
+    table["reward"] = bandit.reward(policies).ravel()
+    table["kl"] = bandit.kl(policies).ravel()
+    return table
 
 
 def link(s, phi: float, epsilon: float) -> np.ndarray:
@@ -275,51 +83,376 @@ def link(s, phi: float, epsilon: float) -> np.ndarray:
 
     from beyond_dpo import losses
 
-    s = torch.as_tensor(np.asarray(s, dtype=float))
-    return losses.mallows_link(s, torch.full_like(s, phi), epsilon).numpy()
+    differences = torch.as_tensor(np.asarray(s, dtype=float))
+    dispersions = torch.full_like(differences, phi)
+    return losses.mallows_link(differences, dispersions, epsilon).numpy()
+
+
+# --- the dispersion of prompts
+
+
+def dispersed(cfg) -> Artifact:
+    """Weight all pairs by the SFT model's entropies.
+
+    dispersion.csv: chosen, rejected (normalised entropies), weight.
+    """
+    reference_pass = stages.reference(cfg)
+
+    def make(out: Path) -> dict:
+        from beyond_dpo import dispersion
+
+        needs.check(cfg)
+        chosen, rejected = stages.reference_values(reference_pass, "entropies")
+        weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
+        table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
+        table.round(6).to_csv(out / "dispersion.csv", index=False)
+        return {"phi_star": round(phi_star, 6)}
+
+    inputs = {"reference": reference_pass}
+    return Artifact("dispersion", 1, inputs, make, hours=cfg.needs.hours)
+
+
+def rated(source: str) -> list[tuple[str, list[int]]]:
+    """Return sentences of reviews with the ratings of people, −4 (negative) to 4 (positive).
+
+    source: "movie" (10,605 sentences, 15 to 29 people each), "amazon" (3,708 on products, 20
+    people), or "fixtures" with invented ratings.
+    """
+    if source not in corpus.RATED:
+        reviews, _ = corpus.halves(source)
+        return [(text, [4 * label - 2, len(text) % 5 - 2]) for text, label in reviews]
+    ratings = {}
+    for name, _, _, values in _rating_rows(source, "anonDataRatings"):
+        ratings[name] = json.loads(values)
+    return [(text, ratings[name]) for name, _, text in _rating_rows(source, "GroundTruth")]
+
+
+def _rating_rows(source: str, table: str) -> Iterator[list[str]]:
+    """Yield the rows of a table of the archive of ratings, its columns apart."""
+    file = f"{RATINGS}/{source}ReviewSnippets_{table}.txt"
+    content = assets.member("vader", RATINGS_ARCHIVE, file)
+    for line in content.decode("utf-8-sig").splitlines():
+        if line.strip():
+            yield line.split("\t")
+
+
+def raters(cfg) -> Artifact:
+    """Set the SFT model's entropy on sentences beside what people said of them.
+
+    raters.csv, a row a sentence in no order: entropy (normalised, of its second half), tokens (of
+    that half), people (15 to 29), sd of their ratings, split (the smaller of the shares of positive
+    and of negative ratings), strength (absolute mean rating).
+    """
+    rows = _rated_rows(cfg)
+    reference_pass = stages.reference(cfg, rows=rows, names=("said",))
+
+    def make(out: Path) -> None:
+        needs.check(cfg)
+        (entropies,) = stages.reference_values(reference_pass, "entropies")
+        (tokens,) = stages.reference_values(reference_pass, "tokens")
+        disagreement = [_disagreement(ratings) for ratings in rows.json("ratings.json")]
+        table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
+        table = table.join(pd.DataFrame(disagreement))
+        table.round(6).to_csv(out / "raters.csv", index=False)
+
+    inputs = {"reference": reference_pass, "rated": rows}
+    return Artifact("raters", 1, inputs, make, hours=cfg.needs.hours)
+
+
+def _disagreement(ratings: list[int]) -> dict:
+    """Return how far the people who rated one sentence are apart."""
+    values = np.array(ratings)
+    positive = (values > 0).mean()
+    negative = (values < 0).mean()
+    return {
+        "people": len(values),
+        "sd": values.std(),
+        "split": min(positive, negative),
+        "strength": abs(values.mean()),
+    }
+
+
+def _rated_rows(cfg) -> Artifact:
+    """Cut rated sentences into a prompt and a response "said": pairs.jsonl, ratings.json."""
+    target = cfg.world.target
+    max_prompt = cfg.train.max_prompt
+    recipe = {
+        "tokenizer": assets.resolve(target),
+        "source": corpus.source(cfg.rated),
+        "rows": cfg.rated_rows,
+        "max_prompt": max_prompt,
+        "kind": cfg.rated,
+    }
+
+    def make(out: Path) -> None:
+        tokenizer = templates.load_tokenizer(assets.tokenizer_dir(target))
+        sentences = rated(cfg.rated)
+        random.Random(0).shuffle(sentences)
+        rows = []
+        ratings_of_rows = []
+        for i, (text, ratings) in enumerate(sentences):
+            if len(rows) == cfg.rated_rows:
+                break
+            ids = templates.render(tokenizer, text, "plain")
+            if len(ids) < openings.SHORTEST:
+                continue
+            cut = min(len(ids) // 2, max_prompt)
+            responses = {"said": ids[cut:]}
+            rows.append({"id": str(i), "prompt_ids": ids[:cut], "responses": responses})
+            ratings_of_rows.append(ratings)
+        write_rows(out / "pairs.jsonl", rows)
+        gather.write_json(out / "ratings.json", ratings_of_rows)
+
+    return Artifact("rated", 1, recipe, make)
+
+
+# --- what is trained
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training, and on which prompts and after which part of it the model is judged."""
+
+    settings: Mapping  # loss, seed and settings of cfg.train
+    split: str = "test_prompts"
+    prompts: Artifact | None = None  # None: the world's own
+    part: str = ""  # of the training; "": its end
+
+
+def frontier(cfg) -> Artifact:
+    """Judge every method, β and seed along its training (Fig. 8c)."""
+    parts = [f"part{part}" for part in range(1, cfg.train.parts)]
+    runs = []
+    for loss in cfg.methods:
+        for beta in cfg.betas:
+            for seed in cfg.seeds:
+                settings = {"loss": loss, "beta": beta, "lr": cfg.train.lr, "seed": seed}
+                runs += [Run(settings, part=part) for part in (*parts, "")]
+    return judged(cfg, runs)
+
+
+def plug_in(cfg) -> Artifact:
+    """Judge plug-ins with and without weights, and a grid of β and learning rate.
+
+    Table 1: the settings of cfg.plug_ins, on test prompts and on those from elsewhere. Table 6: DPO
+    and MallowsPO-θ, on test prompts, and elsewhere where cfg.grid_elsewhere says so.
+    Raises ConfigError where there are neither.
+    """
+    if not cfg.plug_ins and not cfg.grid_betas:
+        raise config.ConfigError(
+            "plug_ins and grid_betas are empty: nothing would be trained; set one of them"
+        )
+    plugs = _plug_in_settings(cfg)
+    cells = _grid_settings(cfg)
+    everywhere = {"test_prompts": None}
+    for source in cfg.elsewhere:
+        everywhere[source] = elsewhere(cfg, source)
+    own_prompts = {"test_prompts": None}
+    runs = _runs_on(plugs, everywhere)
+    runs += _runs_on(cells, everywhere if cfg.grid_elsewhere else own_prompts)
+    return judged(cfg, _each_once(runs))
+
+
+def _plug_in_settings(cfg) -> list[dict]:
+    """Return the settings of every plug-in, without weights and with them."""
+    trainings = []
+    for loss, settings in cfg.plug_ins.items():
+        for name in (loss, WEIGHTED[loss]):
+            shared = {"loss": name, "seed": cfg.seeds[0], "lr": cfg.train.lr}
+            trainings.append({**shared, **settings})
+    return trainings
+
+
+def _grid_settings(cfg) -> list[dict]:
+    """Return the settings of every cell of the grid of β and learning rate."""
+    cells = []
+    for loss in cfg.grid_methods:
+        for beta in cfg.grid_betas:
+            for lr in cfg.grid_lrs:
+                cells.append({"loss": loss, "seed": cfg.seeds[0], "lr": lr, "beta": beta})
+    return cells
+
+
+def _runs_on(trainings: list[dict], prompts_of: dict[str, Artifact | None]) -> list[Run]:
+    """Return a run of each training on the prompts of each split."""
+    runs = []
+    for settings in trainings:
+        for split, prompts in prompts_of.items():
+            runs.append(Run(settings, split, prompts))
+    return runs
+
+
+def _each_once(runs: list[Run]) -> list[Run]:
+    """Return the runs without repetitions: a plug-in may be a cell of the grid too."""
+    unique = []
+    for run in runs:
+        if run not in unique:
+            unique.append(run)
+    return unique
+
+
+def judged(cfg, runs: list[Run]) -> Artifact:
+    """Train every run, sample from it, and judge; the SFT model once for each split.
+
+    As gather.judged, with the columns of the settings, split and part; loss "sft" is the SFT model.
+    """
+    config.require_prompts(cfg.world, "test_prompts")
+    start = stages.sft(cfg)
+    points = []
+    splits = set()
+    for run in runs:
+        model = stages.aligned(cfg, cfg.fraction, **run.settings)
+        if run.split not in splits:
+            splits.add(run.split)
+            sft_run = Run({"loss": "sft"}, run.split, run.prompts)
+            points.append(_point(cfg, sft_run, stages.sft_weights(start, model)))
+        weights = stages.Weights(start, model, part=run.part)
+        points.append(_point(cfg, run, weights))
+    return gather.judged(cfg, points)
+
+
+def _point(cfg, run: Run, weights: stages.Weights) -> gather.Point:
+    """Sample from the weights of a run, and score that."""
+    sampled = stages.responses(cfg, weights, run.split, prompts=run.prompts, samples=1, seed=2)
+    scores = stages.scores(
+        cfg,
+        sampled,
+        run.split,
+        prompts=run.prompts,
+        judges=(stages.oracle(cfg.world), "vader"),
+        kl_prompts=cfg.world.test_prompts,
+    )
+    place = {"split": run.split, "part": run.part or "end", **run.settings}
+    return gather.Point(place, scores)
+
+
+# --- prompts from elsewhere
+
+
+def elsewhere(cfg, source: str) -> Artifact:
+    """Take prompts from another domain: <source>.json, as the world's own prompts.
+
+    Of texts their beginning is the prompt. The facts hold how many rows of a data set were dropped,
+    and why. Its get() raises ConfigError where there are fewer than cfg.elsewhere_prompts.
+    """
+    world = cfg.world
+    size = cfg.elsewhere_prompts
+    recipe = {
+        "source": corpus.source(source),
+        "kind": source,
+        "tokenizer": assets.resolve(world.target),
+        "rows": size,
+        "prompt_tokens": world.prompt_tokens,
+        "template": world.template,
+        **corpus.rendering(world.target, world.template),
+    }
+
+    def make(out: Path) -> dict:
+        tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
+        dropped = {}
+        if source in (*corpus.RATED, "fixtures"):
+            rows = _beginnings(source, world, tokenizer, size)
+        else:
+            rows, dropped = preferences.prompts(source, world, tokenizer, size)
+        if len(rows) < size:
+            too_few = f"{source} has only {len(rows)}; dropped: {dict(dropped)}"
+            raise config.ConfigError(f"elsewhere_prompts={size}, but {too_few}")
+        write_file(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
+        return {"dropped": dict(dropped)}
+
+    return Artifact("elsewhere", 1, recipe, make)
+
+
+def _beginnings(source: str, world: config.World, tokenizer, size: int) -> list[dict]:
+    """Return prompts of the beginnings of rated sentences, at most `size`."""
+    texts = [text for text, _ in rated(source)]
+    generator = random.Random(0)
+    generator.shuffle(texts)
+    rows = []
+    for i, text in enumerate(texts):
+        if len(rows) == size:
+            break
+        ids = templates.render(tokenizer, text, "plain")
+        cut = generator.randint(*world.prompt_tokens)
+        if len(ids) >= cut:
+            prompt = openings.begun(tokenizer, ids[:cut], world.template)
+            rows.append({"id": f"E{i}", **prompt})
+    return rows
+
+
+# --- curves at equal x
 
 
 def gap_at_equal(
     table, x: str, y: str, by: str, pair: tuple, *, seed: int
 ) -> tuple[float, float, float]:
-    """Return (mean, low, high) of y of pair[0] − y of pair[1] at equal x, averaged over the x that
-    both reach.
+    """Return (mean, low, high) of y of pair[0] − y of pair[1] at equal x.
 
-    table: one row per response, with the columns `by`, "seed" (of training), "place" (the points of
-    each curve), "prompt", x and y. To the mean x and y of the places of both curves of a training
-    seed one curve in 1, √x, x and x² is fitted, and a difference c + d x between the two (a curve
-    of its own for each would favour the one that reaches less); then seeds are averaged. Prompts
-    are drawn, the same for all places. A place that the curves share, such as
-    the start of the training, does not belong into the table: there the difference is 0, whatever
-    the methods do. Raises ValueError for curves that share no x, with fewer than three places, or
-    not of the same prompts.
+    It is averaged over the x that both reach. table: one row per response, with the columns `by`,
+    "seed" (of training), "place" (the points of each curve), "prompt", x and y. To the mean x and y
+    of the places of both curves of a training seed one curve in 1, √x, x and x² is fitted, and a
+    difference c + d x between the two (a curve of its own for each would favour the one that
+    reaches less); then seeds are averaged. Prompts are drawn, the same for all places. A place that
+    the curves share, such as the start of the training, does not belong into the table: there the
+    difference is 0, whatever the methods do. Raises ValueError for curves that share no x, with
+    fewer than three places, or not of the same prompts.
     """
-    wide = [
-        table.pivot_table(index="prompt", columns=["seed", by, "place"], values=v) for v in (x, y)
-    ]
-    trained, names = (wide[0].columns.get_level_values(level) for level in ("seed", by))
-    curves = [
-        [np.flatnonzero((trained == s) & (names == name)) for name in pair]
-        for s in trained.unique()
-    ]
-
-    def reach(xs, curve) -> tuple[float, float]:  # the x that both have
-        return max(xs[c].min() for c in curve), min(xs[c].max() for c in curve)
-
-    def gap(i) -> float:
-        xs, ys = (part.to_numpy()[i].mean(0) for part in wide)
-        gaps = []
-        for one, other in curves:
-            x, first = np.r_[xs[one], xs[other]], np.repeat([1.0, 0.0], [len(one), len(other)])
-            shape = [x**0, np.sqrt(np.maximum(x, 0)), x, x**2, first, first * x]
-            *_, c, d = np.linalg.lstsq(np.stack(shape, 1), np.r_[ys[one], ys[other]], rcond=None)[0]
-            gaps.append(c + d * np.mean(reach(xs, (one, other))))
-        return np.mean(gaps)
-
-    apart = any(np.subtract(*reach(wide[0].mean().to_numpy(), curve)) > 0 for curve in curves)
-    if apart or wide[0].isna().any(axis=None) or min(len(c) for curve in curves for c in curve) < 3:
+    columns = ["seed", by, "place"]
+    x_table = table.pivot_table(index="prompt", columns=columns, values=x)
+    y_table = table.pivot_table(index="prompt", columns=columns, values=y)
+    x_values = x_table.to_numpy()
+    y_values = y_table.to_numpy()
+    curves = _curve_pairs(x_table.columns, by, pair)
+    places = [len(curve) for both in curves for curve in both]
+    complete = not x_table.isna().any(axis=None)
+    if not complete or min(places) < LEAST_PLACES or not _share_x(x_values.mean(0), curves):
         raise ValueError(
             f"{pair}: curves of {by} need three places each, all prompts, and a range of {x} in "
             "common"
         )
-    return stats.interval(gap, len(wide[0]), seed)
+
+    def gap(prompts) -> float:
+        mean_x = x_values[prompts].mean(0)
+        mean_y = y_values[prompts].mean(0)
+        return np.mean([_fitted_gap(mean_x, mean_y, both) for both in curves])
+
+    return stats.interval(gap, len(x_values), seed)
+
+
+def _curve_pairs(columns: pd.MultiIndex, by: str, pair: tuple) -> list[list[np.ndarray]]:
+    """Return the columns of both curves of each training seed."""
+    seeds = columns.get_level_values("seed")
+    names = columns.get_level_values(by)
+    curves = []
+    for seed in seeds.unique():
+        curves.append([np.flatnonzero((seeds == seed) & (names == name)) for name in pair])
+    return curves
+
+
+def _share_x(mean_x: np.ndarray, curves: list[list[np.ndarray]]) -> bool:
+    """Return whether both curves of every seed reach some x in common."""
+    for both in curves:
+        low, high = _common_range(mean_x, both)
+        if low > high:
+            return False
+    return True
+
+
+def _common_range(mean_x: np.ndarray, curves: list[np.ndarray]) -> tuple[float, float]:
+    """Return the smallest and the largest x that all curves reach."""
+    low = max(mean_x[curve].min() for curve in curves)
+    high = min(mean_x[curve].max() for curve in curves)
+    return low, high
+
+
+def _fitted_gap(mean_x: np.ndarray, mean_y: np.ndarray, curves: list[np.ndarray]) -> float:
+    """Fit one curve and a difference c + d x; return that difference in the middle of their x."""
+    both = np.concatenate(curves)
+    x = mean_x[both]
+    in_first = np.repeat([1.0, 0.0], [len(curve) for curve in curves])
+    root = np.sqrt(np.maximum(x, 0))
+    terms = np.stack([x**0, root, x, x**2, in_first, in_first * x], axis=1)
+    coefficients = np.linalg.lstsq(terms, mean_y[both], rcond=None)[0]
+    *_, c, d = coefficients
+    middle = np.mean(_common_range(mean_x, curves))
+    return c + d * middle

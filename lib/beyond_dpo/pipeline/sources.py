@@ -107,7 +107,7 @@ def _sample(cfg, source: config.Source) -> Sampled:
     prompts = _put(cfg, source)
     responses = stages.responses(
         sampling(cfg),
-        stages.model(source.ref),
+        stages.Weights(stages.model(source.ref)),
         "prompts",
         prompts=prompts,
         samples=cfg.world.samples,

@@ -1,77 +1,107 @@
-"""The pipeline: thin functions that tie the modules together, each returning an Artifact that
-nothing has computed yet.
+"""The stages of the pipeline: each function returns an Artifact, and nothing runs before its get().
 
 texts -> sft -> pool -> pairs -> reference -> aligned -> responses(α) -> scores -> curves
 """
 
-import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import templates
 from beyond_dpo.files import link_file
 from beyond_dpo.machine import launch, spread, workers
 from beyond_dpo.pipeline import artifacts, assets, config, corpus, needs
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
-# what a config says of its weights' origin, not of what an engine computes
-UNSHAPED = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+# Whether the SFT model is sampled as itself. False: as α = −1 of an aligned model, which is the
+# same model up to rounding, and what the keys of all present results say. True gives every point of
+# the SFT model a new key, so it is for whoever measures all of them anew.
+SFT_SAMPLED_ALONE = False
+
+PAIR = ("chosen", "rejected")  # the responses of a preference pair
+LARGE = 10**9  # bytes of a model's file that is linked, not copied
+
+# settings of a world that decide how its data set is split
+SPLIT_SETTINGS = (
+    "template",
+    "sft_rows",
+    "sft_tokens",
+    "prompts",
+    "dev_prompts",
+    "test_prompts",
+    "prompt_tokens",
+    "gold_rows",
+    "reward_rows",
+    "reward_words",
+)
+# what a config.json says of the origin of its weights, not of what an engine computes
+ORIGIN_SETTINGS = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
+
+
+# --- texts and models
 
 
 def texts(world: config.World) -> Artifact:
     """Split the data set into SFT rows, labels and prompts (corpus.split)."""
-    picked = (
-        "template sft_rows sft_tokens prompts dev_prompts test_prompts prompt_tokens gold_rows "
-        "reward_rows"
-    )
-    recipe = {name: getattr(world, name) for name in [*picked.split(), "reward_words"]}
-    recipe |= {"tokenizer": assets.resolve(world.target), "source": corpus.source(world.dataset)}
-    recipe |= {
-        name: corpus.source(ref)
-        for name in ("dev_dataset", "test_dataset")
-        if (ref := getattr(world, name))
-    }
-    recipe |= {"pairs": world.pairs} if world.pairs != "sampled" else {}
-    recipe |= corpus.rendering(world.target, world.template)
+    recipe = {name: getattr(world, name) for name in SPLIT_SETTINGS}
+    recipe["tokenizer"] = assets.resolve(world.target)
+    recipe["source"] = corpus.source(world.dataset)
+    if world.dev_dataset:
+        recipe["dev_dataset"] = corpus.source(world.dev_dataset)
+    if world.test_dataset:
+        recipe["test_dataset"] = corpus.source(world.test_dataset)
+    if world.pairs != "sampled":
+        recipe["pairs"] = world.pairs
+    recipe.update(corpus.rendering(world.target, world.template))
     if world.template == "chat" or world.dataset not in corpus.EMBEDDED:
-        recipe["tokens"] = 2  # of responses: those that they have after their prompt
-    return Artifact("texts", 1, recipe, lambda out: corpus.split(world, out))
+        recipe["tokens"] = 2  # responses have the tokens that they have after their prompt
+
+    def make(out: Path) -> dict:
+        return corpus.split(world, out)
+
+    return Artifact("texts", 1, recipe, make)
 
 
 def model(ref: str) -> Artifact:
-    """Copy a model's own files, before any training here; those of a gigabyte and more are
-    linked.
-    """
+    """Copy a model's own files as they are before any training here; large ones are linked."""
 
     def make(out: Path) -> None:
-        how = {
-            "ignore": shutil.ignore_patterns("manifest.json"),
-            "copy_function": partial(link_file, least=10**9),
-        }
-        shutil.copytree(assets.model_dir(ref), out, dirs_exist_ok=True, **how)
+        shutil.copytree(
+            assets.model_dir(ref),
+            out,
+            ignore=shutil.ignore_patterns("manifest.json"),
+            copy_function=partial(link_file, least=LARGE),
+            dirs_exist_ok=True,
+        )
 
     return Artifact("target", 1, {"model": assets.resolve(ref)}, make)
 
 
 def sft(cfg, seed: int = 0) -> Artifact:
-    """Fine-tune the target on review openings: the SFT model θ₀ of everything that follows."""
-    if not cfg.world.sft_rows:  # it already is one
+    """Fine-tune the target on review openings: the SFT model θ₀ of everything that follows.
+
+    Where no rows are set for that, the target already is the SFT model.
+    """
+    if not cfg.world.sft_rows:
         return model(cfg.world.target)
     desc = f"SFT seed {seed}" if seed else "SFT"
     return training(cfg, cfg.sft, texts(cfg.world), "sft.jsonl", ["chosen"], seed=seed, desc=desc)
 
 
-def reward(world: config.World, name: str) -> Artifact:
-    """Train the gold reward (words, half A) or the reward model (encoder, half B) on labelled
-    openings.
+# --- rewards
 
-    "vader" and a finished reward model have nothing to train: they are only measured on the same
-    held-out labels.
+
+def reward(world: config.World, name: str) -> Artifact:
+    """Train a reward on labelled openings, and measure it on held-out ones.
+
+    name: "gold" is trained on words (half A of the reviews), "reward" is an encoder (half B).
+    "vader" and a finished reward model have nothing to train: they are only measured.
+    Its get() raises ConfigError for a gold reward without labels.
     """
     recipe = {"texts": texts(world), "seed": 0}
     if name == "reward":
@@ -80,182 +110,277 @@ def reward(world: config.World, name: str) -> Artifact:
         recipe["precision"] = world.precision
 
     def make(out: Path) -> dict:
-        labelled = json.loads((texts(world).get() / "labelled.json").read_text(encoding="utf-8"))
-        (words, labels), held_out = labelled.get(name, ([], [])), labelled["held_out"]
-        if name == "gold" and not words:
-            raise config.ConfigError(
-                "world.gold_rows is 0: there is nothing to train the gold reward on"
-            )
-        job = {
-            "texts": words,
-            "labels": labels,
-            "held_out": held_out,
-            "seed": 0,
-            "out": str(out),
-            "reward": name,
-        }
-        if name == "reward":
-            job["encoder"] = str(assets.model_dir(world.reward_model))
-            if words:
-                job["precision"] = world.precision
-            else:
-                job["trust_remote_code"] = world.reward_model in world.trust_remote_code
-        if words and needs.cards():  # a living engine holds most of the card
+        job = _reward_job(world, name, texts(world).json("labelled.json"))
+        job["out"] = str(out)
+        if job["texts"] and needs.cards():  # a living engine holds most of the card
             workers.close()
         workers.run("beyond_dpo.jobs.fit_reward", job, out, f"train {name}")
         return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
-    return Artifact(
-        f"reward-{name}",
-        1,
-        recipe,
-        make,
-        f"reward {name}: python -m beyond_dpo.jobs.fit_reward {{job}}",
-    )
+    does = f"reward {name}: python -m beyond_dpo.jobs.fit_reward {{job}}"
+    return Artifact(f"reward-{name}", 1, recipe, make, does)
+
+
+def _reward_job(world: config.World, name: str, labelled: dict) -> dict:
+    """Return the job of jobs.fit_reward for one reward, without its folder."""
+    openings, labels = labelled.get(name, ([], []))
+    if name == "gold" and not openings:
+        raise config.ConfigError(
+            "world.gold_rows is 0: there is nothing to train the gold reward on"
+        )
+    job = {"reward": name, "seed": 0, "texts": openings, "labels": labels}
+    job["held_out"] = labelled["held_out"]
+    if name == "reward":
+        job["encoder"] = str(assets.model_dir(world.reward_model))
+        if openings:
+            job["precision"] = world.precision
+        else:
+            job["trust_remote_code"] = world.reward_model in world.trust_remote_code
+    return job
 
 
 def oracle(world: config.World) -> str:
-    """Return which reward makes the pairs: the gold reward, or where no labels train one the reward
-    model.
+    """Return the reward that makes the pairs: "gold", or "reward" where no labels train a gold one.
+
+    "reward" is the reward model.
     """
     return "gold" if world.gold_rows else "reward"
 
 
+# --- responses and their scores
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights that responses are sampled from: θ₁ + α(θ₁ − θ₀), arXiv 2404.16792.
+
+    Without `aligned` they are those of the model `sft` itself.
+    """
+
+    sft: Artifact  # θ₀
+    aligned: Artifact | None = None  # θ₁
+    alpha: float = 0.0
+    modules: dict[str, float] = field(default_factory=dict)  # tensor patterns with their own α
+    part: str = ""  # of the training of `aligned`, after which it is taken; "": its end
+
+    def recipe(self) -> dict:
+        """Return what a key says of these weights."""
+        recipe = {"sft": self.sft, "aligned": self.aligned, "alpha": self.alpha}
+        if self.modules:
+            recipe["modules"] = self.modules
+        if self.part:
+            recipe["part"] = self.part
+        return recipe
+
+    def folders(self) -> dict:
+        """Return the arguments of Engine.swap; models that are missing are computed first."""
+        sft_folder = str(self.sft.get())
+        aligned_folder = None
+        if self.aligned:
+            aligned_folder = str(self.aligned.get() / self.part)
+        return {
+            "sft": sft_folder,
+            "aligned": aligned_folder,
+            "alpha": self.alpha,
+            "modules": self.modules,
+        }
+
+
+def sft_weights(start: Artifact, aligned: Artifact) -> Weights:
+    """Return the weights of the SFT model, as a point that aligned models are compared with.
+
+    aligned: any model that was aligned from `start`. It enters the key, unless SFT_SAMPLED_ALONE.
+    """
+    if SFT_SAMPLED_ALONE:
+        return Weights(start)
+    return Weights(start, aligned, alpha=-1.0)
+
+
 def responses(
     cfg,
-    model: Artifact,
+    weights: Weights,
     split: str,
     *,
-    aligned: Artifact | None = None,
-    alpha: float = 0.0,
-    modules: dict | None = None,
-    part="",
     prompts: Artifact | None = None,
     samples: int,
     seed: int,
-    engine="generate",
+    engine: str = "generate",
 ) -> Artifact:
-    """Sample responses to the prompts of `split` from θ₁ + α(θ₁ − θ₀), or from `model` itself
-    without `aligned`.
+    """Sample responses to the prompts of `split`: responses.jsonl.
 
-    modules: as in extrapolate(). part: of `aligned`'s training, after which it is taken. prompts:
-    not the world's own.
-    engine: the living one that does it; who samples in two ways by turns keeps two.
+    prompts: other ones than the world's own. engine: name of the living engine that samples;
+    whoever samples in two ways by turns keeps two.
     """
     prompts = prompts or texts(cfg.world)
-    recipe = {"sft": model, "aligned": aligned, "alpha": alpha, "prompts": prompts, "split": split}
-    recipe |= {name: given for name, given in (("modules", modules), ("part", part)) if given}
+    recipe = weights.recipe()
+    recipe.update(prompts=prompts, split=split, samples=samples, seed=seed)
+    recipe["decoding"] = cfg.decoding.recipe()
 
     def make(out: Path) -> dict:
-        own, living = str(model.get()), workers.living.get(engine)
-        alike = living and _shape(living.settings["model"]) == _shape(
-            own
-        )  # then a swap brings all weights
-        settings = {
-            "model": living.settings["model"] if alike else own,
-            "decoding": dataclasses.asdict(cfg.decoding),
-        }
-        workers.make_room(cfg, "score", engine)
-        swap = {
-            "sft": own,
-            "aligned": aligned and str(aligned.get() / part),
-            "alpha": alpha,
-            "modules": modules,
-        }
-        given = {
+        swap = weights.folders()
+        generate = {
             "prompts": str(prompts.get() / f"{split}.json"),
             "out": str(out / "responses.jsonl"),
+            "samples": samples,
+            "seed": seed,
         }
-        given |= {"samples": samples, "seed": seed}
-        served, calls = "beyond_dpo.jobs.generate.Engine", [("swap", swap), ("generate", given)]
-        answers = spread.call(
-            cfg, engine, served, settings, calls, out, f"responses at α {alpha:g}"
-        )
-        return spread.finish(cfg, given, answers) | ({"probe": answers[0]} if answers else {})
+        return _sample(cfg, engine, swap, generate, out)
 
     does = (
-        f"one {cfg.decoding.backend} engine over every α: python -m beyond_dpo.jobs.generate "
-        "--serve"
+        f"one {cfg.decoding.backend} engine over every α: "
+        "python -m beyond_dpo.jobs.generate --serve"
     )
-    recipe |= {"decoding": cfg.decoding.recipe(), "samples": samples, "seed": seed}
     return Artifact("responses", 2, recipe, make, does)
 
 
-def _shape(model: str) -> list:
-    """Return what an engine keeps of the model that it starts with: structure, end tokens,
-    vocabulary.
+def _sample(cfg, engine: str, swap: dict, generate: dict, out: Path) -> dict:
+    """Let an engine swap its weights and generate, with the arguments of both; return the facts."""
+    settings = {
+        "model": _engine_model(engine, swap["sft"]),
+        "decoding": asdict(cfg.decoding),
+    }
+    workers.make_room(cfg, "score", engine)
+    answers = spread.call(
+        cfg,
+        engine,
+        "beyond_dpo.jobs.generate.Engine",
+        settings,
+        [("swap", swap), ("generate", generate)],
+        out,
+        f"responses at α {swap['alpha']:g}",
+    )
+    facts = dict(spread.finish(cfg, generate, answers))
+    if answers:
+        facts["probe"] = answers[0]
+    return facts
+
+
+def _engine_model(engine: str, folder: str) -> str:
+    """Return the model that an engine starts with: that of the living one, if a swap is enough."""
+    living = workers.living.get(engine)
+    if living is None:
+        return folder
+    present = living.settings["model"]
+    return present if _shape(present) == _shape(folder) else folder
+
+
+def _shape(folder: str) -> list:
+    """Return what an engine keeps of the model that it starts with, as the model's files say it.
+
+    That is its structure, its vocabulary, and where its responses end.
     """
-    about = []
+    structure = []
     for name in ("config.json", "generation_config.json"):
-        file = Path(model, name)
-        content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        about.append({key: value for key, value in content.items() if key not in UNSHAPED})
-    words = Path(model, "tokenizer.json")
-    return [*about, words.exists() and artifacts.sha256(words), templates.model_end_tokens(model)]
+        settings = _json_if_there(Path(folder, name))
+        kept = {key: value for key, value in settings.items() if key not in ORIGIN_SETTINGS}
+        structure.append(kept)
+    vocabulary = Path(folder, "tokenizer.json")
+    digest = artifacts.sha256(vocabulary) if vocabulary.exists() else None
+    return [*structure, digest, *_end_of_turn(Path(folder))]
+
+
+def _end_of_turn(folder: Path) -> tuple:
+    """Return a tokenizer's end token and chat template, which say where responses end."""
+    settings = _json_if_there(folder / "tokenizer_config.json")
+    end_token = settings.get("eos_token")
+    if end_token is None:
+        end_token = _json_if_there(folder / "special_tokens_map.json").get("eos_token")
+    if isinstance(end_token, dict):
+        end_token = end_token["content"]
+    template = folder / "chat_template.jinja"
+    if template.exists():
+        return end_token, template.read_text(encoding="utf-8")
+    return end_token, settings.get("chat_template")
+
+
+def _json_if_there(file: Path) -> dict:
+    """Return the content of a JSON file; {} where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
 
 def scores(
     cfg,
-    answers: Artifact,
+    sampled: Artifact,
     split: str,
     *,
-    judges: tuple = ("gold", "reward", "vader"),
+    judges: Sequence[str] = ("gold", "reward", "vader"),
     kl_prompts: int = 0,
     prompts: Artifact | None = None,
 ) -> Artifact:
-    """Score responses with the named judges, with length, repetition and the log-ratio to the SFT
-    model.
+    """Score responses with the named judges: scores.jsonl.
+
+    Beside each judge's reward it has length, repetition, and the log-probability (nats) under the
+    weights that sampled and, for the first `kl_prompts` prompts, under the SFT model. "gold" is
+    left out where no labels train it.
     """
-    start, prompts = sft(cfg), prompts or texts(cfg.world)
-    judges = tuple(name for name in judges if name != "gold" or cfg.world.gold_rows)
-    trained = {name: reward(cfg.world, name) for name in judges if name != "vader"}
-    kinds = {"gold": "bag_of_words", "reward": "classifier", "vader": "vader"}
+    world = cfg.world
+    start = sft(cfg)
+    prompts = prompts or texts(world)
+    judges = [name for name in judges if name != "gold" or world.gold_rows]
+    trained = {name: reward(world, name) for name in judges if name != "vader"}
 
     def make(out: Path) -> dict:
-        folders = {name: {"folder": str(artifact.get())} for name, artifact in trained.items()}
-        rewards = {name: {"kind": kinds[name], **folders.get(name, {})} for name in judges}
-        if "reward" in judges and not cfg.world.reward_rows:
-            rewards["reward"] |= {
-                "kind": "finished",
-                "folder": str(assets.model_dir(cfg.world.reward_model)),
-            }
-            rewards["reward"] |= {
-                "trust_remote_code": cfg.world.reward_model in cfg.world.trust_remote_code
-            }
-        job = {
-            "rewards": rewards,
+        folders = {name: str(artifact.get()) for name, artifact in trained.items()}
+        call = {
+            "rewards": {name: _judge(world, name, folders) for name in judges},
+            "prompts": str(prompts.get() / f"{split}.json"),
+            "responses": str(sampled.get() / "responses.jsonl"),
             "out": str(out / "scores.jsonl"),
             "reference_prompts": kl_prompts,
+            "shard": cfg.decoding.shard,
         }
-        job["shard"] = cfg.decoding.shard
-        files = {
-            "prompts": str(prompts.get() / f"{split}.json"),
-            "responses": str(answers.get() / "responses.jsonl"),
-        }
-        settings = {"target": str(start.get()), "precision": cfg.world.precision}
-        served = "beyond_dpo.jobs.score.Scorer"
-        (facts,) = spread.call(
-            cfg, "score", served, settings, [("score", job | files)], out, "scores"
-        ) or [None]
-        return facts or workers.get("score", "beyond_dpo.jobs.score", settings).call(
-            "score", **job, **files
-        )
+        settings = {"target": str(start.get()), "precision": world.precision}
+        return _score(cfg, settings, call, out)
 
     recipe = {
-        "responses": answers,
-        "judges": list(judges),
+        "responses": sampled,
+        "judges": judges,
         "trained": trained,
         "kl_prompts": kl_prompts,
     }
-    if (
-        "reward" in judges and not cfg.world.reward_rows
-    ):  # a finished one reads turns by its own template
-        recipe |= corpus.rendering(cfg.world.reward_model, "chat")
-    if cfg.world.precision == "fp32":
-        recipe["precision"] = cfg.world.precision
-    return Artifact(
-        "scores", 2, recipe, make, "its responses judged: python -m beyond_dpo.jobs.score --serve"
+    if "reward" in judges and not world.reward_rows:
+        # a finished reward model reads turns by its own template
+        recipe.update(corpus.rendering(world.reward_model, "chat"))
+    if world.precision == "fp32":
+        recipe["precision"] = world.precision
+    does = "its responses judged: python -m beyond_dpo.jobs.score --serve"
+    return Artifact("scores", 2, recipe, make, does)
+
+
+def _judge(world: config.World, name: str, folders: dict[str, str]) -> dict:
+    """Return the kind and the arguments of a judge, as Scorer.score takes them."""
+    if name == "vader":
+        return {"kind": "vader"}
+    if name == "gold":
+        return {"kind": "bag_of_words", "folder": folders[name]}
+    if world.reward_rows:
+        return {"kind": "classifier", "folder": folders[name]}
+    return {
+        "kind": "finished",
+        "folder": str(assets.model_dir(world.reward_model)),
+        "trust_remote_code": world.reward_model in world.trust_remote_code,
+    }
+
+
+def _score(cfg, settings: dict, call: dict, out: Path) -> dict:
+    """Let living processes, or a job, score responses; return the facts."""
+    answers = spread.call(
+        cfg,
+        "score",
+        "beyond_dpo.jobs.score.Scorer",
+        settings,
+        [("score", call)],
+        out,
+        "scores",
     )
+    if answers and answers[0]:
+        return answers[0]
+    # several processes have scored their shards: one of them puts these together
+    scorer = workers.get("score", "beyond_dpo.jobs.score", settings)
+    return scorer.call("score", **call)
+
+
+# --- preference pairs
 
 
 def require_samples(world: config.World) -> None:
@@ -266,107 +391,150 @@ def require_samples(world: config.World) -> None:
 
 
 def pairs(cfg) -> Artifact:
-    """Pair the best with the worst of each prompt's samples from the SFT model, by the oracle; or
-    take those given.
+    """Pair the best with the worst of each prompt's samples from the SFT model: pairs.jsonl.
 
+    The oracle() says which is best. A data set's own pairs are taken where the world has them.
     Raises ConfigError for a single sample; its get() does where every prompt's samples score alike.
     """
-    if cfg.world.pairs == "given":
-        return texts(cfg.world)
-    require_samples(cfg.world)
-    pool = responses(cfg, sft(cfg), "prompts", samples=cfg.world.samples, seed=1)
-    judged = scores(cfg, pool, "prompts", judges=(oracle(cfg.world),))
+    world = cfg.world
+    if world.pairs == "given":
+        return texts(world)
+    require_samples(world)
+    judge = oracle(world)
+    pool = responses(cfg, Weights(sft(cfg)), "prompts", samples=world.samples, seed=1)
+    judged = scores(cfg, pool, "prompts", judges=(judge,))
 
     def make(out: Path) -> dict:
-        asked = {r["id"]: r["prompt_ids"] for r in texts(cfg.world).json("prompts.json")}
-        gold = pd.read_json(judged.get() / "scores.jsonl", lines=True)
-        said = pd.read_json(pool.get() / "responses.jsonl", lines=True).set_index(["id", "sample"])[
-            "response_ids"
-        ]
-        rows, gaps, by = [], [], oracle(cfg.world)
-        for name, group in gold.groupby("id", sort=False):
-            best, worst = group.loc[group[by].idxmax()], group.loc[group[by].idxmin()]
-            chosen, rejected = said[name, best["sample"]], said[name, worst["sample"]]
-            # a prompt whose samples all score alike, or are alike, has no preference
-            if best[by] > worst[by] and chosen != rejected:
-                responses = {"chosen": chosen, "rejected": rejected}
-                rows.append({"id": name, "prompt_ids": asked[name], "responses": responses})
-                gaps.append(float(best[by] - worst[by]))
+        prompts = texts(world).json("prompts.json")
+        rewards = pd.read_json(judged.get() / "scores.jsonl", lines=True)
+        sampled = pd.read_json(pool.get() / "responses.jsonl", lines=True)
+        table = rewards.merge(sampled[["id", "sample", "response_ids"]], on=["id", "sample"])
+        rows, gaps = _best_against_worst(table, judge, prompts)
         if not rows:
-            judge = "gold reward" if by == "gold" else f"reward model {cfg.world.reward_model}"
-            raise config.ConfigError(
-                f"the {judge} scores all {cfg.world.samples} responses to each of {len(asked)} "
-                "prompts alike, which leaves no pair to train on: use another reward model, more "
-                "world.samples, or a higher decoding.temperature"
-            )
+            raise config.ConfigError(_no_pairs(world, len(prompts)))
         write_rows(out / "pairs.jsonl", rows)
-        gap = round(sum(gaps) / len(gaps), 3)
-        return {"pairs": len(rows), "ties_dropped": len(asked) - len(rows), "mean_gold_gap": gap}
+        return {
+            "pairs": len(rows),
+            "ties_dropped": len(prompts) - len(rows),
+            "mean_gold_gap": round(sum(gaps) / len(gaps), 3),
+        }
 
     return Artifact("pairs", 1, {"scores": judged}, make)
 
 
-def reference(
-    cfg, start: Artifact | None = None, rows: Artifact | None = None, names=("chosen", "rejected")
-) -> Artifact:
-    """Pass the SFT model (or `start`) once over all pairs; β, loss and seed of the training are not
-    in its key.
+def _best_against_worst(
+    table: pd.DataFrame, judge: str, prompts: list[dict]
+) -> tuple[list[dict], list[float]]:
+    """Return the pair of every prompt that has a preference, and the gap between its rewards."""
+    prompt_ids = {prompt["id"]: prompt["prompt_ids"] for prompt in prompts}
+    rows = []
+    gaps = []
+    for name, samples in table.groupby("id", sort=False):
+        best = samples.loc[samples[judge].idxmax()]
+        worst = samples.loc[samples[judge].idxmin()]
+        chosen = best["response_ids"]
+        rejected = worst["response_ids"]
+        # a prompt whose samples all score alike, or are alike, has no preference
+        if best[judge] > worst[judge] and chosen != rejected:
+            pair = {"chosen": chosen, "rejected": rejected}
+            rows.append({"id": name, "prompt_ids": prompt_ids[name], "responses": pair})
+            gaps.append(float(best[judge] - worst[judge]))
+    return rows, gaps
 
-    rows: in place of the pairs, with responses of these names.
-    """
-    start, rows, train = start or sft(cfg), rows or pairs(cfg), cfg.train
-    recipe = {"sft": start, "pairs": rows, "precision": train.precision}
-    recipe |= {"max_prompt": train.max_prompt, "max_length": train.max_length}
-    recipe |= {"names": names} if names != ("chosen", "rejected") else {}
 
-    def make(out: Path) -> None:
-        workers.make_room(cfg, "jobs")
-        job = {"model": str(start.get()), "rows": str(rows.get() / "pairs.jsonl"), "names": names}
-        job |= {"limits": _limits(train, start.get()), "precision": train.precision}
-        # four times the rows of a training step: there are no gradients to keep
-        job |= {"micro_batch": 4 * train.micro_batch, "out": str(out / "reference.safetensors")}
-        workers.run("beyond_dpo.jobs.reference", job, out, "reference")
-
-    return Artifact(
-        "reference", 2, recipe, make, "reference: python -m beyond_dpo.jobs.reference {job}"
+def _no_pairs(world: config.World, prompts: int) -> str:
+    """Say that no prompt has a preference, and what to do."""
+    judge = "gold reward"
+    if oracle(world) == "reward":
+        judge = f"reward model {world.reward_model}"
+    return (
+        f"the {judge} scores all {world.samples} responses to each of {prompts} prompts alike, "
+        "which leaves no pair to train on: use another reward model, more world.samples, or a "
+        "higher decoding.temperature"
     )
-
-
-def of_reference(held: Artifact, what: str):
-    """Return logps, tokens or entropies of a reference pass, float64 (responses, rows)."""
-    from safetensors.numpy import load_file
-
-    return load_file(held.get() / "reference.safetensors")[what].T.astype(float)
 
 
 def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
-    """Draw a fraction of the pairs: at random, or those whose chosen response is longest against
-    the rejected one.
+    """Draw a fraction of the pairs: pairs.jsonl.
+
+    longest: not at random, but those whose chosen response is longest against the rejected one.
+    Its get() raises ConfigError where there is no pair.
     """
     rows = pairs(cfg)
+    recipe = {"pairs": rows, "fraction": fraction, "seed": seed}
+    if longest:
+        recipe["longest"] = True
 
     def make(out: Path) -> dict:
-        everything = read_rows(rows.get() / "pairs.jsonl")
-        if not everything:
+        every_pair = read_rows(rows.get() / "pairs.jsonl")
+        if not every_pair:
             advice = "use more prompts, or another data set"
             raise config.ConfigError(f"{rows.key} holds no pair to draw from: {advice}")
-        order = epoch_order(len(everything), seed, epoch=1_000)
-        longer = [
-            len(r["responses"]["chosen"]) - len(r["responses"]["rejected"]) for r in everything
-        ]
+        order = epoch_order(len(every_pair), seed, epoch=1_000)
         if longest:
-            order.sort(key=lambda i: -longer[i])
-        kept = order[: max(1, round(fraction * len(everything)))]
-        write_rows(out / "pairs.jsonl", [everything[i] for i in sorted(kept)])
-        return {
-            "pairs": len(kept),
-            "mean_extra_tokens": round(sum(longer[i] for i in kept) / len(kept), 2),
-        }
+            order.sort(key=lambda i: _extra_tokens(every_pair[i]), reverse=True)
+        size = max(1, round(fraction * len(every_pair)))
+        drawn = [every_pair[i] for i in sorted(order[:size])]
+        write_rows(out / "pairs.jsonl", drawn)
+        extra = sum(_extra_tokens(pair) for pair in drawn)
+        return {"pairs": size, "mean_extra_tokens": round(extra / size, 2)}
 
-    recipe = {"pairs": rows, "fraction": fraction, "seed": seed} | (
-        {"longest": True} if longest else {}
-    )
     return Artifact("subset", 1, recipe, make)
+
+
+def _extra_tokens(pair: dict) -> int:
+    """Return how many tokens the chosen response has more than the rejected one."""
+    return len(pair["responses"]["chosen"]) - len(pair["responses"]["rejected"])
+
+
+# --- training
+
+
+def reference(
+    cfg,
+    start: Artifact | None = None,
+    rows: Artifact | None = None,
+    names: Sequence[str] = PAIR,
+) -> Artifact:
+    """Pass the SFT model once over all pairs; β, loss and seed of the training are not in its key.
+
+    start: another model. rows: other rows than the pairs, with responses of these names.
+    """
+    start = start or sft(cfg)
+    rows = rows or pairs(cfg)
+    settings = cfg.train
+    limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
+    recipe = {"sft": start, "pairs": rows, "precision": settings.precision, **limits}
+    if tuple(names) != PAIR:
+        recipe["names"] = names
+
+    def make(out: Path) -> None:
+        workers.make_room(cfg, "jobs")
+        job = {
+            "model": str(start.get()),
+            "rows": str(rows.get() / "pairs.jsonl"),
+            "names": names,
+            "limits": limits,
+            "precision": settings.precision,
+            # four times the rows of a training step: there are no gradients to keep
+            "micro_batch": 4 * settings.micro_batch,
+            "out": str(out / "reference.safetensors"),
+        }
+        workers.run("beyond_dpo.jobs.reference", job, out, "reference")
+
+    does = "reference: python -m beyond_dpo.jobs.reference {job}"
+    return Artifact("reference", 2, recipe, make, does)
+
+
+def reference_values(reference_pass: Artifact, name: str):
+    """Return "logps" (nats), "tokens" or "entropies" of a reference pass.
+
+    They are float64, (responses, rows).
+    """
+    from safetensors.numpy import load_file
+
+    tensors = load_file(reference_pass.get() / "reference.safetensors")
+    return tensors[name].T.astype(float)
 
 
 def aligned(
@@ -378,14 +546,13 @@ def aligned(
     longest: bool = False,
     **changes,
 ) -> Artifact:
-    """Align the SFT model on a fraction of the pairs (a fraction of the data is a fraction of the
-    steps).
+    """Align the SFT model on a fraction of the pairs: a fraction of the data is one of the steps.
 
-    start: another model to align, then its own reference. longest: see subset(). changes: of
-    cfg.train, as epochs=2.
+    start: another model to align, then against its own reference pass. longest: as in subset().
+    changes: of cfg.train, as epochs=2.
     """
-    settings = dataclasses.replace(cfg.train, **changes)
-    part, base = subset(cfg, fraction, seed, longest), start or sft(cfg)
+    settings = replace(cfg.train, **changes)
+    base = start or sft(cfg)
     desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}"
     for name, value in changes.items():
         if value == settings.loss:
@@ -393,8 +560,17 @@ def aligned(
         desc += f", {value}" if isinstance(value, str) else f", {name} {value:g}"
     if longest:
         desc += ", the longest chosen"
-    given = {"base": base, "against": reference(cfg, base), "seed": seed, "desc": desc}
-    return training(cfg, settings, part, "pairs.jsonl", ["chosen", "rejected"], **given)
+    return training(
+        cfg,
+        settings,
+        subset(cfg, fraction, seed, longest),
+        "pairs.jsonl",
+        PAIR,
+        base=base,
+        against=reference(cfg, base),
+        seed=seed,
+        desc=desc,
+    )
 
 
 def training(
@@ -402,72 +578,89 @@ def training(
     settings: config.Train,
     rows: Artifact,
     file: str,
-    names: list,
+    names: Sequence[str],
     *,
     base: Artifact | None = None,
     against: Artifact | None = None,
     seed: int,
     desc: str,
 ) -> Artifact:
-    """Train from `base` against its reference pass, or (SFT) from the target."""
-    machine = {"launcher": settings.launcher, "processes": settings.processes}
-    batch = (
-        f"{settings.global_batch} = {settings.processes} × {settings.micro_batch} × "
-        f"{config.check_batch(settings)}"
-    )
-    does = (
-        f"{desc} ({settings.epochs} × lr {settings.lr:g}, {settings.optimizer}, β "
-        f"{settings.beta:g}, batch {batch}, "
-    )
-    does += (
-        f"ZeRO-{settings.zero}): "
-        f"{' '.join(launch.command('beyond_dpo.jobs.train', Path('{job}'), **machine))}"
-    )
+    """Train `base`, or without it (for SFT) the target, on rows of `file` with responses `names`.
+
+    against: the reference pass that the loss compares with.
+    """
     recipe = {
         "model": base or assets.resolve(cfg.world.target),
         "rows": rows,
         "names": names,
         "reference": against,
+        "settings": settings.recipe(),
+        "seed": seed,
     }
-    recipe |= {"settings": settings.recipe(), "seed": seed}
 
     def make(out: Path) -> dict:
-        workers.make_room(cfg, *["jobs"] * (settings.launcher == "plain"))
-        model = base.get() if base else assets.model_dir(cfg.world.target)
+        if settings.launcher == "plain":
+            workers.make_room(cfg, "jobs")
+        else:
+            workers.make_room(cfg)
+        start = base.get() if base else assets.model_dir(cfg.world.target)
         job = {
-            "model": str(model),
+            "model": str(start),
             "rows": str(rows.get() / file),
             "names": names,
+            "reference": None,
+            "limits": {"max_prompt": settings.max_prompt, "max_length": settings.max_length},
+            "settings": asdict(settings),
             "seed": seed,
             "out": str(out),
         }
-        job |= {"limits": _limits(settings, model), "settings": dataclasses.asdict(settings)}
-        job["reference"] = str(against.get() / "reference.safetensors") if against else None
-        finished = out / "checkpoints" / "finished"
-        finished.unlink(missing_ok=True)  # of an attempt that was killed after it
-        workers.run("beyond_dpo.jobs.train", job, out, desc, **machine)
-        if (
-            not finished.exists()
-        ):  # the deepspeed launcher ends with 0 when a signal ended its processes
-            raise launch.JobFailed(
-                f"{desc}: ended without a model; see the logs in {out / 'checkpoints'}"
-            )
-        steps = [
-            json.loads(line)
-            for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        ]
-        return json.loads((out / "facts.json").read_text(encoding="utf-8")) | {
-            "first": steps[0],
-            "last": steps[-1],
-        }
+        if against:
+            job["reference"] = str(against.get() / "reference.safetensors")
+        return _train(settings, job, out, desc)
 
-    return Artifact("train", 2, recipe, make, does)
+    return Artifact("train", 2, recipe, make, _training_in_words(settings, desc))
 
 
-def _limits(settings: config.Train, model: Path) -> dict:
-    """Return how rows are cut; only asked for when something is computed, as it needs the
-    tokenizer.
-    """
-    tokenizer = templates.load_tokenizer(str(model))
-    limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
-    return limits | {"bos_id": tokenizer.bos_token_id, "eos_id": templates.end_tokens(tokenizer)}
+def _train(settings: config.Train, job: dict, out: Path, desc: str) -> dict:
+    """Run a training; return its facts with the first and the last line of its log."""
+    finished = out / "checkpoints" / "finished"
+    finished.unlink(missing_ok=True)  # of an attempt that was killed after it
+    workers.run(
+        "beyond_dpo.jobs.train",
+        job,
+        out,
+        desc,
+        launcher=settings.launcher,
+        processes=settings.processes,
+    )
+    # the deepspeed launcher ends with 0 when a signal ended its processes
+    if not finished.exists():
+        logs = out / "checkpoints"
+        raise launch.JobFailed(f"{desc}: ended without a model; see the logs in {logs}")
+    facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
+    steps = json_lines(out / "log.jsonl")
+    return {**facts, "first": steps[0], "last": steps[-1]}
+
+
+def _training_in_words(settings: config.Train, desc: str) -> str:
+    """Return what a training does, and the command that would run it."""
+    accumulation = config.check_batch(settings)
+    batch = (
+        f"{settings.global_batch} = {settings.processes} × {settings.micro_batch} × {accumulation}"
+    )
+    how = (
+        f"{settings.epochs} × lr {settings.lr:g}, {settings.optimizer}, β {settings.beta:g}, "
+        f"batch {batch}, ZeRO-{settings.zero}"
+    )
+    command = launch.command(
+        "beyond_dpo.jobs.train",
+        Path("{job}"),
+        launcher=settings.launcher,
+        processes=settings.processes,
+    )
+    return f"{desc} ({how}): {' '.join(command)}"
+
+
+def json_lines(file: Path) -> list[dict]:
+    """Return the objects of a file that has one a line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

@@ -1,5 +1,4 @@
-"""WRPO's experiments (arXiv 2412.03187): the best responses of several source models, fused into
-one small target.
+"""WRPO's experiments (arXiv 2412.03187): the best responses of several models in one small target.
 
 prompts -> answers of each source -> scores -> y_ws, the best -> on a third of the prompts
         Target-SFT learns to say it -> on the rest Target-SFT's own best and worst, y_wt and y_l,
@@ -8,9 +7,9 @@ Each function returns an Artifact; nothing runs before its get().
 """
 
 import itertools
-import json
 import random
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,164 +20,204 @@ from beyond_dpo.pipeline import config, gather, needs, sources, stages
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
-OWN, OFF_POLICY = (
-    config.FUSED[1:],
-    config.FUSED[::2],
-)  # the target's own pair; the source's response against its worst
+SOURCE_CHOSEN, TARGET_CHOSEN, REJECTED = config.FUSED  # y_ws, y_wt, y_l
+OWN = (TARGET_CHOSEN, REJECTED)  # the target's own pair
+OFF_POLICY = (SOURCE_CHOSEN, REJECTED)  # the source's response against the target's worst
 NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
 FUSING = {"dpo": "wrpo", "ipo": "wrpo_ipo", "simpo": "wrpo_simpo"}
 
 
+# --- what is learnt from
+
+
 def thirds(cfg) -> Artifact:
     """Split the prompts at random: first.json for Target-SFT, rest.json for preferences."""
+    texts = stages.texts(cfg.world)
 
     def make(out: Path) -> None:
-        prompts = stages.texts(cfg.world).json("prompts.json")
+        prompts = texts.json("prompts.json")
         random.Random(0).shuffle(prompts)
         cut = round(cfg.sft_share * len(prompts))
-        (out / "first.json").write_text(json.dumps(prompts[:cut]), encoding="utf-8")
-        (out / "rest.json").write_text(json.dumps(prompts[cut:]), encoding="utf-8")
+        gather.write_json(out / "first.json", prompts[:cut])
+        gather.write_json(out / "rest.json", prompts[cut:])
 
-    return Artifact("thirds", 1, {"texts": stages.texts(cfg.world), "share": cfg.sft_share}, make)
+    return Artifact("thirds", 1, {"texts": texts, "share": cfg.sft_share}, make)
 
 
 def scored(
     cfg, answers: Artifact, split: str = "prompts", prompts: Artifact | None = None
 ) -> Artifact:
-    """Score responses by the reward model, which chooses what is learnt; gold, where there are
-    labels, only judges.
-    """
+    """Score responses by the reward model, which chooses what is learnt; gold only judges."""
     return stages.scores(cfg, answers, split, judges=("reward",), prompts=prompts)
 
 
-def fusion(cfg, names: tuple) -> Artifact:
+def fusion(cfg, names: Sequence[str]) -> Artifact:
     """Choose the best of all responses of the named sources to each prompt, ties by a fixed seed.
 
-    best.jsonl, as write_rows: the response "source_chosen", and the name of its "source";
+    best.jsonl, as write_rows: the response "source_chosen", and the name of its "source".
     sft.jsonl: those of the first third. A prompt without a response, or whose responses all score
-    alike, is counted and dropped.
+    alike, is counted and dropped. Its get() raises ConfigError where none is left to learn from.
     """
-    said = {name: sources.answers(cfg, name) for name in sorted(names)}
-    judged = {name: scored(cfg, answers) for name, answers in said.items()}
+    answers = {name: sources.answers(cfg, name) for name in sorted(names)}
+    judged = {name: scored(cfg, responses) for name, responses in answers.items()}
 
     def make(out: Path) -> dict:
-        table = pd.concat(
-            [_table(said[name], judged[name]).assign(source=name) for name in said],
-            ignore_index=True,
-        )
-        groups, rows, asked = (
-            dict(iter(table.groupby("id"))),
-            [],
-            stages.texts(cfg.world).json("prompts.json"),
-        )
-        for prompt in asked:
-            if picked := best_and_worst(groups.get(prompt["id"]), prompt["id"]):
-                best = table.loc[picked[0]]
-                said_by = {
-                    "responses": {config.FUSED[0]: best["response_ids"]},
-                    "source": best["source"],
-                }
-                rows.append(prompt | said_by)
+        tables = []
+        for name, responses in answers.items():
+            tables.append(_table(responses, judged[name]).assign(source=name))
+        prompts = stages.texts(cfg.world).json("prompts.json")
+        rows = _best_of_sources(pd.concat(tables, ignore_index=True), prompts)
         first = {prompt["id"] for prompt in thirds(cfg).json("first.json")}
-        learnt = [row for row in rows if row["id"] in first]
-        if not rows or (first and not learnt):
-            part = f"{len(first)} prompts for Target-SFT" if rows else f"{len(asked)} prompts"
-            raise config.ConfigError(
-                f"the reward model {cfg.world.reward_model} finds no best response of "
-                f"{', '.join(said)} to any of {part} (all score alike, or are empty): use another "
-                "reward model, other sources, or more prompts"
-            )
+        sft_rows = [row for row in rows if row["id"] in first]
+        if not rows:
+            raise _no_best_response(cfg, answers, f"{len(prompts)} prompts")
+        if first and not sft_rows:
+            raise _no_best_response(cfg, answers, f"{len(first)} prompts for Target-SFT")
         write_rows(out / "best.jsonl", rows)
-        write_rows(out / "sft.jsonl", learnt)
-        return {"wins": Counter(row["source"] for row in rows), "dropped": len(asked) - len(rows)}
+        write_rows(out / "sft.jsonl", sft_rows)
+        wins = Counter(row["source"] for row in rows)
+        return {"wins": wins, "dropped": len(prompts) - len(rows)}
 
     return Artifact("fusion", 1, {"scores": judged, "thirds": thirds(cfg)}, make)
 
 
-def best_and_worst(group: pd.DataFrame | None, seed: str) -> tuple | None:
-    """Return the indices of the highest and of the lowest "reward" of a prompt's responses, ties
-    broken by seed.
+def _best_of_sources(table: pd.DataFrame, prompts: list[dict]) -> list[dict]:
+    """Return a row for each prompt that has a best response."""
+    groups = dict(iter(table.groupby("id")))
+    rows = []
+    for prompt in prompts:
+        name = prompt["id"]
+        ends = best_and_worst(groups.get(name), name)
+        if ends is None:
+            continue
+        best = table.loc[ends[0]]
+        responses = {SOURCE_CHOSEN: best["response_ids"]}
+        rows.append({**prompt, "responses": responses, "source": best["source"]})
+    return rows
 
-    None if there is no response, or there are several and all score alike.
-    """
-    if group is None or len(group) > 1 and group["reward"].nunique() == 1:
-        return None
-    generator, rewards = random.Random(seed), group["reward"]
-    return tuple(
-        generator.choice(list(group.index[rewards == end]))
-        for end in (rewards.max(), rewards.min())
+
+def _no_best_response(cfg, names: Sequence[str], prompts: str) -> config.ConfigError:
+    """Return the error that there is nothing to learn from, with what to do."""
+    return config.ConfigError(
+        f"the reward model {cfg.world.reward_model} finds no best response of "
+        f"{', '.join(names)} to any of {prompts} (all score alike, or are empty): use another "
+        "reward model, other sources, or more prompts"
     )
 
 
-def target_sft(cfg, names: tuple) -> Artifact:
-    """Fine-tune the target on the sources' best responses to the first third of the prompts:
-    Target-SFT.
+def best_and_worst(group: pd.DataFrame | None, seed: str) -> tuple | None:
+    """Return the indices of the highest and of the lowest "reward" of a prompt's responses.
+
+    Ties are broken by seed. None if there is no response, or there are several and all score alike.
     """
-    how = {
-        "base": stages.sft(cfg),
-        "seed": cfg.seeds[0],
-        "desc": f"Target-SFT on {' + '.join(names)}",
-    }
-    return stages.training(cfg, cfg.sft, fusion(cfg, names), "sft.jsonl", [config.FUSED[0]], **how)
+    if group is None:
+        return None
+    rewards = group["reward"]
+    if len(group) > 1 and rewards.nunique() == 1:
+        return None
+    generator = random.Random(seed)
+    best = generator.choice(list(group.index[rewards == rewards.max()]))
+    worst = generator.choice(list(group.index[rewards == rewards.min()]))
+    return best, worst
+
+
+def target_sft(cfg, names: Sequence[str]) -> Artifact:
+    """Fine-tune the target on the sources' best responses to the first third: Target-SFT."""
+    return stages.training(
+        cfg,
+        cfg.sft,
+        fusion(cfg, names),
+        "sft.jsonl",
+        [SOURCE_CHOSEN],
+        base=stages.sft(cfg),
+        seed=cfg.seeds[0],
+        desc=f"Target-SFT on {' + '.join(names)}",
+    )
 
 
 def own(cfg, model: Artifact) -> tuple[Artifact, Artifact]:
     """Sample `model`'s own responses to the rest of the prompts, and score them."""
-    start, how = (
-        stages.sft(cfg),
-        {"prompts": thirds(cfg), "samples": cfg.world.samples, "seed": 1, "engine": "sample"},
+    prompts = thirds(cfg)
+    start = stages.sft(cfg)
+    weights = stages.Weights(start)
+    if model.key != start.key:
+        weights = stages.Weights(start, model)
+    sampled = stages.responses(
+        sources.sampling(cfg),
+        weights,
+        "rest",
+        prompts=prompts,
+        samples=cfg.world.samples,
+        seed=1,
+        engine="sample",
     )
-    aligned = model if model.key != start.key else None
-    said = stages.responses(sources.sampling(cfg), start, "rest", aligned=aligned, **how)
-    return said, scored(cfg, said, "rest", thirds(cfg))
+    return sampled, scored(cfg, sampled, "rest", prompts)
 
 
-def quadruples(cfg, names: tuple, model: Artifact) -> Artifact:
-    """Set y_ws beside the best and the worst of `model`'s own responses to the rest of the prompts:
-    pairs.jsonl.
+def quadruples(cfg, names: Sequence[str], model: Artifact) -> Artifact:
+    """Set y_ws beside the best and the worst of `model`'s own responses: pairs.jsonl.
 
-    Raises ConfigError for a single sample; its get() does where no prompt has both.
+    These are to the rest of the prompts. Raises ConfigError for a single sample; its get() does
+    where no prompt has both.
     """
     stages.require_samples(cfg.world)
-    (said, judged), best = own(cfg, model), fusion(cfg, names)
+    sampled, judged = own(cfg, model)
+    best = fusion(cfg, names)
 
     def make(out: Path) -> dict:
-        table, rows = _table(said, judged), []
-        groups, asked = dict(iter(table.groupby("id"))), thirds(cfg).json("rest.json")
-        fused = {row["id"]: row for row in read_rows(best.get() / "best.jsonl")}
-        for name in [prompt["id"] for prompt in asked if prompt["id"] in fused]:
-            if picked := best_and_worst(groups.get(name), name):
-                both = dict(zip(OWN, table.loc[list(picked), "response_ids"], strict=True))
-                if both[OWN[0]] != both[OWN[1]]:  # else there is one response only
-                    rows.append(fused[name] | {"responses": fused[name]["responses"] | both})
+        fused_rows = {row["id"]: row for row in read_rows(best.get() / "best.jsonl")}
+        prompts = thirds(cfg).json("rest.json")
+        fused_prompts = [prompt["id"] for prompt in prompts if prompt["id"] in fused_rows]
+        own_pairs = _own_pairs(_table(sampled, judged), fused_prompts)
+        rows = []
+        for name, pair in own_pairs.items():
+            row = fused_rows[name]
+            rows.append({**row, "responses": {**row["responses"], **pair}})
         if not rows:
             raise config.ConfigError(
-                f"the reward model {cfg.world.reward_model} finds for none of {len(asked)} prompts "
-                f"a best response of the sources, and a best and a worst of the model's own "
+                f"the reward model {cfg.world.reward_model} finds for none of {len(prompts)} "
+                "prompts a best response of the sources, and a best and a worst of the model's own "
                 f"{cfg.world.samples} (they score alike, or are empty): use another reward model, "
                 "more prompts, or a higher sampling.temperature"
             )
         write_rows(out / "pairs.jsonl", rows)
-        return {"quadruples": len(rows), "dropped": len(asked) - len(rows)}
+        return {"quadruples": len(rows), "dropped": len(prompts) - len(rows)}
 
     return Artifact("quadruples", 1, {"scores": judged, "fusion": best}, make)
 
 
+def _own_pairs(table: pd.DataFrame, prompts: list[str]) -> dict[str, dict]:
+    """Return the best and the worst response to each prompt where they are not one."""
+    groups = dict(iter(table.groupby("id")))
+    pairs = {}
+    for name in prompts:
+        ends = best_and_worst(groups.get(name), name)
+        if ends is None:
+            continue
+        best, worst = table.loc[list(ends), "response_ids"]
+        if best != worst:
+            pairs[name] = {TARGET_CHOSEN: best, REJECTED: worst}
+    return pairs
+
+
 def draw(cfg, rows: Artifact, seed: int) -> Artifact:
-    """Keep the quadruples of a fraction of the prompts: the same prompts for all models of one
-    seed.
+    """Keep the quadruples of a fraction of the prompts, the same for all models of one seed.
+
+    Its get() raises ConfigError where none of these prompts has a quadruple.
     """
 
     def make(out: Path) -> None:
-
-        ids = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
-        order = epoch_order(len(ids), seed, epoch=1_000)[: max(1, round(cfg.fraction * len(ids)))]
-        whole, kept = read_rows(rows.get() / "pairs.jsonl"), {ids[i] for i in order}
-        drawn = [row for row in whole if row["id"] in kept]
+        prompts = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
+        size = max(1, round(cfg.fraction * len(prompts)))
+        order = epoch_order(len(prompts), seed, epoch=1_000)
+        kept = {prompts[i] for i in order[:size]}
+        every_row = read_rows(rows.get() / "pairs.jsonl")
+        drawn = [row for row in every_row if row["id"] in kept]
         if not drawn:
             raise config.ConfigError(
-                f"fraction={cfg.fraction} draws {len(kept)} of {len(ids)} prompts, and none of the "
-                f"{len(whole)} quadruples is of these: use a larger fraction, or more prompts"
+                f"fraction={cfg.fraction} draws {len(kept)} of {len(prompts)} prompts, and none of "
+                f"the {len(every_row)} quadruples is of these: use a larger fraction, or more "
+                "prompts"
             )
         write_rows(out / "pairs.jsonl", drawn)
 
@@ -186,127 +225,178 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
     return Artifact("draw", 1, inputs, make)
 
 
+def _table(answers: Artifact, judged: Artifact) -> pd.DataFrame:
+    """Return a row for each response that has a token: id, sample, response_ids, reward, length."""
+    responses = pd.read_json(answers.get() / "responses.jsonl", lines=True, dtype={"id": str})
+    scores = pd.read_json(judged.get() / "scores.jsonl", lines=True, dtype={"id": str})
+    table = responses[["id", "sample", "response_ids"]].merge(
+        scores[["id", "sample", "reward", "length"]],
+        on=["id", "sample"],
+    )
+    return table[table["length"] > 0].reset_index(drop=True)
+
+
+# --- what is trained
+
+
 def trained(
-    cfg, loss: str, *, base: Artifact | None = None, names=(), responses=OWN, seed=0, **changes
+    cfg,
+    loss: str,
+    *,
+    base: Artifact | None = None,
+    names: Sequence[str] = (),
+    responses: Sequence[str] = OWN,
+    seed: int = 0,
+    **changes,
 ) -> Artifact:
-    """Train Target-SFT (or `base`) on a draw of its quadruples; the same reference pass serves all
-    losses and seeds.
+    """Train Target-SFT (or `base`) on a draw of its quadruples.
 
-    names: the sources, default cfg.sources. responses: those that the loss takes, in its order.
-    changes: of cfg.train.
+    The same reference pass serves all losses and seeds. names: the sources, default cfg.sources.
+    responses: those that the loss takes, in its order. changes: of cfg.train.
     """
-    names, settings = names or cfg.sources, replace(cfg.train, loss=loss, **changes)
-    start, base = (
-        "Target" if base else f"Target-SFT on {' + '.join(names)}",
-        base or target_sft(cfg, names),
-    )
+    names = names or cfg.sources
+    start = "Target" if base else f"Target-SFT on {' + '.join(names)}"
+    base = base or target_sft(cfg, names)
     rows = quadruples(cfg, names, base)
-    held = stages.reference(cfg, base, rows, config.FUSED)
     desc = f"{loss.upper()} from {start}, {responses[0]} chosen, seed {seed}"
-    desc += "".join(f", {name} {value:g}" for name, value in changes.items())
-    how = {"base": base, "against": held, "seed": seed, "desc": desc}
+    for name, value in changes.items():
+        desc += f", {name} {value:g}"
     return stages.training(
-        cfg, settings, draw(cfg, rows, seed), "pairs.jsonl", list(responses), **how
-    )
-
-
-def fused(cfg, loss: str = "dpo", **how) -> Artifact:
-    """Train WRPO in the form of DPO, IPO or SimPO."""
-    return trained(
         cfg,
-        FUSING[loss],
-        responses=config.FUSED,
-        **cfg.objectives[loss] | {"alpha": cfg.train.alpha} | how,
+        replace(cfg.train, loss=loss, **changes),
+        draw(cfg, rows, seed),
+        "pairs.jsonl",
+        responses,
+        base=base,
+        against=stages.reference(cfg, base, rows, config.FUSED),
+        seed=seed,
+        desc=desc,
     )
+
+
+def fused(
+    cfg, loss: str = "dpo", *, names: Sequence[str] = (), seed: int = 0, **changes
+) -> Artifact:
+    """Train WRPO in the form of DPO, IPO or SimPO; arguments as of trained()."""
+    settings = {**cfg.objectives[loss], "alpha": cfg.train.alpha, **changes}
+    return trained(cfg, FUSING[loss], names=names, responses=config.FUSED, seed=seed, **settings)
+
+
+# --- what is compared
 
 
 def main_result(cfg) -> Artifact:
-    """Judge Table 1's own rows: the target, the baselines trained from it, and what starts from
-    Target-SFT.
+    """Judge Table 1's own rows.
+
+    These are the target, the baselines trained from it, and what starts from Target-SFT.
     """
-    start, models = (
-        stages.sft(cfg),
-        {("Target", 0): None, ("Target-SFT", 0): target_sft(cfg, cfg.sources)},
-    )
+    start = stages.sft(cfg)
+    points = [
+        _target_point(cfg, {"model": "Target", "seed": 0}),
+        _target_sft_point(cfg, {"model": "Target-SFT", "seed": 0}),
+    ]
     for seed in cfg.seeds:
+        models = {}
         for loss, settings in cfg.objectives.items():
-            models[f"Target-{NAMES[loss]}", seed] = trained(
-                cfg, loss, base=start, seed=seed, **settings
-            )
-        models["Target-SFT-DPO", seed] = trained(cfg, "dpo", seed=seed, **cfg.objectives["dpo"])
-        models["Target-SFT-WRPO", seed] = fused(cfg, seed=seed)
-    return judged(
-        cfg, [({"model": name, "seed": seed}, model) for (name, seed), model in models.items()]
-    )
+            baseline = trained(cfg, loss, base=start, seed=seed, **settings)
+            models[f"Target-{NAMES[loss]}"] = baseline
+        models["Target-SFT-DPO"] = trained(cfg, "dpo", seed=seed, **cfg.objectives["dpo"])
+        models["Target-SFT-WRPO"] = fused(cfg, seed=seed)
+        for name, model in models.items():
+            points.append(_point(cfg, {"model": name, "seed": seed}, model))
+    return gather.judged(cfg, points)
 
 
 def weighted(cfg) -> Artifact:
-    """Judge what enters the reward (source, target, both, two losses), and every α_max, dynamic and
-    static; first seed.
+    """Judge what enters the reward, and every α_max, dynamic and static; first seed.
 
-    model: Target-SFT, "target only", "source only", "weighted", "hybrid", or "α" with alpha and
-    dynamic.
+    model: Target-SFT, "target only", "source only", "weighted", "hybrid" (two losses), or "α" with
+    alpha and dynamic.
     """
-    settings, seed = cfg.objectives["dpo"], cfg.seeds[0]
-    models = {"Target-SFT": target_sft(cfg, cfg.sources), "weighted": fused(cfg, seed=seed)}
-    for name, responses in {"target only": OWN, "source only": OFF_POLICY}.items():
-        models[name] = trained(cfg, "dpo", responses=responses, seed=seed, **settings)
-    models["hybrid"] = trained(cfg, "hybrid", responses=config.FUSED, seed=seed, **settings)
-    walk = [({"model": name}, model) for name, model in models.items()]
-    for how in [{"alpha": a, "dynamic": d} for a in cfg.alphas for d in (True, False)]:
-        alone = how["alpha"] == 1 and not how["dynamic"]  # constant 1 is the source alone
-        walk.append(
-            (
-                {"model": "α", **how},
-                models["source only"] if alone else fused(cfg, seed=seed, **how),
-            )
-        )
-    return judged(cfg, walk)
+    seed = cfg.seeds[0]
+    settings = cfg.objectives["dpo"]
+    source_only = trained(cfg, "dpo", responses=OFF_POLICY, seed=seed, **settings)
+    points = [
+        _target_sft_point(cfg, {"model": "Target-SFT"}),
+        _point(cfg, {"model": "weighted"}, fused(cfg, seed=seed)),
+        _point(cfg, {"model": "target only"}, trained(cfg, "dpo", seed=seed, **settings)),
+        _point(cfg, {"model": "source only"}, source_only),
+    ]
+    hybrid = trained(cfg, "hybrid", responses=config.FUSED, seed=seed, **settings)
+    points.append(_point(cfg, {"model": "hybrid"}, hybrid))
+    for alpha in cfg.alphas:
+        for dynamic in (True, False):
+            if alpha == 1 and not dynamic:  # constant 1 is the source alone
+                model = source_only
+            else:
+                model = fused(cfg, seed=seed, alpha=alpha, dynamic=dynamic)
+            place = {"model": "α", "alpha": alpha, "dynamic": dynamic}
+            points.append(_point(cfg, place, model))
+    return gather.judged(cfg, points)
 
 
 def by_sources(cfg) -> Artifact:
     """Judge Target-SFT, and WRPO from it, for every choice of sources; first seed."""
-    walk, seed = [], cfg.seeds[0]
-    for choice, names in {
-        " + ".join(names): names for names in (*cfg.source_sets, cfg.sources)
-    }.items():
+    seed = cfg.seeds[0]
+    choices = {" + ".join(names): names for names in (*cfg.source_sets, cfg.sources)}
+    points = []
+    for choice, names in choices.items():
         models = {
             "Target-SFT": target_sft(cfg, names),
             "Target-SFT-WRPO": fused(cfg, names=names, seed=seed),
         }
-        walk += [
-            ({"sources": choice, "model": name, "seed": seed}, model)
-            for name, model in models.items()
-        ]
-    return judged(cfg, walk)
+        for name, model in models.items():
+            place = {"sources": choice, "model": name, "seed": seed}
+            points.append(_point(cfg, place, model))
+    return gather.judged(cfg, points)
 
 
 def by_objective(cfg) -> Artifact:
-    """Judge WRPO in the forms of DPO, IPO and SimPO beside each on the target's own pairs alone;
-    first seed.
+    """Judge WRPO in the forms of DPO, IPO and SimPO beside each of these alone; first seed.
+
+    Alone they learn from the target's own pairs.
     """
-    models, seed = {"Target-SFT": target_sft(cfg, cfg.sources)}, cfg.seeds[0]
+    seed = cfg.seeds[0]
+    points = [_target_sft_point(cfg, {"model": "Target-SFT", "seed": seed})]
     for loss, settings in cfg.objectives.items():
-        models[NAMES[loss]] = trained(cfg, loss, seed=seed, **settings)
-        models[f"WRPO-{NAMES[loss]}"] = fused(cfg, loss, seed=seed)
-    return judged(cfg, [({"model": name, "seed": seed}, model) for name, model in models.items()])
+        models = {
+            NAMES[loss]: trained(cfg, loss, seed=seed, **settings),
+            f"WRPO-{NAMES[loss]}": fused(cfg, loss, seed=seed),
+        }
+        for name, model in models.items():
+            points.append(_point(cfg, {"model": name, "seed": seed}, model))
+    return gather.judged(cfg, points)
 
 
-def judged(cfg, walk: list[tuple[dict, Artifact | None]]) -> Artifact:
-    """Sample every model's responses to the test prompts and score them; None is the target
-    itself.
+def _point(cfg, place: dict, model: Artifact) -> gather.Point:
+    """Return a trained model as a point of a table."""
+    weights = stages.Weights(stages.sft(cfg), model)
+    return _scored_point(cfg, place, weights)
+
+
+def _target_sft_point(cfg, place: dict) -> gather.Point:
+    """Return Target-SFT, of all sources, as a point of a table."""
+    return _point(cfg, place, target_sft(cfg, cfg.sources))
+
+
+def _target_point(cfg, place: dict) -> gather.Point:
+    """Return the target itself as a point of a table."""
+    weights = stages.sft_weights(stages.sft(cfg), target_sft(cfg, cfg.sources))
+    return _scored_point(cfg, place, weights)
+
+
+def _scored_point(cfg, place: dict, weights: stages.Weights) -> gather.Point:
+    """Sample responses to the test prompts and score them.
+
+    Raises ConfigError for a world without test prompts.
     """
     config.require_prompts(cfg.world, "test_prompts")
-    start, points = stages.sft(cfg), []
-    how = {
-        "judges": ("gold",) * bool(cfg.world.gold_rows) + ("reward", "vader"),
-        "kl_prompts": cfg.world.test_prompts,
-    }
-    for place, model in walk:
-        at = {"aligned": model or target_sft(cfg, cfg.sources), "alpha": 0.0 if model else -1.0}
-        said = stages.responses(cfg, start, "test_prompts", **at, samples=cfg.test_samples, seed=2)
-        points.append((place, stages.scores(cfg, said, "test_prompts", **how)))
-    return gather.judged(cfg, points)
+    sampled = stages.responses(cfg, weights, "test_prompts", samples=cfg.test_samples, seed=2)
+    scores = stages.scores(cfg, sampled, "test_prompts", kl_prompts=cfg.world.test_prompts)
+    return gather.Point(place, scores)
+
+
+# --- what sources say, and what the training does
 
 
 def collected(cfg) -> Artifact:
@@ -319,109 +409,136 @@ def collected(cfg) -> Artifact:
     prompts were dropped.
     """
     model = target_sft(cfg, cfg.sources)
-    pools = {
-        name: (answers := sources.answers(cfg, name), scored(cfg, answers)) for name in cfg.sources
-    }
+    pools = {}  # (responses, their scores) by source
+    for name in cfg.sources:
+        answers = sources.answers(cfg, name)
+        pools[name] = (answers, scored(cfg, answers))
     pools["Target-SFT"] = own(cfg, model)
-    rows, best = quadruples(cfg, cfg.sources, model), fusion(cfg, cfg.sources)
+    rows = quadruples(cfg, cfg.sources, model)
+    best = fusion(cfg, cfg.sources)
 
     def make(out: Path) -> None:
         needs.check(cfg)
-        table = pd.concat(
-            [_table(*pool).assign(source=name) for name, pool in pools.items()], ignore_index=True
-        )
-        kept = {row["id"]: row["responses"] for row in read_rows(rows.get() / "pairs.jsonl")}
-        table = table[table["id"].isin(kept)]
-        table["grams"] = [set(itertools.pairwise(ids)) for ids in table["response_ids"]]
-        told = {
-            name: list(group["grams"])
-            for name, group in table[table["source"] == "Target-SFT"].groupby("id")
-        }
-        overlap, chosen = [], []
-        for row in table.itertuples():
-            others = set().union(*(grams for grams in told[row.id] if grams is not row.grams))
-            overlap.append(len(row.grams & others) / max(1, len(row.grams)))
-            chosen.append(row.response_ids in [kept[row.id][name] for name in config.FUSED[:2]])
-        table["prompt"] = pd.factorize(table["id"])[0]  # no row of the data set leaves artifacts/
-        table = table.assign(overlap=overlap, chosen=chosen).drop(
-            columns=["id", "sample", "response_ids", "grams"]
-        )
-        table.round(5).to_csv(
-            out / "responses.csv.gz", index=False, compression={"method": "gzip", "mtime": 0}
-        )
+        tables = []
+        for name, (answers, judged) in pools.items():
+            tables.append(_table(answers, judged).assign(source=name))
+        table = pd.concat(tables, ignore_index=True)
+        responses = {row["id"]: row["responses"] for row in read_rows(rows.get() / "pairs.jsonl")}
+        shown = _side_by_side(table, responses)
+        gather.write_table(out / "responses.csv.gz", shown.round(5))
         facts = {"sources": best.manifest["facts"], "quadruples": rows.manifest["facts"]}
-        (out / "facts.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        gather.write_json(out / "facts.json", facts, indent=1)
 
-    inputs = {"pools": {name: scores for name, (_, scores) in pools.items()}, "quadruples": rows}
+    judged_pools = {name: judged for name, (_, judged) in pools.items()}
+    inputs = {"pools": judged_pools, "quadruples": rows}
     return Artifact("collected", 1, inputs, make, hours=cfg.needs.hours)
 
 
-def dynamics(cfg) -> Artifact:
-    """Read the training logs of Target-SFT-DPO and WRPO, and how likely the reference finds each
-    response.
+def _side_by_side(table: pd.DataFrame, quadruples: dict[str, dict]) -> pd.DataFrame:
+    """Return the table of collected(), of the prompts that have a quadruple.
 
-    log.csv: model, seed and what train logs at each step (rewards in β nats). gap.csv: model (the
-    reference), response (of config.FUSED), prompt, nats: the mean log-probability of its tokens.
+    Prompts are numbered: no row of the data set leaves artifacts/.
     """
-    start, model, seed = stages.sft(cfg), target_sft(cfg, cfg.sources), cfg.seeds[0]
-    runs = {
-        ("Target-SFT-DPO", s): trained(cfg, "dpo", seed=s, **cfg.objectives["dpo"])
-        for s in cfg.seeds
-    }
-    runs |= {("Target-SFT-WRPO", s): fused(cfg, seed=s) for s in cfg.seeds}
-    others = [alpha for alpha in cfg.alphas if alpha != cfg.train.alpha]
-    runs |= {(f"α to {alpha:g}", seed): fused(cfg, alpha=alpha, seed=seed) for alpha in others}
+    table = table[table["id"].isin(quadruples)]
+    chosen = []
+    for name, response_ids in zip(table["id"], table["response_ids"], strict=True):
+        best = [quadruples[name][SOURCE_CHOSEN], quadruples[name][TARGET_CHOSEN]]
+        chosen.append(response_ids in best)
+    numbers, _ = pd.factorize(table["id"])
+    table = table.assign(prompt=numbers, overlap=_overlaps(table), chosen=chosen)
+    return table.drop(columns=["id", "sample", "response_ids"])
+
+
+def _overlaps(table: pd.DataFrame) -> list[float]:
+    """Return the share of each response's token pairs that another one of Target-SFT has.
+
+    The other one is a response to the same prompt.
+    """
+    token_pairs = [set(itertools.pairwise(ids)) for ids in table["response_ids"]]
+    of_target = defaultdict(list)  # positions in the table, by prompt
+    for position, (name, source) in enumerate(zip(table["id"], table["source"], strict=True)):
+        if source == "Target-SFT":
+            of_target[name].append(position)
+    overlaps = []
+    for position, name in enumerate(table["id"]):
+        others = set()
+        for other in of_target[name]:
+            if other != position:
+                others |= token_pairs[other]
+        pairs = token_pairs[position]
+        overlaps.append(len(pairs & others) / max(1, len(pairs)))
+    return overlaps
+
+
+def dynamics(cfg) -> Artifact:
+    """Read the training logs, and how likely the reference finds each response.
+
+    log.csv: model, seed and what train logs at each step (rewards in β nats), of Target-SFT-DPO and
+    of WRPO. gap.csv: model (the reference), response (of config.FUSED), prompt, nats: the mean
+    log-probability of its tokens.
+    """
+    model = target_sft(cfg, cfg.sources)
     rows = quadruples(cfg, cfg.sources, model)
-    held = {"Target": stages.reference(cfg, start, rows, config.FUSED)}
-    held["Target-SFT"] = stages.reference(cfg, model, rows, config.FUSED)
+    runs = _logged_runs(cfg)
+    references = {
+        "Target": stages.reference(cfg, stages.sft(cfg), rows, config.FUSED),
+        "Target-SFT": stages.reference(cfg, model, rows, config.FUSED),
+    }
 
     def make(out: Path) -> None:
         needs.check(cfg)
-        read = {one: pd.read_json(run.get() / "log.jsonl", lines=True) for one, run in runs.items()}
-        logs = [table.assign(model=name, seed=s) for (name, s), table in read.items()]
-        pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"]).round(6).to_csv(
-            out / "log.csv", index=False
-        )
-        tables = []
-        for name, one in held.items():
-            means = stages.of_reference(one, "logps") / stages.of_reference(one, "tokens")
-            table = (
-                pd.DataFrame(means.T, columns=list(config.FUSED))
-                .rename_axis("prompt")
-                .reset_index()
-            )
-            tables.append(
-                table.melt("prompt", var_name="response", value_name="nats").assign(model=name)
-            )
-        pd.concat(tables).round(5).to_csv(out / "gap.csv", index=False)
+        logs = []
+        for (name, seed), run in runs.items():
+            log = pd.read_json(run.get() / "log.jsonl", lines=True)
+            logs.append(log.assign(model=name, seed=seed))
+        log = pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"])
+        log.round(6).to_csv(out / "log.csv", index=False)
+        gaps = [_mean_logps(held).assign(model=name) for name, held in references.items()]
+        pd.concat(gaps).round(5).to_csv(out / "gap.csv", index=False)
 
     inputs = {
         "runs": list(runs.values()),
-        "names": [f"{name} {s}" for name, s in runs],
-        "references": held,
+        "names": [f"{name} {seed}" for name, seed in runs],
+        "references": references,
     }
     return Artifact("dynamics", 1, inputs, make, hours=cfg.needs.hours)
 
 
+def _logged_runs(cfg) -> dict[tuple[str, int], Artifact]:
+    """Return the trainings whose logs are read, by (name, seed)."""
+    runs = {}
+    for seed in cfg.seeds:
+        runs["Target-SFT-DPO", seed] = trained(cfg, "dpo", seed=seed, **cfg.objectives["dpo"])
+    for seed in cfg.seeds:
+        runs["Target-SFT-WRPO", seed] = fused(cfg, seed=seed)
+    first = cfg.seeds[0]
+    for alpha in cfg.alphas:
+        if alpha != cfg.train.alpha:
+            runs[f"α to {alpha:g}", first] = fused(cfg, alpha=alpha, seed=first)
+    return runs
+
+
+def _mean_logps(reference_pass: Artifact) -> pd.DataFrame:
+    """Return prompt, response and nats: the mean log-probability of a response's tokens."""
+    logps = stages.reference_values(reference_pass, "logps")
+    tokens = stages.reference_values(reference_pass, "tokens")
+    means = logps / tokens
+    table = pd.DataFrame(means.T, columns=list(config.FUSED))
+    table = table.rename_axis("prompt").reset_index()
+    return table.melt("prompt", var_name="response", value_name="nats")
+
+
 def win_rate(table, value: str, to: str, against: str, *, seed: int) -> tuple[float, float, float]:
-    """Return (share − 1/2, low, high) of responses of model `to` with a higher `value` than
-    `against` has, paired.
+    """Return (share − 1/2, low, high) of responses of model `to` with a higher `value`.
 
-    Paired by prompt and sample, a tie is half, prompts are drawn as a whole.
+    Higher than that of `against`, paired by prompt and sample; a tie is half. Prompts are drawn as
+    a whole.
     """
-    one, other = (table[table["model"] == name] for name in (to, against))
-    both = one.merge(
-        other[["prompt", "sample", value]], on=["prompt", "sample"], suffixes=("", "_other")
-    )
-    wins = (both[value] > both[f"{value}_other"]) + (both[value] == both[f"{value}_other"]) / 2
-    return stats.mean_interval(wins - 0.5, seed=seed, groups=both["prompt"])
-
-
-def _table(said: Artifact, judged: Artifact) -> pd.DataFrame:
-    """Return a row for each response that has a token: id, sample, response_ids, reward, length."""
-    files = said.get() / "responses.jsonl", judged.get() / "scores.jsonl"
-    texts, table = (pd.read_json(file, lines=True, dtype={"id": str}) for file in files)
-    table = texts[["id", "sample", "response_ids"]].merge(
-        table[["id", "sample", "reward", "length"]]
-    )
-    return table[table["length"] > 0].reset_index(drop=True)
+    ours = table[table["model"] == to]
+    theirs = table[table["model"] == against]
+    pairing = ["prompt", "sample"]
+    both = ours.merge(theirs[[*pairing, value]], on=pairing, suffixes=("", "_other"))
+    wins = both[value] > both[f"{value}_other"]
+    ties = both[value] == both[f"{value}_other"]
+    share = wins + ties / 2
+    return stats.mean_interval(share - 0.5, seed=seed, groups=both["prompt"])
