@@ -100,14 +100,14 @@ def test_dpo_hand_values():
     log-ratios changes no loss.
     """
     high = 2 * LN3
-    losses, chosen, rejected = dpo(
-        tensor(high, 0.0, high + 7),
-        tensor(0.0, high, 7.0),
-        beta=0.5,
-    )
-    assert_values(losses, [math.log(4 / 3), math.log(4), math.log(4 / 3)], abs=1e-14)
-    assert_values(chosen, [LN3, 0.0, LN3 + 3.5])
-    assert_values(rejected, [0.0, LN3, 3.5])
+    chosen = tensor(high, 0.0, high + 7)
+    rejected = tensor(0.0, high, 7.0)
+    losses, chosen_reward, rejected_reward = dpo(chosen, rejected, beta=0.5)
+    right = math.log(4 / 3)
+    wrong = math.log(4)
+    assert_values(losses, [right, wrong, right], abs=1e-14)
+    assert_values(chosen_reward, [LN3, 0.0, LN3 + 3.5])
+    assert_values(rejected_reward, [0.0, LN3, 3.5])
 
 
 def test_dpo_gradient_by_hand():
@@ -126,8 +126,9 @@ def test_label_smoothing_is_the_plain_loss_plus_e_times_s():
     plain, _, _ = dpo(chosen, rejected, beta=0.3)
     flipped, _, _ = dpo(rejected, chosen, beta=0.3)
     smooth, _, _ = dpo(chosen, rejected, beta=0.3, label_smoothing=0.2)
+    s = 0.3 * (chosen - rejected)
     assert_close(smooth, 0.8 * plain + 0.2 * flipped)
-    assert_close(smooth, plain + 0.2 * 0.3 * (chosen - rejected))
+    assert_close(smooth, plain + 0.2 * s)
 
 
 def test_dpo_is_linear_when_the_policy_is_far_on_the_wrong_side():
@@ -151,14 +152,12 @@ def test_half_precision_inputs_are_not_rounded_again():
 
 def test_ipo_hand_values():
     """tau 0.1: the target is 1 / 0.2 = 5; h = 5, 0, 7 and -1 give 0, 25, 4 and 36."""
-    losses, chosen, rejected = ipo(
-        tensor(5.0, 1.0, 3.0, -4.0),
-        tensor(0.0, 1.0, -4.0, -3.0),
-        tau=0.1,
-    )
+    chosen = tensor(5.0, 1.0, 3.0, -4.0)
+    rejected = tensor(0.0, 1.0, -4.0, -3.0)
+    losses, chosen_reward, rejected_reward = ipo(chosen, rejected, tau=0.1)
     assert_values(losses, [0.0, 25.0, 4.0, 36.0], abs=1e-12)
-    assert_values(chosen, [0.5, 0.1, 0.3, -0.4])
-    assert_values(rejected, [0.0, 0.1, -0.4, -0.3])
+    assert_values(chosen_reward, [0.5, 0.1, 0.3, -0.4])
+    assert_values(rejected_reward, [0.0, 0.1, -0.4, -0.3])
 
 
 @pytest.mark.parametrize("tau", [0.01, 0.1, 1.0])
@@ -180,11 +179,14 @@ def test_simpo_hand_values():
     Equal means: s = -0.5, loss = ln(1 + e^0.5) = 0.974077. gamma is the margin itself, not a share
     of beta.
     """
-    losses, chosen, rejected = simpo(tensor(-1.0, -1.0), tensor(-1.25, -1.0), beta=2.0, gamma=0.5)
-    assert_values(losses, [LN2, math.log1p(math.exp(0.5))], abs=1e-14)
-    assert losses[1].item() == pytest.approx(0.974077, abs=1e-6)
-    assert chosen.tolist() == [-2.0, -2.0]
-    assert rejected.tolist() == [-2.5, -2.0]
+    chosen = tensor(-1.0, -1.0)
+    rejected = tensor(-1.25, -1.0)
+    losses, chosen_reward, rejected_reward = simpo(chosen, rejected, beta=2.0, gamma=0.5)
+    of_equal_means = math.log1p(math.exp(0.5))
+    assert of_equal_means == pytest.approx(0.974077, abs=1e-6)
+    assert_values(losses, [LN2, of_equal_means], abs=1e-14)
+    assert chosen_reward.tolist() == [-2.0, -2.0]
+    assert rejected_reward.tolist() == [-2.5, -2.0]
 
 
 def test_simpo_without_margin_is_dpo_on_the_same_numbers():
@@ -330,15 +332,18 @@ def test_mallows_theta_hand_values():
     """
     chosen = tensor(2 * LN3, 2 * LN3, 2 * LN3)
     rejected = tensor(0.0, 0.0, 0.0)
-    losses, _, _ = mallows_theta(chosen, rejected, tensor(1.0, 2.0, 0.5), beta=0.5)
-    assert_values(losses, [math.log(4 / 3), math.log(10 / 9), math.log1p(3**-0.5)], abs=1e-14)
+    weight = tensor(1.0, 2.0, 0.5)
+    losses, _, _ = mallows_theta(chosen, rejected, weight, beta=0.5)
+    expected = [math.log(4 / 3), math.log(10 / 9), math.log1p(3**-0.5)]
+    assert_values(losses, expected, abs=1e-14)
 
 
 def test_mallows_ipo_hand_values():
     """tau 0.1, target 5: h = 2 with weights 1, 2.5 and 3 gives 9, 0 and 1."""
     chosen = tensor(2.0, 2.0, 2.0)
     rejected = tensor(0.0, 0.0, 0.0)
-    losses, _, _ = mallows_ipo(chosen, rejected, tensor(1.0, 2.5, 3.0), tau=0.1)
+    weight = tensor(1.0, 2.5, 3.0)
+    losses, _, _ = mallows_ipo(chosen, rejected, weight, tau=0.1)
     assert_values(losses, [9.0, 0.0, 1.0], abs=1e-14)
 
 
@@ -346,8 +351,10 @@ def test_mallows_simpo_hand_values():
     """beta 2, gamma 0.5, means 1 apart: logit 1.5; weight 2 gives 3, so it weighs gamma too."""
     chosen = tensor(-1.0, -1.0)
     rejected = tensor(-2.0, -2.0)
-    losses, _, _ = mallows_simpo(chosen, rejected, tensor(1.0, 2.0), beta=2.0, gamma=0.5)
-    assert_values(losses, [math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3.0))], abs=1e-14)
+    weight = tensor(1.0, 2.0)
+    losses, _, _ = mallows_simpo(chosen, rejected, weight, beta=2.0, gamma=0.5)
+    expected = [math.log1p(math.exp(-1.5)), math.log1p(math.exp(-3.0))]
+    assert_values(losses, expected, abs=1e-14)
 
 
 CONSTANTS = {
@@ -488,12 +495,16 @@ def test_phi_gradient_equals_finite_differences(phi, epsilon):
 
 def exact_miss(t, p):
     """Return 1 - g(t) for t >= epsilon."""
-    return t / (p**-t - 1) - (t + 1) / (p ** -(t + 1) - 1)
+    first = t / (p**-t - 1)
+    second = (t + 1) / (p ** -(t + 1) - 1)
+    return first - second
 
 
 def printed_link(t, p):
     """Return g(t) for t > 0 as Eq. 9 is printed."""
-    return (t + 1) / (1 - p ** (t + 1)) - t / (1 - p**t)
+    first = (t + 1) / (1 - p ** (t + 1))
+    second = t / (1 - p**t)
+    return first - second
 
 
 def exact_slope(t, p):
@@ -502,15 +513,18 @@ def exact_slope(t, p):
     r = p ** (t + 1)
     first = (t + 1) * r / (1 - r) ** 2
     second = t * q / (1 - q) ** 2
-    return 1 / (1 - r) - 1 / (1 - q) + p.ln() * (first - second)
+    direct = 1 / (1 - r) - 1 / (1 - q)
+    return direct + p.ln() * (first - second)
 
 
 def exact_cubic(t, p, epsilon):
     """Return g(t) for 0 <= t < epsilon."""
-    rise = Decimal("0.5") - exact_miss(epsilon, p)
-    a3 = (exact_slope(epsilon, p) * epsilon - rise) / (2 * epsilon**3)
+    half = Decimal("0.5")
+    rise = half - exact_miss(epsilon, p)
+    slope = exact_slope(epsilon, p)
+    a3 = (slope * epsilon - rise) / (2 * epsilon**3)
     a1 = rise / epsilon - a3 * epsilon**2
-    return Decimal("0.5") + a1 * t + a3 * t**3
+    return half + a1 * t + a3 * t**3
 
 
 def exact_phi_loss(s: float, phi: float, epsilon: float) -> float:
@@ -590,16 +604,16 @@ def test_phi_loss_and_gradient_are_finite_everywhere(phi, epsilon, dtype):
 
 def test_phi_loss_is_ln2_at_zero_and_linear_far_on_the_wrong_side():
     """phi 0.5, s = -1e4: 1 - g = 2^-1e4 (t (1 - phi) - phi), loss 1e4 ln 2 - ln 4999.5."""
-    losses, chosen, rejected = mallows_phi(
-        tensor(0.0, -5e3),
-        tensor(0.0, 5e3),
-        tensor(0.9, 0.5),
-        beta=1.0,
-        epsilon=0.1,
+    chosen = tensor(0.0, -5e3)
+    rejected = tensor(0.0, 5e3)
+    phi = tensor(0.9, 0.5)
+    losses, chosen_reward, rejected_reward = mallows_phi(
+        chosen, rejected, phi, beta=1.0, epsilon=0.1
     )
-    assert_values(losses, [LN2, 1e4 * LN2 - math.log(4999.5)], rel=1e-14)
-    assert chosen.tolist() == [0.0, -5e3]
-    assert rejected.tolist() == [0.0, 5e3]
+    far = 1e4 * LN2 - math.log(4999.5)
+    assert_values(losses, [LN2, far], rel=1e-14)
+    assert chosen_reward.tolist() == [0.0, -5e3]
+    assert rejected_reward.tolist() == [0.0, 5e3]
 
 
 def test_phi_near_one_tends_to_no_preference():

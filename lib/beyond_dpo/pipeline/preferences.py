@@ -353,12 +353,13 @@ def wrpo(record: dict) -> dict:
 
     `chosen` is [best of the sources, best of the target], `rejected` [worst of the target].
     """
+    answers = [*record["chosen"], *record["rejected"]]
+    responses = {}
+    for name, answer in zip(config.FUSED, answers, strict=True):
+        responses[name] = _last_content(answer)
     prompt = record["prompt"]
     if isinstance(prompt, dict):
         prompt = [prompt]
-    answers = [*record["chosen"], *record["rejected"]]
-    texts = [_last_content(answer) for answer in answers]
-    responses = dict(zip(config.FUSED, texts, strict=True))
     return {"prompt": prompt, "responses": responses}
 
 
@@ -631,11 +632,11 @@ def _asks(prompt: Prompt) -> bool:
     """Return whether a prompt ends with words that are not the assistant's, and no turn is None."""
     if isinstance(prompt, str):
         return bool(prompt.strip())
+    roles = _roles(prompt)
     contents = [turn["content"] for turn in prompt]
-    last_role = prompt[-1]["role"]
-    if None in contents or last_role == "assistant":
-        return False
     texts = [_stripped(content) for content in contents]
+    if None in contents or roles[-1] == "assistant":
+        return False
     return bool(texts[-1])
 
 
