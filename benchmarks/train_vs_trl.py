@@ -100,7 +100,7 @@ def trl(job: dict, precompute: bool) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
 
     class Clock(TrainerCallback):
         """Time each optimizer step."""
@@ -115,8 +115,27 @@ def trl(job: dict, precompute: bool) -> None:
             self.seconds.append(time.perf_counter() - self.began)
 
     work = Path(job["out"])
+    tokenizer = templates.load_tokenizer(job["model"])
+    clock = Clock()
+    trainer = DPOTrainer(
+        AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+        args=trl_settings(work, precompute),
+        train_dataset=Dataset.from_list(as_text(read_rows(job["rows"]), tokenizer)),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    seconds = clock.seconds[SKIP:-1]  # the last batch may be short
+    speed = trainer.args.per_device_train_batch_size * len(seconds) / sum(seconds)
+    (work / "result.json").write_text(json.dumps({"pairs_per_s": speed}))
+
+
+def trl_settings(work: Path, precompute: bool):
+    """Return TRL's settings for what profile `cpu` does."""
+    from trl import DPOConfig
+
     train = config.load("expo", "cpu").train
-    settings = DPOConfig(
+    return DPOConfig(
         output_dir=str(work / "trl"),
         per_device_train_batch_size=train.global_batch,
         num_train_epochs=1,
@@ -135,19 +154,6 @@ def trl(job: dict, precompute: bool) -> None:
         warmup_steps=train.warmup,
         disable_tqdm=True,
     )
-    tokenizer = templates.load_tokenizer(job["model"])
-    clock = Clock()
-    trainer = DPOTrainer(
-        AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-        args=settings,
-        train_dataset=Dataset.from_list(as_text(read_rows(job["rows"]), tokenizer)),
-        processing_class=tokenizer,
-        callbacks=[clock],
-    )
-    trainer.train()
-    seconds = clock.seconds[SKIP:-1]  # the last batch may be short
-    speed = train.global_batch * len(seconds) / sum(seconds)
-    (work / "result.json").write_text(json.dumps({"pairs_per_s": speed}))
 
 
 def as_text(rows: list[dict], tokenizer) -> list[dict]:
@@ -183,7 +189,7 @@ def tokens_per_pair(rows: list[dict]) -> float:
 
 
 def write_job(work: Path, rows: list[dict]) -> dict:
-    """Write what one training is given: the rows, and job.json with where all is; return that."""
+    """Write the rows of one training, and job.json with the paths that it needs; return those."""
     write_rows(work / "pairs.jsonl", rows)
     job = {
         "model": str(assets.model_dir("smollm2")),

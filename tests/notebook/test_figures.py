@@ -69,13 +69,13 @@ def stamp_of(fig):
 
 def overlaps(texts) -> list[tuple]:
     """Return the pairs of texts whose boxes overlap on the drawn figure."""
-    found = []
+    pairs = []
     for first, second in itertools.combinations(texts, 2):
         if not first.get_text() or not second.get_text():
             continue
         if first.get_window_extent().overlaps(second.get_window_extent()):
-            found.append((first.get_text(), second.get_text()))
-    return found
+            pairs.append((first.get_text(), second.get_text()))
+    return pairs
 
 
 # ---- drawings

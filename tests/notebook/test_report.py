@@ -242,9 +242,9 @@ def test_long_texts_are_wrapped():
     widths = [len(line) for line in repr(table).splitlines()]
     assert max(widths) <= report.PLAIN_WIDTH + 5
     assert repr(table).count("very") == 20
-    _, words, marks = cells(table)
-    style_of_words, _ = words[0]
-    style_of_marks, _ = marks[0]
+    _, row_of_words, row_of_marks = cells(table)
+    style_of_words, _ = row_of_words[0]
+    style_of_marks, _ = row_of_marks[0]
     assert "overflow-wrap" not in style_of_words
     assert "overflow-wrap: anywhere" in style_of_marks
 

@@ -536,8 +536,8 @@ def _free_place(ax, group: list[Ring]) -> tuple[float, float, float]:
     highest = max(ring.high for ring in group)
     lowest = min(ring.low for ring in group)
     for y, up in ((highest, 11), (lowest, -11)):
-        place = _points_up(ax, y) + up
-        taken = any(abs(place - other) < 10 for other in others)
+        height = _points_up(ax, y) + up
+        taken = any(abs(height - other) < 10 for other in others)
         if not taken:
             return y, 0, up
     return max(ring_heights), 14, 5

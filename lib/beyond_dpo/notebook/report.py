@@ -206,7 +206,9 @@ def claim(text: str, paper, source: str, ours, *, tolerance=None, sign_only: boo
     Raises:
         ValueError: as `verdict` does, with the claim's text in front.
     """
-    mean, low, high = ours, None, None
+    mean = ours
+    low = None
+    high = None
     if isinstance(ours, tuple):
         mean, low, high = ours
     elif ours is not None:
