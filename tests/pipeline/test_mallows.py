@@ -1,13 +1,11 @@
-"""MallowsPO's experiments: the bandit's published numbers, weights, raters, and a real frontier at
-profile smoke.
-"""
+"""MallowsPO's experiments: the bandit's published numbers, weights, raters, and a real frontier."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from beyond_dpo import dispersion
 from beyond_dpo.losses import mallows_link
@@ -17,193 +15,120 @@ from beyond_dpo.pipeline import config, mallows, stages
 SMOKE = config.load("mallows", "smoke", betas=[0.1], methods=["dpo", "mallows_phi"])
 
 
-def test_the_bandit_ends_where_the_papers_figures_end(store):
-    """Figures 8a, 8b and 9, read off: within 0.01 in reward and 0.02 in probability."""
-    table = mallows.bandits(config.load("mallows", "cpu")).csv("runs.csv.gz")
-    assert table["step"].min() == 0 and table["step"].max() == 500_000
-    assert table.groupby(["method", "beta"]).ngroups == 2 * 20
-    end = table[table["step"] == 500_000].set_index(["method", "beta"])
-    assert end.loc[("MallowsPO-φ", 0.02), "reward"] == pytest.approx(15.995, abs=0.01)
-    assert end.loc[("MallowsPO-φ", 0.02), "kl"] == pytest.approx(0.76, abs=0.01)
-    assert end.loc[("DPO", 0.3), ["reward", "kl"]].tolist() == pytest.approx(
-        [15.59, 1.22], abs=0.01
-    )
-    for row in report.published("mallows_fig9_readoff").itertuples():
+# --- the bandit
+
+
+@pytest.fixture(scope="module")
+def bandit_runs(store):
+    return mallows.bandits(config.load("mallows", "cpu")).csv("runs.csv.gz")
+
+
+@pytest.fixture(scope="module")
+def bandit_ends(bandit_runs):
+    """Return where each (method, β) ends."""
+    ends = bandit_runs[bandit_runs["step"] == 500_000]
+    return ends.set_index(["method", "beta"])
+
+
+def test_the_bandit_is_recorded_from_its_start_to_its_end(bandit_runs):
+    assert bandit_runs["step"].min() == 0
+    assert bandit_runs["step"].max() == 500_000
+    assert bandit_runs.groupby(["method", "beta"]).ngroups == 2 * 20
+    start = bandit_runs[bandit_runs["step"] == 0]
+    assert start["reward"].to_numpy() == pytest.approx(12.896)
+    assert (start["kl"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "method, beta, reward, kl",
+    [("MallowsPO-φ", 0.02, 15.995, 0.76), ("DPO", 0.3, 15.59, 1.22)],
+)
+def test_the_bandits_reward_and_kl_are_those_of_figures_8a_and_8b(
+    bandit_ends, method, beta, reward, kl
+):
+    """As read off, within 0.01."""
+    end = bandit_ends.loc[(method, beta)]
+    assert end["reward"] == pytest.approx(reward, abs=0.01)
+    assert end["kl"] == pytest.approx(kl, abs=0.01)
+
+
+def test_the_bandits_policies_are_those_of_figure_9(bandit_ends):
+    """As read off, within 0.02 in probability."""
+    published = report.published("mallows_fig9_readoff")
+    assert len(published)
+    for row in published.itertuples():
         method = row.method.replace("-phi", "-φ")
-        arms = end.loc[(method, row.beta), [f"arm{arm}" for arm in range(1, 6)]]
-        assert arms.tolist() == pytest.approx(
-            [row.arm1, row.arm2, row.arm3, row.arm4, row.arm5], abs=0.02
-        )
-    start = table[table["step"] == 0]
-    assert start["reward"].to_numpy() == pytest.approx(12.896) and (start["kl"] == 0).all()
-
-
-def test_weights_of_the_pairs_are_those_of_the_reference_pass(store):
-    artifact = mallows.dispersed(SMOKE)
-    table, held = artifact.csv("dispersion.csv"), stages.reference(SMOKE).manifest
-    assert table["weight"].mean() == pytest.approx(1, abs=1e-6) and (table["weight"] > 0).all()
-    wanted, scale = dispersion.weights(table["chosen"], table["rejected"], table.index)
-    assert table["weight"].to_numpy() == pytest.approx(wanted, rel=1e-3)
-    assert (
-        artifact.manifest["facts"]["phi_star"] == pytest.approx(scale, rel=1e-3)
-        and held["stage"] == "reference"
-    )
-
-
-def test_raters_hold_numbers_only(store):
-    table = mallows.raters(SMOKE).csv("raters.csv")
-    assert (
-        table.columns.tolist() == ["entropy", "tokens", "people", "sd", "split", "strength"]
-        and len(table) == 12
-    )
-    assert (
-        table.dtypes.map(pd.api.types.is_numeric_dtype).all()
-        and table["entropy"].between(0, 1).all()
-    )
-    said = [ratings for _, ratings in mallows.rated("fixtures")]
-    assert set(table["sd"]) <= {round(float(np.std(ratings)), 6) for ratings in said}
-    assert (
-        set(table["split"]) <= {0.0, 0.5}
-        and (table["people"] == 2).all()
-        and (table["tokens"] >= 4).all()
-    )
-
-
-def test_a_frontier_is_trained_sampled_along_the_way_and_judged(store):
-    table, cfg = mallows.frontier(SMOKE).csv("responses.csv.gz"), SMOKE
-    places = table.groupby(["loss", "part"]).size().to_dict()
-    n = cfg.world.dev_prompts
-    parts = [("dpo", "part1"), ("dpo", "end"), ("mallows_phi", "part1"), ("mallows_phi", "end")]
-    assert places == {("sft", "end"): n} | dict.fromkeys(parts, n)
-    assert table["logratio"].notna().all() and table[["gold", "vader"]].notna().all().all()
-    assert table[table["loss"] == "sft"]["logratio"].abs().max() < 0.02, "but for bf16 the same"
-    end = {
-        name: rows["logratio"].tolist()
-        for name, rows in table[table["part"] == "end"].groupby("loss")
-    }
-    half = table[(table["loss"] == "dpo") & (table["part"] == "part1")]["logratio"].tolist()
-    assert end["dpo"] != half and end["dpo"] != end["mallows_phi"]
-    assert not {"prompt_ids", "response_ids", "text", "id"} & set(table.columns)
-
-
-def test_the_same_training_is_done_once_for_all_tables():
-    """A cell of the grid at the frontier's β and learning rate is the frontier's own model."""
-    cfg = config.load("mallows", "cpu")
-    tables = (mallows.frontier, mallows.plug_in)
-    models = [{key for key in table(cfg).upstream if key.startswith("train")} for table in tables]
-    assert [len(keys) for keys in models] == [1 + 27, 1 + 4 + 12]
-    assert len(set.union(*models)) == 1 + 27 + 4 + 6
-    assert mallows.dispersed(cfg).upstream.keys() >= {stages.reference(cfg).key}
-
-
-def test_rated_sentences():
-    """The film reviews of Hutto & Gilbert 2014: 10,605 sentences with 15 to 29 raters; 3,708 on
-    products with 20.
-    """
-    for source, size, people in (("movie", 10605, (15, 29)), ("amazon", 3708, (20, 20))):
-        sentences = mallows.rated(source)
-        counts = [len(ratings) for _, ratings in sentences]
-        assert len(sentences) == size and (min(counts), max(counts)) == people
-        assert all(-4 <= rating <= 4 for _, ratings in sentences for rating in ratings)
-        assert all(text.strip() for text, _ in sentences)
-
-
-def test_prompts_from_elsewhere(store):
-    rows = json.loads((mallows.elsewhere(SMOKE, "fixtures").get() / "fixtures.json").read_text())
-    low, high = SMOKE.world.prompt_tokens
-    assert len(rows) == 6 and all(low <= len(row["prompt_ids"]) <= high for row in rows)
-    with pytest.raises(config.ConfigError, match="elsewhere_prompts=500, but fixtures has only"):
-        mallows.elsewhere(dataclasses.replace(SMOKE, elsewhere_prompts=500), "fixtures").get()
-    with pytest.raises(config.ConfigError, match="'imdb2' has no reader"):
-        mallows.rated("imdb2")
+        end = bandit_ends.loc[(method, row.beta)]
+        wanted = [row.arm1, row.arm2, row.arm3, row.arm4, row.arm5]
+        assert end[mallows.ARMS].tolist() == pytest.approx(wanted, abs=0.02)
 
 
 def test_the_drawn_link_is_the_loss():
-    import torch
-
     s = np.linspace(-3, 3, 7)
     wanted = mallows_link(torch.tensor(s), torch.full((7,), 0.3), 0.2)
     assert mallows.link(s, 0.3, 0.2) == pytest.approx(wanted.numpy(), rel=1e-6)
 
 
-def test_paper_profiles_hold_the_published_settings(monkeypatch):
-    monkeypatch.setenv("COMPUTE", "plan")
-    imdb, llama, hh = (config.load("mallows", "paper", name) for name in ("", "llama3", "hh"))
-    assert imdb.world.target == "openai-community/gpt2-large" and imdb.train.optimizer == "rmsprop"
-    assert (imdb.train.lr, imdb.train.global_batch, round(imdb.train.warmup * 391)) == (
-        1e-6,
-        64,
-        150,
-    )
-    assert hh.world.target == "EleutherAI/pythia-2.8b" and hh.world.dataset == "Anthropic/hh-rlhf"
-    assert (hh.train.optimizer, hh.train.lr, hh.train.global_batch, hh.grid_betas) == (
-        "rmsprop",
-        1e-6,
-        32,
-        (0.1, 0.5),
-    )
-    assert hh.elsewhere == ("stanfordnlp/SHP", "HuggingFaceH4/stack-exchange-preferences")
-    table = report.published("mallows_table6_beta_lr")
-    cells = {(b, lr) for b in llama.grid_betas for lr in llama.grid_lrs}
-    assert cells == set(zip(table["beta"], table["lr"], strict=True))
-    for row in report.published("mallows_table1_plug_in").itertuples():
-        given = {"lr": llama.train.lr} | llama.plug_ins[row.base_method.lower()]
-        assert (given["beta"], given["lr"]) == (row.beta, row.lr)
-    works = "\n".join(one.does for one in mallows.plug_in(llama).upstream.values())
-    assert "MALLOWS_SIMPO" in works and "--num_accelerators 8" in works
-    with pytest.raises(
-        config.ConfigError, match="unknown experiment 'lama3'; did you mean 'llama3'"
-    ):
-        config.load("mallows", "paper", "lama3")
+# --- the dispersion of prompts
 
 
-def frontier(shift=0.0, noise=0.0, reach=3.0):
-    """Two curves y = x − 0.1 x² (+ shift) at five places of four prompts, which differ by a
-    constant.
-    """
-    rng, rows = np.random.default_rng(0), []
-    for method, offset, end in (("a", shift, reach), ("b", 0.0, 4.0)):
-        for place, x in enumerate(np.linspace(0, end, 5)):
-            for prompt in range(4):
-                y = x - 0.1 * x**2 + offset + prompt + noise * rng.normal()
-                rows.append(
-                    {"method": method, "seed": 0, "place": place, "prompt": prompt, "x": x, "y": y}
-                )
-    return pd.DataFrame(rows)
+def test_weights_of_the_pairs_are_those_of_the_reference_pass(store):
+    artifact = mallows.dispersed(SMOKE)
+    table = artifact.csv("dispersion.csv")
+    weight = table["weight"]
+    assert weight.mean() == pytest.approx(1, abs=1e-6)
+    assert (weight > 0).all()
+    wanted, scale = dispersion.weights(table["chosen"], table["rejected"], table.index)
+    assert weight.to_numpy() == pytest.approx(wanted, rel=1e-3)
+    facts = artifact.manifest["facts"]
+    assert facts["phi_star"] == pytest.approx(scale, rel=1e-3)
+    assert artifact.manifest["inputs"]["reference"] == stages.reference(SMOKE).key
 
 
-def test_gap_at_equal_x():
-    """Curves that differ by a constant differ by it at every x, whatever places they were measured
-    at.
-    """
-    gap = {"x": "x", "y": "y", "by": "method", "pair": ("a", "b"), "seed": 0}
-    assert mallows.gap_at_equal(frontier(0.5), **gap) == pytest.approx((0.5, 0.5, 0.5))
-    assert mallows.gap_at_equal(frontier(0.5), **gap | {"pair": ("b", "a")}) == pytest.approx(
-        (-0.5, -0.5, -0.5)
-    )
-    for curve in (
-        np.sqrt,
-        lambda x: x / (x + 3),
-        lambda x: 1 - np.exp(-x / 4),
-    ):  # one curve, no parabola, half as far
-        same = frontier(reach=2)
-        same["y"] = curve(same["x"])
-        assert abs(mallows.gap_at_equal(same, **gap)[0]) < 0.01 * curve(4)
-    mean, low, high = mallows.gap_at_equal(frontier(0.5, noise=0.2), **gap)
-    assert low < mean < high and abs(mean - 0.5) < 0.3
-    other = frontier(0.1).assign(seed=1, y=lambda rows: rows["y"] + 7)
-    both = pd.concat([frontier(0.5), other])
-    assert mallows.gap_at_equal(both, **gap) == pytest.approx((0.3, 0.3, 0.3)), (
-        "seeds may lie elsewhere"
-    )
-    with pytest.raises(ValueError, match="a range of x in common"):
-        mallows.gap_at_equal(
-            frontier().assign(x=lambda rows: rows["x"] + 9 * (rows["method"] == "a")), **gap
-        )
-    with pytest.raises(ValueError, match="three places each"):
-        mallows.gap_at_equal(frontier().query("place < 2"), **gap)
-    with pytest.raises(ValueError, match="all prompts"):
-        mallows.gap_at_equal(frontier().query("prompt < 3 or place > 0"), **gap)
+def test_raters_hold_numbers_only(store):
+    table = mallows.raters(SMOKE).csv("raters.csv")
+    assert list(table) == ["entropy", "tokens", "people", "sd", "split", "strength"]
+    assert len(table) == 12
+    assert table.dtypes.map(pd.api.types.is_numeric_dtype).all()
+
+
+def test_raters_are_the_people_of_the_sentences(store):
+    table = mallows.raters(SMOKE).csv("raters.csv")
+    deviations = set()
+    for _, ratings in mallows.rated("fixtures"):
+        deviation = np.std(ratings)
+        deviations.add(round(float(deviation), 6))
+    assert set(table["sd"]) <= deviations
+    assert set(table["split"]) <= {0.0, 0.5}
+    assert (table["people"] == 2).all()
+
+
+def test_raters_have_the_entropy_of_a_continuation(store):
+    table = mallows.raters(SMOKE).csv("raters.csv")
+    assert table["entropy"].between(0, 1).all()
+    assert (table["tokens"] >= 4).all()
+
+
+@pytest.mark.parametrize(
+    "source, size, fewest, most",
+    [("movie", 10605, 15, 29), ("amazon", 3708, 20, 20)],
+)
+def test_rated_sentences(source, size, fewest, most):
+    """Of Hutto & Gilbert 2014."""
+    sentences = mallows.rated(source)
+    people = [len(ratings) for _, ratings in sentences]
+    assert len(sentences) == size
+    assert min(people) == fewest
+    assert max(people) == most
+    for text, ratings in sentences:
+        assert text.strip()
+        assert min(ratings) >= -4
+        assert max(ratings) <= 4
+
+
+def test_a_source_without_ratings_is_refused():
+    with pytest.raises(config.ConfigError, match="'imdb2' has no reader"):
+        mallows.rated("imdb2")
 
 
 @pytest.mark.parametrize("experiment", [mallows.dispersed, mallows.raters])
@@ -213,7 +138,241 @@ def test_a_machine_that_is_too_small_is_told_before_the_reference_pass(
     def lacks(cfg):
         raise config.ConfigError("too small")
 
+    def computes(*arguments, **options):
+        pytest.fail("it computes")
+
     monkeypatch.setattr(mallows.needs, "check", lacks)
-    monkeypatch.setattr(stages.workers, "run", lambda *_, **__: pytest.fail("it computes"))
+    monkeypatch.setattr(stages.workers, "run", computes)
     with pytest.raises(config.ConfigError, match="too small"):
         experiment(SMOKE).make(tmp_path)
+
+
+# --- what is trained
+
+
+@pytest.fixture(scope="module")
+def judged(store):
+    """Return the table of the frontier."""
+    return mallows.frontier(SMOKE).csv("responses.csv.gz")
+
+
+def logratios(judged, loss, part):
+    rows = judged[(judged["loss"] == loss) & (judged["part"] == part)]
+    return rows["logratio"].tolist()
+
+
+def test_a_frontier_is_judged_at_every_part_and_sft_once(judged):
+    places = judged.groupby(["loss", "part"]).size()
+    assert places.to_dict() == {
+        ("sft", "end"): 6,
+        ("dpo", "part1"): 6,
+        ("dpo", "end"): 6,
+        ("mallows_phi", "part1"): 6,
+        ("mallows_phi", "end"): 6,
+    }
+    assert judged[["gold", "vader", "logratio"]].notna().all(axis=None)
+
+
+def test_a_frontier_holds_no_text_and_no_token(judged):
+    assert not {"prompt_ids", "response_ids", "text", "id"} & set(judged.columns)
+
+
+def test_a_frontiers_models_differ_by_loss_and_part(judged):
+    end = logratios(judged, "dpo", "end")
+    assert end != logratios(judged, "dpo", "part1")
+    assert end != logratios(judged, "mallows_phi", "end")
+
+
+def test_a_frontiers_sft_model_does_not_diverge_from_itself(judged):
+    sft = logratios(judged, "sft", "end")
+    assert np.abs(sft).max() < 0.02, "but for rounding the same"
+
+
+def trained(artifact):
+    """Return the keys of the trainings that a result is made from."""
+    return {key for key in artifact.upstream if key.startswith("train")}
+
+
+def test_the_same_training_is_done_once_for_all_tables():
+    """A cell of the grid at the frontier's β and learning rate is the frontier's own model."""
+    cfg = config.load("mallows", "cpu")
+    along = trained(mallows.frontier(cfg))
+    ends = trained(mallows.plug_in(cfg))
+    assert len(along) == 1 + 27
+    assert len(ends) == 1 + 4 + 12
+    assert len(along | ends) == 1 + 27 + 4 + 6
+
+
+def test_the_weights_are_of_the_reference_pass_that_trainings_share():
+    cfg = config.load("mallows", "cpu")
+    reference = stages.reference(cfg).key
+    assert reference in mallows.dispersed(cfg).upstream
+    assert reference in mallows.frontier(cfg).upstream
+
+
+# --- prompts from elsewhere
+
+
+def test_prompts_from_elsewhere(store):
+    rows = mallows.elsewhere(SMOKE, "fixtures").json("fixtures.json")
+    low, high = SMOKE.world.prompt_tokens
+    lengths = [len(row["prompt_ids"]) for row in rows]
+    assert len(rows) == 6
+    assert min(lengths) >= low
+    assert max(lengths) <= high
+
+
+def test_too_few_prompts_from_elsewhere_are_refused(store):
+    cfg = dataclasses.replace(SMOKE, elsewhere_prompts=500)
+    with pytest.raises(config.ConfigError, match="elsewhere_prompts=500, but fixtures has only"):
+        mallows.elsewhere(cfg, "fixtures").get()
+
+
+# --- the paper's settings
+
+
+@pytest.fixture
+def paper(monkeypatch):
+    """Load experiments of profile paper without asking the hub."""
+    monkeypatch.setenv("COMPUTE", "plan")
+
+    def load(experiment):
+        return config.load("mallows", "paper", experiment)
+
+    return load
+
+
+def test_paper_settings_of_controlled_sentiment(paper):
+    cfg = paper("")
+    train = cfg.train
+    assert cfg.world.target == "openai-community/gpt2-large"
+    assert train.optimizer == "rmsprop"
+    assert train.lr == 1e-6
+    assert train.global_batch == 64
+    assert round(train.warmup * 391) == 150
+
+
+def test_paper_settings_of_hh(paper):
+    cfg = paper("hh")
+    train = cfg.train
+    assert cfg.world.target == "EleutherAI/pythia-2.8b"
+    assert cfg.world.dataset == "Anthropic/hh-rlhf"
+    assert train.optimizer == "rmsprop"
+    assert train.lr == 1e-6
+    assert train.global_batch == 32
+    assert cfg.grid_betas == (0.1, 0.5)
+    assert cfg.elsewhere == ("stanfordnlp/SHP", "HuggingFaceH4/stack-exchange-preferences")
+
+
+def test_paper_settings_of_table_6(paper):
+    cfg = paper("llama3")
+    published = report.published("mallows_table6_beta_lr")
+    cells = {(beta, lr) for beta in cfg.grid_betas for lr in cfg.grid_lrs}
+    assert cells == set(zip(published["beta"], published["lr"], strict=True))
+
+
+def test_paper_settings_of_table_1(paper):
+    cfg = paper("llama3")
+    published = report.published("mallows_table1_plug_in")
+    assert len(published)
+    for row in published.itertuples():
+        loss = row.base_method.lower()
+        own = cfg.plug_ins[loss]
+        settings = {"lr": cfg.train.lr, **own}
+        assert settings["beta"] == row.beta
+        assert settings["lr"] == row.lr
+
+
+def test_paper_plug_ins_are_trained_on_eight_gpus(paper):
+    cfg = paper("llama3")
+    upstream = mallows.plug_in(cfg).upstream
+    works = "\n".join(artifact.does for artifact in upstream.values())
+    assert "MALLOWS_SIMPO" in works
+    assert "--num_accelerators 8" in works
+
+
+def test_an_unknown_experiment_is_refused_with_the_nearest_one(paper):
+    message = "unknown experiment 'lama3'; did you mean 'llama3'"
+    with pytest.raises(config.ConfigError, match=message):
+        paper("lama3")
+
+
+# --- curves at equal x
+
+
+def curves(shift=0.0, noise=0.0, reach=3.0):
+    """Return curves "a" and "b", y = x − 0.1 x² (+ shift for "a"), at five places each.
+
+    There are four prompts, which differ by a constant; "a" reaches x = `reach`, "b" 4.
+    """
+    rng = np.random.default_rng(0)
+    rows = []
+    for method, offset, end in (("a", shift, reach), ("b", 0.0, 4.0)):
+        for place, x in enumerate(np.linspace(0, end, 5)):
+            for prompt in range(4):
+                y = x - 0.1 * x**2 + offset + prompt + noise * rng.normal()
+                rows.append((method, place, prompt, x, y))
+    table = pd.DataFrame(rows, columns=["method", "place", "prompt", "x", "y"])
+    table["seed"] = 0
+    return table
+
+
+def gap(table, pair=("a", "b")):
+    return mallows.gap_at_equal(table, "x", "y", "method", pair, seed=0)
+
+
+def test_curves_that_differ_by_a_constant_differ_by_it_at_every_x():
+    """Whatever places they were measured at."""
+    assert gap(curves(0.5)) == pytest.approx((0.5, 0.5, 0.5))
+    assert gap(curves(0.5), ("b", "a")) == pytest.approx((-0.5, -0.5, -0.5))
+
+
+def saturating(x):
+    return x / (x + 3)
+
+
+def exponential(x):
+    return 1 - np.exp(-x / 4)
+
+
+@pytest.mark.parametrize("curve", [np.sqrt, saturating, exponential])
+def test_one_curve_that_is_no_parabola_has_no_gap_to_itself(curve):
+    """Also where one of the two reaches half as far."""
+    table = curves(reach=2)
+    table["y"] = curve(table["x"])
+    mean, _, _ = gap(table)
+    assert abs(mean) < 0.01 * curve(4)
+
+
+def test_a_gap_of_noisy_curves_lies_within_its_interval():
+    noisy = curves(0.5, noise=0.2)
+    mean, low, high = gap(noisy)
+    assert low < mean < high
+    assert abs(mean - 0.5) < 0.3
+
+
+def test_gaps_are_averaged_over_seeds_which_may_lie_elsewhere():
+    other = curves(0.1)
+    other["seed"] = 1
+    other["y"] += 7
+    both = pd.concat([curves(0.5), other])
+    assert gap(both) == pytest.approx((0.3, 0.3, 0.3))
+
+
+def test_curves_that_share_no_x_are_refused():
+    table = curves()
+    table.loc[table["method"] == "a", "x"] += 9
+    with pytest.raises(ValueError, match="a range of x in common"):
+        gap(table)
+
+
+def test_curves_of_two_places_are_refused():
+    two_places = curves().query("place < 2")
+    with pytest.raises(ValueError, match="three places each"):
+        gap(two_places)
+
+
+def test_curves_of_different_prompts_are_refused():
+    first_place_of_three = curves().query("prompt < 3 or place > 0")
+    with pytest.raises(ValueError, match="all prompts"):
+        gap(first_place_of_three)

@@ -1,11 +1,11 @@
-"""The stage graph at profile smoke: real DeepSpeed children, a real sweep, resumed after kill
--9.
-"""
+"""The stage graph at profile smoke: real DeepSpeed children, a real sweep, living engines."""
 
 import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import nbformat
 import pandas as pd
@@ -19,312 +19,112 @@ from beyond_dpo.notebook import plan
 from beyond_dpo.pipeline import artifacts, assets, config, expo, stages
 
 
-@pytest.fixture
-def store(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
-    monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
-    yield tmp_path
-    workers.close()
+def plain(**overrides):
+    """Smoke without the deepspeed launcher: the same engine, started in half the time."""
+    return config.load("expo", "smoke", sft__launcher="plain", train__launcher="plain", **overrides)
+
+
+def one_fraction(*alphas):
+    """Return smoke with a single model, at these α."""
+    return plain(fractions=[1.0], alphas={1.0: alphas}, seeds=[0], seed_fractions=[])
+
+
+def stored():
+    """Return the names of all results."""
+    return {path.name for path in paths.ARTIFACTS.iterdir() if path.suffix != ".lock"}
+
+
+def frame(artifact):
+    """Return the table of a stage's file of JSON lines."""
+    return pd.read_json(artifact.get() / f"{artifact.stage}.jsonl", lines=True)
+
+
+def samples_of(cfg, model, split, samples):
+    """Return the responses of a model."""
+    weights = stages.Weights(model)
+    return stages.responses(cfg, weights, split, samples=samples, seed=1)
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return one_fraction(0, 2)
+
+
+@pytest.fixture(scope="module")
+def curves(store, cfg):
+    """Return the curves of one model, computed."""
+    artifact = expo.curves(cfg)
+    artifact.get()
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def pairs(curves, cfg):
+    """Return the preference pairs of the curves' model."""
+    folder = stages.pairs(cfg).get()
+    return stages.json_lines(folder / "pairs.jsonl")
 
 
 @pytest.fixture
 def tiny_reward(tmp_path):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    source, folder = assets.model_dir("tiny-encoder"), tmp_path / "reward"
-    AutoModelForSequenceClassification.from_pretrained(source, num_labels=1).save_pretrained(folder)
+    source = assets.model_dir("tiny-encoder")
+    folder = tmp_path / "reward"
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1)
+    model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
 
 
-def plain(**overrides):
-    """Smoke with plain python in place of the deepspeed launcher: the same engine, started in half
-    the time.
-    """
-    return config.load("expo", "smoke", sft__launcher="plain", train__launcher="plain", **overrides)
+# --- keys
 
 
-def test_keys_hold_what_matters_and_nothing_else():
-    base = config.load("expo", "smoke")
-    key = expo.curves(base).key
-    for machine in (
+@pytest.mark.parametrize(
+    "machine",
+    [
         {"train__launcher": "plain"},
         {"train__micro_batch": 2},
         {"train__zero": 1},
         {"train__checkpoint_every": 1},
-    ):
-        assert expo.curves(config.load("expo", "smoke", **machine)).key == key, machine
-    for matters in (
+    ],
+    ids=str,
+)
+def test_the_machine_is_not_in_a_key(machine):
+    key = expo.curves(config.load("expo", "smoke")).key
+    assert expo.curves(config.load("expo", "smoke", **machine)).key == key
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
         {"train__lr": 2e-3},
         {"train__beta": 0.2},
         {"decoding__top_k": 50},
         {"world__samples": 4},
         {"test_samples": 1},
-    ):
-        assert expo.curves(config.load("expo", "smoke", **matters)).key != key, matters
-    assert expo.curves(dataclasses.replace(base, profile="cpu")).key == key, (
-        "the profile's name is not a setting"
-    )
+    ],
+    ids=str,
+)
+def test_what_decides_a_result_is_in_its_key(setting):
+    key = expo.curves(config.load("expo", "smoke")).key
+    assert expo.curves(config.load("expo", "smoke", **setting)).key != key
 
 
-def test_reference_is_shared_by_every_beta_loss_and_seed():
+def test_the_profiles_name_is_not_a_setting():
+    smoke = config.load("expo", "smoke")
+    renamed = dataclasses.replace(smoke, profile="cpu")
+    assert expo.curves(renamed).key == expo.curves(smoke).key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"train__beta": 0.5}, {"train__loss": "ipo"}, {"train__lr": 1.0}, {"seeds": [3]}],
+    ids=str,
+)
+def test_reference_is_shared_by_every_beta_loss_and_seed(change):
     key = stages.reference(config.load("expo", "smoke")).key
-    for change in (
-        {"train__beta": 0.5},
-        {"train__loss": "ipo"},
-        {"train__lr": 1.0},
-        {"seeds": [3]},
-    ):
-        assert stages.reference(config.load("expo", "smoke", **change)).key == key
-
-
-def test_splits_are_disjoint_and_sized_as_asked(store):
-    """On the real reviews: no prompt is shared between train, dev, test, the reward's labels and
-    the held-out ones.
-    """
-    world = config.load("expo", "cpu").world
-    try:
-        folder = stages.texts(world).get()
-    except Exception as error:
-        if type(error).__name__ != "AssetError":
-            raise
-        pytest.skip(str(error))
-    splits = {
-        s: json.loads((folder / f"{s}.json").read_text())
-        for s in ("prompts", "dev_prompts", "test_prompts")
-    }
-    ids = [r["id"] for rows in splits.values() for r in rows]
-    assert len(ids) == len(set(ids)) == world.prompts + world.dev_prompts + world.test_prompts
-    labelled = json.loads((folder / "labelled.json").read_text())
-    assert len(labelled["reward"][0]) == world.reward_rows and len(labelled["held_out"][0]) == 2000
-    first = min(int(i[1:]) for i in ids)
-    assert first == world.reward_rows + 2000, (
-        "prompts begin where the labelled reviews of half B end"
-    )
-    assert all(set(labels) == {0, 1} for _, labels in labelled.values())
-    lengths = {len(r["prompt_ids"]) for rows in splits.values() for r in rows}
-    assert min(lengths) >= 4 and max(lengths) <= 10
-    rows = [json.loads(line) for line in (folder / "sft.jsonl").read_text().splitlines()]
-    assert len(rows) == world.sft_rows
-    assert all(8 <= len(r["responses"]["chosen"]) <= world.sft_tokens for r in rows)
-
-
-def test_pairs_are_best_against_worst_and_the_sweep_is_consistent(store):
-    """One run through the whole graph: pairs follow the gold scores, α = −1 is SFT, all α answer
-    the same prompts.
-    """
-    cfg = plain(fractions=[1.0], alphas={1.0: [0, 2]}, seeds=[0], seed_fractions=[])
-    curves = expo.curves(cfg)
-    table, best = curves.csv("responses.csv.gz"), curves.json("best.json")
-    pairs = [
-        json.loads(line)
-        for line in (stages.pairs(cfg).get() / "pairs.jsonl").read_text().splitlines()
-    ]
-    weights = stages.Weights(stages.sft(cfg))
-    pool = stages.responses(cfg, weights, "prompts", samples=cfg.world.samples, seed=1)
-    gold = pd.read_json(
-        stages.scores(cfg, pool, "prompts", judges=("gold",)).get() / "scores.jsonl", lines=True
-    )
-    said = pd.read_json(pool.get() / "responses.jsonl", lines=True)
-    said["gold"] = gold["gold"]
-    for pair in pairs:
-        mine = said[said["id"] == pair["id"]]
-        score = {tuple(r): g for r, g in zip(mine["response_ids"], mine["gold"], strict=True)}
-        assert score[tuple(pair["responses"]["chosen"])] == mine["gold"].max()
-        assert score[tuple(pair["responses"]["rejected"])] == mine["gold"].min()
-    assert set(table.groupby(["split", "fraction", "alpha"]).size()) == {
-        6,
-        12,
-    }  # 6 dev prompts × 1, 6 test prompts × 2
-    sft = table[(table["fraction"] == 0) & (table["split"] == "dev")]
-    assert sft["logratio"].abs().max() < 0.05, (
-        "the SFT model's own responses have no divergence from it"
-    )
-    dev = (
-        table[(table["split"] == "dev") & (table["fraction"] == 1)]
-        .groupby("alpha")["reward"]
-        .mean()
-    )
-    assert best == [{"fraction": 1.0, "seed": 0, "alpha": dev.idxmax()}]
-    assert curves.manifest["files"].keys() == {
-        "best.json",
-        "facts.json",
-        "points.json",
-        "responses.csv.gz",
-    }
-    text = "".join(p.read_text(errors="ignore") for p in curves.get().glob("*.json"))
-    assert "response_ids" not in text, "no text and no token of the data set is frozen"
-
-    extra = {
-        p["id"]: len(p["responses"]["chosen"]) - len(p["responses"]["rejected"]) for p in pairs
-    }
-    part = stages.subset(cfg, 0.25, seed=0, longest=True)
-    kept = [
-        json.loads(line)["id"] for line in (part.get() / "pairs.jsonl").read_text().splitlines()
-    ]
-    assert len(kept) == max(1, round(len(pairs) / 4)) == part.manifest["facts"]["pairs"]
-    assert min(extra[i] for i in kept) >= max([extra[i] for i in extra if i not in kept])
-
-    known = set(p.name for p in paths.ARTIFACTS.iterdir())
-    wider = plain(fractions=[1.0], alphas={1.0: [0, 2, 3]}, seeds=[0], seed_fractions=[])
-    expo.curves(wider).get()
-    new = {
-        p.name.split("-")[0]
-        for p in paths.ARTIFACTS.iterdir()
-        if p.name not in known and p.suffix != ".lock"
-    }
-    assert new <= {"responses", "scores", "curves"}, (
-        "one more α samples one more point and trains nothing"
-    )
-
-    frozen = artifacts.freeze(curves.key)
-    assert sum(f.stat().st_size for f in frozen.iterdir()) < 100_000
-    os.rename(paths.ARTIFACTS, store / "gone")
-    os.environ["COMPUTE"] = "never"
-    try:
-        assert curves.csv("responses.csv.gz").equals(table), (
-            "a hit on the last stage needs none of those above it"
-        )
-        with pytest.raises(artifacts.MissingArtifact, match="make reproduce"):
-            expo.curves(wider).get()
-    finally:
-        del os.environ["COMPUTE"]
-
-
-def test_one_engine_samples_from_all_models_of_a_shape(store):
-    """The SFT model, what it was trained from, and back: one process, which says what an engine of
-    each alone says.
-    """
-    cfg = plain()
-    start, raw = stages.sft(cfg), stages.model(cfg.world.target)
-
-    def said(model):
-        weights = stages.Weights(model)
-        answers = stages.responses(cfg, weights, "dev_prompts", samples=2, seed=1)
-        shutil.rmtree(paths.ARTIFACTS / answers.key, ignore_errors=True)
-        return (answers.get() / "responses.jsonl").read_text()
-
-    first, engine = said(start), workers.living["generate"]
-    own = said(raw)
-    assert said(start) == first != own and workers.living["generate"] is engine
-    settings = {"model": str(raw.get()), "decoding": dataclasses.asdict(cfg.decoding)}
-    with launch.Worker("beyond_dpo.jobs.generate", settings, store, desc="alone") as alone:
-        prompts = str(stages.texts(cfg.world).get() / "dev_prompts.json")
-        alone.call("generate", prompts=prompts, out=str(store / "alone.jsonl"), samples=2, seed=1)
-    alone, together = (
-        [json.loads(line) for line in text.splitlines()]
-        for text in ((store / "alone.jsonl").read_text(), own)
-    )
-    assert [row["response_ids"] for row in alone] == [row["response_ids"] for row in together]
-
-    changes = {
-        "config.json": {"rms_norm_eps": 0.5},
-        "generation_config.json": {"eos_token_id": [*range(400)]},
-    }
-    for file, changed in changes.items():
-        engine, other = workers.living["generate"], store / file
-        shutil.copytree(raw.get(), other, ignore=shutil.ignore_patterns("manifest.json"))
-        (other / file).write_text(json.dumps(json.loads((other / file).read_text()) | changed))
-        assert said(stages.model(str(other))) != own and workers.living["generate"] is not engine, (
-            "it needs its own"
-        )
-
-
-def test_copying_a_model_can_be_tried_again(store, monkeypatch):
-    """An interrupt leaves links to files of a gigabyte; the next attempt ends, and writes into none
-    of them.
-    """
-    source, out = store / "source", store / "out"
-    shutil.copytree(assets.model_dir("tiny"), source)
-    size = 10**9
-    header = json.dumps({"x": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
-    with open(source / "large.safetensors", "wb") as large:  # which takes no room on the disk
-        large.write(len(header).to_bytes(8, "little") + header)
-        large.truncate(8 + len(header) + size)
-    monkeypatch.setattr(assets, "resolve", lambda ref: {"local": ref})  # without reading all of it
-    out.mkdir()
-    copy = stages.model(str(source)).make
-    copy(out)
-    (out / "config.json").unlink()
-    for _ in range(2):
-        copy(out)
-        assert (out / "large.safetensors").samefile(source / "large.safetensors")
-        assert not (out / "config.json").samefile(source / "config.json")
-        assert {f.name: f.stat().st_size for f in out.iterdir() if f.name[0] != "."} == {
-            f.name: f.stat().st_size for f in source.iterdir() if f.name[0] != "."
-        }
-    assert not [f for f in out.iterdir() if f.name.endswith(f".{os.getpid()}")]
-
-
-@pytest.mark.parametrize("least", [0, 10])
-def test_a_link_replaces_what_is_there_and_changes_no_other_file(tmp_path, least):
-    """Twice the same, a link to nowhere, another file, a second name of another file: the target is
-    the source.
-    """
-    source, other, target = (tmp_path / name for name in ("source", "other", "target"))
-    source.write_text("new")
-    other.write_text("other")
-    befores = [
-        lambda: None,
-        lambda: link_file(source, target, least),
-        lambda: target.symlink_to(tmp_path / "gone"),
-        lambda: target.symlink_to(source),
-        lambda: target.write_text("old"),
-        lambda: os.link(other, target),
-        lambda: os.link(source, target),
-    ]
-    for before in befores:
-        target.unlink(missing_ok=True)
-        before()
-        for _ in range(2):
-            link_file(source, target, least)
-            assert target.read_text() == "new" and not target.is_symlink()
-        assert other.read_text() == "other" and len(list(tmp_path.iterdir())) == 3
-        assert target.samefile(source) or least
-    with pytest.raises(FileNotFoundError):
-        link_file(tmp_path / "gone", target)
-    assert target.read_text() == "new"
-
-
-def test_an_engines_shape_is_what_its_files_say_not_how_they_are_written(tmp_path):
-    """Other indents, another dtype or origin are one shape; another end token or structure is
-    not.
-    """
-    for name in ("one", "two"):
-        shutil.copytree(assets.model_dir("tiny"), tmp_path / name)
-    shape, file = stages._shape(str(tmp_path / "one")), tmp_path / "two" / "config.json"
-    settings = json.loads(file.read_text())
-    about = {
-        "torch_dtype": "bfloat16",
-        "dtype": "bfloat16",
-        "transformers_version": "4.1",
-        "_name_or_path": "/x",
-    }
-    file.write_text(json.dumps(dict(reversed((settings | about).items()))))
-    assert stages._shape(str(tmp_path / "two")) == shape
-    for changed in ({"rms_norm_eps": 0.5}, {"eos_token_id": 7}, {"tie_word_embeddings": False}):
-        file.write_text(json.dumps(settings | changed))
-        assert stages._shape(str(tmp_path / "two")) != shape
-
-
-def test_lines_share_what_is_already_trained():
-    """No model of another notebook is trained again, and no line has one model at both ends."""
-    cfg = config.load("expo", "cpu")
-    trained = {stages.aligned(cfg, f, s).key for f, s in expo.runs(cfg)}
-    assert expo.recipes(cfg)["default"].end.key in trained
-    assert len({line.end.key for line in expo.recipes(cfg).values()}) == len(expo.recipes(cfg)) == 9
-    assert expo.data_quality(cfg)["random"].end.key in trained
-    for line in [*expo.wrong_pairs(cfg).values(), *expo.modules(cfg).values()]:
-        assert line.start.key != line.end.key
-    halves = [line.modules for name, line in expo.modules(cfg).items() if "half" in name]
-    assert len(set(halves[0] + halves[1])) == cfg.layers == 30
-    whole = expo.modules(cfg)["all"].at(cfg, 2.0, "dev_prompts", 1)
-    assert (
-        whole.key
-        == expo.Line(stages.sft(cfg), stages.aligned(cfg, 1.0), ())
-        .at(cfg, 2.0, "dev_prompts", 1)
-        .key
-    )
+    assert stages.reference(config.load("expo", "smoke", **change)).key == key
 
 
 def test_a_target_that_needs_no_fine_tuning_is_the_sft_model():
@@ -332,115 +132,572 @@ def test_a_target_that_needs_no_fine_tuning_is_the_sft_model():
     assert stages.sft(cfg).key == stages.model(cfg.world.target).key
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("profile", config.PROFILES)
-def test_the_dry_run_names_every_training_of_every_notebook(profile):
-    cfg, found = config.load("expo", profile), {}
-    for path in plan.find([]):
-        nb = nbformat.read(path, as_version=4)
-        found[path.stem[:2]] = plan.described(
-            nb, plan.parameters(nb, path.stem) | {"profile": profile}
-        )
-    count = {
-        number: sum("beyond_dpo.jobs.train" in line for line in lines)
-        for number, lines in found.items()
-    }
-    sft, models = int(cfg.world.sft_rows > 0), len(expo.runs(cfg))
-    assert count["11"] == count["16"] == count["90"] == sft + models
-    assert (
-        count["12"] == sft + 1
-        and count["13"] == sft + 2 + len(cfg.recipes)
-        and count["14"] == sft + 3
+def test_the_stages_of_an_experiment_are_named_without_torch():
+    code = (
+        "import sys\n"
+        "from beyond_dpo.pipeline import assets, config, expo, mallows, stages, wrpo\n"
+        "expo.curves(config.load('expo', 'cpu')).upstream\n"
+        "mallows.frontier(config.load('mallows', 'cpu')).upstream\n"
+        "wrpo.main_result(config.load('wrpo', 'cpu')).upstream\n"
+        "stages._shape(str(assets.model_dir('tiny')))\n"
+        "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
-    assert count["15"] == (5 if sft else 2) and count["17"] == sft + len(cfg.fractions)
-    fused = config.load("wrpo", profile)
-    start, seeds, losses = (
-        int(fused.world.sft_rows > 0) + 1,
-        len(fused.seeds),
-        len(fused.objectives),
-    )
-    assert count["31"] == start + seeds * (losses + 2) and count["32"] == start + 2 + 2 * len(
-        fused.alphas
-    )
-    assert (
-        count["33"] == start - 1 + 2 * len({*fused.source_sets, fused.sources})
-        and count["34"] == start + 2 * losses
-    )
-    assert count["35"] == start + 2 * seeds + sum(alpha > 0.1 for alpha in fused.alphas)
-    assert count["00"] == count["18"] == count["19"] == 0
-    published = (
-        "8 GPUs" if profile == "paper" else "computes nothing"
-    )  # the paper's twelve pairs are sampled from
-    assert published in found["18"][0] and "computes nothing" in found["19"][0]
-    assert cfg.world.target in found["11"][1] and f"{cfg.needs.hours:g} h" in found["11"][0]
-    assert any(f"2 × lr {cfg.train.lr:g}" in line for line in found["13"])
+    assets.model_dir("tiny")  # which is built once, with torch
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):
-    """With no rows to train it on: measured on the held-out labels, and its scores are those of the
-    model itself.
-    """
-    cfg = plain(world__reward_model=str(tiny_reward), world__reward_rows=0)
-    facts = stages.reward(cfg.world, "reward").manifest["facts"]
-    assert facts.keys() == {"held_out", "accuracy", "auc"} and facts["held_out"] > 10
-    assert not list(stages.reward(cfg.world, "reward").get().glob("*.safetensors")), (
-        "no copy of the model"
-    )
-    weights = stages.Weights(stages.sft(cfg))
-    pool = stages.responses(cfg, weights, "dev_prompts", samples=1, seed=1)
-    scores = pd.read_json(
-        stages.scores(cfg, pool, "dev_prompts").get() / "scores.jsonl", lines=True
-    )
-    prompts = json.loads((stages.texts(cfg.world).get() / "dev_prompts.json").read_text())
-    said = pd.read_json(pool.get() / "responses.jsonl", lines=True)["response_ids"]
-    tokenizer = templates.load_tokenizer(str(stages.sft(cfg).get()))
-    ids = [p["prompt_ids"] + response for p, response in zip(prompts, said, strict=True)]
-    texts = [tokenizer.decode(i, skip_special_tokens=True) for i in ids]
-    assert scores["reward"].tolist() == pytest.approx(
-        rewards.Classifier(tiny_reward).score(texts), abs=2e-5
-    )
+# --- texts
+
+
+@pytest.fixture(scope="module")
+def real_texts(store):
+    """Return the world of profile cpu, and its texts of the real reviews."""
+    world = config.load("expo", "cpu").world
+    texts = stages.texts(world)
+    try:
+        texts.get()
+    except assets.AssetError as error:
+        pytest.skip(str(error))
+    return world, texts
+
+
+def test_splits_share_no_prompt_and_are_sized_as_asked(real_texts):
+    world, texts = real_texts
+    rows = []
+    for split in ("prompts", "dev_prompts", "test_prompts"):
+        rows += texts.json(f"{split}.json")
+    ids = [row["id"] for row in rows]
+    assert len(ids) == world.prompts + world.dev_prompts + world.test_prompts
+    assert len(set(ids)) == len(ids)
+    lengths = [len(row["prompt_ids"]) for row in rows]
+    assert min(lengths) >= 4
+    assert max(lengths) <= 10
+
+
+def test_labelled_reviews_come_before_all_prompts(real_texts):
+    """So the reward's labels, the held-out ones and the prompts share no review of half B."""
+    world, texts = real_texts
+    labelled = texts.json("labelled.json")
+    reward_texts, _ = labelled["reward"]
+    held_out_texts, _ = labelled["held_out"]
+    assert len(reward_texts) == world.reward_rows
+    assert len(held_out_texts) == 2000
+    for name, (_, labels) in labelled.items():
+        assert set(labels) == {0, 1}, name
+    prompts = texts.json("prompts.json")
+    numbers = [int(row["id"].removeprefix("B")) for row in prompts]
+    assert min(numbers) == world.reward_rows + 2000
+
+
+def test_sft_rows_are_as_many_and_as_long_as_asked(real_texts):
+    world, texts = real_texts
+    rows = stages.json_lines(texts.get() / "sft.jsonl")
+    assert len(rows) == world.sft_rows
+    lengths = [len(row["responses"]["chosen"]) for row in rows]
+    assert min(lengths) >= 8
+    assert max(lengths) <= world.sft_tokens
+
+
+# --- one run through the whole graph
+
+
+def test_pairs_are_the_best_against_the_worst_by_the_gold_reward(pairs, cfg):
+    pool = samples_of(cfg, stages.sft(cfg), "prompts", cfg.world.samples)
+    scores = stages.scores(cfg, pool, "prompts", judges=("gold",))
+    table = frame(pool)
+    table["gold"] = frame(scores)["gold"]
+    assert pairs
+    for pair in pairs:
+        samples = table[table["id"] == pair["id"]]
+        responses = map(tuple, samples["response_ids"])
+        gold = dict(zip(responses, samples["gold"], strict=True))
+        chosen = tuple(pair["responses"]["chosen"])
+        rejected = tuple(pair["responses"]["rejected"])
+        assert gold[chosen] == samples["gold"].max()
+        assert gold[rejected] == samples["gold"].min()
+
+
+def test_every_alpha_answers_the_same_prompts(curves):
+    table = curves.csv("responses.csv.gz")
+    sizes = table.groupby(["split", "fraction", "alpha"]).size()
+    assert set(sizes["dev"]) == {6 * 1}
+    assert set(sizes["test"]) == {6 * 2}
+
+
+def test_the_sft_models_own_responses_have_no_divergence_from_it(curves):
+    table = curves.csv("responses.csv.gz")
+    sft = table[(table["fraction"] == 0) & (table["split"] == "dev")]
+    assert len(sft) == 6
+    assert sft["logratio"].abs().max() < 0.05
+
+
+def test_the_reward_model_chooses_alpha_on_dev_prompts(curves):
+    table = curves.csv("responses.csv.gz")
+    dev = table[(table["split"] == "dev") & (table["fraction"] == 1)]
+    means = dev.groupby("alpha")["reward"].mean()
+    wanted = {"fraction": 1.0, "seed": 0, "alpha": means.idxmax()}
+    assert curves.json("best.json") == [wanted]
+
+
+def test_the_chosen_points_are_in_the_facts_with_their_keys(curves, cfg):
+    """What was tested is decided on the way, so no recipe can name it."""
+    (best,) = curves.json("best.json")
+    chosen = curves.manifest["facts"]["chosen_points"]
+    sft = {"split": "test", "fraction": 0.0, "seed": 0, "alpha": 0.0}
+    aligned = {"split": "test", "fraction": 1.0, "seed": 0}
+    places = [sft]
+    for alpha in dict.fromkeys([0.0, best["alpha"]]):
+        places.append({**aligned, "alpha": alpha})
+    assert len(chosen) == len(places)
+    for point, place in zip(chosen, places, strict=True):
+        scores = expo.point(cfg, place["fraction"], 0, place["alpha"], "test_prompts")
+        assert point == {**place, "key": scores.key}
+        assert (paths.ARTIFACTS / scores.key).is_dir()
+
+
+def test_a_search_names_the_points_that_it_tried(curves):
+    cfg = one_fraction(0, 2)
+    searches = expo.searches(cfg)
+    (found,) = searches.json("searches.json")
+    points = searches.manifest["facts"]["chosen_points"]
+    alphas = {point["alpha"] for point in points}
+    assert alphas == {0, 2, *found["tried"]}
+    for point in points:
+        scores = expo.point(cfg, 1.0, 0, point["alpha"], "dev_prompts")
+        assert point["key"] == scores.key
+
+
+def test_no_text_and_no_token_of_the_data_set_is_frozen(curves):
+    files = curves.manifest["files"]
+    assert set(files) == {"best.json", "facts.json", "points.json", "responses.csv.gz"}
+    for file in curves.get().glob("*.json"):
+        assert "response_ids" not in file.read_text()
+    frozen = artifacts.freeze(curves.key)
+    size = sum(file.stat().st_size for file in frozen.iterdir())
+    assert size < 100_000
+
+
+def test_a_subset_may_be_of_the_longest_chosen_responses(pairs, cfg):
+    extra = {}
+    for pair in pairs:
+        responses = pair["responses"]
+        extra[pair["id"]] = len(responses["chosen"]) - len(responses["rejected"])
+    part = stages.subset(cfg, 0.25, seed=0, longest=True)
+    kept = [row["id"] for row in stages.json_lines(part.get() / "pairs.jsonl")]
+    assert len(kept) == part.manifest["facts"]["pairs"]
+    assert len(kept) == max(1, round(len(pairs) / 4))
+    shortest_kept = min(extra[name] for name in kept)
+    longest_left = max(extra[name] for name in extra if name not in kept)
+    assert shortest_kept >= longest_left
+
+
+def test_one_more_alpha_samples_one_more_point_and_trains_nothing(curves):
+    before = stored()
+    expo.curves(one_fraction(0, 2, 3)).get()
+    new_stages = {name.partition("-")[0] for name in stored() - before}
+    assert "curves" in new_stages
+    assert new_stages <= {"responses", "scores", "curves"}
+
+
+def test_a_frozen_result_needs_none_of_those_above_it(curves, monkeypatch, tmp_path):
+    table = curves.csv("responses.csv.gz")
+    artifacts.freeze(curves.key)
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "empty")
+    monkeypatch.setenv("COMPUTE", "never")
+    assert curves.csv("responses.csv.gz").equals(table)
+    with pytest.raises(artifacts.MissingArtifact, match="make reproduce"):
+        expo.curves(one_fraction(0, 2, 4)).get()
+
+
+# --- living engines
+
+
+def text_of(cfg, model):
+    """Sample from a model anew; return the file's text."""
+    answers = samples_of(cfg, model, "dev_prompts", 2)
+    shutil.rmtree(paths.ARTIFACTS / answers.key, ignore_errors=True)
+    return (answers.get() / "responses.jsonl").read_text()
+
+
+def response_ids(text):
+    return [json.loads(line)["response_ids"] for line in text.splitlines()]
+
+
+def test_one_engine_samples_from_all_models_of_a_shape(store):
+    """The SFT model, what it was trained from, and back: one process."""
+    cfg = plain()
+    start = stages.sft(cfg)
+    raw = stages.model(cfg.world.target)
+    first = text_of(cfg, start)
+    engine = workers.living["generate"]
+    second = text_of(cfg, raw)
+    assert text_of(cfg, start) == first
+    assert first != second
+    assert workers.living["generate"] is engine
+
+
+def test_an_engine_that_was_swapped_says_what_one_of_the_model_alone_says(store):
+    cfg = plain()
+    raw = stages.model(cfg.world.target)
+    text_of(cfg, stages.sft(cfg))
+    swapped = text_of(cfg, raw)
+    settings = {"model": str(raw.get()), "decoding": dataclasses.asdict(cfg.decoding)}
+    prompts = stages.texts(cfg.world).get() / "dev_prompts.json"
+    out = store / "alone.jsonl"
+    with launch.Worker("beyond_dpo.jobs.generate", settings, store, desc="alone") as alone:
+        alone.call("generate", prompts=str(prompts), out=str(out), samples=2, seed=1)
+    assert response_ids(out.read_text()) == response_ids(swapped)
+
+
+@pytest.mark.parametrize(
+    "file, change",
+    [
+        ("config.json", {"rms_norm_eps": 0.5}),
+        ("generation_config.json", {"eos_token_id": [*range(400)]}),
+    ],
+)
+def test_a_model_of_another_shape_needs_an_engine_of_its_own(store, file, change):
+    cfg = plain()
+    raw = stages.model(cfg.world.target)
+    own = text_of(cfg, raw)
+    engine = workers.living["generate"]
+    other = store / f"with other {file}"
+    shutil.copytree(raw.get(), other, ignore=shutil.ignore_patterns("manifest.json"))
+    settings = json.loads((other / file).read_text())
+    (other / file).write_text(json.dumps(settings | change))
+    assert text_of(cfg, stages.model(str(other))) != own
+    assert workers.living["generate"] is not engine
+
+
+@pytest.fixture
+def two_models(tmp_path):
+    """Return the folders of two copies of the tiny model."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        shutil.copytree(assets.model_dir("tiny"), folder)
+    return folders
+
+
+def test_an_engines_shape_is_what_its_files_say_not_how_they_are_written(two_models):
+    """Another order of the settings, another dtype or origin are one shape."""
+    one, two = two_models
+    file = two / "config.json"
+    settings = json.loads(file.read_text())
+    settings["torch_dtype"] = "bfloat16"
+    settings["dtype"] = "bfloat16"
+    settings["transformers_version"] = "4.1"
+    settings["_name_or_path"] = "/x"
+    reordered = dict(reversed(settings.items()))
+    file.write_text(json.dumps(reordered))
+    assert stages._shape(str(two)) == stages._shape(str(one))
+
+
+@pytest.mark.parametrize(
+    "change", [{"rms_norm_eps": 0.5}, {"eos_token_id": 7}, {"tie_word_embeddings": False}], ids=str
+)
+def test_another_end_token_or_structure_is_another_shape(two_models, change):
+    one, two = two_models
+    file = two / "config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | change))
+    assert stages._shape(str(two)) != stages._shape(str(one))
+
+
+def test_a_saved_tokenizer_is_of_the_same_shape(two_models):
+    """A training writes the files of its tokenizer anew, in another way than they came."""
+    one, two = two_models
+    templates.load_tokenizer(str(two)).save_pretrained(two)
+    assert stages._shape(str(two)) == stages._shape(str(one))
+
+
+# --- copies of models
+
+
+def sizes(folder):
+    """Return the size of each file of a folder that is not hidden."""
+    files = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    return {file.name: file.stat().st_size for file in files}
+
+
+def test_copying_a_model_can_be_tried_again(store, monkeypatch):
+    """An interrupt leaves links to large files; the next attempt ends, and writes into none."""
+    source = store / "source"
+    out = store / "out"
+    out.mkdir()
+    shutil.copytree(assets.model_dir("tiny"), source)
+    weights = {"x": {"dtype": "U8", "shape": [10**9], "data_offsets": [0, 10**9]}}
+    header = json.dumps(weights).encode()
+    with open(source / "large.safetensors", "wb") as large:  # which takes no room on the disk
+        large.write(len(header).to_bytes(8, "little") + header)
+        large.truncate(8 + len(header) + 10**9)
+    monkeypatch.setattr(assets, "resolve", lambda ref: {"local": ref})  # without reading all of it
+    copy = stages.model(str(source)).make
+    copy(out)
+    (out / "config.json").unlink()
+    for _ in range(2):
+        copy(out)
+        assert (out / "large.safetensors").samefile(source / "large.safetensors")
+        assert not (out / "config.json").samefile(source / "config.json")
+        assert sizes(out) == sizes(source)
+    assert not list(out.glob(f"*.{os.getpid()}")), "no partial copy is left"
+
+
+def missing(source, target, other):
+    pass
+
+
+def linked_before(source, target, other):
+    link_file(source, target)
+
+
+def copied_before(source, target, other):
+    link_file(source, target, least=10)
+
+
+def link_to_nowhere(source, target, other):
+    target.symlink_to(source.with_name("gone"))
+
+
+def symbolic_link(source, target, other):
+    target.symlink_to(source)
+
+
+def another_file(source, target, other):
+    target.write_text("old")
+
+
+def second_name_of_another_file(source, target, other):
+    os.link(other, target)
+
+
+def second_name(source, target, other):
+    os.link(source, target)
+
+
+@pytest.mark.parametrize("least", [0, 10])
+@pytest.mark.parametrize(
+    "before",
+    [
+        missing,
+        linked_before,
+        copied_before,
+        link_to_nowhere,
+        symbolic_link,
+        another_file,
+        second_name_of_another_file,
+        second_name,
+    ],
+)
+def test_a_link_replaces_what_is_there_and_changes_no_other_file(tmp_path, before, least):
+    source = tmp_path / "source"
+    other = tmp_path / "other"
+    target = tmp_path / "target"
+    source.write_text("new")
+    other.write_text("other")
+    before(source, target, other)
+    for _ in range(2):
+        link_file(source, target, least)
+        assert target.read_text() == "new"
+        assert not target.is_symlink()
+    assert other.read_text() == "other"
+    assert len(list(tmp_path.iterdir())) == 3
+    if least == 0:
+        assert target.samefile(source)
+
+
+def test_a_link_to_a_missing_file_leaves_what_is_there(tmp_path):
+    target = tmp_path / "target"
+    target.write_text("new")
+    with pytest.raises(FileNotFoundError):
+        link_file(tmp_path / "gone", target)
+    assert target.read_text() == "new"
+
+
+# --- lines through two models
+
+
+def test_lines_share_what_is_already_trained():
+    """No model of another notebook is trained again."""
+    cfg = config.load("expo", "cpu")
+    trained = {stages.aligned(cfg, fraction, seed).key for fraction, seed in expo.runs(cfg)}
+    recipes = expo.recipes(cfg)
+    ends = {line.end.key for line in recipes.values()}
+    assert len(ends) == len(recipes) == 9
+    assert recipes["default"].end.key in trained
+    assert expo.data_quality(cfg)["random"].end.key in trained
+
+
+def test_no_line_has_one_model_at_both_ends():
+    cfg = config.load("expo", "cpu")
+    lines = {**expo.wrong_pairs(cfg), **expo.modules(cfg)}
+    assert len(lines) == 4 + 5
+    for name, line in lines.items():
+        assert line.start.key != line.end.key, name
+
+
+def test_both_halves_of_the_layers_are_all_layers():
+    cfg = config.load("expo", "cpu")
+    lines = expo.modules(cfg)
+    first = lines["first half of the layers"].modules
+    second = lines["second half of the layers"].modules
+    assert len({*first, *second}) == cfg.layers == 30
+
+
+def test_all_modules_together_are_the_plain_line():
+    cfg = config.load("expo", "cpu")
+    plain_line = expo.Line(stages.sft(cfg), stages.aligned(cfg, 1.0))
+    whole = expo.modules(cfg)["all"]
+    at_two = whole.at(cfg, 2.0, "dev_prompts", 1)
+    assert at_two.key == plain_line.at(cfg, 2.0, "dev_prompts", 1).key
 
 
 def test_lines_of_one_finished_sft_model_are_refused():
-    with pytest.raises(
-        config.ConfigError, match="profile paper starts from one finished SFT model"
-    ):
-        expo.wrong_pairs(config.load("expo", "paper", wrong_pairs={}))
+    cfg = config.load("expo", "paper", wrong_pairs={})
+    message = "profile paper starts from one finished SFT model"
+    with pytest.raises(config.ConfigError, match=message):
+        expo.wrong_pairs(cfg)
 
 
-def test_published_wrong_pairs_are_lines_of_their_own_tokenizers(store):
-    """Two folders as two hub ids: read by the second's tokenizer, walked along as any line, beside
-    the right pair.
-    """
-    tiny = str(assets.model_dir("tiny"))
-    moved = store / "moved"
-    shutil.copytree(tiny, moved)
-    weights = load_file(moved / "model.safetensors")
-    save_file(
-        {n: w + 0.01 * w.std() for n, w in weights.items()},
-        moved / "model.safetensors",
-        {"format": "pt"},
-    )
+@pytest.fixture
+def moved(store):
+    """Return the folder of a model near the tiny one."""
+    folder = store / "moved"
+    shutil.copytree(assets.model_dir("tiny"), folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for tensor in weights.values():
+        tensor += 0.01 * tensor.std()
+    save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def test_published_wrong_pairs_are_lines_of_their_own_tokenizers(moved):
+    """Two folders as two hub ids: walked along as any line, beside the right pair."""
+    pair = [str(assets.model_dir("tiny")), str(moved)]
     cfg = plain(
-        wrong_pairs={"instruct → SFT": [tiny, str(moved)]}, pair_alphas=[0, 1], recipe_fraction=0.5
+        wrong_pairs={"instruct → SFT": pair},
+        pair_alphas=[0, 1],
+        recipe_fraction=0.5,
     )
     lines = expo.wrong_pairs(cfg)
     assert list(lines) == ["SFT → aligned from it", "instruct → SFT"]
-    table, texts = (
-        expo.sweep(cfg, lines).csv("responses.csv.gz"),
-        expo.said(cfg, lines).json("texts.json"),
-    )
-    assert set(table["model"]) == {"SFT", *lines} and len(texts) == 2 * 2 * len(expo.PROMPTS)
-    assert table[table["model"] == "instruct → SFT"]["logratio"].isna().all(), (
-        "the world's SFT model does not score it"
-    )
+    table = expo.sweep(cfg, lines).csv("responses.csv.gz")
+    assert set(table["model"]) == {"SFT", *lines}
+    published = table[table["model"] == "instruct → SFT"]
+    assert published["logratio"].isna().all(), "the world's SFT model does not score it"
+    texts = expo.said(cfg, lines).json("texts.json")
+    assert len(texts) == 2 * 2 * len(expo.PROMPTS)
 
 
-def test_a_machine_that_is_too_small_is_told_so_before_anything_starts(store):
+# --- what notebooks run
+
+
+@pytest.fixture(scope="module", params=config.PROFILES)
+def dry_run(request):
+    """Return a profile, and what each notebook would do at it, a line each, by its number."""
+    profile = request.param
+    lines = {}
+    for path in run.find([]):
+        notebook = nbformat.read(path, as_version=4)
+        values = plan.parameters(notebook, path.stem)
+        number = path.stem[:2]
+        lines[number] = plan.described(notebook, values | {"profile": profile})
+    return profile, lines
+
+
+def trainings(lines):
+    """Return how many trainings each notebook names."""
+    counts = {}
+    for number, works in lines.items():
+        counts[number] = sum("beyond_dpo.jobs.train" in work for work in works)
+    return counts
+
+
+@pytest.mark.slow
+def test_the_dry_run_names_every_training_of_expos_notebooks(dry_run):
+    profile, lines = dry_run
+    cfg = config.load("expo", profile)
+    count = trainings(lines)
+    sft = int(cfg.world.sft_rows > 0)
+    models = len(expo.runs(cfg))
+    assert count["11"] == sft + models
+    assert count["16"] == sft + models
+    assert count["90"] == sft + models
+    assert count["12"] == sft + 1
+    assert count["13"] == sft + 2 + len(cfg.recipes)
+    assert count["14"] == sft + 3
+    assert count["15"] == (5 if sft else 2)
+    assert count["17"] == sft + len(cfg.fractions)
+    for number in ("00", "18", "19"):
+        assert count[number] == 0
+
+
+@pytest.mark.slow
+def test_the_dry_run_names_every_training_of_wrpos_notebooks(dry_run):
+    profile, lines = dry_run
+    cfg = config.load("wrpo", profile)
+    count = trainings(lines)
+    start = int(cfg.world.sft_rows > 0) + 1  # SFT, where it is trained here, and Target-SFT
+    seeds = len(cfg.seeds)
+    losses = len(cfg.objectives)
+    source_sets = {*cfg.source_sets, cfg.sources}
+    larger_alphas = [alpha for alpha in cfg.alphas if alpha > 0.1]
+    assert count["31"] == start + seeds * (losses + 2)
+    assert count["32"] == start + 2 + 2 * len(cfg.alphas)
+    assert count["33"] == start - 1 + 2 * len(source_sets)
+    assert count["34"] == start + 2 * losses
+    assert count["35"] == start + 2 * seeds + len(larger_alphas)
+
+
+@pytest.mark.slow
+def test_the_dry_run_says_what_is_needed_and_which_models_are_used(dry_run):
+    profile, lines = dry_run
+    cfg = config.load("expo", profile)
+    needed, models, *_ = lines["11"]
+    assert f"{cfg.needs.hours:g} h" in needed
+    assert cfg.world.target in models
+    assert any(f"2 × lr {cfg.train.lr:g}" in line for line in lines["13"])
+    published = "computes nothing"
+    if profile == "paper":  # its twelve pairs are sampled from
+        published = "8 GPUs"
+    assert published in lines["18"][0]
+    assert "computes nothing" in lines["19"][0]
+
+
+# --- rewards and machines
+
+
+def test_a_finished_reward_model_has_nothing_to_train(store, tiny_reward):
+    cfg = plain(world__reward_model=str(tiny_reward), world__reward_rows=0)
+    reward = stages.reward(cfg.world, "reward")
+    facts = reward.manifest["facts"]
+    assert set(facts) == {"held_out", "accuracy", "auc"}
+    assert facts["held_out"] > 10
+    assert not list(reward.get().glob("*.safetensors")), "no copy of the model"
+
+
+def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):
+    cfg = plain(world__reward_model=str(tiny_reward), world__reward_rows=0)
+    pool = samples_of(cfg, stages.sft(cfg), "dev_prompts", 1)
+    scores = frame(stages.scores(cfg, pool, "dev_prompts"))
+    prompts = stages.texts(cfg.world).json("dev_prompts.json")
+    tokenizer = templates.load_tokenizer(str(stages.sft(cfg).get()))
+    texts = []
+    for prompt, response in zip(prompts, frame(pool)["response_ids"], strict=True):
+        ids = prompt["prompt_ids"] + response
+        texts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    wanted = rewards.Classifier(tiny_reward).score(texts)
+    assert scores["reward"].tolist() == pytest.approx(wanted, abs=2e-5)
+
+
+def test_a_machine_that_is_too_small_is_told_so_before_anything_starts(monkeypatch, tmp_path):
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
     cfg = plain()
-    cfg = dataclasses.replace(cfg, needs=dataclasses.replace(cfg.needs, memory_gb=10**6))
-    with pytest.raises(
-        config.ConfigError, match=r"1000000 GB of memory.*--profile smoke|--dry-run"
-    ):
+    needs = dataclasses.replace(cfg.needs, memory_gb=10**6)
+    cfg = dataclasses.replace(cfg, needs=needs)
+    message = "1000000 GB of memory.*--dry-run.*--profile (cpu|smoke)"
+    with pytest.raises(config.ConfigError, match=message):
         expo.curves(cfg).get()
-    assert not [p for p in paths.ARTIFACTS.iterdir() if p.name.startswith("train-")]
+    assert not list(paths.ARTIFACTS.glob("train-*"))

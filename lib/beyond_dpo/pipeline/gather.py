@@ -24,13 +24,14 @@ class Point(NamedTuple):
 def watched(items: Iterable, desc: str) -> Iterator:
     """Yield the items under a progress bar, and tell the batch runner."""
     items = list(items)
+    total = len(items)
     began = time.monotonic()
-    with events.Bar(len(items), desc) as bar:
+    with events.Bar(total, desc) as bar:
         for item in items:
             yield item
             bar.update(1)
             seconds = time.monotonic() - began
-            events.announce(desc, bar.done, len(items), seconds)
+            events.announce(desc, bar.done, total, seconds)
 
 
 def scored(points: list[Point], desc: str) -> tuple[pd.DataFrame, list[dict]]:
@@ -44,8 +45,8 @@ def scored(points: list[Point], desc: str) -> tuple[pd.DataFrame, list[dict]]:
     facts = []
     for place, scores in watched(points, desc):
         responses = _responses(scores)
-        measured = scores.manifest["facts"]
         frames.append(responses.assign(**place))
+        measured = scores.manifest["facts"]
         facts.append({**place, **measured})
     table = pd.concat(frames, ignore_index=True)
     if "gold" not in table:
@@ -68,7 +69,7 @@ def _responses(scores: Artifact) -> pd.DataFrame:
 
     Prompts are numbered: no row of the data set, not even its name, leaves artifacts/.
     """
-    table = pd.read_json(scores.get() / "scores.jsonl", lines=True)
+    table = read_lines(scores, "scores.jsonl")
     logratio = table["logp"] - table["logp_sft"]
     numbers, _ = pd.factorize(table["id"])
     table["logratio"] = logratio.round(4)
@@ -96,7 +97,10 @@ def scores_of(points: list[Point]) -> list[Artifact]:
 
 def keys(points: list[Point]) -> list[dict]:
     """Return each place with the key of its scores, for the facts of the stage that chose it."""
-    return [{**place, "key": scores.key} for place, scores in points]
+    named = []
+    for place, scores in points:
+        named.append({**place, "key": scores.key})
+    return named
 
 
 def write(out: Path, table: pd.DataFrame, facts: list[dict]) -> None:
@@ -105,9 +109,18 @@ def write(out: Path, table: pd.DataFrame, facts: list[dict]) -> None:
     write_json(out / "points.json", facts)
 
 
+def read_lines(artifact: Artifact, name: str, **options) -> pd.DataFrame:
+    """Return a table of a result's file of JSON lines; options are of pandas.read_json."""
+    file = artifact.get() / name
+    return pd.read_json(file, lines=True, **options)
+
+
 def write_table(file: Path, table: pd.DataFrame) -> None:
-    """Write a table as .csv.gz, the same bytes each time."""
-    table.to_csv(file, index=False, compression={"method": "gzip", "mtime": 0})
+    """Write a table as .csv, or .csv.gz by the file's name; the same bytes each time."""
+    compression = None
+    if file.suffix == ".gz":
+        compression = {"method": "gzip", "mtime": 0}
+    table.to_csv(file, index=False, compression=compression)
 
 
 def write_json(file: Path, value, indent: int | None = None) -> None:

@@ -3,6 +3,7 @@
 Each function returns an Artifact; nothing runs before its get().
 """
 
+import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,9 @@ NAMES = {
     "mallows_ipo": "MallowsIPO",
     "mallows_simpo": "MallowsSimPO",
 }
+# the columns of two curves in a table of gap_at_equal()
+CurvePair = tuple[np.ndarray, np.ndarray]
+
 RECORDS = 200  # of each bandit's training, fewer towards its end
 ARMS = ["arm1", "arm2", "arm3", "arm4", "arm5"]
 LEAST_PLACES = 3  # of a curve of gap_at_equal()
@@ -64,14 +68,15 @@ def _bandit_runs(link: str, betas: tuple[float, ...], steps: int) -> pd.DataFram
 
     every_step, every_policy = bandit.train(betas, link=link, steps=steps)
     # it changes most at the start
-    spaced = np.geomspace(1, len(every_step), RECORDS).astype(int)
-    recorded = np.unique(spaced) - 1
+    spaced = np.geomspace(1, len(every_step), RECORDS)
+    recorded = np.unique(spaced.astype(int)) - 1
     policies = every_policy[recorded]
     index = pd.MultiIndex.from_product(
         [[NAMES[link]], every_step[recorded], betas],
         names=["method", "step", "beta"],
     )
-    table = pd.DataFrame(policies.reshape(-1, len(ARMS)), index, ARMS)
+    probabilities = policies.reshape(-1, len(ARMS))
+    table = pd.DataFrame(probabilities, index, ARMS)
     table["reward"] = bandit.reward(policies).ravel()
     table["kl"] = bandit.kl(policies).ravel()
     return table
@@ -105,7 +110,7 @@ def dispersed(cfg) -> Artifact:
         chosen, rejected = stages.reference_values(reference_pass, "entropies")
         weight, phi_star = dispersion.weights(chosen, rejected, range(len(chosen)))
         table = pd.DataFrame({"chosen": chosen, "rejected": rejected, "weight": weight})
-        table.round(6).to_csv(out / "dispersion.csv", index=False)
+        gather.write_table(out / "dispersion.csv", table.round(6))
         return {"phi_star": round(phi_star, 6)}
 
     inputs = {"reference": reference_pass}
@@ -120,11 +125,21 @@ def rated(source: str) -> list[tuple[str, list[int]]]:
     """
     if source not in corpus.RATED:
         reviews, _ = corpus.halves(source)
-        return [(text, [4 * label - 2, len(text) % 5 - 2]) for text, label in reviews]
+        return [(text, _invented_ratings(text, label)) for text, label in reviews]
     ratings = {}
     for name, _, _, values in _rating_rows(source, "anonDataRatings"):
         ratings[name] = json.loads(values)
-    return [(text, ratings[name]) for name, _, text in _rating_rows(source, "GroundTruth")]
+    sentences = []
+    for name, _, text in _rating_rows(source, "GroundTruth"):
+        sentences.append((text, ratings[name]))
+    return sentences
+
+
+def _invented_ratings(text: str, label: int) -> list[int]:
+    """Return two ratings: one agrees with the label, the other depends on the length."""
+    agreeing = 4 * label - 2
+    other = len(text) % 5 - 2
+    return [agreeing, other]
 
 
 def _rating_rows(source: str, table: str) -> Iterator[list[str]]:
@@ -150,10 +165,11 @@ def raters(cfg) -> Artifact:
         needs.check(cfg)
         (entropies,) = stages.reference_values(reference_pass, "entropies")
         (tokens,) = stages.reference_values(reference_pass, "tokens")
-        disagreement = [_disagreement(ratings) for ratings in rows.json("ratings.json")]
+        every_rating = rows.json("ratings.json")
+        disagreement = pd.DataFrame([_disagreement(ratings) for ratings in every_rating])
         table = pd.DataFrame({"entropy": entropies, "tokens": tokens})
-        table = table.join(pd.DataFrame(disagreement))
-        table.round(6).to_csv(out / "raters.csv", index=False)
+        table = table.join(disagreement)
+        gather.write_table(out / "raters.csv", table.round(6))
 
     inputs = {"reference": reference_pass, "rated": rows}
     return Artifact("raters", 1, inputs, make, hours=cfg.needs.hours)
@@ -197,8 +213,9 @@ def _rated_rows(cfg) -> Artifact:
             if len(ids) < openings.SHORTEST:
                 continue
             cut = min(len(ids) // 2, max_prompt)
-            responses = {"said": ids[cut:]}
-            rows.append({"id": str(i), "prompt_ids": ids[:cut], "responses": responses})
+            row = {"id": str(i), "prompt_ids": ids[:cut]}
+            row["responses"] = {"said": ids[cut:]}
+            rows.append(row)
             ratings_of_rows.append(ratings)
         write_rows(out / "pairs.jsonl", rows)
         gather.write_json(out / "ratings.json", ratings_of_rows)
@@ -222,12 +239,17 @@ class Run:
 def frontier(cfg) -> Artifact:
     """Judge every method, β and seed along its training (Fig. 8c)."""
     parts = [f"part{part}" for part in range(1, cfg.train.parts)]
+    parts.append("")
     runs = []
-    for loss in cfg.methods:
-        for beta in cfg.betas:
-            for seed in cfg.seeds:
-                settings = {"loss": loss, "beta": beta, "lr": cfg.train.lr, "seed": seed}
-                runs += [Run(settings, part=part) for part in (*parts, "")]
+    for loss, beta, seed in itertools.product(cfg.methods, cfg.betas, cfg.seeds):
+        settings = {
+            "loss": loss,
+            "beta": beta,
+            "lr": cfg.train.lr,
+            "seed": seed,
+        }
+        for part in parts:
+            runs.append(Run(settings, part=part))
     return judged(cfg, runs)
 
 
@@ -258,18 +280,27 @@ def _plug_in_settings(cfg) -> list[dict]:
     trainings = []
     for loss, settings in cfg.plug_ins.items():
         for name in (loss, WEIGHTED[loss]):
-            shared = {"loss": name, "seed": cfg.seeds[0], "lr": cfg.train.lr}
-            trainings.append({**shared, **settings})
+            training = {
+                "loss": name,
+                "seed": cfg.seeds[0],
+                "lr": cfg.train.lr,
+                **settings,
+            }
+            trainings.append(training)
     return trainings
 
 
 def _grid_settings(cfg) -> list[dict]:
     """Return the settings of every cell of the grid of β and learning rate."""
     cells = []
-    for loss in cfg.grid_methods:
-        for beta in cfg.grid_betas:
-            for lr in cfg.grid_lrs:
-                cells.append({"loss": loss, "seed": cfg.seeds[0], "lr": lr, "beta": beta})
+    for loss, beta, lr in itertools.product(cfg.grid_methods, cfg.grid_betas, cfg.grid_lrs):
+        settings = {
+            "loss": loss,
+            "seed": cfg.seeds[0],
+            "lr": lr,
+            "beta": beta,
+        }
+        cells.append(settings)
     return cells
 
 
@@ -305,7 +336,8 @@ def judged(cfg, runs: list[Run]) -> Artifact:
         if run.split not in splits:
             splits.add(run.split)
             sft_run = Run({"loss": "sft"}, run.split, run.prompts)
-            points.append(_point(cfg, sft_run, stages.sft_weights(start, model)))
+            sft_weights = stages.sft_weights(start, model)
+            points.append(_point(cfg, sft_run, sft_weights))
         weights = stages.Weights(start, model, part=run.part)
         points.append(_point(cfg, run, weights))
     return gather.judged(cfg, points)
@@ -313,7 +345,14 @@ def judged(cfg, runs: list[Run]) -> Artifact:
 
 def _point(cfg, run: Run, weights: stages.Weights) -> gather.Point:
     """Sample from the weights of a run, and score that."""
-    sampled = stages.responses(cfg, weights, run.split, prompts=run.prompts, samples=1, seed=2)
+    sampled = stages.responses(
+        cfg,
+        weights,
+        run.split,
+        prompts=run.prompts,
+        samples=1,
+        seed=2,
+    )
     scores = stages.scores(
         cfg,
         sampled,
@@ -322,7 +361,8 @@ def _point(cfg, run: Run, weights: stages.Weights) -> gather.Point:
         judges=(stages.oracle(cfg.world), "vader"),
         kl_prompts=cfg.world.test_prompts,
     )
-    place = {"split": run.split, "part": run.part or "end", **run.settings}
+    part = run.part or "end"
+    place = {"split": run.split, "part": part, **run.settings}
     return gather.Point(place, scores)
 
 
@@ -403,9 +443,8 @@ def gap_at_equal(
     x_values = x_table.to_numpy()
     y_values = y_table.to_numpy()
     curves = _curve_pairs(x_table.columns, by, pair)
-    places = [len(curve) for both in curves for curve in both]
-    complete = not x_table.isna().any(axis=None)
-    if not complete or min(places) < LEAST_PLACES or not _share_x(x_values.mean(0), curves):
+    incomplete = x_table.isna().any(axis=None)
+    if incomplete or not _comparable(x_values.mean(0), curves):
         raise ValueError(
             f"{pair}: curves of {by} need three places each, all prompts, and a range of {x} in "
             "common"
@@ -414,45 +453,58 @@ def gap_at_equal(
     def gap(prompts) -> float:
         mean_x = x_values[prompts].mean(0)
         mean_y = y_values[prompts].mean(0)
-        return np.mean([_fitted_gap(mean_x, mean_y, both) for both in curves])
+        gaps = [_fitted_gap(mean_x, mean_y, both) for both in curves]
+        return np.mean(gaps)
 
     return stats.interval(gap, len(x_values), seed)
 
 
-def _curve_pairs(columns: pd.MultiIndex, by: str, pair: tuple) -> list[list[np.ndarray]]:
+def _curve_pairs(columns: pd.MultiIndex, by: str, pair: tuple) -> list[CurvePair]:
     """Return the columns of both curves of each training seed."""
     seeds = columns.get_level_values("seed")
     names = columns.get_level_values(by)
+    one, other = pair
     curves = []
     for seed in seeds.unique():
-        curves.append([np.flatnonzero((seeds == seed) & (names == name)) for name in pair])
+        first = np.flatnonzero((seeds == seed) & (names == one))
+        second = np.flatnonzero((seeds == seed) & (names == other))
+        curves.append((first, second))
     return curves
 
 
-def _share_x(mean_x: np.ndarray, curves: list[list[np.ndarray]]) -> bool:
-    """Return whether both curves of every seed reach some x in common."""
+def _comparable(mean_x: np.ndarray, curves: list[CurvePair]) -> bool:
+    """Return whether all curves have enough places, and those of a seed some x in common."""
     for both in curves:
+        first, second = both
+        if min(len(first), len(second)) < LEAST_PLACES:
+            return False
         low, high = _common_range(mean_x, both)
         if low > high:
             return False
     return True
 
 
-def _common_range(mean_x: np.ndarray, curves: list[np.ndarray]) -> tuple[float, float]:
-    """Return the smallest and the largest x that all curves reach."""
-    low = max(mean_x[curve].min() for curve in curves)
-    high = min(mean_x[curve].max() for curve in curves)
+def _common_range(mean_x: np.ndarray, curves: CurvePair) -> tuple[float, float]:
+    """Return the smallest and the largest x that both curves reach."""
+    first, second = curves
+    x_first = mean_x[first]
+    x_second = mean_x[second]
+    low = max(x_first.min(), x_second.min())
+    high = min(x_first.max(), x_second.max())
     return low, high
 
 
-def _fitted_gap(mean_x: np.ndarray, mean_y: np.ndarray, curves: list[np.ndarray]) -> float:
+def _fitted_gap(mean_x: np.ndarray, mean_y: np.ndarray, curves: CurvePair) -> float:
     """Fit one curve and a difference c + d x; return that difference in the middle of their x."""
-    both = np.concatenate(curves)
+    first, second = curves
+    both = np.r_[first, second]
     x = mean_x[both]
-    in_first = np.repeat([1.0, 0.0], [len(curve) for curve in curves])
     root = np.sqrt(np.maximum(x, 0))
-    terms = np.stack([x**0, root, x, x**2, in_first, in_first * x], axis=1)
-    coefficients = np.linalg.lstsq(terms, mean_y[both], rcond=None)[0]
+    in_first = np.repeat([1.0, 0.0], [len(first), len(second)])
+    curve_terms = [x**0, root, x, x**2]
+    difference_terms = [in_first, in_first * x]
+    terms = np.stack([*curve_terms, *difference_terms], axis=1)
+    coefficients, *_ = np.linalg.lstsq(terms, mean_y[both], rcond=None)
     *_, c, d = coefficients
     middle = np.mean(_common_range(mean_x, curves))
     return c + d * middle

@@ -14,7 +14,7 @@ import pandas as pd
 
 from beyond_dpo.files import link_file
 from beyond_dpo.machine import launch, spread, workers
-from beyond_dpo.pipeline import artifacts, assets, config, corpus, needs
+from beyond_dpo.pipeline import artifacts, assets, config, corpus, gather, needs
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
@@ -406,8 +406,8 @@ def pairs(cfg) -> Artifact:
 
     def make(out: Path) -> dict:
         prompts = texts(world).json("prompts.json")
-        rewards = pd.read_json(judged.get() / "scores.jsonl", lines=True)
-        sampled = pd.read_json(pool.get() / "responses.jsonl", lines=True)
+        rewards = gather.read_lines(judged, "scores.jsonl")
+        sampled = gather.read_lines(pool, "responses.jsonl")
         table = rewards.merge(sampled[["id", "sample", "response_ids"]], on=["id", "sample"])
         rows, gaps = _best_against_worst(table, judge, prompts)
         if not rows:

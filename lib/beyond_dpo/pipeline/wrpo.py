@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -25,6 +26,13 @@ OWN = (TARGET_CHOSEN, REJECTED)  # the target's own pair
 OFF_POLICY = (SOURCE_CHOSEN, REJECTED)  # the source's response against the target's worst
 NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
 FUSING = {"dpo": "wrpo", "ipo": "wrpo_ipo", "simpo": "wrpo_simpo"}
+
+
+class Pool(NamedTuple):
+    """Responses to sample from, and their scores by the reward model."""
+
+    responses: Artifact
+    scores: Artifact
 
 
 # --- what is learnt from
@@ -58,27 +66,48 @@ def fusion(cfg, names: Sequence[str]) -> Artifact:
     sft.jsonl: those of the first third. A prompt without a response, or whose responses all score
     alike, is counted and dropped. Its get() raises ConfigError where none is left to learn from.
     """
-    answers = {name: sources.answers(cfg, name) for name in sorted(names)}
-    judged = {name: scored(cfg, responses) for name, responses in answers.items()}
+    pools = _source_pools(cfg, sorted(names))
 
     def make(out: Path) -> dict:
-        tables = []
-        for name, responses in answers.items():
-            tables.append(_table(responses, judged[name]).assign(source=name))
         prompts = stages.texts(cfg.world).json("prompts.json")
-        rows = _best_of_sources(pd.concat(tables, ignore_index=True), prompts)
-        first = {prompt["id"] for prompt in thirds(cfg).json("first.json")}
+        rows = _best_of_sources(_tables(pools), prompts)
+        first = _by_id(thirds(cfg).json("first.json"))
         sft_rows = [row for row in rows if row["id"] in first]
         if not rows:
-            raise _no_best_response(cfg, answers, f"{len(prompts)} prompts")
+            raise _no_best_response(cfg, pools, f"{len(prompts)} prompts")
         if first and not sft_rows:
-            raise _no_best_response(cfg, answers, f"{len(first)} prompts for Target-SFT")
+            raise _no_best_response(cfg, pools, f"{len(first)} prompts for Target-SFT")
         write_rows(out / "best.jsonl", rows)
         write_rows(out / "sft.jsonl", sft_rows)
         wins = Counter(row["source"] for row in rows)
-        return {"wins": wins, "dropped": len(prompts) - len(rows)}
+        dropped = len(prompts) - len(rows)
+        return {"wins": wins, "dropped": dropped}
 
-    return Artifact("fusion", 1, {"scores": judged, "thirds": thirds(cfg)}, make)
+    inputs = {"scores": _scores_of(pools), "thirds": thirds(cfg)}
+    return Artifact("fusion", 1, inputs, make)
+
+
+def _source_pools(cfg, names: Sequence[str]) -> dict[str, Pool]:
+    """Return the pool of each source."""
+    pools = {}
+    for name in names:
+        answers = sources.answers(cfg, name)
+        pools[name] = Pool(answers, scored(cfg, answers))
+    return pools
+
+
+def _scores_of(pools: dict[str, Pool]) -> dict[str, Artifact]:
+    """Return the scores of each pool, for the inputs of what is made from them."""
+    return {name: pool.scores for name, pool in pools.items()}
+
+
+def _tables(pools: dict[str, Pool]) -> pd.DataFrame:
+    """Return a row for each response of every pool that has a token, with its "source"."""
+    tables = []
+    for name, pool in pools.items():
+        table = _table(*pool)
+        tables.append(table.assign(source=name))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _best_of_sources(table: pd.DataFrame, prompts: list[dict]) -> list[dict]:
@@ -90,9 +119,11 @@ def _best_of_sources(table: pd.DataFrame, prompts: list[dict]) -> list[dict]:
         ends = best_and_worst(groups.get(name), name)
         if ends is None:
             continue
-        best = table.loc[ends[0]]
-        responses = {SOURCE_CHOSEN: best["response_ids"]}
-        rows.append({**prompt, "responses": responses, "source": best["source"]})
+        best, _ = ends
+        row = dict(prompt)
+        row["responses"] = {SOURCE_CHOSEN: table.loc[best, "response_ids"]}
+        row["source"] = table.loc[best, "source"]
+        rows.append(row)
     return rows
 
 
@@ -115,9 +146,11 @@ def best_and_worst(group: pd.DataFrame | None, seed: str) -> tuple | None:
     rewards = group["reward"]
     if len(group) > 1 and rewards.nunique() == 1:
         return None
+    highest = group.index[rewards == rewards.max()]
+    lowest = group.index[rewards == rewards.min()]
     generator = random.Random(seed)
-    best = generator.choice(list(group.index[rewards == rewards.max()]))
-    worst = generator.choice(list(group.index[rewards == rewards.min()]))
+    best = generator.choice(list(highest))
+    worst = generator.choice(list(lowest))
     return best, worst
 
 
@@ -135,7 +168,7 @@ def target_sft(cfg, names: Sequence[str]) -> Artifact:
     )
 
 
-def own(cfg, model: Artifact) -> tuple[Artifact, Artifact]:
+def own(cfg, model: Artifact) -> Pool:
     """Sample `model`'s own responses to the rest of the prompts, and score them."""
     prompts = thirds(cfg)
     start = stages.sft(cfg)
@@ -151,7 +184,7 @@ def own(cfg, model: Artifact) -> tuple[Artifact, Artifact]:
         seed=1,
         engine="sample",
     )
-    return sampled, scored(cfg, sampled, "rest", prompts)
+    return Pool(sampled, scored(cfg, sampled, "rest", prompts))
 
 
 def quadruples(cfg, names: Sequence[str], model: Artifact) -> Artifact:
@@ -165,14 +198,15 @@ def quadruples(cfg, names: Sequence[str], model: Artifact) -> Artifact:
     best = fusion(cfg, names)
 
     def make(out: Path) -> dict:
-        fused_rows = {row["id"]: row for row in read_rows(best.get() / "best.jsonl")}
         prompts = thirds(cfg).json("rest.json")
-        fused_prompts = [prompt["id"] for prompt in prompts if prompt["id"] in fused_rows]
-        own_pairs = _own_pairs(_table(sampled, judged), fused_prompts)
+        own_pairs = _own_pairs(_table(sampled, judged), prompts)
+        fused_rows = _by_id(read_rows(best.get() / "best.jsonl"))
         rows = []
         for name, pair in own_pairs.items():
-            row = fused_rows[name]
-            rows.append({**row, "responses": {**row["responses"], **pair}})
+            if name in fused_rows:
+                row = fused_rows[name]
+                responses = {**row["responses"], **pair}
+                rows.append({**row, "responses": responses})
         if not rows:
             raise config.ConfigError(
                 f"the reward model {cfg.world.reward_model} finds for none of {len(prompts)} "
@@ -181,16 +215,19 @@ def quadruples(cfg, names: Sequence[str], model: Artifact) -> Artifact:
                 "more prompts, or a higher sampling.temperature"
             )
         write_rows(out / "pairs.jsonl", rows)
-        return {"quadruples": len(rows), "dropped": len(prompts) - len(rows)}
+        dropped = len(prompts) - len(rows)
+        return {"quadruples": len(rows), "dropped": dropped}
 
-    return Artifact("quadruples", 1, {"scores": judged, "fusion": best}, make)
+    inputs = {"scores": judged, "fusion": best}
+    return Artifact("quadruples", 1, inputs, make)
 
 
-def _own_pairs(table: pd.DataFrame, prompts: list[str]) -> dict[str, dict]:
-    """Return the best and the worst response to each prompt where they are not one."""
+def _own_pairs(table: pd.DataFrame, prompts: list[dict]) -> dict[str, dict]:
+    """Return the best and the worst response to each prompt, by its id, where they are not one."""
     groups = dict(iter(table.groupby("id")))
     pairs = {}
-    for name in prompts:
+    for prompt in prompts:
+        name = prompt["id"]
         ends = best_and_worst(groups.get(name), name)
         if ends is None:
             continue
@@ -207,10 +244,11 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
     """
 
     def make(out: Path) -> None:
-        prompts = [prompt["id"] for prompt in thirds(cfg).json("rest.json")]
-        size = max(1, round(cfg.fraction * len(prompts)))
+        prompts = thirds(cfg).json("rest.json")
+        size = round(cfg.fraction * len(prompts))
         order = epoch_order(len(prompts), seed, epoch=1_000)
-        kept = {prompts[i] for i in order[:size]}
+        first = order[: max(1, size)]
+        kept = _by_id([prompts[i] for i in first])
         every_row = read_rows(rows.get() / "pairs.jsonl")
         drawn = [row for row in every_row if row["id"] in kept]
         if not drawn:
@@ -221,19 +259,30 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
             )
         write_rows(out / "pairs.jsonl", drawn)
 
-    inputs = {"quadruples": rows, "thirds": thirds(cfg), "fraction": cfg.fraction, "seed": seed}
+    inputs = {
+        "quadruples": rows,
+        "thirds": thirds(cfg),
+        "fraction": cfg.fraction,
+        "seed": seed,
+    }
     return Artifact("draw", 1, inputs, make)
 
 
 def _table(answers: Artifact, judged: Artifact) -> pd.DataFrame:
     """Return a row for each response that has a token: id, sample, response_ids, reward, length."""
-    responses = pd.read_json(answers.get() / "responses.jsonl", lines=True, dtype={"id": str})
-    scores = pd.read_json(judged.get() / "scores.jsonl", lines=True, dtype={"id": str})
-    table = responses[["id", "sample", "response_ids"]].merge(
-        scores[["id", "sample", "reward", "length"]],
-        on=["id", "sample"],
-    )
-    return table[table["length"] > 0].reset_index(drop=True)
+    response = ["id", "sample"]
+    responses = gather.read_lines(answers, "responses.jsonl", dtype={"id": str})
+    scores = gather.read_lines(judged, "scores.jsonl", dtype={"id": str})
+    tokens = responses[[*response, "response_ids"]]
+    measures = scores[[*response, "reward", "length"]]
+    table = tokens.merge(measures, on=response)
+    with_a_token = table[table["length"] > 0]
+    return with_a_token.reset_index(drop=True)
+
+
+def _by_id(rows: list[dict]) -> dict[str, dict]:
+    """Return rows, or prompts, by their id."""
+    return {row["id"]: row for row in rows}
 
 
 # --- what is trained
@@ -255,10 +304,13 @@ def trained(
     responses: those that the loss takes, in its order. changes: of cfg.train.
     """
     names = names or cfg.sources
-    start = "Target" if base else f"Target-SFT on {' + '.join(names)}"
-    base = base or target_sft(cfg, names)
+    start = "Target"
+    if base is None:
+        start = f"Target-SFT on {' + '.join(names)}"
+        base = target_sft(cfg, names)
     rows = quadruples(cfg, names, base)
-    desc = f"{loss.upper()} from {start}, {responses[0]} chosen, seed {seed}"
+    chosen = responses[0]
+    desc = f"{loss.upper()} from {start}, {chosen} chosen, seed {seed}"
     for name, value in changes.items():
         desc += f", {name} {value:g}"
     return stages.training(
@@ -275,11 +327,23 @@ def trained(
 
 
 def fused(
-    cfg, loss: str = "dpo", *, names: Sequence[str] = (), seed: int = 0, **changes
+    cfg,
+    loss: str = "dpo",
+    *,
+    names: Sequence[str] = (),
+    seed: int = 0,
+    **changes,
 ) -> Artifact:
     """Train WRPO in the form of DPO, IPO or SimPO; arguments as of trained()."""
     settings = {**cfg.objectives[loss], "alpha": cfg.train.alpha, **changes}
-    return trained(cfg, FUSING[loss], names=names, responses=config.FUSED, seed=seed, **settings)
+    return trained(
+        cfg,
+        FUSING[loss],
+        names=names,
+        responses=config.FUSED,
+        seed=seed,
+        **settings,
+    )
 
 
 # --- what is compared
@@ -293,18 +357,25 @@ def main_result(cfg) -> Artifact:
     start = stages.sft(cfg)
     points = [
         _target_point(cfg, {"model": "Target", "seed": 0}),
-        _target_sft_point(cfg, {"model": "Target-SFT", "seed": 0}),
+        _point(cfg, {"model": "Target-SFT", "seed": 0}, target_sft(cfg, cfg.sources)),
     ]
     for seed in cfg.seeds:
         models = {}
         for loss, settings in cfg.objectives.items():
-            baseline = trained(cfg, loss, base=start, seed=seed, **settings)
-            models[f"Target-{NAMES[loss]}"] = baseline
-        models["Target-SFT-DPO"] = trained(cfg, "dpo", seed=seed, **cfg.objectives["dpo"])
+            name = f"Target-{NAMES[loss]}"
+            models[name] = trained(cfg, loss, base=start, seed=seed, **settings)
+        models["Target-SFT-DPO"] = _own_dpo(cfg, seed)
         models["Target-SFT-WRPO"] = fused(cfg, seed=seed)
         for name, model in models.items():
-            points.append(_point(cfg, {"model": name, "seed": seed}, model))
+            place = {"model": name, "seed": seed}
+            points.append(_point(cfg, place, model))
     return gather.judged(cfg, points)
+
+
+def _own_dpo(cfg, seed: int, responses: Sequence[str] = OWN) -> Artifact:
+    """Train Target-SFT by DPO on its own pairs, or on others."""
+    settings = cfg.objectives["dpo"]
+    return trained(cfg, "dpo", responses=responses, seed=seed, **settings)
 
 
 def weighted(cfg) -> Artifact:
@@ -315,30 +386,31 @@ def weighted(cfg) -> Artifact:
     """
     seed = cfg.seeds[0]
     settings = cfg.objectives["dpo"]
-    source_only = trained(cfg, "dpo", responses=OFF_POLICY, seed=seed, **settings)
-    points = [
-        _target_sft_point(cfg, {"model": "Target-SFT"}),
-        _point(cfg, {"model": "weighted"}, fused(cfg, seed=seed)),
-        _point(cfg, {"model": "target only"}, trained(cfg, "dpo", seed=seed, **settings)),
-        _point(cfg, {"model": "source only"}, source_only),
-    ]
-    hybrid = trained(cfg, "hybrid", responses=config.FUSED, seed=seed, **settings)
-    points.append(_point(cfg, {"model": "hybrid"}, hybrid))
-    for alpha in cfg.alphas:
-        for dynamic in (True, False):
-            if alpha == 1 and not dynamic:  # constant 1 is the source alone
-                model = source_only
-            else:
-                model = fused(cfg, seed=seed, alpha=alpha, dynamic=dynamic)
-            place = {"model": "α", "alpha": alpha, "dynamic": dynamic}
-            points.append(_point(cfg, place, model))
+    source_only = _own_dpo(cfg, seed, OFF_POLICY)
+    models = {
+        "Target-SFT": target_sft(cfg, cfg.sources),
+        "weighted": fused(cfg, seed=seed),
+        "target only": _own_dpo(cfg, seed),
+        "source only": source_only,
+        "hybrid": trained(cfg, "hybrid", responses=config.FUSED, seed=seed, **settings),
+    }
+    points = [_point(cfg, {"model": name}, model) for name, model in models.items()]
+    for alpha, dynamic in itertools.product(cfg.alphas, (True, False)):
+        if alpha == 1 and not dynamic:  # constant 1 is the source alone
+            model = source_only
+        else:
+            model = fused(cfg, seed=seed, alpha=alpha, dynamic=dynamic)
+        place = {"model": "α", "alpha": alpha, "dynamic": dynamic}
+        points.append(_point(cfg, place, model))
     return gather.judged(cfg, points)
 
 
 def by_sources(cfg) -> Artifact:
     """Judge Target-SFT, and WRPO from it, for every choice of sources; first seed."""
     seed = cfg.seeds[0]
-    choices = {" + ".join(names): names for names in (*cfg.source_sets, cfg.sources)}
+    choices = {}
+    for names in (*cfg.source_sets, cfg.sources):
+        choices[" + ".join(names)] = names
     points = []
     for choice, names in choices.items():
         models = {
@@ -357,14 +429,15 @@ def by_objective(cfg) -> Artifact:
     Alone they learn from the target's own pairs.
     """
     seed = cfg.seeds[0]
-    points = [_target_sft_point(cfg, {"model": "Target-SFT", "seed": seed})]
+    models = {"Target-SFT": target_sft(cfg, cfg.sources)}
     for loss, settings in cfg.objectives.items():
-        models = {
-            NAMES[loss]: trained(cfg, loss, seed=seed, **settings),
-            f"WRPO-{NAMES[loss]}": fused(cfg, loss, seed=seed),
-        }
-        for name, model in models.items():
-            points.append(_point(cfg, {"model": name, "seed": seed}, model))
+        name = NAMES[loss]
+        models[name] = trained(cfg, loss, seed=seed, **settings)
+        models[f"WRPO-{name}"] = fused(cfg, loss, seed=seed)
+    points = []
+    for name, model in models.items():
+        place = {"model": name, "seed": seed}
+        points.append(_point(cfg, place, model))
     return gather.judged(cfg, points)
 
 
@@ -374,14 +447,10 @@ def _point(cfg, place: dict, model: Artifact) -> gather.Point:
     return _scored_point(cfg, place, weights)
 
 
-def _target_sft_point(cfg, place: dict) -> gather.Point:
-    """Return Target-SFT, of all sources, as a point of a table."""
-    return _point(cfg, place, target_sft(cfg, cfg.sources))
-
-
 def _target_point(cfg, place: dict) -> gather.Point:
     """Return the target itself as a point of a table."""
-    weights = stages.sft_weights(stages.sft(cfg), target_sft(cfg, cfg.sources))
+    start = stages.sft(cfg)
+    weights = stages.sft_weights(start, target_sft(cfg, cfg.sources))
     return _scored_point(cfg, place, weights)
 
 
@@ -390,9 +459,10 @@ def _scored_point(cfg, place: dict, weights: stages.Weights) -> gather.Point:
 
     Raises ConfigError for a world without test prompts.
     """
-    config.require_prompts(cfg.world, "test_prompts")
-    sampled = stages.responses(cfg, weights, "test_prompts", samples=cfg.test_samples, seed=2)
-    scores = stages.scores(cfg, sampled, "test_prompts", kl_prompts=cfg.world.test_prompts)
+    split = "test_prompts"
+    config.require_prompts(cfg.world, split)
+    sampled = stages.responses(cfg, weights, split, samples=cfg.test_samples, seed=2)
+    scores = stages.scores(cfg, sampled, split, kl_prompts=cfg.world.test_prompts)
     return gather.Point(place, scores)
 
 
@@ -409,28 +479,23 @@ def collected(cfg) -> Artifact:
     prompts were dropped.
     """
     model = target_sft(cfg, cfg.sources)
-    pools = {}  # (responses, their scores) by source
-    for name in cfg.sources:
-        answers = sources.answers(cfg, name)
-        pools[name] = (answers, scored(cfg, answers))
+    pools = _source_pools(cfg, cfg.sources)
     pools["Target-SFT"] = own(cfg, model)
     rows = quadruples(cfg, cfg.sources, model)
     best = fusion(cfg, cfg.sources)
 
     def make(out: Path) -> None:
         needs.check(cfg)
-        tables = []
-        for name, (answers, judged) in pools.items():
-            tables.append(_table(answers, judged).assign(source=name))
-        table = pd.concat(tables, ignore_index=True)
-        responses = {row["id"]: row["responses"] for row in read_rows(rows.get() / "pairs.jsonl")}
-        shown = _side_by_side(table, responses)
-        gather.write_table(out / "responses.csv.gz", shown.round(5))
-        facts = {"sources": best.manifest["facts"], "quadruples": rows.manifest["facts"]}
+        fused_rows = _by_id(read_rows(rows.get() / "pairs.jsonl"))
+        table = _side_by_side(_tables(pools), fused_rows)
+        gather.write_table(out / "responses.csv.gz", table.round(5))
+        facts = {
+            "sources": best.manifest["facts"],
+            "quadruples": rows.manifest["facts"],
+        }
         gather.write_json(out / "facts.json", facts, indent=1)
 
-    judged_pools = {name: judged for name, (_, judged) in pools.items()}
-    inputs = {"pools": judged_pools, "quadruples": rows}
+    inputs = {"pools": _scores_of(pools), "quadruples": rows}
     return Artifact("collected", 1, inputs, make, hours=cfg.needs.hours)
 
 
@@ -441,9 +506,10 @@ def _side_by_side(table: pd.DataFrame, quadruples: dict[str, dict]) -> pd.DataFr
     """
     table = table[table["id"].isin(quadruples)]
     chosen = []
-    for name, response_ids in zip(table["id"], table["response_ids"], strict=True):
-        best = [quadruples[name][SOURCE_CHOSEN], quadruples[name][TARGET_CHOSEN]]
-        chosen.append(response_ids in best)
+    for row in table.itertuples():
+        responses = quadruples[row.id]["responses"]
+        best = [responses[SOURCE_CHOSEN], responses[TARGET_CHOSEN]]
+        chosen.append(row.response_ids in best)
     numbers, _ = pd.factorize(table["id"])
     table = table.assign(prompt=numbers, overlap=_overlaps(table), chosen=chosen)
     return table.drop(columns=["id", "sample", "response_ids"])
@@ -456,17 +522,18 @@ def _overlaps(table: pd.DataFrame) -> list[float]:
     """
     token_pairs = [set(itertools.pairwise(ids)) for ids in table["response_ids"]]
     of_target = defaultdict(list)  # positions in the table, by prompt
-    for position, (name, source) in enumerate(zip(table["id"], table["source"], strict=True)):
-        if source == "Target-SFT":
-            of_target[name].append(position)
+    for position, row in enumerate(table.itertuples()):
+        if row.source == "Target-SFT":
+            of_target[row.id].append(position)
     overlaps = []
     for position, name in enumerate(table["id"]):
+        pairs = token_pairs[position]
         others = set()
         for other in of_target[name]:
             if other != position:
                 others |= token_pairs[other]
-        pairs = token_pairs[position]
-        overlaps.append(len(pairs & others) / max(1, len(pairs)))
+        shared = len(pairs & others)
+        overlaps.append(shared / max(1, len(pairs)))
     return overlaps
 
 
@@ -489,12 +556,16 @@ def dynamics(cfg) -> Artifact:
         needs.check(cfg)
         logs = []
         for (name, seed), run in runs.items():
-            log = pd.read_json(run.get() / "log.jsonl", lines=True)
+            log = gather.read_lines(run, "log.jsonl")
             logs.append(log.assign(model=name, seed=seed))
         log = pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"])
-        log.round(6).to_csv(out / "log.csv", index=False)
-        gaps = [_mean_logps(held).assign(model=name) for name, held in references.items()]
-        pd.concat(gaps).round(5).to_csv(out / "gap.csv", index=False)
+        gather.write_table(out / "log.csv", log.round(6))
+        gaps = []
+        for name, reference_pass in references.items():
+            gap = _mean_logps(reference_pass)
+            gaps.append(gap.assign(model=name))
+        gap = pd.concat(gaps)
+        gather.write_table(out / "gap.csv", gap.round(5))
 
     inputs = {
         "runs": list(runs.values()),
@@ -508,13 +579,14 @@ def _logged_runs(cfg) -> dict[tuple[str, int], Artifact]:
     """Return the trainings whose logs are read, by (name, seed)."""
     runs = {}
     for seed in cfg.seeds:
-        runs["Target-SFT-DPO", seed] = trained(cfg, "dpo", seed=seed, **cfg.objectives["dpo"])
+        runs["Target-SFT-DPO", seed] = _own_dpo(cfg, seed)
     for seed in cfg.seeds:
         runs["Target-SFT-WRPO", seed] = fused(cfg, seed=seed)
     first = cfg.seeds[0]
     for alpha in cfg.alphas:
         if alpha != cfg.train.alpha:
-            runs[f"α to {alpha:g}", first] = fused(cfg, alpha=alpha, seed=first)
+            name = f"α to {alpha:g}"
+            runs[name, first] = fused(cfg, alpha=alpha, seed=first)
     return runs
 
 
@@ -528,7 +600,14 @@ def _mean_logps(reference_pass: Artifact) -> pd.DataFrame:
     return table.melt("prompt", var_name="response", value_name="nats")
 
 
-def win_rate(table, value: str, to: str, against: str, *, seed: int) -> tuple[float, float, float]:
+def win_rate(
+    table,
+    value: str,
+    to: str,
+    against: str,
+    *,
+    seed: int,
+) -> tuple[float, float, float]:
     """Return (share − 1/2, low, high) of responses of model `to` with a higher `value`.
 
     Higher than that of `against`, paired by prompt and sample; a tie is half. Prompts are drawn as
@@ -537,8 +616,10 @@ def win_rate(table, value: str, to: str, against: str, *, seed: int) -> tuple[fl
     ours = table[table["model"] == to]
     theirs = table[table["model"] == against]
     pairing = ["prompt", "sample"]
-    both = ours.merge(theirs[[*pairing, value]], on=pairing, suffixes=("", "_other"))
-    wins = both[value] > both[f"{value}_other"]
-    ties = both[value] == both[f"{value}_other"]
+    both = ours.merge(theirs[[*pairing, value]], on=pairing, suffixes=("", "_theirs"))
+    our_value = both[value]
+    their_value = both[f"{value}_theirs"]
+    wins = our_value > their_value
+    ties = our_value == their_value
     share = wins + ties / 2
     return stats.mean_interval(share - 0.5, seed=seed, groups=both["prompt"])
