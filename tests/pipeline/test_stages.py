@@ -598,7 +598,7 @@ def dry_run(request):
     """Return a profile, and what each notebook would do at it, a line each, by its number."""
     profile = request.param
     lines = {}
-    for path in run.find([]):
+    for path in plan.find([]):
         notebook = nbformat.read(path, as_version=4)
         values = plan.parameters(notebook, path.stem)
         number = path.stem[:2]
