@@ -16,7 +16,7 @@ import pytest
 from beyond_dpo.jobs import settings as job_settings
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import plan
-from beyond_dpo.pipeline import artifacts
+from beyond_dpo.pipeline import artifacts, config, expo, mallows, stages, wrpo
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
 CLAIMS = sorted((paths.FROZEN / "claims").glob("*.json"))
@@ -66,20 +66,20 @@ def key_of(stage, recipe):
 
 def keys():
     """Return {settings in words: key} of every loss and every decoding, with each other setting."""
-    found = {}
+    table = {}
     for loss in LOSSES:
         plain = dataclasses.replace(TRAIN, loss=loss)
-        found[f"{loss}"] = key_of("train", plain.recipe())
+        table[f"{loss}"] = key_of("train", plain.recipe())
         for name, value in OTHER_TRAIN.items():
             other = dataclasses.replace(plain, **{name: value})
-            found[f"{loss} {name}={value}"] = key_of("train", other.recipe())
+            table[f"{loss} {name}={value}"] = key_of("train", other.recipe())
         adapter = dataclasses.replace(plain, lora_rank=8, lora_alpha=32.0)
-        found[f"{loss} lora_rank=8 lora_alpha=32.0"] = key_of("train", adapter.recipe())
-    found["decoding"] = key_of("responses", DECODING.recipe())
+        table[f"{loss} lora_rank=8 lora_alpha=32.0"] = key_of("train", adapter.recipe())
+    table["decoding"] = key_of("responses", DECODING.recipe())
     for name, value in OTHER_DECODING.items():
         other = dataclasses.replace(DECODING, **{name: value})
-        found[f"decoding {name}={value}"] = key_of("responses", other.recipe())
-    return found
+        table[f"decoding {name}={value}"] = key_of("responses", other.recipe())
+    return table
 
 
 def test_every_loss_and_decoding_has_the_key_it_had():
@@ -99,7 +99,7 @@ def test_the_table_has_every_setting_that_decides_a_result(default, other, witho
         assert value != getattr(default, name), name
 
 
-def test_the_machine_is_in_no_key():
+def test_the_machine_of_a_training_is_in_no_key():
     elsewhere = {
         "micro_batch": 1,
         "zero": 3,
@@ -112,6 +112,9 @@ def test_the_machine_is_in_no_key():
     }
     assert set(elsewhere) == set(TRAIN.MACHINE)
     assert dataclasses.replace(TRAIN, **elsewhere).recipe() == TRAIN.recipe()
+
+
+def test_the_machine_of_a_sampling_is_in_no_key():
     elsewhere = {"engines": 4, "tensor_parallel": 2, "gpu_share": 0.9, "launcher": "srun"}
     assert set(elsewhere) == set(DECODING.MACHINE)
     assert dataclasses.replace(DECODING, **elsewhere).recipe() == DECODING.recipe()
@@ -135,6 +138,65 @@ def test_the_plan_of_a_notebook_names_what_its_claims_and_figures_were_made_from
     assert figures, "each of these notebooks draws"
     for figure in figures:
         assert set(figure["keys"]) <= set(record["keys"]), figure["figure"]
+
+
+# --- the SFT model as a point of a table
+
+
+EXPO = config.load("expo", "cpu")
+MALLOWS = config.load("mallows", "cpu")
+WRPO = config.load("wrpo", "cpu")
+TABLES = {  # frozen results that hold a point of the SFT model
+    "curves": lambda: expo.curves(EXPO),
+    "sweep": lambda: expo.sweep(EXPO, expo.interpolation(EXPO)),
+    "frontier": lambda: mallows.frontier(MALLOWS),
+    "main result": lambda: wrpo.main_result(WRPO),
+}
+
+
+def placed(judged, **columns):
+    """Return the scores of the point of a gathered table that has these columns."""
+    points = zip(judged.inputs["places"], judged.inputs["points"], strict=True)
+    (scores,) = [scores for place, scores in points if columns.items() <= place.items()]
+    return scores
+
+
+SFT_POINTS = {
+    "curves": lambda: expo.point(EXPO, 0.0, 0, 0.0, "test_prompts"),
+    "sweep": lambda: expo.sweep(EXPO, {}).inputs["points"][0],
+    "interpolation": lambda: expo.interpolation(EXPO)["aligned"].scores(
+        EXPO, -1.0, "dev_prompts", 1
+    ),
+    "frontier": lambda: placed(mallows.frontier(MALLOWS), loss="sft"),
+    "main result": lambda: placed(wrpo.main_result(WRPO), model="Target"),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_as_long_as_the_sft_model_is_not_sampled_alone_frozen_results_are_found(table):
+    assert stages.SFT_SAMPLED_ALONE is False
+    artifact = TABLES[table]()
+    assert (paths.FROZEN / artifact.key).is_dir()
+
+
+@pytest.mark.parametrize("table", SFT_POINTS)
+def test_the_sft_model_sampled_alone_names_no_aligned_model(table, monkeypatch):
+    build = SFT_POINTS[table]
+    today = build()
+    monkeypatch.setattr(stages, "SFT_SAMPLED_ALONE", True)
+    alone = build()
+    assert alone.key != today.key
+    weights = alone.inputs["responses"].inputs
+    assert weights["aligned"] is None
+    assert weights["alpha"] == 0
+    trained = [one.key for one in alone.upstream.values() if one.stage == "train"]
+    assert trained == [weights["sft"].key]
+
+
+def test_other_points_keep_their_keys_where_the_sft_model_is_sampled_alone(monkeypatch):
+    today = expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key
+    monkeypatch.setattr(stages, "SFT_SAMPLED_ALONE", True)
+    assert expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key == today
 
 
 if __name__ == "__main__":

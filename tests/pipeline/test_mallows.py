@@ -93,7 +93,8 @@ def test_raters_hold_numbers_only(store):
 
 
 def test_raters_are_the_people_of_the_sentences(store):
-    table = mallows.raters(SMOKE).csv("raters.csv")
+    raters = mallows.raters(SMOKE)
+    table = raters.csv("raters.csv")
     deviations = set()
     for _, ratings in mallows.rated("fixtures"):
         deviation = np.std(ratings)
@@ -268,7 +269,8 @@ def test_paper_settings_of_table_6(paper):
     cfg = paper("llama3")
     published = report.published("mallows_table6_beta_lr")
     cells = {(beta, lr) for beta in cfg.grid_betas for lr in cfg.grid_lrs}
-    assert cells == set(zip(published["beta"], published["lr"], strict=True))
+    wanted = zip(published["beta"], published["lr"], strict=True)
+    assert cells == set(wanted)
 
 
 def test_paper_settings_of_table_1(paper):

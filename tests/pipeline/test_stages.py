@@ -236,7 +236,8 @@ def test_the_reward_model_chooses_alpha_on_dev_prompts(curves):
     table = curves.csv("responses.csv.gz")
     dev = table[(table["split"] == "dev") & (table["fraction"] == 1)]
     means = dev.groupby("alpha")["reward"].mean()
-    wanted = {"fraction": 1.0, "seed": 0, "alpha": means.idxmax()}
+    best = means.idxmax()
+    wanted = {"fraction": 1.0, "seed": 0, "alpha": best}
     assert curves.json("best.json") == [wanted]
 
 
@@ -347,7 +348,8 @@ def test_an_engine_that_was_swapped_says_what_one_of_the_model_alone_says(store)
     out = store / "alone.jsonl"
     with launch.Worker("beyond_dpo.jobs.generate", settings, store, desc="alone") as alone:
         alone.call("generate", prompts=str(prompts), out=str(out), samples=2, seed=1)
-    assert response_ids(out.read_text()) == response_ids(swapped)
+    said_alone = out.read_text()
+    assert response_ids(said_alone) == response_ids(swapped)
 
 
 @pytest.mark.parametrize(
@@ -567,7 +569,8 @@ def moved(store):
     file = folder / "model.safetensors"
     weights = load_file(file)
     for tensor in weights.values():
-        tensor += 0.01 * tensor.std()
+        deviation = tensor.std()
+        tensor += 0.01 * deviation
     save_file(weights, file, {"format": "pt"})
     return folder
 
@@ -682,7 +685,8 @@ def test_a_finished_reward_model_is_used_as_it_is(store, tiny_reward):
     pool = samples_of(cfg, stages.sft(cfg), "dev_prompts", 1)
     scores = frame(stages.scores(cfg, pool, "dev_prompts"))
     prompts = stages.texts(cfg.world).json("dev_prompts.json")
-    tokenizer = templates.load_tokenizer(str(stages.sft(cfg).get()))
+    folder = stages.sft(cfg).get()
+    tokenizer = templates.load_tokenizer(str(folder))
     texts = []
     for prompt, response in zip(prompts, frame(pool)["response_ids"], strict=True):
         ids = prompt["prompt_ids"] + response

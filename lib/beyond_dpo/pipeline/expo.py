@@ -166,14 +166,14 @@ def _main_line(cfg, alphas: tuple = ()) -> Line:
 
 def _placed(cfg, split: str, fraction: float, seed: int, alpha: float) -> gather.Point:
     """Return a point of the curves; split is "dev" or "test"."""
-    place = {
+    columns = {
         "split": split,
         "fraction": fraction,
         "seed": seed,
         "alpha": alpha,
     }
     scores = point(cfg, fraction, seed, alpha, f"{split}_prompts")
-    return gather.Point(place, scores)
+    return gather.Point(columns, scores)
 
 
 def _placed_sft(cfg, split: str) -> gather.Point:
@@ -233,15 +233,15 @@ def searches(cfg) -> Artifact:
 
     def make(out: Path) -> dict:
         needs.check(cfg)
-        found = []
+        choices = []
         points = []
         for fraction in gather.watched(cfg.fractions, "golden-section search"):
             choice, alphas = _search(cfg, fraction)
-            found.append(choice)
+            choices.append(choice)
             points += _searched_points(cfg, fraction, alphas)
         table, facts = gather.scored(points, "searched α and grids")
         gather.write(out, table, facts)
-        gather.write_json(out / "searches.json", found, indent=1)
+        gather.write_json(out / "searches.json", choices, indent=1)
         return {"chosen_points": gather.keys(points)}
 
     inputs = {
@@ -278,9 +278,9 @@ def _searched_points(cfg, fraction: float, alphas: Iterable[float]) -> list[gath
     """Return these α of one fraction on dev prompts, first seed."""
     points = []
     for alpha in alphas:
-        place = {"fraction": fraction, "alpha": alpha}
+        columns = {"fraction": fraction, "alpha": alpha}
         scores = point(cfg, fraction, cfg.seeds[0], alpha, "dev_prompts")
-        points.append(gather.Point(place, scores))
+        points.append(gather.Point(columns, scores))
     return points
 
 
@@ -308,9 +308,9 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
     points = []
     for name, line in every_line.items():
         for alpha in line.alphas:
-            place = {"model": name, "alpha": alpha}
+            columns = {"model": name, "alpha": alpha}
             scores = line.scores(cfg, alpha, "dev_prompts", cfg.dev_samples)
-            points.append(gather.Point(place, scores))
+            points.append(gather.Point(columns, scores))
 
     def make(out: Path) -> None:
         needs.check(cfg)
@@ -515,9 +515,9 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
         needs.check(cfg)
         texts = []
         for (name, alpha), artifact in gather.watched(sampled.items(), "text samples"):
-            place = {"model": name, "alpha": alpha}
+            columns = {"model": name, "alpha": alpha}
             for row in _decoded(artifact, readers[name]):
-                texts.append({**place, **row})
+                texts.append({**columns, **row})
         write_file(out / "texts.json", json.dumps(texts, ensure_ascii=False))
 
     points = list(sampled.values())

@@ -17,7 +17,7 @@ from beyond_dpo.pipeline.artifacts import Artifact
 class Point(NamedTuple):
     """A model at an α: its place in the table, and the scores of its responses."""
 
-    place: dict  # the columns that say which it is, such as {"model": "DPO", "alpha": 2.0}
+    columns: dict  # that say which it is, such as {"model": "DPO", "alpha": 2.0}
     scores: Artifact
 
 
@@ -35,19 +35,20 @@ def watched(items: Iterable, desc: str) -> Iterator:
 
 
 def scored(points: list[Point], desc: str) -> tuple[pd.DataFrame, list[dict]]:
-    """Get the scores of every point: a table with a row for each response, and each place's facts.
+    """Get the scores of every point: a row for each response, and a record of each point.
 
-    Trainings that are missing all come first. "gold" is the reward that made the pairs, also where
-    no labels train one of that name.
+    A record has the point's columns and the facts of its scores. Trainings that are missing all
+    come first. "gold" is the reward that made the pairs, also where no labels train one of that
+    name.
     """
     _train(points)
     frames = []
     facts = []
-    for place, scores in watched(points, desc):
+    for columns, scores in watched(points, desc):
         responses = _responses(scores)
-        frames.append(responses.assign(**place))
+        frames.append(responses.assign(**columns))
         measured = scores.manifest["facts"]
-        facts.append({**place, **measured})
+        facts.append({**columns, **measured})
     table = pd.concat(frames, ignore_index=True)
     if "gold" not in table:
         table["gold"] = table["reward"]
@@ -85,7 +86,7 @@ def judged(cfg, points: list[Point]) -> Artifact:
         table, facts = scored(points, "trained models")
         write(out, table, facts)
 
-    places = [place for place, _ in points]
+    places = [columns for columns, _ in points]
     inputs = {"places": places, "points": scores_of(points)}
     return Artifact("judged", 1, inputs, make, hours=cfg.needs.hours)
 
@@ -96,10 +97,10 @@ def scores_of(points: list[Point]) -> list[Artifact]:
 
 
 def keys(points: list[Point]) -> list[dict]:
-    """Return each place with the key of its scores, for the facts of the stage that chose it."""
+    """Return each point with the key of its scores, for the facts of the stage that chose it."""
     named = []
-    for place, scores in points:
-        named.append({**place, "key": scores.key})
+    for columns, scores in points:
+        named.append({**columns, "key": scores.key})
     return named
 
 

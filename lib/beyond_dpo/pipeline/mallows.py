@@ -362,8 +362,8 @@ def _point(cfg, run: Run, weights: stages.Weights) -> gather.Point:
         kl_prompts=cfg.world.test_prompts,
     )
     part = run.part or "end"
-    place = {"split": run.split, "part": part, **run.settings}
-    return gather.Point(place, scores)
+    columns = {"split": run.split, "part": part, **run.settings}
+    return gather.Point(columns, scores)
 
 
 # --- prompts from elsewhere
@@ -463,11 +463,11 @@ def _curve_pairs(columns: pd.MultiIndex, by: str, pair: tuple) -> list[CurvePair
     """Return the columns of both curves of each training seed."""
     seeds = columns.get_level_values("seed")
     names = columns.get_level_values(by)
-    one, other = pair
+    first_name, second_name = pair
     curves = []
     for seed in seeds.unique():
-        first = np.flatnonzero((seeds == seed) & (names == one))
-        second = np.flatnonzero((seeds == seed) & (names == other))
+        first = np.flatnonzero((seeds == seed) & (names == first_name))
+        second = np.flatnonzero((seeds == seed) & (names == second_name))
         curves.append((first, second))
     return curves
 

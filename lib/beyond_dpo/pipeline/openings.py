@@ -57,17 +57,17 @@ def _rest_of_tokens(tokenizer, ids: Ids, prompt: dict) -> Ids | None:
 
 def _rest_of_text(tokenizer, ids: Ids, prompt: dict) -> Ids | None:
     """Return the text after the prompt's, as an answer in a chat."""
-    asked = prompt["text"]
-    cut = len(templates.render(tokenizer, asked, "plain"))
+    begin = prompt["text"]
+    cut = len(templates.render(tokenizer, begin, "plain"))
     text = tokenizer.decode(ids, skip_special_tokens=True)
     too_short = len(ids) < cut + SHORTEST
-    if too_short or not text.startswith(asked):
+    if too_short or not text.startswith(begin):
         return None
-    rest = text.removeprefix(asked)
+    rest = text.removeprefix(begin)
     return templates.encode_response(
         tokenizer,
         rest.strip(),
-        prompt=asked,
+        prompt=begin,
         template="chat",
     )
 
@@ -81,8 +81,8 @@ def opening(tokenizer, text: str, most: int) -> Ids:
     ids = []
     for sentence in SENTENCE.split(text):
         sentences.append(sentence)
-        begin = " ".join(sentences)
-        longer = templates.render(tokenizer, begin, "plain")
+        whole = " ".join(sentences)
+        longer = templates.render(tokenizer, whole, "plain")
         if len(longer) >= most:
             break
         ids = longer

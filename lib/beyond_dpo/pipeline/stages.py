@@ -648,7 +648,7 @@ def _training_in_words(settings: config.Train, desc: str) -> str:
     batch = (
         f"{settings.global_batch} = {settings.processes} × {settings.micro_batch} × {accumulation}"
     )
-    how = (
+    details = (
         f"{settings.epochs} × lr {settings.lr:g}, {settings.optimizer}, β {settings.beta:g}, "
         f"batch {batch}, ZeRO-{settings.zero}"
     )
@@ -658,7 +658,7 @@ def _training_in_words(settings: config.Train, desc: str) -> str:
         launcher=settings.launcher,
         processes=settings.processes,
     )
-    return f"{desc} ({how}): {' '.join(command)}"
+    return f"{desc} ({details}): {' '.join(command)}"
 
 
 def json_lines(file: Path) -> list[dict]:

@@ -367,8 +367,8 @@ def main_result(cfg) -> Artifact:
         models["Target-SFT-DPO"] = _own_dpo(cfg, seed)
         models["Target-SFT-WRPO"] = fused(cfg, seed=seed)
         for name, model in models.items():
-            place = {"model": name, "seed": seed}
-            points.append(_point(cfg, place, model))
+            columns = {"model": name, "seed": seed}
+            points.append(_point(cfg, columns, model))
     return gather.judged(cfg, points)
 
 
@@ -400,8 +400,8 @@ def weighted(cfg) -> Artifact:
             model = source_only
         else:
             model = fused(cfg, seed=seed, alpha=alpha, dynamic=dynamic)
-        place = {"model": "α", "alpha": alpha, "dynamic": dynamic}
-        points.append(_point(cfg, place, model))
+        columns = {"model": "α", "alpha": alpha, "dynamic": dynamic}
+        points.append(_point(cfg, columns, model))
     return gather.judged(cfg, points)
 
 
@@ -418,8 +418,8 @@ def by_sources(cfg) -> Artifact:
             "Target-SFT-WRPO": fused(cfg, names=names, seed=seed),
         }
         for name, model in models.items():
-            place = {"sources": choice, "model": name, "seed": seed}
-            points.append(_point(cfg, place, model))
+            columns = {"sources": choice, "model": name, "seed": seed}
+            points.append(_point(cfg, columns, model))
     return gather.judged(cfg, points)
 
 
@@ -436,25 +436,25 @@ def by_objective(cfg) -> Artifact:
         models[f"WRPO-{name}"] = fused(cfg, loss, seed=seed)
     points = []
     for name, model in models.items():
-        place = {"model": name, "seed": seed}
-        points.append(_point(cfg, place, model))
+        columns = {"model": name, "seed": seed}
+        points.append(_point(cfg, columns, model))
     return gather.judged(cfg, points)
 
 
-def _point(cfg, place: dict, model: Artifact) -> gather.Point:
+def _point(cfg, columns: dict, model: Artifact) -> gather.Point:
     """Return a trained model as a point of a table."""
     weights = stages.Weights(stages.sft(cfg), model)
-    return _scored_point(cfg, place, weights)
+    return _scored_point(cfg, columns, weights)
 
 
-def _target_point(cfg, place: dict) -> gather.Point:
+def _target_point(cfg, columns: dict) -> gather.Point:
     """Return the target itself as a point of a table."""
     start = stages.sft(cfg)
     weights = stages.sft_weights(start, target_sft(cfg, cfg.sources))
-    return _scored_point(cfg, place, weights)
+    return _scored_point(cfg, columns, weights)
 
 
-def _scored_point(cfg, place: dict, weights: stages.Weights) -> gather.Point:
+def _scored_point(cfg, columns: dict, weights: stages.Weights) -> gather.Point:
     """Sample responses to the test prompts and score them.
 
     Raises ConfigError for a world without test prompts.
@@ -463,7 +463,7 @@ def _scored_point(cfg, place: dict, weights: stages.Weights) -> gather.Point:
     config.require_prompts(cfg.world, split)
     sampled = stages.responses(cfg, weights, split, samples=cfg.test_samples, seed=2)
     scores = stages.scores(cfg, sampled, split, kl_prompts=cfg.world.test_prompts)
-    return gather.Point(place, scores)
+    return gather.Point(columns, scores)
 
 
 # --- what sources say, and what the training does
