@@ -35,25 +35,42 @@ for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
 
 
 # Fixtures of tests that train, sample, serve or run notebooks for real: they count as slow.
-SLOW = {"store", "engine", "transformers_engine", "served", "gate", "endpoint", "project"}
+SLOW = {
+    "store",
+    "smollm2_server",
+    "engine",
+    "transformers_engine",
+    "served",
+    "gate",
+    "endpoint",
+    "project",
+}
 # The files that take longest begin, so that two processes end at about one time.
 LONGEST = [
     "test_cold.py",
     "test_faults.py",
-    "test_shards.py",
-    "test_wrpo.py",
-    "test_notebooks.py",
     "test_judge.py",
+    "test_wrpo.py",
+    "test_shards.py",
+    "test_notebooks.py",
 ]
 
 
+# These share a server, which takes half a minute to start.
+SERVED = ("test_judge.py", "test_wrpo.py")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by the marks
-def pytest_collection_modifyitems(items):
-    """Mark the slow tests, and begin with the files that take longest."""
+def pytest_collection_modifyitems(config, items):
+    """Mark the slow tests and those of a group, and begin with the files that take longest."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if SLOW & set(item.fixturenames) or "vllm" in parameters:
             item.add_marker(pytest.mark.slow)
+        # The tests of a group run in one process: those of a file share what fixtures make.
+        if config.pluginmanager.has_plugin("xdist"):
+            group = "served" if item.path.name in SERVED else str(item.path)
+            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=rank)
 
 
@@ -133,6 +150,23 @@ def wait_for_server(child, url: str) -> None:
         time.sleep(0.5)
 
 
+@pytest.fixture(scope="session")
+def smollm2_server():
+    """Start a real OpenAI-compatible server of the model `judge`, SmolLM2-135M.
+
+    Yield its address and the key that it wants.
+    """
+    try:
+        assets.fetch_all(["smollm2"])
+    except assets.AssetError as error:
+        pytest.skip(str(error))
+    key = "sk-not-to-be-found-anywhere"
+    # bfloat16 takes minutes where AVX2 is all there is.
+    options = ("--max-model-len", "2048", "--dtype", "float32")
+    with openai_server(assets.model_dir("smollm2"), "judge", key, *options) as address:
+        yield address, key
+
+
 @pytest.fixture
 def interrupts():
     """Let a test interrupt what it starts, also where the suite runs in the background of a script.
@@ -148,6 +182,30 @@ def interrupts():
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+FOLDERS = {
+    "ROOT": "",
+    "NOTEBOOKS": "notebooks",
+    "ARTIFACTS": "artifacts",
+    "FROZEN": "data/frozen",
+    "FIGURES": "figures",
+}
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Let this process work in an empty project; return its folder."""
+    for name, folder in FOLDERS.items():
+        monkeypatch.setattr(paths, name, tmp_path / folder)
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def project(folders):
+    """Return the folder of an empty project whose notebooks are really run, which takes seconds."""
+    return folders
 
 
 @pytest.fixture(scope="module")

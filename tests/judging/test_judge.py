@@ -26,7 +26,7 @@ from beyond_dpo.judging import ask, judge, published
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import report
 from beyond_dpo.pipeline import assets, config, endpoint, sources
-from conftest import openai_server, wait_for
+from conftest import wait_for
 
 KEY = "sk-not-to-be-found-anywhere"
 RELEASED = paths.ROOT.parent / "shared" / "released"
@@ -878,16 +878,6 @@ def test_words_around_a_prompt_may_hold_braces(scripted, store):
 # ---- a real judge, behind a gate that makes faults
 
 
-@pytest.fixture(scope="module")
-def served():
-    """Start a real OpenAI-compatible server with SmolLM2-135M; yield its address."""
-    archive("smollm2")
-    # bfloat16 takes minutes where AVX2 is all there is.
-    options = ("--max-model-len", "2048", "--dtype", "float32")
-    with openai_server(assets.model_dir("smollm2"), "judge", KEY, *options) as address:
-        yield address
-
-
 class Gate(ThreadingHTTPServer):
     """A server before the real one: it passes requests on, or takes the next of `faults`.
 
@@ -971,10 +961,12 @@ class GateHandler(Handler):
 
 
 @pytest.fixture
-def gate(served, monkeypatch):
+def gate(smollm2_server, monkeypatch):
     """Yield a Gate before the real server."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    server = Gate(served)
+    address, key = smollm2_server
+    assert key == KEY
+    server = Gate(address)
     yield server
     server.shutdown()
     server.server_close()

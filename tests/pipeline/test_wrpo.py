@@ -24,7 +24,6 @@ from beyond_dpo.pipeline import (
     wrpo,
 )
 from beyond_dpo.rows import read_rows
-from conftest import openai_server
 
 SMOKE = config.load("wrpo", "smoke", seeds=[0])
 KEY = "sk-not-to-be-found-anywhere"
@@ -401,12 +400,12 @@ def test_answers_that_the_targets_template_does_not_take_are_counted(store, tmp_
 # --- sources: endpoints
 
 
-@pytest.fixture(scope="module")
-def endpoint(tiny):
-    """Start a real OpenAI-compatible server with the tiny model; yield its address."""
-    options = ("--dtype", "float32", "--max-model-len", "256")
-    with openai_server(tiny, "tiny", KEY, *options) as address:
-        yield f"{address}/v1"
+@pytest.fixture
+def endpoint(smollm2_server):
+    """Return the address of a real endpoint, whose model `judge` reads 2048 tokens."""
+    address, key = smollm2_server
+    assert key == KEY
+    return f"{address}/v1"
 
 
 def replies_of(artifact):
@@ -425,7 +424,7 @@ def test_an_endpoint_is_asked_and_an_interrupted_run_goes_on(
     store, endpoint, monkeypatch, wording, tokenizer
 ):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask="Go on: {prompt}")
+    cfg = with_source(kind="endpoint", ref="judge", url=endpoint, ask="Go on: {prompt}")
     artifact = sources.answers(cfg, "one")
     before = [[f"said before {i}", True] for i in range(3)]
     kept = [(text, before) for text in wording[:2]]
@@ -445,7 +444,7 @@ def test_an_endpoint_is_asked_and_an_interrupted_run_goes_on(
 
 
 def test_an_endpoint_needs_a_key_and_says_which(store, endpoint, monkeypatch):
-    cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask="Once more: {prompt}")
+    cfg = with_source(kind="endpoint", ref="judge", url=endpoint, ask="Once more: {prompt}")
     artifact = sources.answers(cfg, "one")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(Exception, match="OPENAI_API_KEY"):
@@ -457,12 +456,12 @@ def test_an_endpoint_needs_a_key_and_says_which(store, endpoint, monkeypatch):
 
 def test_what_an_endpoint_refuses_is_unanswered(store, endpoint, monkeypatch, wording):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    too_long = "too long for 256 tokens " * 100 + "{prompt}"
-    cfg = with_source(kind="endpoint", ref="tiny", url=endpoint, ask=too_long)
+    too_long = "too long for 2048 tokens " * 400 + "{prompt}"
+    cfg = with_source(kind="endpoint", ref="judge", url=endpoint, ask=too_long)
     artifact = sources.answers(cfg, "one")
     with pytest.raises(config.ConfigError, match="source one answers none of the 16 prompts"):
         artifact.get()
-    replies = [reply for _, reply in stages.json_lines(replies_of(artifact))]
+    replies = [line[1] for line in stages.json_lines(replies_of(artifact))]
     assert replies == [[]] * len(set(wording))
 
 
