@@ -147,14 +147,6 @@ def test_the_machine_of_a_point_is_not_in_its_key(made):
     assert again.inputs["responses"].key == scores.inputs["responses"].key
 
 
-def test_two_living_engines_give_the_bytes_of_one(emptied):
-    _, expected = emptied
-    assert contents(dev_point(settings(decoding__engines=2))) == expected
-    living = workers.living
-    assert {"generate", "generate1", "score", "score1"} <= living.keys()
-    assert living["generate"].child.pid != living["generate1"].child.pid
-
-
 def test_a_job_of_two_processes_gives_the_bytes_of_one(emptied):
     """As on many nodes: torchrun starts an engine for each process.
 
@@ -172,6 +164,7 @@ def made_at(files):
 
 
 def test_an_engine_killed_in_the_middle_keeps_the_shards_it_made(emptied, monkeypatch):
+    """Two living engines make those that are left, and all have the bytes of one engine."""
     scores, expected = emptied
     partial = paths.ARTIFACTS / f"{scores.inputs['responses'].key}.partial"
     pattern = ".responses.jsonl-*"
@@ -201,6 +194,9 @@ def test_an_engine_killed_in_the_middle_keeps_the_shards_it_made(emptied, monkey
     monkeypatch.setattr(shards, "merge", watched_merge)
     assert contents(dev_point(settings(decoding__engines=2))) == expected
     assert left.items() <= merged.items(), "a shard that was there is not made again"
+    living = workers.living
+    assert {"generate", "generate1", "score", "score1"} <= living.keys()
+    assert living["generate"].child.pid != living["generate1"].child.pid
 
 
 # ---- adapters
