@@ -432,8 +432,9 @@ def test_an_endpoint_is_asked_and_an_interrupted_run_goes_on(
     file.parent.mkdir(parents=True)
     file.write_text(as_lines(kept) + '["half a li')
     answers = lines(artifact)
-    assert len(answers) == 16 * 3
-    assert artifact.manifest["facts"] == {"responses": 48, "unanswered": 0}
+    # what the small model answers without a word is left out
+    assert 40 < len(answers) <= 16 * 3
+    assert artifact.manifest["facts"] == {"responses": len(answers), "unanswered": 0}
     texts = [tokenizer.decode(line["response_ids"]) for line in answers[:6]]
     assert texts == 2 * [" said before 0</s>", " said before 1</s>", " said before 2</s>"]
     sampled = {tuple(line["response_ids"]) for line in answers[6:]}
