@@ -559,6 +559,13 @@ def test_a_bad_row_is_named(wrong):
         read_back(jsonl([good, {**good, **wrong}]))
 
 
+def test_an_answer_with_its_system_turn_is_no_quadruple():
+    """Two turns against one were taken for WRPO's two chosen responses, the system's for one."""
+    row = {"prompt": [user("a")], "rejected": [assistant("c")]}
+    row["chosen"] = [system("be kind"), assistant("b")]
+    assert preferences.trl(row) == {"prompt": [user("a")], "responses": {}}, "no pair"
+
+
 def test_a_quintuple_is_no_quadruple():
     row = {"prompt": [user("a")], "chosen": ["b", "c", "d"], "rejected": ["e", "f"]}
     with pytest.raises(ConfigError, match="row 0 is not as trl"):

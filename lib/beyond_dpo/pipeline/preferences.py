@@ -238,8 +238,8 @@ def _is_quadruple(chosen: list, rejected: list) -> bool:
     if sizes != (2, 1):
         return False
     first = chosen[0]
-    is_user_turn = isinstance(first, dict) and first["role"] == "user"
-    return not is_user_turn
+    opens_a_chat = isinstance(first, dict) and first["role"] != "assistant"
+    return not opens_a_chat
 
 
 def _chat_pair(record: dict, prompt: Prompt | None, chosen: list, rejected: list) -> RowOrReason:
