@@ -462,7 +462,8 @@ def test_what_an_endpoint_refuses_is_unanswered(store, endpoint, monkeypatch, wo
     artifact = sources.answers(cfg, "one")
     with pytest.raises(config.ConfigError, match="source one answers none of the 16 prompts"):
         artifact.get()
-    replies = [reply for _, reply in stages.json_lines(replies_of(artifact))]
+    kept = stages.json_lines(replies_of(artifact))
+    replies = [reply for _, reply, *_ in kept]
     assert replies == [[]] * len(set(wording))
 
 
