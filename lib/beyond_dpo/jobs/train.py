@@ -611,9 +611,8 @@ def _backward(run: Run, rows: list[dict], step: int, alpha: float, loss_share: f
     result = row_losses(job.settings, scores, reference_logps, job.names, dispersion_weights, alpha)
     _require_finite(run, rows, result.losses, ids, step)
     loss = result.losses.sum() * loss_share
-    # the engine divides the sum of all gradients by this number, and that sum is what is wanted
-    divisor = job.accumulation * run.processes
-    run.engine.backward(loss * divisor)
+    # the engine averages gradients over accumulation and processes, but their sum is wanted
+    run.engine.backward(loss * job.accumulation * run.processes)
     return _measure(loss, result, scores["logps"].view(len(job.names), -1))
 
 

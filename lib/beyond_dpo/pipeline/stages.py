@@ -138,8 +138,7 @@ def reward(world: config.World, name: str) -> Artifact:
 def _precision(world: config.World) -> dict:
     """Return the precision of rewards for a stage's inputs.
 
-    That is nothing for bf16: the first results were made with it before it could be set, and their
-    keys stay.
+    That is nothing for bf16, so that keys from before fp32 could be set stay as they are.
     """
     if world.precision == "bf16":
         return {}
