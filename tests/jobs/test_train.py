@@ -1002,7 +1002,7 @@ def test_a_log_that_ends_with_its_checkpoint_is_left_alone(log_file):
 
 
 def test_a_line_that_was_begun_leaves_the_log(log_file):
-    """Killed while it wrote a line, which may end within a character."""
+    """Killed while it wrote; after a power cut its end may even be no text."""
     whole = log_file.read_bytes()
     log_file.write_bytes(whole + b'{"step": 6, "\xc3')
     train._cut_log(log_file, STEPS)
