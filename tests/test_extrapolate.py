@@ -164,6 +164,13 @@ def test_integers_are_those_of_the_aligned_model():
     assert blend(torch.tensor([1]), torch.tensor([2]), 5.0).tolist() == [2]
 
 
+def test_infinities_that_both_hold_are_copied():
+    """Their difference would be NaN."""
+    sft = torch.tensor([float("inf"), -float("inf"), 1.0])
+    aligned = torch.tensor([float("inf"), -float("inf"), 2.0])
+    assert blend(sft, aligned, 0.5).tolist() == [float("inf"), -float("inf"), 2.5]
+
+
 def test_tensors_of_different_shapes_are_refused():
     with pytest.raises(IncompatibleModels, match=r"\[3\].*\[1\]"):
         blend(torch.ones(3), torch.ones(1), 0.5)
@@ -350,6 +357,17 @@ def test_module_alphas_that_decide_nothing_are_refused(pair, tmp_path, modules, 
         extrapolate(*pair, {0.5: tmp_path / "no"}, modules=modules)
 
 
+@pytest.mark.parametrize("pattern", ["model.steps", "re:.*inv_freq"], ids=["integers", "derived"])
+def test_a_pattern_that_matches_only_what_is_copied_is_refused(tmp_path, pattern):
+    """Its alpha would have no effect, and nobody would hear of it."""
+    frequencies = {"model.rotary_emb.inv_freq": torch.ones(3)}
+    folders = save_pair(tmp_path, weights(0) | frequencies, weights(1) | frequencies)
+    message = re.escape(f"module pattern {pattern!r} decides no tensor")
+    with pytest.raises(ValueError, match=message):
+        extrapolate(*folders, {0.5: tmp_path / "no"}, modules={pattern: 2.0})
+    assert not (tmp_path / "no").exists()
+
+
 # ---- tied embeddings
 
 
@@ -369,11 +387,21 @@ def test_redundant_head_of_tied_embeddings(tmp_path, where, out):
     assert same(load(out), wanted)
 
 
-def test_tied_tensors_cannot_have_two_alphas(tmp_path):
+NESTED_CONFIG = without(CONFIG, "tie_word_embeddings")
+NESTED_CONFIG["text_config"] = {"tie_word_embeddings": True}
+wherever_it_is_said = pytest.mark.parametrize(
+    "config", [CONFIG, NESTED_CONFIG], ids=["config", "text_config"]
+)
+
+
+@wherever_it_is_said
+def test_tied_tensors_cannot_have_two_alphas(tmp_path, config):
     sft = weights(0)
     aligned = weights(1)
     aligned[HEAD] = aligned[EMBEDDINGS].clone()
-    folders = save_pair(tmp_path, sft, aligned)
+    save(tmp_path / "sft", sft, config=config)
+    save(tmp_path / "aligned", aligned, config=config)
+    folders = (tmp_path / "sft", tmp_path / "aligned")
     with pytest.raises(ValueError, match="tied"):
         extrapolate(*folders, {0.5: tmp_path / "no"}, modules={"lm_head*": 2})
 
@@ -489,9 +517,8 @@ def test_equal_infinities_are_copied(tmp_path, dtype):
     outputs = {0.5: tmp_path / "half", 0: tmp_path / "zero", -1: tmp_path / "minus"}
     extrapolate(*folders, outputs)
     half = load(tmp_path / "half")
-    wanted = blend(sft[Q], aligned[Q], 0.5)
-    wanted[1, 2] = infinity
-    assert torch.equal(half[Q], wanted)
+    assert half[Q][1, 2] == infinity
+    assert same(half, blended(sft, aligned, 0.5))
     for out in outputs.values():
         scale = load(out)["model.scale"]
         assert scale == -infinity
@@ -1295,11 +1322,12 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(tmp_path, change, message):
     refuse_adapter(base, adapter, message)
 
 
-def test_an_adapter_of_one_of_two_tied_tensors_is_refused(tmp_path):
+@wherever_it_is_said
+def test_an_adapter_of_one_of_two_tied_tensors_is_refused(tmp_path, config):
     """peft moves the head alone; merged, it would move the embeddings too, or be lost."""
     state = weights(0, torch.float32)
     state[HEAD] = state[EMBEDDINGS].clone()
-    tied = save(tmp_path / "tied", state)
+    tied = save(tmp_path / "tied", state, config=config)
     untied_config = CONFIG | {"tie_word_embeddings": False}
     untied = save(tmp_path / "untied", state, config=untied_config)
     a = torch.ones(2, 5)

@@ -1,5 +1,6 @@
 """Pairwise losses: values derived by hand, limits, gradients, and faults."""
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -13,6 +14,7 @@ from torch.testing import assert_close
 from beyond_dpo.jobs import settings as job_settings
 from beyond_dpo.losses import (
     LOSSES,
+    PAIRS,
     dpo,
     hybrid,
     ipo,
@@ -774,6 +776,19 @@ def test_the_table_names_the_arguments_of_each_function(name):
 
 def test_every_loss_but_fine_tuning_can_be_set():
     assert {*LOSSES, "sft"} == set(typing.get_args(job_settings.Losses))
+
+
+def test_the_losses_of_pairs_are_those_that_take_a_chosen_and_the_rejected_response():
+    """A configuration of ExPO or MallowsPO takes these alone (config)."""
+    of_pairs = {name for name, loss in LOSSES.items() if loss.responses == PAIRS}
+    assert of_pairs == set(typing.get_args(job_settings.PairLosses))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_argument_of_a_loss_can_be_set(name):
+    """IPO's tau is set as beta."""
+    can_be_set = {field.name for field in dataclasses.fields(job_settings.Train)}
+    assert set(LOSSES[name].settings) - {"tau"} <= can_be_set
 
 
 @pytest.mark.parametrize("setting", job_settings.USED_BY)

@@ -1,8 +1,10 @@
 """Extrapolate an aligned model past its SFT start, from safetensors to safetensors in one read.
 
 The rule is ExPO's, theta_2 = theta_1 + alpha * (theta_1 - theta_0) (Eq 6, arXiv 2404.16792), where
-theta_0 is the SFT model and theta_1 the aligned one. Nothing is trained. Weights are streamed: the
-memory that is needed does not depend on the size of the model.
+theta_0 is the SFT model and theta_1 the aligned one. Nothing is trained. Weights are streamed: each
+of up to 8 threads needs about 5 MB, however large the model is. Whole tensors are read only where
+one model stores both output head and embeddings and the other one of the two (_tied_tensor), and
+where whole tensors are asked for, one by one (tensors()).
 
 From the command line:
 
@@ -33,8 +35,8 @@ from safetensors import SafetensorError, safe_open
 from beyond_dpo import events
 from beyond_dpo.files import sync
 
-# Elements of a tensor that are computed at a time. The buffers for so many (about 5 MB) stay in the
-# processor's cache.
+# Elements of a tensor that a thread computes at a time. The buffers for so many, about 5 MB and a
+# result for each alpha, stay in the processor's cache.
 BLOCK = 1 << 18
 LARGEST_SMALL_FILE = 100 << 20  # bytes, of a file that is copied besides the weights
 INDEX = "model.safetensors.index.json"
@@ -97,7 +99,7 @@ NOT_COPIED = (
     "manifest.json",
 )
 EQUAL = "every tensor in {1} equals the one in {0}: there is no direction to follow"
-UNKNOWN_DIGEST = "-" * 32  # stands where a digest will be written, and is as long as one
+UNKNOWN_DIGEST = "-" * 32  # as long as the digest that will take its place
 
 
 class IncompatibleModels(ValueError):
@@ -119,7 +121,7 @@ class StoredTensor:
 
     name: str
     shard: Shard
-    start: int  # the tensor's first byte, counted from shard.data_start
+    data_offset: int  # the tensor's first byte, counted from shard.data_start
     size: int  # in bytes
     dtype: torch.dtype
     shape: list[int]
@@ -130,9 +132,9 @@ class StoredTensor:
         return self.shard.file
 
     @property
-    def offset(self) -> int:
+    def file_offset(self) -> int:
         """The tensor's first byte, counted from the beginning of the file."""
-        return self.shard.data_start + self.start
+        return self.shard.data_start + self.data_offset
 
 
 class TensorPair(NamedTuple):
@@ -145,7 +147,7 @@ class TensorPair(NamedTuple):
 class _Written(NamedTuple):
     """What was seen of a tensor pair while its result was written."""
 
-    moved: bool  # whether the two models differ in it
+    differs: bool  # whether the two models differ in it
     sft_digest: str
     aligned_digest: str
 
@@ -156,8 +158,11 @@ def blend(theta_sft: torch.Tensor, theta_aligned: torch.Tensor, alpha: float) ->
     Takes two tensors of one shape. alpha > 0 extrapolates and -1 < alpha < 0 interpolates; alpha 0
     gives the very bits of the aligned tensor, -1 those of the SFT tensor. Computes in float32
     (bfloat16 would round the step, and then the sum), and returns a new tensor of the aligned one's
-    dtype. Integers are copied from the aligned tensor. Raises IncompatibleModels for different
-    shapes.
+    dtype. Integers are copied from the aligned tensor, and so are infinities that both hold. Raises
+    IncompatibleModels for different shapes.
+
+    This is the rule for one tensor in memory. extrapolate() computes the same bits block by block
+    (_compute_at).
     """
     if theta_sft.shape != theta_aligned.shape:
         raise IncompatibleModels(
@@ -170,6 +175,8 @@ def blend(theta_sft: torch.Tensor, theta_aligned: torch.Tensor, alpha: float) ->
         return theta_sft.to(theta_aligned.dtype, copy=True)
     theta = theta_aligned.to(torch.float32)
     delta = theta - theta_sft.to(torch.float32)
+    equal_infinities = theta_aligned.isinf() & (theta_aligned == theta_sft)
+    delta[equal_infinities] = 0.0
     return delta.mul_(alpha).add_(theta).to(theta_aligned.dtype)
 
 
@@ -207,22 +214,22 @@ def extrapolate(
     small_files = _small_files(Path(aligned))
     shards = {pair.aligned.file: pair.aligned.shard for pair in pairs}
     facts = {alpha: _new_facts(alpha, modules) for alpha in outputs}
-    starts = _data_starts(shards, list(facts.values()))
+    data_starts = _data_starts(shards, list(facts.values()))
     # Leaving the stack deletes every working folder that was not renamed, whatever happened.
     with ExitStack() as stack:
         folders = [_working_folder(out, small_files, stack) for out in outputs.values()]
         for folder in folders:
-            _reserve_shards(folder, shards, starts)
+            _reserve_shards(folder, shards, data_starts)
         size = sum(pair.sft.size + pair.aligned.size for pair in pairs)
         text = f"extrapolating {aligned} to {len(folders)} α, {size / 1e9:.1f} GB to read"
         bar = stack.enter_context(_progress(size, text))
-        written = _write_tensors(pairs, alphas, folders, starts, bar)
-        if not any(tensor.moved for tensor in written):
+        written = _write_tensors(pairs, alphas, folders, data_starts, bar)
+        if not any(tensor.differs for tensor in written):
             raise IncompatibleModels(EQUAL.format(sft, aligned))
         digests = _model_digests(pairs, written)
         for folder, fact in zip(folders, facts.values(), strict=True):
             fact.update(digests)
-            _write_facts(folder, fact, shards, starts)
+            _write_facts(folder, fact, shards, data_starts)
         for folder, out in zip(folders, outputs.values(), strict=True):
             _publish(folder, out)
     return facts
@@ -243,18 +250,18 @@ def tensors(
     alphas = module_alphas(pairs, [alpha], modules or {})
 
     def stream() -> Iterator[tuple[str, torch.Tensor]]:
-        moved = False
+        differ = False
         for pair in pairs:
             name = pair.aligned.name
             theta = torch.empty(pair.aligned.shape, dtype=pair.aligned.dtype)
-            start = 0
+            done = 0  # elements
             for block in _blocks(pair, alphas[name]):
                 result = block.results[0]
-                theta.view(-1)[start : start + len(result)] = result
-                start += len(result)
-                moved = moved or block.moved
+                theta.view(-1)[done : done + len(result)] = result
+                done += len(result)
+                differ = differ or block.differs
             yield name, theta
-        if aligned is not None and not moved:
+        if aligned is not None and not differ:
             raise IncompatibleModels(EQUAL.format(sft, aligned))
 
     return stream()
@@ -274,30 +281,39 @@ def check(sft: str | Path, aligned: str | Path | None) -> list[TensorPair]:
     Raises IncompatibleModels, which names the first difference, and ValueError for a folder that
     cannot be read.
     """
-    alone = aligned is None
     sft = Path(sft)
-    aligned = sft if alone else Path(aligned)
+    if aligned is None:
+        return _paired_with_themselves(sft)
+    aligned = Path(aligned)
     sft_tensors = _stored_tensors(sft)
     aligned_tensors = _stored_tensors(aligned)
-    if not alone and sft.samefile(aligned):
+    if sft.samefile(aligned):
         raise IncompatibleModels(EQUAL.format(sft, aligned))
     _check_structure(sft, aligned)
-    if not alone:
-        _check_vocabulary(sft, aligned)
+    _check_vocabulary(sft, aligned)
     pairs = []
-    for name in aligned_tensors | sft_tensors:
-        sft_tensor = sft_tensors.get(name)
-        aligned_tensor = aligned_tensors.get(name)
-        if derived(aligned_tensor or sft_tensor):
+    for name, aligned_tensor in aligned_tensors.items():
+        if derived(aligned_tensor):
             sft_tensor = aligned_tensor
-        elif sft_tensor is None:
+        elif name in sft_tensors:
+            sft_tensor = sft_tensors[name]
+        else:
             sft_tensor = _tied_tensor(name, aligned_tensors, sft_tensors)
-        elif aligned_tensor is None:
-            aligned_tensor = _tied_tensor(name, sft_tensors, aligned_tensors)
-        _require_equal(f"tensor {name}", _kind(sft_tensor), _kind(aligned_tensor), sft, aligned)
-        if name in aligned_tensors:
-            pairs.append(TensorPair(sft_tensor, aligned_tensor))
+        _require_equal(f"tensor {name}", _kind(sft_tensor), aligned_tensor.kind, sft, aligned)
+        pairs.append(TensorPair(sft_tensor, aligned_tensor))
+    for name, sft_tensor in sft_tensors.items():
+        if name in aligned_tensors or derived(sft_tensor):
+            continue
+        tied = _tied_tensor(name, sft_tensors, aligned_tensors)
+        _require_equal(f"tensor {name}", sft_tensor.kind, _kind(tied), sft, aligned)
     return pairs
+
+
+def _paired_with_themselves(folder: Path) -> list[TensorPair]:
+    """Return the tensors of one model, as pairs from which any alpha leads back to them."""
+    stored = _stored_tensors(folder)
+    _require_config(folder)
+    return [TensorPair(tensor, tensor) for tensor in stored.values()]
 
 
 def _check_structure(sft: Path, aligned: Path) -> None:
@@ -354,22 +370,25 @@ def _tied_tensor(
 ) -> StoredTensor | None:
     """Return the tensor of `other` that is `name` of `owner` under another name, None without one.
 
-    Tied head and embeddings are one tensor, and a writer keeps either name, or both. A model that
-    holds one of the two ties them. A model that holds both ties them if all of their values are
-    equal.
+    Tied head and embeddings are one tensor, and a writer keeps either name, or both.
 
     owner: the tensors of the model that has `name`. other: those of the model that lacks it.
     """
-    if not name.endswith(HEADS + EMBEDDINGS):
+    if not name.endswith(HEADS + EMBEDDINGS) or not _ties(owner):
         return None
-    tensor = owner[name]
-    for candidate in owner.values():
-        if candidate.name.endswith(HEADS + EMBEDDINGS) and not _equal(candidate, tensor):
-            return None
     for candidate in other.values():
-        if candidate.name.endswith(HEADS + EMBEDDINGS) and candidate.kind == tensor.kind:
+        if candidate.name.endswith(HEADS + EMBEDDINGS) and candidate.kind == owner[name].kind:
             return candidate
     return None
+
+
+def _ties(stored: dict[str, StoredTensor]) -> bool:
+    """Return whether a model's head and embeddings are one tensor.
+
+    They are where it stores one of the two, or both and all of their values are equal.
+    """
+    candidates = [tensor for name, tensor in stored.items() if name.endswith(HEADS + EMBEDDINGS)]
+    return all(_equal(tensor, candidates[0]) for tensor in candidates)
 
 
 def _equal(left: StoredTensor, right: StoredTensor) -> bool:
@@ -390,9 +409,12 @@ def module_alphas(
 ) -> dict[str, list[float]]:
     """Return {tensor name: its alpha in each output}.
 
-    What is copied from the aligned model has alpha 0: integers and derived() tensors. Raises
-    ValueError for an alpha that is not finite, for a pattern of `modules` that decides no tensor,
-    and for tied tensors with different alphas.
+    What is copied from the aligned model has alpha 0: integers and derived() tensors. A pattern
+    decides a tensor that is not copied if it is the first of `modules` that matches its name.
+
+    Raises ValueError for an alpha that is not finite, for a pattern that decides no tensor (as it
+    matches none, none but copied ones, or none that an earlier pattern does not match), and for
+    tied tensors with different alphas.
     """
     if not alphas or not all(map(math.isfinite, [*alphas, *modules.values()])):
         raise ValueError(f"alpha must be a finite number: {alphas}, modules {modules}")
@@ -401,12 +423,12 @@ def module_alphas(
     for pair in pairs:
         tensor = pair.aligned
         pattern = _first_match(tensor.name, modules)
-        used_patterns.add(pattern)
         if derived(tensor) or not tensor.dtype.is_floating_point:
             chosen[tensor.name] = [0.0] * len(alphas)
         elif pattern is None:
             chosen[tensor.name] = list(alphas)
         else:
+            used_patterns.add(pattern)
             chosen[tensor.name] = [modules[pattern]] * len(alphas)
     for pattern in modules:
         if pattern not in used_patterns:
@@ -415,15 +437,16 @@ def module_alphas(
                 f"{pairs[-1].aligned.name}"
             )
     tied = {tuple(row) for name, row in chosen.items() if name.endswith(HEADS + EMBEDDINGS)}
-    if len(tied) > 1 and _ties_embeddings(pairs[0].aligned.file.parent):
+    if len(tied) > 1 and ties_embeddings(pairs[0].aligned.file.parent):
         raise ValueError(
             f"output head and embeddings are tied: give them one alpha, not {sorted(tied)}"
         )
     return chosen
 
 
-def _ties_embeddings(folder: Path) -> bool:
-    return bool(load_json(folder / "config.json").get("tie_word_embeddings"))
+def ties_embeddings(folder: Path) -> bool:
+    """Return whether a model's config.json says that its head and embeddings are one tensor."""
+    return bool(_text_settings(folder).get("tie_word_embeddings"))
 
 
 def _first_match(name: str, patterns: dict[str, float]) -> str | None:
@@ -468,15 +491,19 @@ def _is_there(file: Path) -> bool:
 def _text_settings(folder: Path) -> dict:
     """Return the settings of config.json, overridden by those of its text_config if it has one.
 
-    Raises ValueError if there is no config.json, without which nothing can load the model.
+    Raises ValueError if there is no config.json.
     """
-    file = folder / "config.json"
-    if not _is_there(file):
+    _require_config(folder)
+    settings = load_json(folder / "config.json")
+    return settings | (settings.get("text_config") or {})
+
+
+def _require_config(folder: Path) -> None:
+    """Raise ValueError if there is no config.json, without which nothing can load the model."""
+    if not _is_there(folder / "config.json"):
         raise ValueError(
             f"no config.json in {folder}: a model cannot be loaded without; copy or download it"
         )
-    settings = load_json(file)
-    return settings | (settings.get("text_config") or {})
 
 
 def _vocabulary(file: Path) -> dict[int, str]:
@@ -581,7 +608,7 @@ class _Block:
     delta: torch.Tensor  # aligned - SFT in float32
     step: torch.Tensor  # what is being computed, in float32
     results: list[torch.Tensor]  # one for each alpha, in the aligned model's dtype
-    moved: bool = False  # whether the two models differ in this block or in one before it
+    differs: bool = False  # whether the two models differ in this block or in one before it
 
     @classmethod
     def empty(cls, pair: TensorPair, alphas: int, size: int) -> Self:
@@ -620,8 +647,8 @@ def _blocks(pair: TensorPair, alphas: list[float]) -> Iterator[_Block]:
     # The files are read, not mapped: mapped pages count as this process's memory, and a failing
     # disk would be a signal, not an error.
     with open(pair.sft.file, "rb") as sft_file, open(pair.aligned.file, "rb") as aligned_file:
-        sft_file.seek(pair.sft.offset)
-        aligned_file.seek(pair.aligned.offset)
+        sft_file.seek(pair.sft.file_offset)
+        aligned_file.seek(pair.aligned.file_offset)
         while remaining:
             if remaining < len(block.aligned):
                 block = block.first(remaining)
@@ -634,7 +661,7 @@ def _blocks(pair: TensorPair, alphas: list[float]) -> Iterator[_Block]:
             if block.aligned.is_floating_point():
                 _subtract(block, pair)
             for alpha, result in zip(alphas, block.results, strict=True):
-                _move(block, alpha, result, pair.aligned)
+                _compute_at(block, alpha, result, pair.aligned)
             yield block
 
 
@@ -664,11 +691,11 @@ def _subtract(block: _Block, pair: TensorPair) -> None:
             if not (values.isfinite() | equal_infinities).all():
                 raise ValueError(f"{pair.aligned.name} holds NaN or infinity in {tensor.file}")
         block.delta[equal_infinities] = 0.0
-    if not block.moved:
-        block.moved = bool(block.delta.any())
+    if not block.differs:
+        block.differs = bool(block.delta.any())
 
 
-def _move(block: _Block, alpha: float, result: torch.Tensor, tensor: StoredTensor) -> None:
+def _compute_at(block: _Block, alpha: float, result: torch.Tensor, tensor: StoredTensor) -> None:
     """Compute a block at one alpha as blend() does, but without new memory.
 
     tensor: the aligned tensor that the block belongs to.
@@ -705,11 +732,12 @@ def _require_new(outs: list[Path]) -> None:
 def _working_folder(out: Path, small_files: list[Path], stack: ExitStack) -> Path:
     """Create a folder beside `out` with copies of some files; leaving the stack deletes it.
 
-    The folder stays locked while its run lives. A run that finds it unlocked may delete it, as its
-    own run was killed.
+    The folder stays locked while this run lives. If another run finds it and can lock it, this run
+    was killed, and the other one deletes the folder.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
-    # One run at a time, so that nobody sees a folder between its creation and its locking.
+    # One run at a time, so that nobody sees a folder between its creation and its locking. Where
+    # nothing can be locked this goes on without, as then no folder is ever taken for abandoned.
     with _lock(out.parent, wait=True):
         _delete_abandoned(out)
         folder = out.with_name(f".{out.name}.partial-{os.urandom(4).hex()}")
@@ -724,16 +752,17 @@ def _working_folder(out: Path, small_files: list[Path], stack: ExitStack) -> Pat
 def _delete_abandoned(out: Path) -> None:
     """Delete the working folders that killed runs left beside `out`."""
     for folder in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        with _lock(folder) as abandoned:
-            if abandoned:
+        with _lock(folder) as locked:
+            if locked:  # so its own run does not live any more
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _lock(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Hold a folder's lock, for as long as this process lives at most; yield whether it was free.
+    """Hold a folder's lock until this is left, or this process ends; yield whether it is held.
 
-    A file system without locks gives none, so that nothing of another run is ever deleted there.
+    wait: until another process that holds it leaves it. A file system without locks gives none, so
+    that nothing of another run is ever deleted there.
     """
     operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     with ExitStack() as stack:
@@ -750,16 +779,18 @@ def _lock(folder: Path, wait: bool = False) -> Iterator[bool]:
 def _data_starts(shards: dict[Path, Shard], facts: list[dict]) -> dict[Path, int]:
     """Return the byte at which the tensors begin in an output's shard, by the aligned model's file.
 
-    It is the same in all outputs, so there is room for the longest of their headers.
+    It is the same in all outputs, so there is room for the longest of their headers. Headers stand
+    first but are written last, so their length is fixed here: `facts` hold placeholders that are as
+    long as the digests (UNKNOWN_DIGEST).
     """
-    starts = {}
+    data_starts = {}
     for file, shard in shards.items():
-        headers = [_header_bytes(shard.header, fact) for fact in facts]
-        starts[file] = max(map(len, headers))
-    return starts
+        headers = [_padded(_header_text(shard.header, fact)) for fact in facts]
+        data_starts[file] = max(map(len, headers))
+    return data_starts
 
 
-def _reserve_shards(folder: Path, shards: dict[Path, Shard], starts: dict[Path, int]) -> None:
+def _reserve_shards(folder: Path, shards: dict[Path, Shard], data_starts: dict[Path, int]) -> None:
     """Create a folder's shards with room for all of their bytes, so that a full disk shows at once.
 
     The headers are written last: a file that is half written never loads.
@@ -768,7 +799,7 @@ def _reserve_shards(folder: Path, shards: dict[Path, Shard], starts: dict[Path, 
         data_size = file.stat().st_size - shard.data_start
         with open(folder / file.name, "xb") as opened:
             if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(opened.fileno(), 0, starts[file] + data_size)
+                os.posix_fallocate(opened.fileno(), 0, data_starts[file] + data_size)
 
 
 @contextmanager
@@ -786,7 +817,7 @@ def _write_tensors(
     pairs: list[TensorPair],
     alphas: dict[str, list[float]],
     folders: list[Path],
-    starts: dict[Path, int],
+    data_starts: dict[Path, int],
     bar: events.Bar,
 ) -> list[_Written]:
     """Write all tensors into the shards of each folder, and wait until these are on the disk."""
@@ -794,15 +825,16 @@ def _write_tensors(
     def write(pair: TensorPair) -> _Written:
         file = pair.aligned.file
         copies = [folder / file.name for folder in folders]
-        return _write_tensor(pair, alphas[pair.aligned.name], copies, starts[file])
+        return _write_tensor(pair, alphas[pair.aligned.name], copies, data_starts[file])
 
     unfinished = Counter(pair.aligned.file for pair in pairs)
     written = []
     syncs = []
     with ExitStack() as stack:
         # Tensors are independent, so each thread takes one at a time, and torch need not split its
-        # operations further.
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        # operations further, until the stack is left.
+        threads_before = torch.get_num_threads()
+        stack.callback(torch.set_num_threads, threads_before)
         torch.set_num_threads(1)
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         stack.callback(pool.shutdown, cancel_futures=True)
@@ -822,23 +854,23 @@ def _write_tensors(
 
 
 def _write_tensor(
-    pair: TensorPair, alphas: list[float], copies: list[Path], start: int
+    pair: TensorPair, alphas: list[float], copies: list[Path], data_start: int
 ) -> _Written:
-    """Write a tensor at each alpha into its copy of the shard, whose tensors begin at `start`."""
+    """Write a tensor at each alpha into its copy of the shard, whose data begins at data_start."""
     sft_digest = _new_digest()
     aligned_digest = _new_digest()
-    moved = False
+    differs = False
     with ExitStack() as stack:
         opened = [stack.enter_context(open(copy, "r+b")) for copy in copies]
         for file in opened:
-            file.seek(start + pair.aligned.start)
+            file.seek(data_start + pair.aligned.data_offset)
         for block in _blocks(pair, alphas):
             sft_digest.update(_bytes(block.sft))
             aligned_digest.update(_bytes(block.aligned))
             for file, result in zip(opened, block.results, strict=True):
                 file.write(_bytes(result))
-            moved = block.moved
-    return _Written(moved, sft_digest.hexdigest(), aligned_digest.hexdigest())
+            differs = block.differs
+    return _Written(differs, sft_digest.hexdigest(), aligned_digest.hexdigest())
 
 
 def _new_digest():
@@ -849,7 +881,10 @@ def _new_digest():
 
 
 def _model_digests(pairs: list[TensorPair], written: list[_Written]) -> dict[str, str]:
-    """Return the facts that tell which weights went in."""
+    """Return the facts that tell which weights went in.
+
+    Rows are sets, as one tied tensor of the SFT model may stand in two pairs.
+    """
     sft_rows = set()
     aligned_rows = set()
     for pair, tensor in zip(pairs, written, strict=True):
@@ -882,27 +917,31 @@ def _new_facts(alpha: float, modules: dict[str, float]) -> dict:
 
 
 def _write_facts(
-    folder: Path, facts: dict, shards: dict[Path, Shard], starts: dict[Path, int]
+    folder: Path, facts: dict, shards: dict[Path, Shard], data_starts: dict[Path, int]
 ) -> None:
     """Say in expo.json and in the headers of the shards how an output was made."""
     text = json.dumps(facts, indent=1, default=float) + "\n"
     (folder / "expo.json").write_text(text, encoding="utf-8")
     for file, shard in shards.items():
         with open(folder / file.name, "r+b") as opened:
-            opened.write(_header_bytes(shard.header, facts, starts[file]))
+            opened.write(_padded(_header_text(shard.header, facts), data_starts[file]))
 
 
-def _header_bytes(header: dict, facts: dict, least: int = 0) -> bytes:
-    """Return what stands in front of the tensors of a safetensors file: a length and a header.
-
-    The facts are added to the header's metadata. Blanks fill it to a multiple of 8 bytes, and to
-    `least` bytes in all.
-    """
+def _header_text(header: dict, facts: dict) -> str:
+    """Return a safetensors file's header as JSON, with the facts in its metadata."""
     metadata = {"format": "pt", **header.get("__metadata__", {})}
     for key, fact in facts.items():
         text = fact if isinstance(fact, str) else json.dumps(fact, default=float)
         metadata[f"expo_{key}"] = text
-    content = json.dumps({**header, "__metadata__": metadata}).encode()
+    return json.dumps({**header, "__metadata__": metadata})
+
+
+def _padded(header: str, least: int = 0) -> bytes:
+    """Return what stands in front of a safetensors file's tensors: 8 bytes of length, the header.
+
+    Blanks fill the header to a multiple of 8 bytes, and both to `least` bytes.
+    """
+    content = header.encode()
     multiple_of_8 = math.ceil(len(content) / 8) * 8
     content = content.ljust(max(multiple_of_8, least - 8))
     return len(content).to_bytes(8, "little") + content

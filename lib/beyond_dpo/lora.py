@@ -187,7 +187,7 @@ def deltas(sft: Path, adapter: Path, shapes: dict[str, list[int]]) -> dict:
                 f"{adapter} adds {list(delta.shape)} to {name}, in {sft} it is {shape}"
             )
         tied_names = extrapolate.HEADS + extrapolate.EMBEDDINGS
-        if config.get("tie_word_embeddings") and name.endswith(tied_names):
+        if name.endswith(tied_names) and extrapolate.ties_embeddings(sft):
             raise extrapolate.IncompatibleModels(
                 f"{adapter} moves {name}, which {sft} ties to another: {INSTEAD}"
             )

@@ -9,6 +9,8 @@ from datetime import date
 from functools import lru_cache
 from pathlib import Path
 
+from beyond_dpo.rows import prepare
+
 # What a chat template that writes today's date writes, on any day.
 DATE = date(2024, 7, 26)
 # Texts before a response whose prompt is not known. The first that shares no token with the
@@ -106,6 +108,24 @@ def end_tokens(tokenizer) -> list[int]:
     template = str(tokenizer.chat_template)
     ends = _end_tokens(tokenizer, tokenizer.eos_token_id, template)
     return list(ends)
+
+
+def cut_rows(
+    tokenizer, rows: list[dict], names: list[str], limits: dict[str, int]
+) -> tuple[list[dict], int]:
+    """Return rows with the named responses, cut to length, and how many were dropped.
+
+    limits: max_prompt and max_length, in tokens. The tokenizer says which tokens open a prompt and
+    close a response. See rows.prepare.
+    """
+    return prepare(
+        rows,
+        names,
+        max_prompt=limits["max_prompt"],
+        max_length=limits["max_length"],
+        bos_id=tokenizer.bos_token_id,
+        eos_id=end_tokens(tokenizer),
+    )
 
 
 @lru_cache(maxsize=16)

@@ -916,7 +916,7 @@ each_damage = pytest.mark.parametrize(
 
 def test_a_whole_checkpoint_is_found_without_a_warning(checkpoints, log_file, caplog):
     with caplog.at_level("INFO", MODULE):
-        assert train._find_checkpoint(checkpoints, log_file) == 4
+        assert train._choose_checkpoint(checkpoints, log_file) == 4
     messages = [record.getMessage() for record in caplog.records]
     assert messages == [f"checking {checkpoints / 'step4'}"]
 
@@ -926,7 +926,7 @@ def test_a_damaged_checkpoint_is_found_whatever_is_damaged(
     checkpoints, log_file, caplog, damage, reason
 ):
     damage(checkpoints / "step4")
-    assert train._find_checkpoint(checkpoints, log_file) == 2
+    assert train._choose_checkpoint(checkpoints, log_file) == 2
     kept = "kept as damaged-zero1-of2-step4; the training goes on from step2"
     assert re.search(f"step4 is damaged .{reason}.*{kept}", caplog.text)
 
@@ -938,7 +938,7 @@ def test_where_all_checkpoints_are_damaged_the_training_begins_anew(
 ):
     damage(checkpoints / "step4")
     damage(checkpoints / "step2")
-    assert train._find_checkpoint(checkpoints, log_file) == 0
+    assert train._choose_checkpoint(checkpoints, log_file) == 0
     assert "kept as damaged-zero1-of2-step2; the training begins anew" in caplog.text
     names = sorted(path.name for path in checkpoints.parent.iterdir())
     assert names == ["damaged-zero1-of2-step2", "damaged-zero1-of2-step4", "zero1-of2"]
@@ -951,7 +951,7 @@ def test_latest_that_names_no_checkpoint_is_not_followed(checkpoints, log_file, 
     The newest whole one is taken.
     """
     (checkpoints / "latest").write_text(named)
-    assert train._find_checkpoint(checkpoints, log_file) == 4
+    assert train._choose_checkpoint(checkpoints, log_file) == 4
     assert "latest names no checkpoint that is there" in caplog.text
     assert "goes on from step4" in caplog.text
 
@@ -961,21 +961,65 @@ def test_a_checkpoint_without_the_log_of_its_steps_is_not_taken(checkpoints, log
     lines = log_file.read_bytes().splitlines(keepends=True)
     zeros = bytes(len(lines[3]))
     log_file.write_bytes(b"".join(lines[:3]) + zeros)
-    assert train._find_checkpoint(checkpoints, log_file) == 2
+    assert train._choose_checkpoint(checkpoints, log_file) == 2
     assert "step4 is damaged (log.jsonl does not hold its 4 steps)" in caplog.text
 
 
 def test_no_checkpoint_is_taken_without_a_log(checkpoints, log_file):
     log_file.unlink()
-    assert train._find_checkpoint(checkpoints, log_file) == 0
+    assert train._choose_checkpoint(checkpoints, log_file) == 0
 
 
 def test_a_checkpoint_that_was_never_finished_is_no_damage(checkpoints, log_file, caplog):
     """Killed while it wrote: nothing to keep or to say, and the one before is taken."""
     shutil.copytree(checkpoints / "step4", checkpoints / "step6")
     delete_sizes(checkpoints / "step6")
-    assert train._find_checkpoint(checkpoints, log_file) == 4
+    assert train._choose_checkpoint(checkpoints, log_file) == 4
     assert not caplog.records
+
+
+def test_a_kill_while_the_log_is_cut_loses_no_checkpoint(checkpoints, log_file):
+    """Written in place, the log was empty for a moment, and with it the checkpoint of no use.
+
+    A second name of the file shows whether it is written into.
+    """
+    before = log_file.read_bytes()
+    lines = before.splitlines(keepends=True)
+    second_name = log_file.with_name("second name")
+    os.link(log_file, second_name)
+    train._cut_log(log_file, 4)
+    assert log_file.read_bytes() == b"".join(lines[:4])
+    assert second_name.read_bytes() == before
+    assert train._choose_checkpoint(checkpoints, log_file) == 4
+
+
+def test_a_log_that_ends_with_its_checkpoint_is_left_alone(log_file):
+    before = log_file.stat()
+    train._cut_log(log_file, STEPS)
+    after = log_file.stat()
+    assert after.st_mtime_ns == before.st_mtime_ns
+    assert after.st_ino == before.st_ino
+
+
+def test_a_line_that_was_begun_leaves_the_log(log_file):
+    """Killed while it wrote; after a power cut its end may even be no text."""
+    whole = log_file.read_bytes()
+    log_file.write_bytes(whole + b'{"step": 6, "\xc3')
+    train._cut_log(log_file, STEPS)
+    assert log_file.read_bytes() == whole
+
+
+def test_what_is_left_of_other_attempts_is_deleted(checkpoints):
+    """Of later steps, and of another number of processes; what is set aside stays."""
+    shutil.copytree(checkpoints / "step4", checkpoints / "step6")
+    for name in ("zero1-of4", "damaged-zero1-of2-step5"):
+        shutil.copytree(checkpoints, checkpoints.parent / name)
+    train._delete_other_checkpoints(checkpoints, 4)
+    names = sorted(path.name for path in checkpoints.parent.iterdir())
+    assert names == ["damaged-zero1-of2-step5", "zero1-of2"]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step2", "step4"]
+    train._delete_other_checkpoints(checkpoints, 0)
+    assert not checkpoints.exists()
 
 
 class WritingEngine:

@@ -1313,17 +1313,17 @@ def test_prompts_in_a_chat_have_a_key_of_their_own():
     assert len(keys) == 2
 
 
-def test_an_engine_of_other_end_tokens_is_of_another_shape(tmp_path, tiny):
+def test_an_engine_of_other_end_tokens_has_another_identity(tmp_path, tiny):
     """Then a swap of weights is not enough: the tokenizer's settings say where sampling stops."""
     copy = tmp_path / "copy"
     shutil.copytree(tiny, copy)
-    assert stages._shape(str(copy)) == stages._shape(str(tiny))
+    assert stages._identity(str(copy)) == stages._identity(str(tiny))
     file = copy / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     other = tmp_path / "other"
     shutil.copytree(tiny, other)
     (other / file.name).write_text(json.dumps({**settings, "eos_token": "<pad>"}))
-    assert stages._shape(str(other)) != stages._shape(str(tiny))
+    assert stages._identity(str(other)) != stages._identity(str(tiny))
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def test_the_stages_of_an_experiment_are_named_without_torch():
         "expo.curves(config.load('expo', 'cpu')).upstream\n"
         "mallows.frontier(config.load('mallows', 'cpu')).upstream\n"
         "wrpo.main_result(config.load('wrpo', 'cpu')).upstream\n"
-        "stages._shape(str(assets.model_dir('tiny')))\n"
+        "stages._identity(str(assets.model_dir('tiny')))\n"
         "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     assets.model_dir("tiny")  # which is built once, with torch
@@ -392,25 +392,25 @@ def test_an_engines_shape_is_what_its_files_say_not_how_they_are_written(two_mod
     settings["_name_or_path"] = "/x"
     reordered = dict(reversed(settings.items()))
     file.write_text(json.dumps(reordered))
-    assert stages._shape(str(two)) == stages._shape(str(one))
+    assert stages._identity(str(two)) == stages._identity(str(one))
 
 
 @pytest.mark.parametrize(
     "change", [{"rms_norm_eps": 0.5}, {"eos_token_id": 7}, {"tie_word_embeddings": False}], ids=str
 )
-def test_another_end_token_or_structure_is_another_shape(two_models, change):
+def test_another_end_token_or_structure_is_another_identity(two_models, change):
     one, two = two_models
     file = two / "config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | change))
-    assert stages._shape(str(two)) != stages._shape(str(one))
+    assert stages._identity(str(two)) != stages._identity(str(one))
 
 
-def test_a_saved_tokenizer_is_of_the_same_shape(two_models):
+def test_a_saved_tokenizer_has_the_same_identity(two_models):
     """A training writes the files of its tokenizer anew, in another way than they came."""
     one, two = two_models
     templates.load_tokenizer(str(two)).save_pretrained(two)
-    assert stages._shape(str(two)) == stages._shape(str(one))
+    assert stages._identity(str(two)) == stages._identity(str(one))
 
 
 # --- copies of models
@@ -517,6 +517,17 @@ def test_a_link_to_a_missing_file_leaves_what_is_there(tmp_path):
 
 
 # --- lines through two models
+
+
+@pytest.mark.parametrize(
+    "change", [{"max_prompt": 8}, {"max_length": 99}, {"precision": "bf16"}], ids=str
+)
+def test_a_training_is_not_cut_otherwise_than_its_reference_pass(change):
+    """The pass takes these of cfg.train, so that rows and log-probabilities would not fit."""
+    cfg = config.load("expo", "cpu")
+    (name,) = change
+    with pytest.raises(config.ConfigError, match=f"{name} of one training .* set train.{name}"):
+        stages.aligned(cfg, 1.0, **change)
 
 
 def test_lines_share_what_is_already_trained():

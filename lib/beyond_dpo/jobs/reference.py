@@ -14,7 +14,7 @@ from beyond_dpo import events, templates
 from beyond_dpo.files import write_file
 from beyond_dpo.machine import launch
 from beyond_dpo.precision import require_precision
-from beyond_dpo.rows import prepare, read_rows
+from beyond_dpo.rows import read_rows
 from beyond_dpo.scoring import load_scorer, score_rows
 
 
@@ -28,7 +28,8 @@ def main(path: str) -> None:
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     names = job["names"]
     require_precision(job["precision"])
-    rows, dropped = cut_rows(job)
+    tokenizer = templates.load_tokenizer(job["model"])
+    rows, dropped = templates.cut_rows(tokenizer, read_rows(job["rows"]), names, job["limits"])
     ids = [row["id"] for row in rows]
     if not rows:
         raise ValueError(
@@ -40,7 +41,6 @@ def main(path: str) -> None:
             f"{job['rows']}: rows share an id, so their scores could not be told apart"
         )
     scorer = load_scorer(job["model"], job["precision"])
-    tokenizer = templates.load_tokenizer(job["model"])
     scores = score_rows(
         scorer,
         rows,
@@ -52,22 +52,6 @@ def main(path: str) -> None:
     metadata = {"ids": json.dumps(ids), "names": json.dumps(names), "dropped": str(dropped)}
     content = save(scores, metadata=metadata)
     write_file(Path(job["out"]), _sorted(content))
-
-
-def cut_rows(job: dict) -> tuple[list[dict], int]:
-    """Return a job's rows, cut to its limits (see rows.prepare), and how many were dropped.
-
-    The model's own tokenizer says which tokens open a prompt and close a response.
-    """
-    tokenizer = templates.load_tokenizer(job["model"])
-    return prepare(
-        read_rows(job["rows"]),
-        job["names"],
-        max_prompt=job["limits"]["max_prompt"],
-        max_length=job["limits"]["max_length"],
-        bos_id=tokenizer.bos_token_id,
-        eos_id=templates.end_tokens(tokenizer),
-    )
 
 
 def _sorted(content: bytes) -> bytes:

@@ -1,7 +1,7 @@
 """What can be set of a training and of a sampling; jobs read nothing else of a configuration."""
 
 from dataclasses import asdict
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -9,32 +9,21 @@ from pydantic.dataclasses import dataclass
 # An int is taken as a float, but "1" and True are no numbers. Defaults are checked too: one that is
 # out of range, such as an empty grid, has to be set by the profile.
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-# each has a weighted form (MallowsPO) and a fused one (WRPO)
+# The losses, each in one of these lists. The table losses.LOSSES says all else of them, but needs
+# torch, and settings are read without it: a test compares the two.
+# Each of these has a weighted form (MallowsPO) and a fused one (WRPO).
 PlainLosses = Literal["dpo", "ipo", "simpo"]
-PairLosses = Literal[
-    "dpo", "ipo", "simpo", "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"
-]
-Losses = Literal[
-    "sft",
-    "dpo",
-    "ipo",
-    "simpo",
-    "mallows_theta",
-    "mallows_phi",
-    "mallows_ipo",
-    "mallows_simpo",
-    "wrpo",
-    "wrpo_ipo",
-    "wrpo_simpo",
-    "hybrid",
-]
+# on a chosen and a rejected response
+PairLosses = Literal[PlainLosses, "mallows_theta", "mallows_phi", "mallows_ipo", "mallows_simpo"]
+# on WRPO's three responses, with an α
+FusionLosses = Literal["wrpo", "wrpo_ipo", "wrpo_simpo"]
+Losses = Literal["sft", PairLosses, FusionLosses, "hybrid"]
 # Settings that came after the first results, and the losses that use them. They stay out of the
 # recipes of all other losses, so that no key changed with them.
-FUSION_LOSSES = ("wrpo", "wrpo_ipo", "wrpo_simpo")
 USED_BY = {
     "epsilon": ("mallows_phi",),
-    "alpha": FUSION_LOSSES,
-    "dynamic": FUSION_LOSSES,
+    "alpha": get_args(FusionLosses),
+    "dynamic": get_args(FusionLosses),
 }
 
 # Numbers that no run can use are refused when a configuration is loaded.

@@ -7,6 +7,21 @@ Supervised fine-tuning is the loss "sft" on rows with one response.
 
 Into `out` go log.jsonl (a line for each optimizer step), facts.json, checkpoints to resume from,
 and the model. The file checkpoints/finished appears last.
+
+The columns of log.jsonl, of every loss:
+    step, lr                 the 0-based number of the step, and its learning rate
+    grad_norm                of the step's gradient, before it is clipped
+    loss                     mean over the step's rows; of "sft" over the tokens of its responses
+    tokens_per_s, rows_per_s
+Of the losses with an α (WRPO):
+    alpha                    α at this step
+Of all but "sft", as means over the step's rows:
+    NAME_reward              of each response: β × log-ratio, or of SimPO β × mean log-probability
+    NAME_logps               of each response: its summed log-probability, nats
+    NAME_accuracy            how often its reward is above the rejected one's ("rejected" has none)
+    chosen_reward            as the loss has it: WRPO's is the blend of its two chosen responses
+    margin                   chosen_reward less the rejected reward
+    accuracy                 how often that margin of a row is positive
 """
 
 import argparse
@@ -31,11 +46,11 @@ from torch import Tensor
 
 from beyond_dpo import dispersion, events, lora, precision, scoring, templates
 from beyond_dpo.files import share_weights, sync, write_file
-from beyond_dpo.jobs import reference
+from beyond_dpo.jobs.reference import load as load_reference
 from beyond_dpo.jobs.settings import ConfigError, Train, check_batch
 from beyond_dpo.losses import LOSSES, PAIRS
 from beyond_dpo.machine import cluster, launch
-from beyond_dpo.rows import FUSED, epoch_order, row_length
+from beyond_dpo.rows import FUSED, epoch_order, read_rows, row_length
 
 log = logging.getLogger("beyond_dpo.jobs.train")
 OPTIMIZERS = {
@@ -51,14 +66,14 @@ class NonFiniteLoss(RuntimeError):
 
 
 class UnusableCheckpoint(RuntimeError):
-    """A checkpoint whose files are whole cannot be loaded; the message says what to delete."""
+    """An undamaged checkpoint cannot be loaded; the message says what to delete."""
 
 
-class Reference(NamedTuple):
+class ReferenceScores(NamedTuple):
     """What training needs of the reference model, by row id."""
 
     logps: dict[str, Tensor]  # (responses,) each: summed log-probabilities, nats
-    weights: dict[str, float] | None  # dispersion.weights, for MallowsPO alone
+    dispersion_weights: dict[str, float] | None  # dispersion.weights, for MallowsPO alone
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ class Job:
     engine_config: dict
     rows: list[dict]
     dropped: int  # rows that have no prompt, or lack a response
-    reference: Reference | None
+    reference_scores: ReferenceScores | None
     steps: int  # optimizer steps of the whole training
     parts: dict[int, str]  # number of steps -> the folder that the model is saved to after them
 
@@ -90,7 +105,7 @@ class Run:
     tokenizer: Any
     model: Any
     scorer: scoring.ResponseScorer  # of that model
-    weights: list[Tensor]  # those that are trained
+    trained: list[Tensor]  # the parameters that are trained
     engine: Any  # DeepSpeed's
 
     @property
@@ -110,7 +125,10 @@ class Run:
 
     @property
     def trains_all(self) -> bool:
-        """Tell whether all weights are trained, and so are in a checkpoint."""
+        """Tell whether all parameters are trained.
+
+        Of an adapter some are frozen, and its checkpoint leaves those out.
+        """
         return not self.job.settings.lora_rank
 
 
@@ -126,7 +144,7 @@ class RowLosses(NamedTuple):
 class Metrics(NamedTuple):
     """What one optimizer step reports: sums over its rows, each a tensor."""
 
-    loss: Tensor  # () of the whole step, in which each row has its weight
+    loss: Tensor  # (), of each row its loss × its loss share
     chosen_reward: Tensor  # ()
     rejected_reward: Tensor  # ()
     accuracy: Tensor  # (), rows whose chosen reward is the larger one
@@ -159,7 +177,8 @@ def fusion(settings: Train, step: int, total: int) -> float:
     """Return WRPO's α at a 0-based optimizer step.
 
     arXiv 2412.03187: α(t) = α_max t / T, with t the optimizer steps that are done; or α_max where
-    it is not dynamic. A training of one step is DPO.
+    it is not dynamic. As α(0) = 0, the first step learns from the target's own pair alone: its loss
+    is then DPO (of wrpo_ipo IPO, of wrpo_simpo SimPO), and a training of one step is no more.
     """
     if settings.dynamic:
         return settings.alpha * step / total
@@ -171,7 +190,7 @@ def row_losses(
     scores: dict,
     reference_logps: Tensor | None,
     names: list[str],
-    weight: Tensor | None = None,
+    dispersion_weights: Tensor | None = None,
     alpha: float = 0.0,
 ) -> RowLosses:
     """Compute the loss of each row from the scores of its responses.
@@ -180,7 +199,7 @@ def row_losses(
         scores: "logps" and "tokens", (responses × rows,) each, all rows of the first response
             first.
         reference_logps: (responses, rows), for a loss that compares with the reference model.
-        weight: (rows,), dispersion.weights, for MallowsPO.
+        dispersion_weights: (rows,), dispersion.weights, for MallowsPO.
         alpha: WRPO's fusion coefficient.
 
     Raises ValueError for a loss that does not fit the responses' names, or lacks its reference.
@@ -190,16 +209,16 @@ def row_losses(
         zeros = torch.zeros_like(logps)
         return RowLosses(-logps.sum(0), zeros[0], zeros[0], zeros)
     loss = LOSSES[settings.loss]
-    _check_inputs(settings.loss, names, reference_logps, weight)
+    _check_inputs(settings.loss, names, reference_logps, dispersion_weights)
     if loss.needs_reference:
         inputs = logps - reference_logps
     else:
         inputs = logps / scores["tokens"].view(len(names), -1)
     arguments = list(inputs)
     if settings.loss == "mallows_phi":
-        arguments.append(torch.exp(-weight))  # dispersion.to_phi
+        arguments.append(torch.exp(-dispersion_weights))  # dispersion.to_phi
     elif loss.needs_weights:
-        arguments.append(weight)
+        arguments.append(dispersion_weights)
     keywords = _loss_settings(settings, alpha)
     losses, chosen_rewards, rejected_rewards = loss.function(*arguments, **keywords)
     response_rewards = settings.beta * inputs.detach()
@@ -207,7 +226,10 @@ def row_losses(
 
 
 def _check_inputs(
-    name: str, responses: list[str], reference_logps: Tensor | None, weight: Tensor | None
+    name: str,
+    responses: list[str],
+    reference_logps: Tensor | None,
+    dispersion_weights: Tensor | None,
 ) -> None:
     """Raise ValueError unless a loss has the responses and what it needs of the reference."""
     loss = LOSSES[name]
@@ -217,22 +239,22 @@ def _check_inputs(
             f"loss {name!r} takes the responses {wanted}, in this order, got {responses}"
         )
     lacks_reference = loss.needs_reference and reference_logps is None
-    lacks_weights = loss.needs_weights and weight is None
+    lacks_weights = loss.needs_weights and dispersion_weights is None
     if lacks_reference or lacks_weights:
         raise ValueError(f"loss {name!r} needs a reference file")
 
 
 def _loss_settings(settings: Train, alpha: float) -> dict[str, float]:
-    """Return the keyword arguments of the loss."""
-    values = {
-        "alpha": alpha,
-        "beta": settings.beta,
-        "tau": settings.beta,
-        "gamma": settings.gamma,
-        "epsilon": settings.epsilon,
-        "label_smoothing": settings.label_smoothing,
-    }
-    return {name: values[name] for name in LOSSES[settings.loss].settings}
+    """Return the keyword arguments of the loss: the settings of these names, but for two."""
+    keywords = {}
+    for name in LOSSES[settings.loss].settings:
+        if name == "alpha":
+            keywords[name] = alpha  # at this step; the setting is its last value
+        elif name == "tau":
+            keywords[name] = settings.beta  # IPO's τ is set as beta
+        else:
+            keywords[name] = getattr(settings, name)
+    return keywords
 
 
 def engine_config(settings: Train, accumulation: int) -> dict:
@@ -298,7 +320,10 @@ def _read_job(path: str, processes: int) -> Job:
     accumulation = check_batch(settings)
     names = fields["names"]
     config = engine_config(settings, accumulation)
-    rows, dropped = reference.cut_rows(fields)
+    tokenizer = templates.load_tokenizer(fields["model"])
+    rows, dropped = templates.cut_rows(
+        tokenizer, read_rows(fields["rows"]), names, fields["limits"]
+    )
     if not rows:
         raise ValueError(
             f"{fields['rows']}: no row is left to train on ({dropped} dropped, without prompt or "
@@ -319,7 +344,7 @@ def _read_job(path: str, processes: int) -> Job:
         engine_config=config,
         rows=rows,
         dropped=dropped,
-        reference=reference_scores,
+        reference_scores=reference_scores,
         steps=steps,
         parts=parts,
     )
@@ -327,22 +352,21 @@ def _read_job(path: str, processes: int) -> Job:
 
 def _part_ends(steps: int, parts: int) -> dict[int, str]:
     """Return after how many steps each part but the last ends, with its folder's name."""
-    ends = {round(steps * part / parts): f"part{part}" for part in range(1, parts)}
-    if len({0, steps, *ends}) != parts + 1:  # a part would have no step
+    if parts > steps:  # a part would have no step
         raise ConfigError(f"{steps} steps cannot be cut into {parts} parts")
-    return ends
+    return {round(steps * part / parts): f"part{part}" for part in range(1, parts)}
 
 
-def _read_reference(path: str, rows: list[dict], names: list[str], loss: str) -> Reference:
+def _read_reference(path: str, rows: list[dict], names: list[str], loss: str) -> ReferenceScores:
     """Return what a loss needs of a reference file."""
-    scores = reference.load(path, rows, names)
+    scores = load_reference(path, rows, names)
     ids = [row["id"] for row in rows]
     logps = dict(zip(ids, scores["logps"], strict=True))
     if loss == "sft" or not LOSSES[loss].needs_weights:
-        return Reference(logps, None)
+        return ReferenceScores(logps, None)
     chosen_entropies, rejected_entropies = scores["entropies"].T
     weights, _ = dispersion.weights(chosen_entropies, rejected_entropies, ids)
-    return Reference(logps, dict(zip(ids, weights, strict=True)))
+    return ReferenceScores(logps, dict(zip(ids, weights, strict=True)))
 
 
 def _start_engine(job: Job, rank: int, processes: int) -> Run:
@@ -353,9 +377,9 @@ def _start_engine(job: Job, rank: int, processes: int) -> Run:
     settings = job.settings
     tokenizer = templates.load_tokenizer(job.model)
     scorer = _load_scorer(job)
-    weights = [weight for weight in scorer.parameters() if weight.requires_grad]
+    trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[settings.optimizer](
-        weights, lr=settings.lr, weight_decay=settings.weight_decay
+        trained, lr=settings.lr, weight_decay=settings.weight_decay
     )
     engine, *_ = deepspeed.initialize(model=scorer, optimizer=optimizer, config=job.engine_config)
     # a single process in stage 0 would only copy its gradients
@@ -368,7 +392,7 @@ def _start_engine(job: Job, rank: int, processes: int) -> Run:
         tokenizer=tokenizer,
         model=scorer.model,
         scorer=scorer,
-        weights=weights,
+        trained=trained,
         engine=engine,
     )
 
@@ -378,7 +402,7 @@ def _join_group() -> str:
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
-    # with it DeepSpeed on a CPU leaves 66 MiB in /dev/shm, which only inference uses
+    # where LOCAL_SIZE is set, DeepSpeed on a CPU leaves 66 MiB in /dev/shm that only inference uses
     os.environ.pop("LOCAL_SIZE", None)
     import deepspeed
 
@@ -407,37 +431,50 @@ def _load_scorer(job: Job) -> scoring.ResponseScorer:
 
 
 def _resume(run: Run) -> int:
-    """Load the last whole checkpoint; return after how many steps it was written, or else 0."""
+    """Load the last undamaged checkpoint; return after how many steps it was written, or else 0."""
     from deepspeed import comm as dist
 
-    found = torch.zeros(1, dtype=torch.long, device=run.device)
+    chosen = torch.zeros(1, dtype=torch.long, device=run.device)
     if run.rank == 0:
-        found += _find_checkpoint(run.checkpoints, run.log_file)
-    dist.broadcast(found, 0)
-    steps = int(found)
+        chosen += _choose_checkpoint(run.checkpoints, run.log_file)
+    dist.broadcast(chosen, 0)
+    steps = int(chosen)
     if steps:
-        _load_checkpoint(run.engine, run.checkpoints / f"step{steps}", strict=run.trains_all)
+        _load_checkpoint(run.engine, run.checkpoints / f"step{steps}", run.trains_all)
     if run.rank == 0:
-        _forget_later_steps(run.checkpoints, run.log_file, steps)
+        _delete_other_checkpoints(run.checkpoints, steps)
+        _cut_log(run.log_file, steps)
     return steps
 
 
-def _forget_later_steps(saved: Path, log_file: Path, steps: int) -> None:
-    """Delete the checkpoints and log lines of earlier attempts that come after `steps` steps."""
+def _delete_other_checkpoints(saved: Path, steps: int) -> None:
+    """Delete what this attempt, which goes on after `steps` steps, will never load or writes anew.
+
+    That is all checkpoints of another ZeRO stage or number of processes, and those in `saved` of
+    later steps; where the training begins anew (steps 0), it is all that there are.
+    """
     saved.parent.mkdir(parents=True, exist_ok=True)
     for other in saved.parent.glob("zero*"):
-        # of an attempt with other processes: its steps leave the log
         if not steps or other != saved:
             shutil.rmtree(other)
     for later in saved.glob("step*"):
-        # its writing was interrupted, and its steps come again
-        if _steps(later.name) > steps:
+        if _steps_of(later.name) > steps:
             shutil.rmtree(later)
-    lines = []
-    if log_file.exists():
-        lines = log_file.read_text(encoding="utf-8").splitlines()
-    kept = [line + "\n" for line in lines[:steps]]
-    log_file.write_text("".join(kept), encoding="utf-8")
+
+
+def _cut_log(log_file: Path, steps: int) -> None:
+    """Keep the first `steps` lines of the log: later steps are logged once more.
+
+    The shorter log takes the place of the other as a whole, as a checkpoint whose steps are not all
+    logged is not loaded (_damage).
+    """
+    if not log_file.exists():
+        return
+    content = log_file.read_bytes()
+    kept = [line + b"\n" for line in content.splitlines()[:steps]]
+    shorter = b"".join(kept)
+    if shorter != content:
+        write_file(log_file, shorter)
 
 
 def _write_facts(job: Job, first: int) -> None:
@@ -484,21 +521,18 @@ def _train_step(run: Run, step: int) -> dict:
     # for dropout: a resumed run draws the same
     torch.manual_seed((job.seed << 32) + step * run.processes + run.rank)
     alpha = fusion(settings, step, job.steps)
-    row_weight = _row_weight(job, batch)
     rate = settings.lr * schedule(step, job.steps, settings.warmup)
-    for group in run.engine.optimizer.param_groups:
-        group["lr"] = rate
+    _set_rate(run.engine, rate)
+    loss_share = _loss_share(job, batch)
     metrics = _no_metrics(len(job.names), run.device)
     for micro in range(job.accumulation):
         start = (micro * run.processes + run.rank) * settings.micro_batch
         rows = batch[start : start + settings.micro_batch]
-        metrics = metrics.plus(_backward(run, rows, step, alpha, row_weight))
-        if not settings.zero and micro == job.accumulation - 1:
-            norm = _gradient_norm(run.weights)
-        run.engine.step()
+        metrics = metrics.plus(_backward(run, rows, step, alpha, loss_share))
+        if micro < job.accumulation - 1:
+            run.engine.step()  # the engine counts a micro-batch, no weight changes
+    norm = _update_weights(run)
     metrics = _over_all_processes(metrics)
-    if settings.zero:
-        norm = run.engine.get_global_grad_norm()
     gradient_norm = float(norm)
     if not 0 <= gradient_norm < math.inf:  # the sharded stages report -1 for NaN
         ids = [row["id"] for row in batch]
@@ -508,6 +542,28 @@ def _train_step(run: Run, step: int) -> dict:
         entry["alpha"] = alpha
     seconds = time.time() - began
     return entry | _log_columns(metrics, batch, job.names, settings.loss, seconds)
+
+
+def _set_rate(engine, rate: float) -> None:
+    """Set the learning rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _update_weights(run: Run) -> float | Tensor:
+    """Take the optimizer step of the gradient that was added up; return its norm before clipping.
+
+    In stage 0 the engine clips the gradient in place and then deletes it, so the norm is computed
+    before. In the sharded stages no process has all of the gradient: the engine computes its norm
+    within the step, and tells it after.
+    """
+    if run.job.settings.zero:
+        run.engine.step()
+        return run.engine.get_global_grad_norm()
+    gradients = [parameter.grad for parameter in run.trained if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    run.engine.step()
+    return norm
 
 
 # the order of an epoch is asked for once for each of its rows
@@ -529,55 +585,69 @@ def _step_rows(rows: list[dict], names: list[str], step: int, size: int, seed: i
     return sorted(batch, key=lambda row: (row_length(row, names), row["id"]))
 
 
-def _row_weight(job: Job, batch: list[dict]) -> float:
-    """Return the weight of a row's loss in the loss of its step, however the step is split."""
+def _loss_share(job: Job, batch: list[dict]) -> float:
+    """Return the number that each row's loss is multiplied by in the loss of its step.
+
+    The loss of a step is Σ loss × loss_share over its rows, however it is split: for preferences
+    the mean over the rows. The loss "sft" of a row is a sum over its tokens, and that of a step the
+    mean over all tokens.
+    """
     if job.settings.loss != "sft":
         return 1 / job.settings.global_batch
-    # the mean over all tokens of the step
     tokens = 0
     for row in batch:
         tokens += sum(len(row["responses"][name]) for name in job.names)
     return 1 / tokens
 
 
-def _backward(run: Run, rows: list[dict], step: int, alpha: float, row_weight: float) -> Metrics:
-    """Add the gradient of a micro-batch, and return what it reports."""
+def _backward(run: Run, rows: list[dict], step: int, alpha: float, loss_share: float) -> Metrics:
+    """Add a micro-batch's Σ loss × loss_share to the step's gradient; return what it reports."""
     job = run.job
     tensors = scoring.pack(rows, job.names, run.tokenizer.pad_token_id, run.scorer.shared)
     ids = tensors.pop("ids")
     inputs = {name: tensor.to(run.device) for name, tensor in tensors.items()}
     scores = run.engine(**inputs)
-    reference_logps, weight = _reference_of(job.reference, ids, run.device)
-    result = row_losses(job.settings, scores, reference_logps, job.names, weight, alpha)
-    if not result.losses.isfinite().all():
-        finite = result.losses.isfinite().tolist()
-        bad = [row_id for row_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
-        culprits = _culprits(run.model, rows, job.names, bad)
-        raise NonFiniteLoss(f"step {step}: the loss of rows {culprits} is not finite")
-    loss = result.losses.sum() * row_weight
-    # the engine averages over accumulation and processes, but the loss is a share of the step's
+    reference_logps, dispersion_weights = _reference_of(job.reference_scores, ids, run.device)
+    result = row_losses(job.settings, scores, reference_logps, job.names, dispersion_weights, alpha)
+    _require_finite(run, rows, result.losses, ids, step)
+    loss = result.losses.sum() * loss_share
+    # the engine averages gradients over accumulation and processes, but their sum is wanted
     run.engine.backward(loss * job.accumulation * run.processes)
     return _measure(loss, result, scores["logps"].view(len(job.names), -1))
 
 
 def _reference_of(
-    scores: Reference | None, ids: list[str], device: str
+    scores: ReferenceScores | None, ids: list[str], device: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the reference's (responses, rows) log-probabilities of rows, and their weights."""
+    """Return the (responses, rows) reference log-probabilities and the dispersion weights of rows.
+
+    Each is None where there is none.
+    """
     if scores is None:
         return None, None
     logps = torch.stack([scores.logps[row_id] for row_id in ids], dim=1).to(device)
-    if scores.weights is None:
+    if scores.dispersion_weights is None:
         return logps, None
-    weights = [scores.weights[row_id] for row_id in ids]
-    return logps, torch.tensor(weights, device=device)
+    dispersion_weights = [scores.dispersion_weights[row_id] for row_id in ids]
+    return logps, torch.tensor(dispersion_weights, device=device)
+
+
+def _require_finite(run: Run, rows: list[dict], losses: Tensor, ids: list[str], step: int) -> None:
+    """Raise NonFiniteLoss, which names the rows, unless the losses of a micro-batch are finite."""
+    if losses.isfinite().all():
+        return
+    finite = losses.isfinite().tolist()
+    bad = [row_id for row_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
+    culprits = _culprits(run.model, rows, run.job.names, bad)
+    raise NonFiniteLoss(f"step {step}: the loss of rows {culprits} is not finite")
 
 
 @torch.no_grad()
 def _culprits(model, rows: list[dict], names: list[str], bad: list[str]) -> list[str]:
-    """Return which of the `bad` rows have no finite loss even when each is computed alone.
+    """Return which of the `bad` rows have logits that are not finite when each is computed alone.
 
-    Packed, a row spoils those that share its line.
+    A row without finite logits spoils the losses of those that are packed into one sequence with
+    it. All of `bad` are returned where none is at fault alone, and in ZeRO-3.
     """
     parameter = next(model.parameters())
     if hasattr(parameter, "ds_id"):  # ZeRO-3: one process alone cannot gather the weights
@@ -593,12 +663,6 @@ def _culprits(model, rows: list[dict], names: list[str], bad: list[str]) -> list
                 culprits.append(row["id"])
                 break
     return culprits or bad
-
-
-def _gradient_norm(weights: list[Tensor]) -> Tensor:
-    """Return the norm of the gradient, which only the sharded stages keep themselves."""
-    gradients = [weight.grad for weight in weights if weight.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
 
 
 def _no_metrics(responses: int, device: str) -> Metrics:
@@ -637,7 +701,10 @@ def _over_all_processes(metrics: Metrics) -> Metrics:
 def _log_columns(
     metrics: Metrics, batch: list[dict], names: list[str], loss: str, seconds: float
 ) -> dict:
-    """Return a step's loss and speed, and for preferences the means over its rows."""
+    """Return a step's loss and speed, and for preferences the means over its rows.
+
+    The module's docstring lists the columns.
+    """
     tokens = sum(row_length(row, names) for row in batch)
     columns = {
         "loss": metrics.loss.item(),
@@ -663,19 +730,19 @@ def _log_columns(
 # ---- checkpoints
 
 
-def _steps(tag: str) -> int:
-    """Return after how many steps the checkpoint of this name was written, 0 for any other name."""
+def _steps_of(tag: str) -> int:
+    """Return N of a checkpoint's name "stepN": it was written after N steps. 0 for other names."""
     number = re.fullmatch(r"step(\d+)", tag)
     return int(number[1]) if number else 0
 
 
 def _save_checkpoint(
-    engine, saved: Path, step: int, log_file: Path, rank: int, whole: bool
+    engine, saved: Path, step: int, log_file: Path, rank: int, trains_all: bool
 ) -> None:
     """Write the checkpoint after `step` steps.
 
-    `latest` names it once the files of all processes are on the disk. whole: with the weights that
-    are not trained.
+    `latest` names it once the files of all processes are on the disk. Where not all parameters are
+    trained, those that are frozen are left out.
     """
     folder = saved / f"step{step}"
     engine.save_checkpoint(
@@ -683,9 +750,11 @@ def _save_checkpoint(
         folder.name,
         {"step": step},
         save_latest=False,
-        exclude_frozen_parameters=not whole,
+        exclude_frozen_parameters=not trains_all,
     )
-    for file in folder.iterdir():  # each process brings what it wrote to the disk
+    # Each process waits for all files that it sees: its own are among them, and those of processes
+    # on other machines are for these to wait for.
+    for file in folder.iterdir():
         sync(file)
     _wait_for_all()
     if rank == 0:
@@ -695,7 +764,7 @@ def _save_checkpoint(
 def _name_checkpoint(folder: Path, log_file: Path) -> None:
     """Let `latest` name a checkpoint whose files are on the disk, and delete the ones before it.
 
-    Whenever the power fails, a whole checkpoint is on the disk, and the log of the steps before it.
+    Whenever the power fails, the disk has an undamaged checkpoint and the log of the steps before.
     """
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
     write_file(folder / SIZES, json.dumps(sizes, indent=1))
@@ -709,39 +778,49 @@ def _name_checkpoint(folder: Path, log_file: Path) -> None:
             shutil.rmtree(old)
 
 
-def _find_checkpoint(saved: Path, log_file: Path) -> int:
+def _choose_checkpoint(saved: Path, log_file: Path) -> int:
     """Return after how many steps the checkpoint to go on from was written, 0 if there is none.
 
-    It is the one that `latest` names, or else the newest of the others. A damaged one, as a power
-    cut may leave it, is renamed and stays beside `saved`; the log says so.
+    It is the first undamaged one of _candidates(). One that is damaged, as a power cut may leave
+    it, is renamed and stays beside `saved`, and the log says so. One that was never finished, as an
+    attempt ended while it wrote it, is passed over without a word.
     """
-    latest = saved / "latest"
-    named = ""
-    if latest.exists():
-        named = latest.read_text(encoding="utf-8", errors="replace").strip()
-    tags = [folder.name for folder in saved.glob("step*") if _steps(folder.name)]
+    named = _latest_name(saved)
+    tags = _candidates(saved, named)
     problems = []
-    if latest.exists() and named not in tags:
+    if named is not None and named not in tags:
+        latest = saved / "latest"
         problems.append(f"{latest} names no checkpoint that is there ({named[:40]!r})")
-    # the named one first, then from the newest to the oldest
-    tags.sort(key=lambda tag: (tag != named, -_steps(tag)))
-    usable = ""
+    chosen = ""
     for tag in tags:
         folder = saved / tag
         log.info("checking %s", folder)  # reads all of it
         damage = _damage(folder, log_file)
         if not damage:
-            usable = tag
+            chosen = tag
             break
-        # else an attempt ended while it wrote this one
-        was_whole = tag == named or (folder / SIZES).exists()
-        if was_whole:
+        was_finished = tag == named or (folder / SIZES).exists()
+        if was_finished:
             kept = _set_aside(folder).name
             problems.append(f"checkpoint {folder} is damaged ({damage}): kept as {kept}")
-    outcome = f"goes on from {usable}" if usable else "begins anew"
+    outcome = f"goes on from {chosen}" if chosen else "begins anew"
     for problem in problems:
         log.warning("%s; the training %s", problem, outcome)
-    return _steps(usable)
+    return _steps_of(chosen)
+
+
+def _latest_name(saved: Path) -> str | None:
+    """Return what the file `latest` says, which a power cut may have spoilt; None without one."""
+    latest = saved / "latest"
+    if not latest.exists():
+        return None
+    return latest.read_text(encoding="utf-8", errors="replace").strip()
+
+
+def _candidates(saved: Path, named: str | None) -> list[str]:
+    """Return the checkpoints' names: the one that `latest` names, then from newest to oldest."""
+    tags = [folder.name for folder in saved.glob("step*") if _steps_of(folder.name)]
+    return sorted(tags, key=lambda tag: (tag != named, -_steps_of(tag)))
 
 
 def _damage(folder: Path, log_file: Path) -> str:
@@ -757,18 +836,18 @@ def _damage(folder: Path, log_file: Path) -> str:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes of {size}"
     with ThreadPoolExecutor(8) as pool:
-        readable = list(pool.map(_readable, [folder / name for name in sizes]))
-    for name, is_readable in zip(sizes, readable, strict=True):
-        if not is_readable:
+        checks = list(pool.map(_checksums_agree, [folder / name for name in sizes]))
+    for name, agrees in zip(sizes, checks, strict=True):
+        if not agrees:
             return f"{name} has other bytes than were written"
-    steps = _steps(folder.name)
+    steps = _steps_of(folder.name)
     if _logged_steps(log_file, steps) != list(range(steps)):
         return f"{log_file.name} does not hold its {steps} steps"
     return ""
 
 
-def _readable(file: Path) -> bool:
-    """Tell whether a file by torch.save, a zip archive, has the CRC-32 of each of its parts."""
+def _checksums_agree(file: Path) -> bool:
+    """Tell whether each part of a file by torch.save, a zip archive, has the CRC-32 it states."""
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
@@ -799,11 +878,16 @@ def _set_aside(folder: Path) -> Path:
     return folder.rename(target)
 
 
-def _load_checkpoint(engine, folder: Path, strict: bool) -> None:
-    """Load a whole checkpoint's weights and optimizer; raise UnusableCheckpoint if that fails."""
+def _load_checkpoint(engine, folder: Path, trains_all: bool) -> None:
+    """Load an undamaged checkpoint's weights and optimizer; raise UnusableCheckpoint if it fails.
+
+    trains_all: it has all parameters, and else all but the frozen ones, which are loaded already.
+    """
     problem = ""
     try:
-        loaded, _ = engine.load_checkpoint(folder.parent, folder.name, load_module_strict=strict)
+        loaded, _ = engine.load_checkpoint(
+            folder.parent, folder.name, load_module_strict=trains_all
+        )
         if not loaded:
             problem = "DeepSpeed found nothing to load"
     except Exception as error:  # the engine may hold half of it: this process cannot begin anew
@@ -821,7 +905,7 @@ def _load_checkpoint(engine, folder: Path, strict: bool) -> None:
 
 def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
     """Write the model as safetensors, or its adapter alone, on the disk when this returns."""
-    weights = _weights(model, dtype, rank)
+    weights = _gathered_weights(model, dtype, rank)
     if rank != 0:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -841,7 +925,7 @@ def _save(model, tokenizer, out: Path, dtype: torch.dtype, rank: int) -> None:
     sync(out)
 
 
-def _weights(model, dtype: torch.dtype, rank: int) -> dict[str, Tensor]:
+def _gathered_weights(model, dtype: torch.dtype, rank: int) -> dict[str, Tensor]:
     """Return copies of all that the model consists of by name, on rank 0; {} on the others.
 
     Parameters are in `dtype`, buffers as they are; of an adapter, what is trained. ZeRO-3's shards

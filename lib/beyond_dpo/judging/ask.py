@@ -299,8 +299,8 @@ def _judged(
         "judge": judge_endpoint.model,
         "asked": artifacts.digest(items),
     }
-    description = f"{len(items)} rows of {benchmark}, judged by {judge_endpoint.model}"
-    return Artifact("judged-by", 1, inputs, make, description)
+    does = f"{len(items)} rows of {benchmark}, judged by {judge_endpoint.model}"
+    return Artifact("judged-by", version=1, inputs=inputs, make=make, does=does)
 
 
 def _check_replies(model: str, used: endpoint.Used, useful: int, wanted: str, every: bool) -> None:

@@ -48,13 +48,13 @@ def off_the_shelf(cfg) -> Artifact:
         (out / "best.json").write_text(json.dumps(best, indent=1), encoding="utf-8")
         return {"chosen_points": gather.keys(test)}
 
-    recipe = {
+    inputs = {
         "dev": [scores for _, scores in dev],
         "names": list(lines),
         "judge": cfg.judge,
         "test_samples": cfg.test_samples,
     }
-    return Artifact("published", 1, recipe, make, hours=cfg.needs.hours)
+    return Artifact("published", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def _best_alphas(table: pd.DataFrame, names: list[str]) -> dict[str, float]:

@@ -25,7 +25,7 @@ from PIL import Image
 from beyond_dpo.files import write_file
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import parameters
-from beyond_dpo.pipeline import artifacts
+from beyond_dpo.pipeline import artifacts, config
 
 WIDTH = 8.5  # inches, 816 CSS pixels: the output area of JupyterLab has 828 in a window of 1,280
 CSS_DPI = 96  # CSS pixels in an inch
@@ -66,7 +66,8 @@ SPARE = (
 MARKERS = "os^Dv<>P"  # they tell curves apart in grey print
 BASELINE_STYLES = ("--", ":", "-.")
 
-NAME = re.compile(r"(expo|mallows|wrpo)_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+")
+PAPERS = "|".join(config.SCHEMAS)
+NAME = re.compile(rf"({PAPERS})_(fig|tab)[0-9]+[a-z]?_[a-z0-9_]+")
 SVG = {"Date": None, "Creator": None}  # metadata left out, as both would change the bytes
 # Where an SVG has coordinates, and a number with decimals in there.
 COORDINATES = re.compile(r'\b(?:d|x|y|width|height)="[^"]*"|translate\([^)]*\)')

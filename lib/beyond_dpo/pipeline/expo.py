@@ -100,7 +100,7 @@ def curves(cfg) -> Artifact:
         for alpha in cfg.alphas[fraction]:
             dev.append(_placed(cfg, "dev", fraction, seed, alpha))
     dev.append(_placed_sft(cfg, "dev"))
-    recipe = {
+    inputs = {
         "dev": gather.scores_of(dev),
         "test_samples": cfg.test_samples,
         "test": stages.texts(cfg.world),
@@ -119,7 +119,7 @@ def curves(cfg) -> Artifact:
         gather.write_json(out / "facts.json", _facts(cfg), indent=1)
         return {"chosen_points": gather.keys(test)}
 
-    return Artifact("curves", 2, recipe, make, hours=cfg.needs.hours)
+    return Artifact("curves", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def runs(cfg) -> list[tuple[float, int]]:
@@ -249,7 +249,7 @@ def searches(cfg) -> Artifact:
         "evaluations": cfg.search_evaluations,
         "seed": cfg.seeds[0],
     }
-    return Artifact("searches", 2, inputs, make, hours=cfg.needs.hours)
+    return Artifact("searches", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def _search(cfg, fraction: float) -> tuple[dict, list[float]]:
@@ -324,7 +324,7 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
         gather.write_json(out / "best.json", best, indent=1)
 
     inputs = {"points": gather.scores_of(points), "names": list(lines)}
-    return Artifact("sweep", 2, inputs, make, hours=cfg.needs.hours)
+    return Artifact("sweep", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def interpolation(cfg) -> dict[str, Line]:
@@ -491,7 +491,7 @@ def change(cfg, pairs: dict[str, Comparison]) -> Artifact:
     inputs = {}
     for name, (start, models) in pairs.items():
         inputs[name] = {"start": start, **models}
-    return Artifact("change", 2, inputs, make, hours=cfg.needs.hours)
+    return Artifact("change", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 # --- what models write
@@ -522,7 +522,7 @@ def said(cfg, lines: dict[str, Line]) -> Artifact:
 
     points = list(sampled.values())
     inputs = {"points": points, "names": list(lines)}
-    return Artifact("said", 1, inputs, make, hours=cfg.needs.hours)
+    return Artifact("said", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def _decoded(responses: Artifact, reader: Artifact) -> list[dict]:
@@ -538,10 +538,10 @@ def _decoded(responses: Artifact, reader: Artifact) -> list[dict]:
 
 def _own_prompts(cfg, reader: Artifact) -> Artifact:
     """Write PROMPTS in the tokens of a model: own.json."""
-    recipe = {"prompts": PROMPTS, "tokenizer": reader}
+    inputs = {"prompts": PROMPTS, "tokenizer": reader}
     if cfg.world.template == "chat":
-        recipe["template"] = "chat"
-        recipe.update(corpus.rendering(cfg.world.target, "chat"))
+        inputs["template"] = "chat"
+        inputs.update(corpus.rendering(cfg.world.target, "chat"))
 
     def make(out: Path) -> None:
         tokenizer = templates.load_tokenizer(str(reader.get()))
@@ -551,7 +551,7 @@ def _own_prompts(cfg, reader: Artifact) -> Artifact:
             rows.append({"id": prompt, "prompt_ids": prompt_ids})
         gather.write_json(out / "own.json", rows)
 
-    return Artifact("own-prompts", 1, recipe, make)
+    return Artifact("own-prompts", version=1, inputs=inputs, make=make)
 
 
 def samples(cfg, alphas: list[float]) -> Artifact | None:

@@ -88,7 +88,7 @@ def judged(cfg, points: list[Point]) -> Artifact:
 
     places = [columns for columns, _ in points]
     inputs = {"places": places, "points": scores_of(points)}
-    return Artifact("judged", 1, inputs, make, hours=cfg.needs.hours)
+    return Artifact("judged", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def scores_of(points: list[Point]) -> list[Artifact]:

@@ -59,7 +59,8 @@ def bandits(cfg) -> Artifact:
         gather.write_table(out / "runs.csv.gz", table.reset_index())
 
     does = f"bandit, in this process: {steps:,} steps for {len(betas)} β, DPO and MallowsPO-φ"
-    return Artifact("bandits", 1, {"betas": betas, "steps": steps}, make, does)
+    inputs = {"betas": betas, "steps": steps}
+    return Artifact("bandits", version=1, inputs=inputs, make=make, does=does)
 
 
 def _bandit_runs(link: str, betas: tuple[float, ...], steps: int) -> pd.DataFrame:
@@ -114,7 +115,7 @@ def dispersed(cfg) -> Artifact:
         return {"phi_star": round(phi_star, 6)}
 
     inputs = {"reference": reference_pass}
-    return Artifact("dispersion", 1, inputs, make, hours=cfg.needs.hours)
+    return Artifact("dispersion", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def rated(source: str) -> list[tuple[str, list[int]]]:
@@ -172,7 +173,7 @@ def raters(cfg) -> Artifact:
         gather.write_table(out / "raters.csv", table.round(6))
 
     inputs = {"reference": reference_pass, "rated": rows}
-    return Artifact("raters", 1, inputs, make, hours=cfg.needs.hours)
+    return Artifact("raters", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def _disagreement(ratings: list[int]) -> dict:
@@ -192,7 +193,7 @@ def _rated_rows(cfg) -> Artifact:
     """Cut rated sentences into a prompt and a response "said": pairs.jsonl, ratings.json."""
     target = cfg.world.target
     max_prompt = cfg.train.max_prompt
-    recipe = {
+    inputs = {
         "tokenizer": assets.resolve(target),
         "source": corpus.source(cfg.rated),
         "rows": cfg.rated_rows,
@@ -220,7 +221,7 @@ def _rated_rows(cfg) -> Artifact:
         write_rows(out / "pairs.jsonl", rows)
         gather.write_json(out / "ratings.json", ratings_of_rows)
 
-    return Artifact("rated", 1, recipe, make)
+    return Artifact("rated", version=1, inputs=inputs, make=make)
 
 
 # --- what is trained
@@ -377,7 +378,7 @@ def elsewhere(cfg, source: str) -> Artifact:
     """
     world = cfg.world
     size = cfg.elsewhere_prompts
-    recipe = {
+    inputs = {
         "source": corpus.source(source),
         "kind": source,
         "tokenizer": assets.resolve(world.target),
@@ -400,7 +401,7 @@ def elsewhere(cfg, source: str) -> Artifact:
         write_file(out / f"{source}.json", json.dumps(rows))  # a hub id is a folder and a file
         return {"dropped": dict(dropped)}
 
-    return Artifact("elsewhere", 1, recipe, make)
+    return Artifact("elsewhere", version=1, inputs=inputs, make=make)
 
 
 def _beginnings(source: str, world: config.World, tokenizer, size: int) -> list[dict]:

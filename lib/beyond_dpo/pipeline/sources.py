@@ -69,24 +69,24 @@ def answers(cfg, name: str) -> Artifact:
     source = cfg.known_sources[name]
     check(name, source)
     texts = stages.texts(cfg.world)
-    recipe = {
+    inputs = {
         "kind": source.kind,
         "texts": texts,
         "max_tokens": cfg.sampling.max_tokens,
     }
     if cfg.world.target not in assets.BUILDERS:  # to those a text alone is the same tokens
-        recipe["tokens"] = 2  # of responses: those that they have after other text
+        inputs["tokens"] = 2  # of responses: those that they have after other text
     sampled = None
     if source.kind == "model":
         sampled = _sample(cfg, source)
-        recipe["said"] = sampled.responses
+        inputs["said"] = sampled.responses
     elif source.kind == "recorded":
-        recipe["file"] = assets.resolve(source.ref)
+        inputs["file"] = assets.resolve(source.ref)
     elif source.kind == "endpoint":
-        recipe["model"] = source.ref
-        recipe["ask"] = source.ask
-        recipe["samples"] = cfg.world.samples
-        recipe["sampling"] = cfg.sampling.recipe()
+        inputs["model"] = source.ref
+        inputs["ask"] = source.ask
+        inputs["samples"] = cfg.world.samples
+        inputs["sampling"] = cfg.sampling.recipe()
 
     def make(out: Path) -> dict:
         rows = texts.json("prompts.json")
@@ -99,7 +99,8 @@ def answers(cfg, name: str) -> Artifact:
                 file.write(json.dumps(line) + "\n")
         return _facts(rows, lines, refused, short)
 
-    return Artifact("answers", 1, recipe, make, f"source {name}: {source.kind} {source.ref}")
+    does = f"source {name}: {source.kind} {source.ref}"
+    return Artifact("answers", version=1, inputs=inputs, make=make, does=does)
 
 
 def _sample(cfg, source: config.Source) -> Sampled:
@@ -245,17 +246,17 @@ def _put(cfg, source: config.Source) -> Artifact:
             row["prompt_ids"] = ids
         (out / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
 
-    recipe = {
+    inputs = {
         "texts": texts,
         "tokenizer": assets.resolve(source.ref),
         "ask": source.ask,
         "plain": is_plain,
     }
     if source.ask:
-        recipe.update(corpus.rendering(source.ref, "chat"))
+        inputs.update(corpus.rendering(source.ref, "chat"))
         if source.ref not in assets.BUILDERS:
-            recipe["tokens"] = 2  # the text's own where the answer begins
-    return Artifact("asked", 1, recipe, make)
+            inputs["tokens"] = 2  # the text's own where the answer begins
+    return Artifact("asked", version=1, inputs=inputs, make=make)
 
 
 def _decoded(model: Path, prompts: list[dict], responses: Artifact) -> Answers:

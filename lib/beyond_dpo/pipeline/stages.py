@@ -1,6 +1,12 @@
-"""The stages of the pipeline: each function returns an Artifact, and nothing runs before its get().
+"""The stages that the experiments of all papers share.
 
-texts -> sft -> pool -> pairs -> reference -> aligned -> responses(α) -> scores -> curves
+A function that is named after a result, as sft() or pairs(), returns its Artifact: nothing runs
+before its get(). In the order of the data they are
+
+    texts, sft, (responses, scores,) pairs, subset, reference, aligned, responses, scores
+
+The first responses are the SFT model's, of which pairs() makes its pairs; the last ones are sampled
+at each α. What is made of those scores, such as curves, is in the papers' own modules.
 """
 
 import json
@@ -18,13 +24,19 @@ from beyond_dpo.pipeline import artifacts, assets, config, corpus, gather, needs
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
-# Whether the SFT model is sampled as itself. False: as α = −1 of an aligned model, which is the
-# same model up to rounding, and what the keys of all present results say. True gives every point of
-# the SFT model a new key, so it is for whoever measures all of them anew.
-SFT_SAMPLED_ALONE = False
+# How the SFT model is sampled where aligned models are compared with it (sft_weights; for pairs it
+# is always sampled as itself). False: as α = −1 of an aligned model, which has the SFT model's
+# values in the aligned model's dtype. That stays because the keys of all present results say so:
+# True gives each of them a new key, for whoever measures all of them anew.
+SFT_POINT_IS_ITSELF = False
 
 PAIR = ("chosen", "rejected")  # the responses of a preference pair
 LARGE = 10**9  # bytes of a model's file that is linked, not copied
+# rows.epoch_order's number for a draw of rows: no training has so many epochs, so that no draw is
+# the order of an epoch
+DRAW = 1_000
+# settings of a training that its reference pass has too, from the configuration
+REFERENCE_SETTINGS = ("max_prompt", "max_length", "precision")
 
 # settings of a world that decide how its data set is split
 SPLIT_SETTINGS = (
@@ -48,23 +60,25 @@ ORIGIN_SETTINGS = ("dtype", "torch_dtype", "transformers_version", "_name_or_pat
 
 def texts(world: config.World) -> Artifact:
     """Split the data set into SFT rows, labels and prompts (corpus.split)."""
-    recipe = {name: getattr(world, name) for name in SPLIT_SETTINGS}
-    recipe["tokenizer"] = assets.resolve(world.target)
-    recipe["source"] = corpus.source(world.dataset)
+    inputs = {name: getattr(world, name) for name in SPLIT_SETTINGS}
+    inputs["tokenizer"] = assets.resolve(world.target)
+    inputs["source"] = corpus.source(world.dataset)
     if world.dev_dataset:
-        recipe["dev_dataset"] = corpus.source(world.dev_dataset)
+        inputs["dev_dataset"] = corpus.source(world.dev_dataset)
     if world.test_dataset:
-        recipe["test_dataset"] = corpus.source(world.test_dataset)
+        inputs["test_dataset"] = corpus.source(world.test_dataset)
     if world.pairs != "sampled":
-        recipe["pairs"] = world.pairs
-    recipe.update(corpus.rendering(world.target, world.template))
+        inputs["pairs"] = world.pairs
+    inputs.update(corpus.rendering(world.target, world.template))
     if world.template == "chat" or world.dataset not in corpus.EMBEDDED:
-        recipe["tokens"] = 2  # responses have the tokens that they have after their prompt
+        # The version of the tokens: responses have those that they have after their prompt. Texts
+        # of the embedded data sets never had others, so their keys stay without it.
+        inputs["tokens"] = 2
 
     def make(out: Path) -> dict:
         return corpus.split(world, out)
 
-    return Artifact("texts", 1, recipe, make)
+    return Artifact("texts", version=1, inputs=inputs, make=make)
 
 
 def model(ref: str) -> Artifact:
@@ -79,7 +93,7 @@ def model(ref: str) -> Artifact:
             dirs_exist_ok=True,
         )
 
-    return Artifact("target", 1, {"model": assets.resolve(ref)}, make)
+    return Artifact("target", version=1, inputs={"model": assets.resolve(ref)}, make=make)
 
 
 def sft(cfg, seed: int = 0) -> Artifact:
@@ -99,15 +113,15 @@ def sft(cfg, seed: int = 0) -> Artifact:
 def reward(world: config.World, name: str) -> Artifact:
     """Train a reward on labelled openings, and measure it on held-out ones.
 
-    name: "gold" is trained on words (half A of the reviews), "reward" is an encoder (half B).
-    "vader" and a finished reward model have nothing to train: they are only measured.
+    name: "gold" is trained on words (half A of the reviews). "reward" is the reward model: an
+    encoder that is trained on half B, or a finished model. That one and "vader", a word list, have
+    nothing to train: they are only measured.
     Its get() raises ConfigError for a gold reward without labels.
     """
-    recipe = {"texts": texts(world), "seed": 0}
+    inputs = {"texts": texts(world), "seed": 0}
     if name == "reward":
-        recipe["encoder"] = assets.resolve(world.reward_model)
-    if world.precision == "fp32":
-        recipe["precision"] = world.precision
+        inputs["encoder"] = assets.resolve(world.reward_model)
+    inputs.update(_precision(world))
 
     def make(out: Path) -> dict:
         job = _reward_job(world, name, texts(world).json("labelled.json"))
@@ -118,7 +132,17 @@ def reward(world: config.World, name: str) -> Artifact:
         return json.loads((out / "facts.json").read_text(encoding="utf-8"))
 
     does = f"reward {name}: python -m beyond_dpo.jobs.fit_reward {{job}}"
-    return Artifact(f"reward-{name}", 1, recipe, make, does)
+    return Artifact(f"reward-{name}", version=1, inputs=inputs, make=make, does=does)
+
+
+def _precision(world: config.World) -> dict:
+    """Return the precision of rewards for a stage's inputs.
+
+    That is nothing for bf16, so that keys from before fp32 could be set stay as they are.
+    """
+    if world.precision == "bf16":
+        return {}
+    return {"precision": world.precision}
 
 
 def _reward_job(world: config.World, name: str, labelled: dict) -> dict:
@@ -163,14 +187,14 @@ class Weights:
     modules: dict[str, float] = field(default_factory=dict)  # tensor patterns with their own α
     part: str = ""  # of the training of `aligned`, after which it is taken; "": its end
 
-    def recipe(self) -> dict:
-        """Return what a key says of these weights."""
-        recipe = {"sft": self.sft, "aligned": self.aligned, "alpha": self.alpha}
+    def inputs(self) -> dict:
+        """Return what a stage's inputs say of these weights."""
+        inputs = {"sft": self.sft, "aligned": self.aligned, "alpha": self.alpha}
         if self.modules:
-            recipe["modules"] = self.modules
+            inputs["modules"] = self.modules
         if self.part:
-            recipe["part"] = self.part
-        return recipe
+            inputs["part"] = self.part
+        return inputs
 
     def folders(self) -> dict:
         """Return the arguments of Engine.swap; models that are missing are computed first."""
@@ -189,9 +213,10 @@ class Weights:
 def sft_weights(start: Artifact, aligned: Artifact) -> Weights:
     """Return the weights of the SFT model, as a point that aligned models are compared with.
 
-    aligned: any model that was aligned from `start`. It enters the key, unless SFT_SAMPLED_ALONE.
+    aligned: any model that was aligned from `start`. It enters the key, but for
+    SFT_POINT_IS_ITSELF.
     """
-    if SFT_SAMPLED_ALONE:
+    if SFT_POINT_IS_ITSELF:
         return Weights(start)
     return Weights(start, aligned, alpha=-1.0)
 
@@ -212,9 +237,9 @@ def responses(
     whoever samples in two ways by turns keeps two.
     """
     prompts = prompts or texts(cfg.world)
-    recipe = weights.recipe()
-    recipe.update(prompts=prompts, split=split, samples=samples, seed=seed)
-    recipe["decoding"] = cfg.decoding.recipe()
+    inputs = weights.inputs()
+    inputs.update(prompts=prompts, split=split, samples=samples, seed=seed)
+    inputs["decoding"] = cfg.decoding.recipe()
 
     def make(out: Path) -> dict:
         swap = weights.folders()
@@ -230,13 +255,13 @@ def responses(
         f"one {cfg.decoding.backend} engine over every α: "
         "python -m beyond_dpo.jobs.generate --serve"
     )
-    return Artifact("responses", 2, recipe, make, does)
+    return Artifact("responses", version=2, inputs=inputs, make=make, does=does)
 
 
 def _sample(cfg, engine: str, swap: dict, generate: dict, out: Path) -> dict:
     """Let an engine swap its weights and generate, with the arguments of both; return the facts."""
     settings = {
-        "model": _engine_model(engine, swap["sft"]),
+        "model": _start_model(engine, swap["sft"]),
         "decoding": asdict(cfg.decoding),
     }
     workers.make_room(cfg, "score", engine)
@@ -250,24 +275,31 @@ def _sample(cfg, engine: str, swap: dict, generate: dict, out: Path) -> dict:
         f"responses at α {swap['alpha']:g}",
     )
     facts = dict(spread.finish(cfg, generate, answers))
-    if answers:
+    if answers:  # of swap and of generate
         facts["probe"] = answers[0]
     return facts
 
 
-def _engine_model(engine: str, folder: str) -> str:
-    """Return the model that an engine starts with: that of the living one, if a swap is enough."""
+def _start_model(engine: str, folder: str) -> str:
+    """Return the model to name as the one that an engine starts with.
+
+    Where the living engine can take the weights of `folder`, it is the model that this one started
+    with. So the worker's settings stay equal, and workers.get does not restart it. Engine.swap then
+    checks each tensor.
+    """
     living = workers.living.get(engine)
     if living is None:
         return folder
     present = living.settings["model"]
-    return present if _shape(present) == _shape(folder) else folder
+    if _identity(present) == _identity(folder):
+        return present  # no restart
+    return folder
 
 
-def _shape(folder: str) -> list:
-    """Return what an engine keeps of the model that it starts with, as the model's files say it.
+def _identity(folder: str) -> list:
+    """Return what an engine keeps of the model that it starts with, whatever weights it takes.
 
-    That is its structure, its vocabulary, and where its responses end.
+    That is the model's structure, its vocabulary, and where its responses end, as its files say it.
     """
     structure = []
     for name in ("config.json", "generation_config.json"):
@@ -307,7 +339,7 @@ def scores(
     kl_prompts: int = 0,
     prompts: Artifact | None = None,
 ) -> Artifact:
-    """Score responses with the named judges: scores.jsonl.
+    """Score responses with the named judges, each a reward (see reward()): scores.jsonl.
 
     Beside each judge's reward it has length, repetition, and the log-probability (nats) under the
     weights that sampled and, for the first `kl_prompts` prompts, under the SFT model. "gold" is
@@ -332,7 +364,7 @@ def scores(
         settings = {"target": str(start.get()), "precision": world.precision}
         return _score(cfg, settings, call, out)
 
-    recipe = {
+    inputs = {
         "responses": sampled,
         "judges": judges,
         "trained": trained,
@@ -340,11 +372,10 @@ def scores(
     }
     if "reward" in judges and not world.reward_rows:
         # a finished reward model reads turns by its own template
-        recipe.update(corpus.rendering(world.reward_model, "chat"))
-    if world.precision == "fp32":
-        recipe["precision"] = world.precision
+        inputs.update(corpus.rendering(world.reward_model, "chat"))
+    inputs.update(_precision(world))
     does = "its responses judged: python -m beyond_dpo.jobs.score --serve"
-    return Artifact("scores", 2, recipe, make, does)
+    return Artifact("scores", version=2, inputs=inputs, make=make, does=does)
 
 
 def _judge(world: config.World, name: str, folders: dict[str, str]) -> dict:
@@ -375,7 +406,8 @@ def _score(cfg, settings: dict, call: dict, out: Path) -> dict:
     )
     if answers and answers[0]:
         return answers[0]
-    # several processes have scored their shards: one of them puts these together
+    # Several processes have scored their shards, and none tells anything. One of them is called
+    # for all shards now: it finds each of them scored, and puts them together.
     scorer = workers.get("score", "beyond_dpo.jobs.score", settings)
     return scorer.call("score", **call)
 
@@ -416,10 +448,11 @@ def pairs(cfg) -> Artifact:
         return {
             "pairs": len(rows),
             "ties_dropped": len(prompts) - len(rows),
+            # by the oracle(), also where that is not the gold reward
             "mean_gold_gap": round(sum(gaps) / len(gaps), 3),
         }
 
-    return Artifact("pairs", 1, {"scores": judged}, make)
+    return Artifact("pairs", version=1, inputs={"scores": judged}, make=make)
 
 
 def _best_against_worst(
@@ -461,16 +494,16 @@ def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
     Its get() raises ConfigError where there is no pair.
     """
     rows = pairs(cfg)
-    recipe = {"pairs": rows, "fraction": fraction, "seed": seed}
+    inputs = {"pairs": rows, "fraction": fraction, "seed": seed}
     if longest:
-        recipe["longest"] = True
+        inputs["longest"] = True
 
     def make(out: Path) -> dict:
         every_pair = read_rows(rows.get() / "pairs.jsonl")
         if not every_pair:
             advice = "use more prompts, or another data set"
             raise config.ConfigError(f"{rows.key} holds no pair to draw from: {advice}")
-        order = epoch_order(len(every_pair), seed, epoch=1_000)
+        order = epoch_order(len(every_pair), seed, epoch=DRAW)
         if longest:
             order.sort(key=lambda i: _extra_tokens(every_pair[i]), reverse=True)
         size = max(1, round(fraction * len(every_pair)))
@@ -479,7 +512,7 @@ def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
         extra = sum(_extra_tokens(pair) for pair in drawn)
         return {"pairs": size, "mean_extra_tokens": round(extra / size, 2)}
 
-    return Artifact("subset", 1, recipe, make)
+    return Artifact("subset", version=1, inputs=inputs, make=make)
 
 
 def _extra_tokens(pair: dict) -> int:
@@ -504,9 +537,9 @@ def reference(
     rows = rows or pairs(cfg)
     settings = cfg.train
     limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
-    recipe = {"sft": start, "pairs": rows, "precision": settings.precision, **limits}
+    inputs = {"sft": start, "pairs": rows, "precision": settings.precision, **limits}
     if tuple(names) != PAIR:
-        recipe["names"] = names
+        inputs["names"] = names
 
     def make(out: Path) -> None:
         workers.make_room(cfg, "jobs")
@@ -523,7 +556,7 @@ def reference(
         workers.run("beyond_dpo.jobs.reference", job, out, "reference")
 
     does = "reference: python -m beyond_dpo.jobs.reference {job}"
-    return Artifact("reference", 2, recipe, make, does)
+    return Artifact("reference", version=2, inputs=inputs, make=make, does=does)
 
 
 def reference_values(reference_pass: Artifact, name: str):
@@ -537,6 +570,19 @@ def reference_values(reference_pass: Artifact, name: str):
     return tensors[name].T.astype(float)
 
 
+def changed(train: config.Train, **changes) -> config.Train:
+    """Return how one model is trained otherwise than `train` says, as epochs=2.
+
+    Raises ConfigError for REFERENCE_SETTINGS: its reference pass would not have them.
+    """
+    for name in REFERENCE_SETTINGS:
+        if name in changes:
+            raise config.ConfigError(
+                f"{name} of one training would not be its reference pass's: set train.{name}"
+            )
+    return replace(train, **changes)
+
+
 def aligned(
     cfg,
     fraction: float,
@@ -546,17 +592,17 @@ def aligned(
     longest: bool = False,
     **changes,
 ) -> Artifact:
-    """Align the SFT model on a fraction of the pairs: a fraction of the data is one of the steps.
+    """Align the SFT model on a fraction of the pairs, which takes that fraction of the steps.
 
     start: another model to align, then against its own reference pass. longest: as in subset().
-    changes: of cfg.train, as epochs=2.
+    changes: of cfg.train, as changed() takes them.
     """
-    settings = replace(cfg.train, **changes)
+    settings = changed(cfg.train, **changes)
     base = start or sft(cfg)
     desc = f"{settings.loss.upper()} {fraction:.0%} seed {seed}"
     for name, value in changes.items():
-        if value == settings.loss:
-            continue
+        if name == "loss":
+            continue  # it stands in front
         desc += f", {value}" if isinstance(value, str) else f", {name} {value:g}"
     if longest:
         desc += ", the longest chosen"
@@ -567,7 +613,7 @@ def aligned(
         "pairs.jsonl",
         PAIR,
         base=base,
-        against=reference(cfg, base),
+        reference_pass=reference(cfg, base),
         seed=seed,
         desc=desc,
     )
@@ -581,19 +627,19 @@ def training(
     names: Sequence[str],
     *,
     base: Artifact | None = None,
-    against: Artifact | None = None,
+    reference_pass: Artifact | None = None,
     seed: int,
     desc: str,
 ) -> Artifact:
     """Train `base`, or without it (for SFT) the target, on rows of `file` with responses `names`.
 
-    against: the reference pass that the loss compares with.
+    reference_pass: that of reference(), for a loss that compares with the reference model.
     """
-    recipe = {
+    inputs = {
         "model": base or assets.resolve(cfg.world.target),
         "rows": rows,
         "names": names,
-        "reference": against,
+        "reference": reference_pass,
         "settings": settings.recipe(),
         "seed": seed,
     }
@@ -614,16 +660,18 @@ def training(
             "seed": seed,
             "out": str(out),
         }
-        if against:
-            job["reference"] = str(against.get() / "reference.safetensors")
+        if reference_pass:
+            job["reference"] = str(reference_pass.get() / "reference.safetensors")
         return _train(settings, job, out, desc)
 
-    return Artifact("train", 2, recipe, make, _training_in_words(settings, desc))
+    does = _training_in_words(settings, desc)
+    return Artifact("train", version=2, inputs=inputs, make=make, does=does)
 
 
 def _train(settings: config.Train, job: dict, out: Path, desc: str) -> dict:
     """Run a training; return its facts with the first and the last line of its log."""
-    finished = out / "checkpoints" / "finished"
+    checkpoints = out / "checkpoints"
+    finished = checkpoints / "finished"
     finished.unlink(missing_ok=True)  # of an attempt that was killed after it
     workers.run(
         "beyond_dpo.jobs.train",
@@ -635,8 +683,8 @@ def _train(settings: config.Train, job: dict, out: Path, desc: str) -> dict:
     )
     # the deepspeed launcher ends with 0 when a signal ended its processes
     if not finished.exists():
-        logs = out / "checkpoints"
-        raise launch.JobFailed(f"{desc}: ended without a model; see the logs in {logs}")
+        # where the job's logs are, too
+        raise launch.JobFailed(f"{desc}: ended without a model; see the logs in {checkpoints}")
     facts = json.loads((out / "facts.json").read_text(encoding="utf-8"))
     steps = json_lines(out / "log.jsonl")
     return {**facts, "first": steps[0], "last": steps[-1]}

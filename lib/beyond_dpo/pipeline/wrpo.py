@@ -10,7 +10,6 @@ import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +48,8 @@ def thirds(cfg) -> Artifact:
         gather.write_json(out / "first.json", prompts[:cut])
         gather.write_json(out / "rest.json", prompts[cut:])
 
-    return Artifact("thirds", 1, {"texts": texts, "share": cfg.sft_share}, make)
+    inputs = {"texts": texts, "share": cfg.sft_share}
+    return Artifact("thirds", version=1, inputs=inputs, make=make)
 
 
 def scored(
@@ -84,7 +84,7 @@ def fusion(cfg, names: Sequence[str]) -> Artifact:
         return {"wins": wins, "dropped": dropped}
 
     inputs = {"scores": _scores_of(pools), "thirds": thirds(cfg)}
-    return Artifact("fusion", 1, inputs, make)
+    return Artifact("fusion", version=1, inputs=inputs, make=make)
 
 
 def _source_pools(cfg, names: Sequence[str]) -> dict[str, Pool]:
@@ -219,7 +219,7 @@ def quadruples(cfg, names: Sequence[str], model: Artifact) -> Artifact:
         return {"quadruples": len(rows), "dropped": dropped}
 
     inputs = {"scores": judged, "fusion": best}
-    return Artifact("quadruples", 1, inputs, make)
+    return Artifact("quadruples", version=1, inputs=inputs, make=make)
 
 
 def _own_pairs(table: pd.DataFrame, prompts: list[dict]) -> dict[str, dict]:
@@ -246,7 +246,7 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
     def make(out: Path) -> None:
         prompts = thirds(cfg).json("rest.json")
         size = round(cfg.fraction * len(prompts))
-        order = epoch_order(len(prompts), seed, epoch=1_000)
+        order = epoch_order(len(prompts), seed, epoch=stages.DRAW)
         first = order[: max(1, size)]
         kept = _by_id([prompts[i] for i in first])
         every_row = read_rows(rows.get() / "pairs.jsonl")
@@ -265,7 +265,7 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
         "fraction": cfg.fraction,
         "seed": seed,
     }
-    return Artifact("draw", 1, inputs, make)
+    return Artifact("draw", version=1, inputs=inputs, make=make)
 
 
 def _table(answers: Artifact, judged: Artifact) -> pd.DataFrame:
@@ -301,7 +301,8 @@ def trained(
     """Train Target-SFT (or `base`) on a draw of its quadruples.
 
     The same reference pass serves all losses and seeds. names: the sources, default cfg.sources.
-    responses: those that the loss takes, in its order. changes: of cfg.train.
+    responses: those that the loss takes, in its order. changes: of cfg.train, as stages.changed()
+    takes them.
     """
     names = names or cfg.sources
     start = "Target"
@@ -315,12 +316,12 @@ def trained(
         desc += f", {name} {value:g}"
     return stages.training(
         cfg,
-        replace(cfg.train, loss=loss, **changes),
+        stages.changed(cfg.train, loss=loss, **changes),
         draw(cfg, rows, seed),
         "pairs.jsonl",
         responses,
         base=base,
-        against=stages.reference(cfg, base, rows, config.FUSED),
+        reference_pass=stages.reference(cfg, base, rows, config.FUSED),
         seed=seed,
         desc=desc,
     )
@@ -496,7 +497,7 @@ def collected(cfg) -> Artifact:
         gather.write_json(out / "facts.json", facts, indent=1)
 
     inputs = {"pools": _scores_of(pools), "quadruples": rows}
-    return Artifact("collected", 1, inputs, make, hours=cfg.needs.hours)
+    return Artifact("collected", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def _side_by_side(table: pd.DataFrame, quadruples: dict[str, dict]) -> pd.DataFrame:
@@ -572,7 +573,7 @@ def dynamics(cfg) -> Artifact:
         "names": [f"{name} {seed}" for name, seed in runs],
         "references": references,
     }
-    return Artifact("dynamics", 1, inputs, make, hours=cfg.needs.hours)
+    return Artifact("dynamics", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def _logged_runs(cfg) -> dict[tuple[str, int], Artifact]:
