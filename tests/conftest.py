@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,8 @@ os.environ["MPLBACKEND"] = "agg"
 for name in ("COMPUTE", "NB", "PROFILE", "MAKEFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)
 
+
+KEY = "sk-not-to-be-found-anywhere"  # of every endpoint that tests ask
 
 # Fixtures of tests that train, sample, serve or run notebooks for real: they count as slow.
 SLOW = {
@@ -154,17 +157,112 @@ def wait_for_server(child, url: str) -> None:
 def smollm2_server():
     """Start a real OpenAI-compatible server of the model `judge`, SmolLM2-135M.
 
-    Yield its address and the key that it wants.
+    Yield its address; the key that it wants is KEY.
     """
     try:
         assets.fetch_all(["smollm2"])
     except assets.AssetError as error:
         pytest.skip(str(error))
-    key = "sk-not-to-be-found-anywhere"
     # bfloat16 takes minutes where AVX2 is all there is.
     options = ("--max-model-len", "2048", "--dtype", "float32")
-    with openai_server(assets.model_dir("smollm2"), "judge", key, *options) as address:
-        yield address, key
+    with openai_server(assets.model_dir("smollm2"), "judge", KEY, *options) as address:
+        yield address
+
+
+# the likeliest first token of a judge's reply, from which AlpacaEval's preference is read
+ODDS = {
+    "content": [{"token": "m", "logprob": -0.1, "top_logprobs": [{"token": "m", "logprob": -0.1}]}]
+}
+
+
+class Scripted(ThreadingHTTPServer):
+    """An endpoint that gives the n-th request the n-th of `script`, and all later ones the last.
+
+    Of a script: a JSON value or a text is the body of a 200, (status, JSON value) another answer,
+    an Event is waited for, and the connection then closed. requests: those that came, their bodies.
+    """
+
+    def __init__(self, *script):
+        super().__init__(("127.0.0.1", 0), ScriptedAnswer)
+        self.script = list(script)
+        self.requests = []
+        self.lock = threading.Lock()
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def next_answer(self, request):
+        """Note a request; return what the script has for it."""
+        with self.lock:
+            number = min(len(self.requests), len(self.script) - 1)
+            self.requests.append(request)
+            return self.script[number]
+
+    @property
+    def prompts(self):
+        """Return the texts of the users' turns that came, in order."""
+        return [request["messages"][0]["content"] for request in self.requests]
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Read and answer a request as an OpenAI-compatible server does."""
+
+    def body(self):
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def answer(self, status, content, kind="application/json", **headers):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+class ScriptedAnswer(Handler):
+    def do_POST(self):
+        answer = self.server.next_answer(json.loads(self.body()))
+        if isinstance(answer, threading.Event):
+            answer.wait()
+            return
+        status = 200
+        if isinstance(answer, tuple):
+            status, answer = answer
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        self.answer(status, text.encode())
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Return a maker of Scripted endpoints, which end with the test."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    servers = []
+
+    def make(*script) -> Scripted:
+        servers.append(Scripted(*script))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def reply(content="Fine.", samples=1, logprobs=None, **more):
+    """Return the body of a reply, which counts no tokens."""
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "finish_reason": "stop", "logprobs": logprobs, "message": message}
+    body = {
+        "id": "1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": "m",
+        "choices": [choice] * samples,
+    }
+    return body | more
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
 import numpy as np
 import pandas as pd
@@ -26,9 +26,8 @@ from beyond_dpo.judging import ask, judge, published
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import report
 from beyond_dpo.pipeline import assets, config, endpoint, sources
-from conftest import wait_for
+from conftest import KEY, ODDS, Handler, reply, wait_for
 
-KEY = "sk-not-to-be-found-anywhere"
 RELEASED = paths.ROOT.parent / "shared" / "released"
 released = pytest.mark.skipif(
     not RELEASED.is_dir(), reason="the authors' released annotations are not here"
@@ -403,96 +402,6 @@ def test_models_that_no_chain_ties_to_the_baseline_are_refused():
 # ---- endpoints that reply what none should
 
 
-class Scripted(ThreadingHTTPServer):
-    """An endpoint that gives the n-th request the n-th of `script`, and all later ones the last.
-
-    Of a script: a JSON value or a text is the body of a 200, (status, JSON value) another answer,
-    an Event is waited for, and the connection then closed. requests: those that came, their bodies.
-    """
-
-    def __init__(self, *script):
-        super().__init__(("127.0.0.1", 0), ScriptedAnswer)
-        self.script = list(script)
-        self.requests = []
-        self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def next_answer(self, request):
-        """Note a request; return what the script has for it."""
-        with self.lock:
-            number = min(len(self.requests), len(self.script) - 1)
-            self.requests.append(request)
-            return self.script[number]
-
-    @property
-    def prompts(self):
-        """Return the texts of the users' turns that came, in order."""
-        return [request["messages"][0]["content"] for request in self.requests]
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Read and answer a request as an OpenAI-compatible server does."""
-
-    def body(self):
-        return self.rfile.read(int(self.headers["Content-Length"]))
-
-    def answer(self, status, content, kind="application/json", **headers):
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_):
-        pass
-
-
-class ScriptedAnswer(Handler):
-    def do_POST(self):
-        answer = self.server.next_answer(json.loads(self.body()))
-        if isinstance(answer, threading.Event):
-            answer.wait()
-            return
-        status = 200
-        if isinstance(answer, tuple):
-            status, answer = answer
-        text = answer if isinstance(answer, str) else json.dumps(answer)
-        self.answer(status, text.encode())
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """Return a maker of Scripted endpoints, which end with the test."""
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    servers = []
-
-    def make(*script) -> Scripted:
-        servers.append(Scripted(*script))
-        return servers[-1]
-
-    yield make
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def reply(content="Fine.", samples=1, logprobs=None, **more):
-    """Return the body of a reply, which counts no tokens."""
-    message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "finish_reason": "stop", "logprobs": logprobs, "message": message}
-    body = {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [choice] * samples,
-    }
-    return body | more
-
-
 def failed(**error):
     return {"choices": None, "error": error}
 
@@ -687,9 +596,6 @@ def test_a_reply_with_a_real_key_is_kept_out(scripted, tmp_path, monkeypatch, ca
 # ---- judges that reply what none should
 
 PROMPT = "<|im_start|>user\n{output_1} {output_2}<|im_end|>"
-ODDS = {
-    "content": [{"token": "m", "logprob": -0.1, "top_logprobs": [{"token": "m", "logprob": -0.1}]}]
-}
 
 
 def with_odds():
@@ -964,9 +870,7 @@ class GateHandler(Handler):
 def gate(smollm2_server, monkeypatch):
     """Yield a Gate before the real server."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    address, key = smollm2_server
-    assert key == KEY
-    server = Gate(address)
+    server = Gate(smollm2_server)
     yield server
     server.shutdown()
     server.server_close()

@@ -187,7 +187,7 @@ def arena_hard(
         return name, answers(assets.member("llm_eval", f"{ARENA}model_answer/{name}.jsonl"))
 
     items = {}
-    for question in questions or _member_rows("llm_eval", f"{ARENA}question.jsonl"):
+    for question in questions or arena_questions():
         uid = question.get("uid", question.get("question_id"))
         category = question.get("category")
         category_settings = settings.get(category) or settings["arena-hard-v0.1"]
@@ -203,6 +203,11 @@ def arena_hard(
             row = {"uid": uid, "category": category, "model_a": model_a, "model_b": model_b}
             items[f"{uid}/{game}"] = Item(request, row)
     return _judged("arena_hard", items, judge_endpoint, _reply_text, _judgment, WORDS)
+
+
+def arena_questions() -> list[dict]:
+    """Return the 750 questions of Arena-Hard v2.0: uid, category and prompt."""
+    return _member_rows("llm_eval", f"{ARENA}question.jsonl")
 
 
 def mt_bench(
@@ -221,7 +226,7 @@ def mt_bench(
         prompts[prompt["name"]] = prompt
     references = answers(assets.member("mt_bench", f"{MT}mt_bench/reference_answer/gpt-4.jsonl"))
     items = {}
-    for question in questions or _member_rows("mt_bench", f"{MT}mt_bench/question.jsonl"):
+    for question in questions or mt_questions():
         number = question["question_id"]
         category = question["category"]
         referenced = category in REFERENCED
@@ -233,6 +238,11 @@ def mt_bench(
             row = {"question_id": number, "category": category, "turn": turn, "model": model}
             items[f"{number}/{turn}"] = Item(request, row)
     return _judged("mt_bench", items, judge_endpoint, _reply_text, _judgment, WORDS)
+
+
+def mt_questions() -> list[dict]:
+    """Return the 80 questions of MT-Bench: question_id, category, and turns."""
+    return _member_rows("mt_bench", f"{MT}mt_bench/question.jsonl")
 
 
 def _mt_values(question: dict, outputs: dict, references: dict, referenced: bool) -> dict[str, str]:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from beyond_dpo import templates
-from beyond_dpo.judging import ask, judge
-from beyond_dpo.pipeline import assets, config, expo, gather, needs, stages
+from beyond_dpo.judging import ask, benchmarks
+from beyond_dpo.pipeline import config, expo, gather, needs, stages
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.pipeline.endpoint import Endpoint
 
@@ -83,32 +82,20 @@ def _test_places(
 
 def _wins(cfg, place: dict, responses: Artifact) -> dict:
     """Return AlpacaEval's win rate, plain and length-controlled, of the responses of one place."""
-    outputs = _first_responses(cfg, responses)
+    instructions = {}
+    for row in stages.texts(cfg.world).json("test_prompts.json"):
+        instructions[row["id"]] = row["text"]
+    outputs = {}
+    for prompt_id, text in benchmarks.first_texts(cfg, responses).items():
+        outputs.setdefault(instructions[prompt_id], text)
     judged = ask.alpaca_eval(
         outputs,
         Endpoint(cfg.judge, cfg.judge_url),
         model=f"{place['model']} {place['alpha']:g}",
         questions=ask.alpaca_questions(outputs),
     )
-    rows = ask.rows(judged)
-    win_rate = judge.win_rate(row["preference"] for row in rows)
-    length_controlled = judge.length_controlled(rows)
+    win_rate, length_controlled = benchmarks.alpaca_scores(ask.rows(judged))
     return {
         "win_rate": win_rate._asdict(),
         "length_controlled": length_controlled._asdict(),
     }
-
-
-def _first_responses(cfg, responses: Artifact) -> dict[str, str]:
-    """Return {text of a test prompt: the first response to it}, decoded."""
-    tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
-    prompts = {}
-    for row in stages.texts(cfg.world).json("test_prompts.json"):
-        prompts[row["id"]] = row["text"]
-    lines = (responses.get() / "responses.jsonl").read_text(encoding="utf-8").splitlines()
-    first = {}
-    for line in lines:
-        row = json.loads(line)
-        text = tokenizer.decode(row["response_ids"], skip_special_tokens=True)
-        first.setdefault(prompts[row["id"]], text)
-    return first

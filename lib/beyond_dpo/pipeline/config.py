@@ -31,6 +31,9 @@ __all__ = ["FUSED", "ConfigError", "Decoding", "Source", "Train", "World", "chec
 PROFILES = ("smoke", "cpu", "gpu", "paper")
 # Keys that begin so are in no table of differences: a profile's own name, and lists of models.
 HIDDEN = ("profile", "pairs.", "wrong_pairs.")
+# For MallowsPO and WRPO the judges are in none either: no result but the benchmarks' has to do with
+# them.
+JUDGES = ("judge", "mt_bench_judge")
 SCHEMAS = {"expo": Expo, "mallows": Mallows, "wrpo": Wrpo}
 
 
@@ -332,11 +335,12 @@ def _check_loss(train: Train, where: str, loss: str, settings: dict) -> None:
 
 def differences(config, other) -> list[tuple[str, object, object]]:
     """Return (dotted key, value, other value) wherever two configurations of one paper differ."""
+    hidden = HIDDEN if isinstance(config, Expo) else (*HIDDEN, *JUDGES)
     here = _flat(asdict(config))
     there = _flat(asdict(other))
     rows = []
     for key in {**here, **there}:
-        if key.startswith(HIDDEN):
+        if key.startswith(hidden):
             continue
         value = here.get(key)
         other_value = there.get(key)

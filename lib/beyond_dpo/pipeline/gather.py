@@ -41,7 +41,7 @@ def scored(points: list[Point], desc: str) -> tuple[pd.DataFrame, list[dict]]:
     come first. "gold" is the reward that made the pairs, also where no labels train one of that
     name.
     """
-    _train(points)
+    train(scores_of(points))
     frames = []
     facts = []
     for columns, scores in watched(points, desc):
@@ -55,11 +55,11 @@ def scored(points: list[Point], desc: str) -> tuple[pd.DataFrame, list[dict]]:
     return table, facts
 
 
-def _train(points: list[Point]) -> None:
-    """Run the trainings that are missing: later they would end the engine that samples."""
+def train(results: Iterable[Artifact]) -> None:
+    """Run the trainings that results lack: later they would end the engine that samples."""
     missing = {}
-    for _, scores in points:
-        missing.update(scores.missing())
+    for result in results:
+        missing.update(result.missing())
     for artifact in missing.values():
         if artifact.stage == "train":
             artifact.get()

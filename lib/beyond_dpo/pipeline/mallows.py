@@ -276,6 +276,16 @@ def plug_in(cfg) -> Artifact:
     return judged(cfg, _each_once(runs))
 
 
+def plug_in_models(cfg) -> dict[str, stages.Weights]:
+    """Return the models of Table 1 by name: every plug-in, without weights and with them."""
+    start = stages.sft(cfg)
+    models = {}
+    for settings in _plug_in_settings(cfg):
+        name = NAMES[settings["loss"]]
+        models[name] = stages.Weights(start, stages.aligned(cfg, cfg.fraction, **settings))
+    return models
+
+
 def _plug_in_settings(cfg) -> list[dict]:
     """Return the settings of every plug-in, without weights and with them."""
     trainings = []

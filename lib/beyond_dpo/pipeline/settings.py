@@ -96,9 +96,20 @@ class Paper:
     needs: Needs
 
 
+@dataclass(frozen=True, config=STRICT, kw_only=True)
+class Judged:
+    """Who judges the answers to the benchmarks of a paper; in no key but those of its verdicts."""
+
+    # model that compares answers with the baselines of AlpacaEval and Arena-Hard; "": nobody is
+    # asked
+    judge: str = ""
+    mt_bench_judge: str = ""  # model that rates MT-Bench's answers; "": the judge
+    judge_url: str = ""  # of their OpenAI-compatible endpoint, "": OpenAI's (machine)
+
+
 @dataclass(frozen=True, config=STRICT)
-class Expo(Paper):
-    """Settings of the ExPO experiments (arXiv 2404.16792)."""
+class Lines(Paper):
+    """Which models ExPO starts from, and which α it tries on which lines."""
 
     fractions: Fractions = (0.05, 0.1, 0.2, 0.4, 1.0)
     # fraction -> α grid of the search
@@ -126,15 +137,18 @@ class Expo(Paper):
     # name -> two models that ExPO should not be applied to
     wrong_pairs: dict[str, tuple[str, str]] = field(default_factory=dict)
     published_alphas: Grid = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)  # α grid of each of them
-    # model that compares their answers with AlpacaEval's baseline; "": the reward model alone
-    judge: str = ""
-    judge_url: str = ""  # of its OpenAI-compatible endpoint, "": OpenAI's (machine)
+
+
+@dataclass(frozen=True, config=STRICT)
+class Expo(Judged, Lines):  # in this order, so that a table of settings lists the judge after α
+    """Settings of the ExPO experiments (arXiv 2404.16792)."""
+
     # number of prompts of each split whose responses the SFT model scores too, for the KL
     kl_prompts: Count = 32
 
 
 @dataclass(frozen=True, config=STRICT)
-class Mallows(Paper):
+class Mallows(Judged, Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
     fraction: PositiveShare = 1.0  # of the pairs that every model is trained on
@@ -173,7 +187,7 @@ class Source:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Wrpo(Paper):
+class Wrpo(Judged, Paper):
     """Settings of the WRPO experiments (arXiv 2412.03187).
 
     `sft` is also how Target-SFT learns the best responses.

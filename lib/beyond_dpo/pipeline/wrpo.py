@@ -355,22 +355,35 @@ def main_result(cfg) -> Artifact:
 
     These are the target, the baselines trained from it, and what starts from Target-SFT.
     """
-    start = stages.sft(cfg)
     points = [
         _target_point(cfg, {"model": "Target", "seed": 0}),
         _point(cfg, {"model": "Target-SFT", "seed": 0}, target_sft(cfg, cfg.sources)),
     ]
     for seed in cfg.seeds:
-        models = {}
-        for loss, settings in cfg.objectives.items():
-            name = f"Target-{NAMES[loss]}"
-            models[name] = trained(cfg, loss, base=start, seed=seed, **settings)
-        models["Target-SFT-DPO"] = _own_dpo(cfg, seed)
-        models["Target-SFT-WRPO"] = fused(cfg, seed=seed)
-        for name, model in models.items():
-            columns = {"model": name, "seed": seed}
-            points.append(_point(cfg, columns, model))
+        for name, model in _main_trainings(cfg, seed).items():
+            points.append(_point(cfg, {"model": name, "seed": seed}, model))
     return gather.judged(cfg, points)
+
+
+def main_models(cfg) -> dict[str, stages.Weights]:
+    """Return the models of Table 1's own rows by name; first seed."""
+    start = stages.sft(cfg)
+    trainings = {"Target-SFT": target_sft(cfg, cfg.sources), **_main_trainings(cfg, cfg.seeds[0])}
+    models = {"Target": stages.Weights(start)}
+    for name, model in trainings.items():
+        models[name] = stages.Weights(start, model)
+    return models
+
+
+def _main_trainings(cfg, seed: int) -> dict[str, Artifact]:
+    """Return the baselines trained from the target, and what starts from Target-SFT, by name."""
+    start = stages.sft(cfg)
+    models = {}
+    for loss, settings in cfg.objectives.items():
+        models[f"Target-{NAMES[loss]}"] = trained(cfg, loss, base=start, seed=seed, **settings)
+    models["Target-SFT-DPO"] = _own_dpo(cfg, seed)
+    models["Target-SFT-WRPO"] = fused(cfg, seed=seed)
+    return models
 
 
 def _own_dpo(cfg, seed: int, responses: Sequence[str] = OWN) -> Artifact:
