@@ -173,17 +173,17 @@ SFT_POINTS = {
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_as_long_as_the_sft_model_is_not_sampled_alone_frozen_results_are_found(table):
-    assert stages.SFT_SAMPLED_ALONE is False
+def test_as_long_as_the_sft_point_is_not_itself_frozen_results_are_found(table):
+    assert stages.SFT_POINT_IS_ITSELF is False
     artifact = TABLES[table]()
     assert (paths.FROZEN / artifact.key).is_dir()
 
 
 @pytest.mark.parametrize("table", SFT_POINTS)
-def test_the_sft_model_sampled_alone_names_no_aligned_model(table, monkeypatch):
+def test_the_sft_point_as_itself_names_no_aligned_model(table, monkeypatch):
     build = SFT_POINTS[table]
     today = build()
-    monkeypatch.setattr(stages, "SFT_SAMPLED_ALONE", True)
+    monkeypatch.setattr(stages, "SFT_POINT_IS_ITSELF", True)
     alone = build()
     assert alone.key != today.key
     weights = alone.inputs["responses"].inputs
@@ -193,9 +193,9 @@ def test_the_sft_model_sampled_alone_names_no_aligned_model(table, monkeypatch):
     assert trained == [weights["sft"].key]
 
 
-def test_other_points_keep_their_keys_where_the_sft_model_is_sampled_alone(monkeypatch):
+def test_other_points_keep_their_keys_where_the_sft_point_is_itself(monkeypatch):
     today = expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key
-    monkeypatch.setattr(stages, "SFT_SAMPLED_ALONE", True)
+    monkeypatch.setattr(stages, "SFT_POINT_IS_ITSELF", True)
     assert expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key == today
 
 
