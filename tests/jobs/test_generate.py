@@ -485,7 +485,8 @@ def check_first_tokens(distribution, responses):
     statistic = 0.0
     for token, p in exact.items():
         expected = len(responses) * p
-        statistic += (counts[token] - expected) ** 2 / expected
+        excess = counts[token] - expected
+        statistic += excess**2 / expected
     assert statistic < chi2.ppf(0.9999, len(exact) - 1)
 
 

@@ -36,7 +36,8 @@ def off_the_shelf(cfg) -> Artifact:
         best = _best_alphas(dev_table, list(lines))
         test = _test_places(cfg, lines, best)
         test_table, test_points = gather.scored(test, "published models, test prompts")
-        gather.write(out, pd.concat([dev_table, test_table]), dev_points + test_points)
+        table = pd.concat([dev_table, test_table])
+        gather.write(out, table, dev_points + test_points)
         wins = []
         if cfg.judge:
             for place, scores in test:
