@@ -1,5 +1,6 @@
-"""Child processes: real ones, with every launcher; none survives its parent, an interrupt, or a
-failure of its own.
+"""Child processes, real ones with every launcher.
+
+None survives its parent, an interrupt, or a failure of its own.
 """
 
 import ast
@@ -111,8 +112,9 @@ def worker(tmp_path, start=2):
 
 
 def parent_of_hanging_job(tmp_path, launcher="plain", processes=1):
-    """Start a python that runs `launch.run`; return it and the process ids below: jobs and their
-    own children.
+    """Start a Python that runs `launch.run`; return it and the process ids below it.
+
+    Those are jobs and their own children.
     """
     arguments = [str(tmp_path / "pids"), str(tmp_path / "work"), launcher, str(processes)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -230,8 +232,9 @@ def test_a_failing_job_raises_with_its_traceback_and_not_an_older_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_launchers_do_not_hide_the_traceback(tmp_path, monkeypatch, launcher):
-    """Both end with status 1 and tables or lines of their own; torchrun's are longer than a usual
-    tail.
+    """Both end with status 1 and lines of their own.
+
+    Those of torchrun are longer than a usual tail.
     """
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = {"note": str(tmp_path / "note"), "fail": "broken lamp"}
@@ -448,8 +451,9 @@ NEEDED = (
 
 
 def test_no_child_gets_a_key_or_a_token(tmp_path, monkeypatch):
-    """Endpoints are asked and the hub is read by this process; the tokenizers' switch and the like
-    are no secrets.
+    """Endpoints are asked and the hub is read by this process.
+
+    The switch of the tokenizers and the like are no secrets.
     """
     for name in SECRETS:
         monkeypatch.setenv(name, "sk-secret")
@@ -504,8 +508,9 @@ CORES = len(os.sched_getaffinity(0))
     ],
 )
 def test_nested_numbers_of_threads_are_understood(tmp_path, monkeypatch, given, want):
-    """OMP_NUM_THREADS=4,2 is legal: a number for each level. Children get one, as vLLM reads it
-    with int().
+    """OMP_NUM_THREADS=4,2 is legal: a number for each level.
+
+    Children get one, as vLLM reads it with int().
     """
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
@@ -618,9 +623,7 @@ report.main([])
 
 
 def test_files_are_utf8_whatever_the_locale(tmp_path):
-    """Keys hold names of profiles such as "β × 10": with another encoding they were others, or an
-    error.
-    """
+    """Keys hold names such as "β × 10": with another encoding they were others, or an error."""
     other = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "other.py").write_text(OTHER_LOCALE, encoding="utf-8")
     command = [sys.executable, str(tmp_path / "other.py"), str(tmp_path / "work")]
@@ -643,8 +646,9 @@ def _of_a_child(node) -> bool:
 
 
 def test_no_text_is_read_or_written_in_the_locales_encoding():
-    """Every open(), read_text() and write_text() names its encoding, or is of bytes; so does what
-    reads a child.
+    """Every open(), read_text() and write_text() names its encoding, or is of bytes.
+
+    So does what reads a child.
     """
     files = sorted((paths.ROOT / "lib" / "beyond_dpo").rglob("*.py"))
     assert len(files) > 40
@@ -703,8 +707,9 @@ MODULES = [
 
 @pytest.fixture(scope="module")
 def helped():
-    """Return {module: [exit status, what it printed, children that it left]} of --help, from one
-    process for all.
+    """Return {module: [exit status, output, children left]} of --help.
+
+    One process imports all of them.
     """
     command = [sys.executable, "-c", HELP, *MODULES]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)

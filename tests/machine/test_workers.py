@@ -1,5 +1,6 @@
-"""The process that does jobs in turn: one for all, ended by a job that fails, and by the kernel's
-end.
+"""The process that does jobs in turn.
+
+It is one for all, ended by a job that fails, and by the end of the kernel.
 """
 
 import json

@@ -31,8 +31,9 @@ def notebook(path, *cells, parameters=PARAMETERS, tags=("parameters",)):
 
 
 def start(project, *arguments, **more):
-    """Start the runner, in another folder and with the relative PYTHONPATH of a checkout; more:
-    environment.
+    """Start the runner in another folder, with the relative PYTHONPATH of a checkout.
+
+    more: variables of its environment.
     """
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("BEYOND_DPO_")

@@ -1,5 +1,6 @@
-"""Every notebook runs cold at smoke. The longest test: a file of its own, with which conftest.py
-begins.
+"""Every notebook runs cold at smoke.
+
+This test takes longest: it has a file of its own, with which conftest.py begins.
 """
 
 import os
@@ -16,8 +17,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_every_notebook_runs_cold_at_smoke(tmp_path, monkeypatch):
-    """`make smoke` into an empty store: real training, sampling, scoring, figures. Then nothing is
-    left to compute.
+    """`make smoke` into an empty store trains, samples, scores and draws for real.
+
+    Then nothing is left to compute.
     """
     store = {
         "BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"),

@@ -176,9 +176,7 @@ FREE = 'profile = "smoke"\nseed = None\nlr = None'
 def test_what_the_set_up_would_refuse_is_refused_in_one_line_before_anything_runs(
     folders, capsys, monkeypatch
 ):
-    """Types that a default of None does not tell, COMPUTE, freezing numbers without meaning, a
-    damaged notebook.
-    """
+    """Types that a default of None does not tell, COMPUTE, and what cannot be frozen or read."""
     notebook(folders / "notebooks" / "11_expo_a.ipynb", SETUP, parameters=FREE)
     (folders / "notebooks" / "12_expo_b.ipynb").write_text("half a noteb")
     (folders / "notebooks" / "13_expo_c.ipynb").write_text("[]")
@@ -220,9 +218,7 @@ def test_what_the_set_up_would_refuse_is_refused_in_one_line_before_anything_run
 
 
 def test_what_needs_asks_of_the_environment_is_refused_in_one_line(folders, capsys, monkeypatch):
-    """The number of nodes is asked for the launcher of the profile, after the configuration was
-    loaded.
-    """
+    """The number of nodes is asked for when the launcher of the profile is known."""
     notebook(
         folders / "notebooks" / "11_expo_a.ipynb",
         SETUP.replace("import nothing_that_is_installed\n", ""),

@@ -152,9 +152,7 @@ def executed(folder, monkeypatch, *cells, **environment):
 
 
 def test_in_jupyterlab_one_line_tells_what_is_computed_and_a_bar_how_far(tmp_path, monkeypatch):
-    """And nothing is told of what is found; the bar is a widget, which is dropped when a notebook
-    is cleaned.
-    """
+    """Nothing is told of what is found; the widget is dropped when a notebook is cleaned."""
     nb = executed(tmp_path, monkeypatch, SEEN, "last.get();", "last.get();", BAR)
     _, computed, found, bar = nb.cells
     (line,) = computed.outputs

@@ -179,8 +179,9 @@ def test_notebooks_of_one_run_share_living_processes_but_no_kernel(project):
 
 
 def test_in_place_and_freeze(project):
-    """Outputs come back clean and the second run changes no byte; the results behind them are in
-    data/frozen.
+    """Outputs come back clean, and the second run changes no byte.
+
+    The results behind them are in data/frozen.
     """
     path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", DRAWN, CLAIM)
     path.write_text(
@@ -216,8 +217,9 @@ def test_in_place_and_freeze(project):
 
 
 def test_changed_parameters_leave_the_projects_figures_and_claims_alone(project):
-    """What -p changed is not the profile's result: drawn and recorded under artifacts/, and never
-    frozen.
+    """What -p changed is not the result of the profile.
+
+    It is drawn and recorded under artifacts/, and never frozen.
     """
     path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", DRAWN, CLAIM)
     path.write_text(path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu'))
@@ -242,8 +244,9 @@ def test_freeze_names_a_key_that_is_nowhere(project):
 
 
 def test_clean_is_nbstripout(project):
-    """On a notebook with everything in its metadata that runs leave there; cleaning again changes
-    nothing.
+    """The notebook has everything in its metadata that runs leave there.
+
+    Cleaning again changes nothing.
     """
     nb = nbformat.read(notebook(project / "notebooks" / "1_a.ipynb", "1 + 1"), 4)
     nb.metadata |= {"papermill": {}, "language_info": {"name": "python"}, "widgets": {}, "keep": 1}
@@ -257,7 +260,7 @@ def test_clean_is_nbstripout(project):
     path = project / "b.ipynb"
     nbformat.write(nb, path)
     keys = "metadata.papermill cell.metadata.papermill metadata.widgets"
-    options = ["--keep-output", "--keep-count", "--extra-keys", keys]
+    options = ["--keep-output", "--keep-count", "--keep-id", "--extra-keys", keys]
     subprocess.run([sys.executable, "-m", "nbstripout", *options, path], check=True)
     run.clean(nb)
     assert nb == nbformat.read(path, 4) and nb.cells[2].outputs and nb.metadata.keep == 1
@@ -281,8 +284,9 @@ time.sleep(600)
 
 @pytest.mark.usefixtures("interrupts")
 def test_interrupt_leaves_no_process(project):
-    """Ctrl-C (or a batch system's SIGTERM) ends the kernel, its child in another session, and an
-    orphan of that.
+    """Ctrl-C ends the kernel, its child in another session, and an orphan of that.
+
+    So does SIGTERM, which a batch system sends.
     """
     notebook(project / "notebooks" / "11_expo_busy.ipynb", BUSY)
     runs = {
@@ -432,9 +436,7 @@ def test_make_lab_takes_options_and_works_as_root(tmp_path, user):
 
 @pytest.mark.slow
 def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
-    """A real JupyterLab, on a machine where the user has a `python3` kernel of another
-    environment.
-    """
+    """A real JupyterLab; the user has a `python3` kernel of another environment."""
     spec = tmp_path / "jupyter" / "kernels" / "python3"
     spec.mkdir(parents=True)
     (spec / "kernel.json").write_text(
@@ -486,9 +488,7 @@ def cpu_notebook(project, *cells):
 
 @pytest.mark.parametrize("mode", ["auto", "cold"])
 def test_a_run_that_is_not_to_be_committed_leaves_the_projects_figures_alone(project, mode):
-    """`make reproduce` at default parameters drew float32 over the committed figures, under the
-    same stamp.
-    """
+    """`make reproduce` drew float32 over the committed figures, under the same stamp."""
     cpu_notebook(project, DRAWN, CLAIM)
     assert start(project, "12", COMPUTE=mode).wait(60) == 0
     assert not (project / "figures").exists() and not (project / "data").exists()
@@ -511,9 +511,7 @@ def test_a_cold_freeze_draws_the_projects_figures_and_says_float32(project):
 
 
 def test_a_run_whose_table_has_no_place_ends_as_ever(project):
-    """`make reproduce > log` on a full disk: no traceback, and the status is that of the
-    notebooks.
-    """
+    """`make reproduce > log` on a full disk ends without a traceback, with its usual status."""
     notebook(project / "notebooks" / "11_expo_a.ipynb", "1")
     environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
     command = [sys.executable, "-m", "beyond_dpo.notebook.run", "11"]

@@ -1,5 +1,6 @@
-"""The processes that live as long as the kernel: those that sample, one that scores, one that does
-jobs in turn.
+"""The processes that live as long as the kernel or the runner that started them.
+
+Those sample, one scores, and one does jobs in turn.
 """
 
 import atexit
@@ -25,8 +26,9 @@ def memory_gib() -> float:
 
 
 def make_room(cfg, *needed: str) -> None:
-    """End the living processes that are not needed next and would hold gigabytes, unless there is
-    room for both.
+    """End the living processes that are not needed next, unless there is room for all.
+
+    They would hold gigabytes.
     """
     unknown = not cfg.needs.memory_gb  # of a target of one's own
     if unknown or cfg.needs.gpus or memory_gib() < 2 * cfg.needs.memory_gb:
@@ -38,8 +40,9 @@ def make_room(cfg, *needed: str) -> None:
 def run(
     module: str, job: dict, out: Path, desc: str, *, launcher: str = "plain", processes: int = 1
 ) -> None:
-    """Run a job to its end, in a process of its own, or in the one that does all those that no
-    launcher starts.
+    """Run a job to its end.
+
+    It gets a process of its own from its launcher; jobs without one share a living process.
     """
     folder = out / "checkpoints"
     if launcher != "plain" or processes > 1:

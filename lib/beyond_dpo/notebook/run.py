@@ -48,7 +48,7 @@ def clean(notebook) -> None:
     """Drop what changes with each run, but outputs and counts; doing it again changes nothing."""
     from nbstripout import strip_output
 
-    strip_output(notebook, keep_output=True, keep_count=True, keep_id=False, extra_keys=CLEANED)
+    strip_output(notebook, keep_output=True, keep_count=True, keep_id=True, extra_keys=CLEANED)
     for cell in notebook.cells:
         if "outputs" in cell:
             cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
