@@ -97,11 +97,17 @@ def test_ruff_finds_nothing():
     ruff = [sys.executable, "-m", "ruff"]
     folders = ["lib", "tests", "benchmarks"]
     checked = subprocess.run(
-        [*ruff, "check", *folders, "notebooks"], cwd=ROOT, capture_output=True, text=True
+        [*ruff, "check", "--no-cache", *folders, "notebooks"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert checked.returncode == 0, checked.stdout
     formatted = subprocess.run(
-        [*ruff, "format", "--check", *folders], cwd=ROOT, capture_output=True, text=True
+        [*ruff, "format", "--check", "--no-cache", *folders],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert formatted.returncode == 0, formatted.stdout
 

@@ -868,3 +868,14 @@ def test_lines_that_are_no_rows_are_refused(tmp_path, value, message):
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{message}"):
         read_rows(path)
+
+
+def test_rows_are_cut_by_the_tokens_of_a_models_own_tokenizer(tiny):
+    """The model's BOS stays in front of a cut prompt, its end token closes a cut response."""
+    row = {"id": "long", "prompt_ids": [0, 5, 6, 7, 8], "responses": {"chosen": [9, 10, 11, 12, 1]}}
+    tokenizer = templates.load_tokenizer(tiny)
+    limits = {"max_prompt": 3, "max_length": 6}
+    (cut,), dropped = templates.cut_rows(tokenizer, [row], ["chosen"], limits)
+    assert cut["prompt_ids"] == [0, 7, 8]
+    assert cut["responses"]["chosen"] == [9, 10, 1]
+    assert dropped == 0

@@ -544,19 +544,3 @@ def test_two_rows_with_one_id_are_refused(job, rows, tmp_path):
     file.write_text(json.dumps(job | {"rows": str(twice)}))
     with pytest.raises(ValueError, match="share an id"):
         reference.main(str(file))
-
-
-def test_a_job_cuts_its_rows_by_the_tokens_of_its_own_model(tiny, tmp_path):
-    """The model's BOS stays in front of a cut prompt, its end token closes a cut response."""
-    row = {"id": "long", "prompt_ids": [0, 5, 6, 7, 8], "responses": {"chosen": [9, 10, 11, 12, 1]}}
-    write_rows(tmp_path / "rows.jsonl", [row])
-    job = {
-        "model": str(tiny),
-        "rows": str(tmp_path / "rows.jsonl"),
-        "names": ["chosen"],
-        "limits": {"max_prompt": 3, "max_length": 6},
-    }
-    (cut,), dropped = reference.cut_rows(job)
-    assert cut["prompt_ids"] == [0, 7, 8]
-    assert cut["responses"]["chosen"] == [9, 10, 1]
-    assert dropped == 0

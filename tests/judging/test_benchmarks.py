@@ -25,7 +25,12 @@ MEMBERS["alpaca_eval"] = {
     ask.ALPACA_PROMPT: "<|im_start|>user\n{instruction} {output_1} {output_2}<|im_end|>"
 }
 ALPACA = ["Name a tree.", "Name a fish.", "Name all birds, one after another. " * 20]
-ARENA = {"h1": "hard_prompt", "h2": "hard_prompt", "c1": "creative_writing"}
+ARENA = {
+    "h1": "hard_prompt",
+    "h2": "hard_prompt",
+    "c1": "creative_writing",
+    "c2": "creative_writing",
+}
 BASELINES = {"hard_prompt": "strong", "creative_writing": "poet"}
 MT_TURNS = {81: ["Say a.", "Say it twice."], 82: ["Say b.", "And again."]}
 REQUESTS = len(ALPACA) + 2 * len(ARENA) + 2 * len(MT_TURNS)  # of a model
@@ -94,14 +99,14 @@ def archives(tmp_path_factory):
 
 def settings(url="", **changes):
     """Return settings of a finished tiny chat model, and of two judges."""
-    return config.load(
-        "wrpo",
-        "smoke",
-        world__sft_rows=0,
-        world__template="chat",
-        judge_url=url,
-        **{"judge": "judge", "mt_bench_judge": "rater", **changes},
-    )
+    ours = {
+        "world__sft_rows": 0,
+        "world__template": "chat",
+        "judge_url": url,
+        "judge": "judge",
+        "mt_bench_judge": "rater",
+    }
+    return config.load("wrpo", "smoke", **{**ours, **changes})
 
 
 def two_models(cfg):
