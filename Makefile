@@ -58,10 +58,10 @@ reproduce: $(READY)  ## compute every result anew, download what it needs, print
 	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run $${nb:---all} --profile $(PROFILE)
 	@$(RUN) -m beyond_dpo.notebook.report --local $(NB)
 
-# Two processes: most of the time goes to children that start up on one core. The tests of a group stay together, they
-# share models and a server (tests/conftest.py); the longest groups begin.
+# Two processes: most of the time goes to children that start up on one core. A file's tests stay together, they share
+# models; the longest files begin (tests/conftest.py).
 test: $(READY)  ## run the tests
-	@$(RUN) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The short form of this is part of `make test`.
 faults: $(READY)  ## break every stage, disk and file in all known ways, a quarter of an hour; count what survives

@@ -59,21 +59,13 @@ LONGEST = [
 ]
 
 
-# These share a server, which takes half a minute to start.
-SERVED = ("test_judge.py", "test_wrpo.py")
-
-
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by the marks
-def pytest_collection_modifyitems(config, items):
-    """Mark the slow tests and those of a group, and begin with the files that take longest."""
+def pytest_collection_modifyitems(items):
+    """Mark the slow tests, and begin with the files that take longest."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
         if SLOW & set(item.fixturenames) or "vllm" in parameters:
             item.add_marker(pytest.mark.slow)
-        # The tests of a group run in one process: those of a file share what fixtures make.
-        if config.pluginmanager.has_plugin("xdist"):
-            group = "served" if item.path.name in SERVED else str(item.path)
-            item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=rank)
 
 

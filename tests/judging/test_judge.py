@@ -22,10 +22,11 @@ import pandas as pd
 import pytest
 import torch
 
+from beyond_dpo import templates
 from beyond_dpo.judging import ask, judge, published
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import report
-from beyond_dpo.pipeline import assets, config, endpoint, sources
+from beyond_dpo.pipeline import assets, config, endpoint, sources, stages
 from conftest import KEY, ODDS, Handler, reply, wait_for
 
 RELEASED = paths.ROOT.parent / "shared" / "released"
@@ -716,9 +717,9 @@ def test_an_annotators_prompt_that_shows_no_outputs_is_refused(prompt):
 # ---- WRPO's sources behind an endpoint
 
 
-def answers_of_source(server, prompt="Go on: {prompt}"):
+def answers_of_source(server, prompt="Go on: {prompt}", model="m"):
     """Return the answers of WRPO's smoke settings with one source, which an endpoint serves."""
-    source = {"kind": "endpoint", "ref": "m", "url": server.url, "ask": prompt}
+    source = {"kind": "endpoint", "ref": model, "url": server.url, "ask": prompt}
     cfg = config.load(
         "wrpo", "smoke", known_sources={"one": source}, sources=["one"], source_sets=[["one"]]
     )
@@ -874,6 +875,30 @@ def gate(smollm2_server, monkeypatch):
     yield server
     server.shutdown()
     server.server_close()
+
+
+def test_an_interrupted_run_of_a_source_goes_on(gate, store, tiny):
+    """Replies that were kept are not asked for again, half a line of them is; no file has a key."""
+    artifact = answers_of_source(gate, prompt="Judge, go on: {prompt}", model="judge")
+    tokenizer = templates.load_tokenizer(tiny)
+    rows = artifact.inputs["texts"].json("prompts.json")
+    prompts = [tokenizer.decode(row["prompt_ids"], skip_special_tokens=True) for row in rows]
+    before = [[f"said before {i}", True] for i in range(3)]
+    kept = "".join(json.dumps((prompt, before)) + "\n" for prompt in prompts[:2])
+    file = paths.ARTIFACTS / f"{artifact.key}.partial" / "checkpoints" / "replies.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text(kept + '["half a li')
+    answers = stages.json_lines(artifact.get() / "responses.jsonl")
+    # what the small model answers without a word is left out
+    assert 40 < len(answers) <= 16 * 3
+    assert facts_of(artifact) == {"responses": len(answers), "unanswered": 0}
+    texts = [tokenizer.decode(answer["response_ids"]) for answer in answers[:6]]
+    assert texts == 2 * [" said before 0</s>", " said before 1</s>", " said before 2</s>"]
+    assert len({tuple(answer["response_ids"]) for answer in answers[6:]}) > 20
+    asked = {prompt.removeprefix("Judge, go on: ") for prompt in gate.prompts}
+    assert asked == set(prompts) - set(prompts[:2])
+    contents = [path.read_bytes() for path in paths.ARTIFACTS.rglob("*") if path.is_file()]
+    assert contents and not any(KEY.encode() in content for content in contents)
 
 
 def test_faults_are_retried_and_tokens_are_the_servers_own(gate, tmp_path):

@@ -24,7 +24,6 @@ from beyond_dpo.pipeline import (
     wrpo,
 )
 from beyond_dpo.rows import read_rows
-from conftest import KEY
 
 SMOKE = config.load("wrpo", "smoke", seeds=[0])
 EXPERIMENTS = (
@@ -400,68 +399,11 @@ def test_answers_that_the_targets_template_does_not_take_are_counted(store, tmp_
 # --- sources: endpoints
 
 
-@pytest.fixture
-def endpoint(smollm2_server):
-    """Return the address of a real endpoint, whose model `judge` reads 2048 tokens."""
-    return f"{smollm2_server}/v1"
-
-
-def replies_of(artifact):
-    """Return where the replies of an endpoint are kept while they come."""
-    return paths.ARTIFACTS / f"{artifact.key}.partial" / "checkpoints" / "replies.jsonl"
-
-
 def test_the_address_of_an_endpoint_is_not_in_a_key(store):
     asked = {"kind": "endpoint", "ref": "tiny", "ask": "Go on: {prompt}"}
     elsewhere = with_source(**asked, url="http://127.0.0.1:9")
     key = sources.answers(with_source(**asked), "one").key
     assert sources.answers(elsewhere, "one").key == key
-
-
-def test_an_endpoint_is_asked_and_an_interrupted_run_goes_on(
-    store, endpoint, monkeypatch, wording, tokenizer
-):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    cfg = with_source(kind="endpoint", ref="judge", url=endpoint, ask="Go on: {prompt}")
-    artifact = sources.answers(cfg, "one")
-    before = [[f"said before {i}", True] for i in range(3)]
-    kept = [(text, before) for text in wording[:2]]
-    file = replies_of(artifact)
-    file.parent.mkdir(parents=True)
-    file.write_text(as_lines(kept) + '["half a li')
-    answers = lines(artifact)
-    # what the small model answers without a word is left out
-    assert 40 < len(answers) <= 16 * 3
-    assert artifact.manifest["facts"] == {"responses": len(answers), "unanswered": 0}
-    texts = [tokenizer.decode(line["response_ids"]) for line in answers[:6]]
-    assert texts == 2 * [" said before 0</s>", " said before 1</s>", " said before 2</s>"]
-    sampled = {tuple(line["response_ids"]) for line in answers[6:]}
-    assert len(sampled) > 20
-    contents = [path.read_bytes() for path in paths.ARTIFACTS.rglob("*") if path.is_file()]
-    assert len(contents) > 10
-    assert not any(KEY.encode() in content for content in contents)
-
-
-def test_an_endpoint_needs_a_key_and_says_which(store, endpoint, monkeypatch):
-    cfg = with_source(kind="endpoint", ref="judge", url=endpoint, ask="Once more: {prompt}")
-    artifact = sources.answers(cfg, "one")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(Exception, match="OPENAI_API_KEY"):
-        artifact.get()
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong")
-    with pytest.raises(Exception, match="401"):
-        artifact.get()
-
-
-def test_what_an_endpoint_refuses_is_unanswered(store, endpoint, monkeypatch, wording):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    too_long = "too long for 2048 tokens " * 400 + "{prompt}"
-    cfg = with_source(kind="endpoint", ref="judge", url=endpoint, ask=too_long)
-    artifact = sources.answers(cfg, "one")
-    with pytest.raises(config.ConfigError, match="source one answers none of the 16 prompts"):
-        artifact.get()
-    replies = [line[1] for line in stages.json_lines(replies_of(artifact))]
-    assert replies == [[]] * len(set(wording))
 
 
 # --- what is chosen
