@@ -16,7 +16,7 @@ from beyond_dpo import rewards, templates
 from beyond_dpo.files import link_file
 from beyond_dpo.machine import launch, paths, workers
 from beyond_dpo.notebook import plan
-from beyond_dpo.pipeline import artifacts, assets, config, expo, stages
+from beyond_dpo.pipeline import artifacts, assets, config, expo, gather, stages
 
 
 def plain(**overrides):
@@ -716,3 +716,13 @@ def test_a_machine_that_is_too_small_is_told_so_before_anything_starts(monkeypat
     with pytest.raises(config.ConfigError, match=message):
         expo.curves(cfg).get()
     assert not list(paths.ARTIFACTS.glob("train-*"))
+
+
+def test_ids_of_digits_stay_texts(store):
+    """A data set with such ids missed its prompts: pandas read them as numbers."""
+
+    def write(folder):
+        (folder / "scores.jsonl").write_text('{"id": "007", "reward": 1.5}\n')
+
+    artifact = artifacts.Artifact("digits", 1, {}, write)
+    assert gather.read_lines(artifact, "scores.jsonl")["id"].tolist() == ["007"]

@@ -110,10 +110,13 @@ def write(out: Path, table: pd.DataFrame, facts: list[dict]) -> None:
     write_json(out / "points.json", facts)
 
 
-def read_lines(artifact: Artifact, name: str, **options) -> pd.DataFrame:
-    """Return a table of a result's file of JSON lines; options are of pandas.read_json."""
+def read_lines(artifact: Artifact, name: str) -> pd.DataFrame:
+    """Return a table of a result's file of JSON lines.
+
+    Ids stay the texts that they are: pandas would read those of digits as numbers.
+    """
     file = artifact.get() / name
-    return pd.read_json(file, lines=True, **options)
+    return pd.read_json(file, lines=True, dtype={"id": str})
 
 
 def write_table(file: Path, table: pd.DataFrame) -> None:

@@ -271,8 +271,8 @@ def draw(cfg, rows: Artifact, seed: int) -> Artifact:
 def _table(answers: Artifact, judged: Artifact) -> pd.DataFrame:
     """Return a row for each response that has a token: id, sample, response_ids, reward, length."""
     response = ["id", "sample"]
-    responses = gather.read_lines(answers, "responses.jsonl", dtype={"id": str})
-    scores = gather.read_lines(judged, "scores.jsonl", dtype={"id": str})
+    responses = gather.read_lines(answers, "responses.jsonl")
+    scores = gather.read_lines(judged, "scores.jsonl")
     tokens = responses[[*response, "response_ids"]]
     measures = scores[[*response, "reward", "length"]]
     table = tokens.merge(measures, on=response)
