@@ -374,3 +374,24 @@ def test_cells_of_a_notebook_without_a_configuration_are_not_executed_by_the_run
     """Whoever runs a notebook of their own expects its cells to run once, in the kernel."""
     path = notebook(folders / "notebooks" / "11_expo_a.ipynb", NOT_OURS)
     run.compute(plan.Plan(path, nbformat.read(path, 4), {}, DECLARED))
+
+
+ON_THE_HUB = """
+from beyond_dpo.pipeline import assets, config
+from beyond_dpo.pipeline.artifacts import Artifact
+cfg = config.load("expo", "smoke")
+made = Artifact("score", 1, {"model": assets.resolve("org/name@" + 40 * "a")}, lambda out: None)
+"""
+
+
+@pytest.mark.parametrize("mode", ["auto", "cold"])
+def test_what_is_computed_beforehand_has_the_key_that_the_notebook_asks_for(
+    folders, monkeypatch, mode
+):
+    """With models on the hub it had that of a dry run, so the kernel computed all of it again."""
+    monkeypatch.setenv("COMPUTE", mode)
+    path = notebook(folders / "notebooks" / "11_expo_a.ipynb", ON_THE_HUB, "made.get()")
+    run.compute(plan.Plan(path, nbformat.read(path, 4), {}, DECLARED))
+    model = {"repo": "org/name", "commit": 40 * "a"}
+    asked_for = artifacts.Artifact("score", 1, {"model": model}, print)
+    assert not asked_for.missing()

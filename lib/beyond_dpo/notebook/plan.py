@@ -7,6 +7,7 @@ and parameters that papermill cannot see. A refusal comes before anything is loa
 import ast
 import contextlib
 import difflib
+import functools
 import json
 import logging
 import os
@@ -42,6 +43,17 @@ class Plan:
     def name(self) -> str:
         """Return the stem of its file name."""
         return self.path.stem
+
+    @functools.cached_property
+    def results(self) -> list[artifacts.Artifact]:
+        """Return the artifacts that it will ask for, as far as it names them beforehand.
+
+        None for a notebook without a configuration: it computes nothing of the pipeline, or is one
+        of the user's own, whose cells run once, in the kernel. Raises what its first cells raise.
+        """
+        if configuration(self.notebook, self.parameters) is None:
+            return []
+        return planned(self.notebook, self.parameters, asks_hub=True)[1]
 
     @property
     def profile(self) -> str | None:
@@ -234,15 +246,17 @@ def _code(notebook) -> list[str]:
     return [c.source for c in cells if "parameters" not in c.metadata.get("tags", [])]
 
 
-def planned(notebook, values: dict) -> tuple:
+def planned(notebook, values: dict, asks_hub: bool = False) -> tuple:
     """Return a notebook's configuration and the artifacts that it names, as its own cells say.
 
     Those are the set-up and the cell that names its results; the configuration is None if it loads
-    none. values: of all parameters. Nothing is computed, and no network is asked. Raises ValueError
-    where the set-up does (a ConfigError is one).
+    none. values: of all parameters. Nothing is computed. asks_hub: for the commits of models and
+    data on the hub; without it no network is asked, and what is made from those has other keys than
+    in a run. Raises ValueError where the set-up does (a ConfigError is one).
     """
     names = dict(values)
-    with _compute_mode("plan"), contextlib.suppress(artifacts.MissingArtifact):
+    mode = "name" if asks_hub else "plan"
+    with _compute_mode(mode), contextlib.suppress(artifacts.MissingArtifact):
         # it ends at the first result that it would show
         exec("\n".join(_code(notebook)[:2]), names)
     results = [value for value in names.values() if isinstance(value, artifacts.Artifact)]
@@ -251,7 +265,7 @@ def planned(notebook, values: dict) -> tuple:
 
 @contextlib.contextmanager
 def _compute_mode(mode: str) -> Iterator[None]:
-    """Set COMPUTE inside; a plan of COMPUTE=cold is `plan cold`."""
+    """Set COMPUTE inside (artifacts.PLANNING); where it was cold, that is added."""
     before = os.environ.get("COMPUTE")
     os.environ["COMPUTE"] = f"{mode} cold" if before == "cold" else mode
     try:
@@ -380,7 +394,6 @@ def check_setup(one: Plan, force: bool = False) -> None:
 def _lacks_results(one: Plan) -> bool:
     """Say whether a notebook would compute anything."""
     try:
-        results = planned(one.notebook, one.parameters)[1]
+        return any(result.missing() for result in one.results)
     except Exception:  # what it needs cannot even be named
         return True
-    return any(result.missing() for result in results)

@@ -59,10 +59,7 @@ def compute(one: Plan) -> None:
 
     Raises MissingArtifact under COMPUTE=never, and what the work raises.
     """
-    if plan.configuration(one.notebook, one.parameters) is None:
-        return  # it computes nothing of the pipeline, or is a notebook of one's own
-    _, results = plan.planned(one.notebook, one.parameters)
-    for result in results:
+    for result in one.results:
         result.get()
 
 
@@ -268,9 +265,7 @@ def _missing(plans: list[Plan]) -> dict[str, artifacts.Artifact]:
     with events.slow("planning: what is missing"):
         for one in plans:
             with contextlib.suppress(Exception):  # it will be told when it is run
-                if plan.configuration(one.notebook, one.parameters) is None:
-                    continue
-                for result in plan.planned(one.notebook, one.parameters)[1]:
+                for result in one.results:
                     missing |= result.missing()
     return missing
 

@@ -47,6 +47,9 @@ MODES = {  # of COMPUTE: what a miss means
     "cold": "compute also what is frozen",
     "plan": "find and compute nothing; of a plan of COMPUTE=cold it is `plan cold`",
 }
+# What the planner sets for itself. With `name` the hub is asked which commits are meant, so that
+# the keys are those of a run; with `plan` nobody is asked.
+PLANNING = ("plan", "plan cold", "name", "name cold")
 LARGE = 100_000_000  # bytes of a file whose hash may take seconds
 KEY = re.compile(r'"([a-z-]+-[0-9a-f]{16})"')  # in a recipe
 FLOAT32 = ('"precision": "fp32"', '"dtype": "float32"')  # in a recipe, of trainings and samplings
@@ -411,7 +414,7 @@ def _inputs_text(key: str) -> str:
 def compute_mode() -> str:
     """Return what COMPUTE says, auto without it; raise ValueError for what is none of MODES."""
     mode = os.environ.get("COMPUTE") or "auto"
-    if mode == "plan cold":
+    if mode in PLANNING:
         return "plan"
     if mode not in MODES:
         known = ", ".join(f"{name} ({what})" for name, what in MODES.items())

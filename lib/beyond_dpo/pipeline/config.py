@@ -198,7 +198,7 @@ def _machine_settings(values: dict) -> dict:
 def _reads_frozen() -> bool:
     """Return whether COMPUTE lets a run read the results in data/frozen, or plans one that may."""
     mode = os.environ.get("COMPUTE") or "auto"
-    return mode in ("auto", "never", "plan")
+    return mode in ("auto", "never", "plan", "name")
 
 
 def _first_error(error: ValidationError, schema) -> str:
