@@ -18,13 +18,12 @@ import psutil
 import pytest
 
 from beyond_dpo.files import write_file
+from beyond_dpo.jobs.settings import CLOCK
 from beyond_dpo.pipeline import artifacts
 
 SCRIPT = Path(__file__).with_name("fault_pipeline.py")
 ROUNDS = int(os.environ.get("FAULT_ROUNDS", "0"))  # 0: the short form
 SEED = int(os.environ.get("FAULT_SEED", "6"))
-# All that another run of a training writes otherwise in its log.
-CLOCK = ("tokens_per_s", "rows_per_s")
 long_form = pytest.mark.skipif(not ROUNDS, reason="long form only: make faults")
 
 

@@ -20,6 +20,7 @@ from tokenizers import (
     processors,
     trainers,
 )
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
@@ -742,7 +743,53 @@ def test_packed_mask_by_hand(packed, line):
     wanted = []
     for marks in SEEN[line].split():
         wanted.append([mark == "1" for mark in marks])
-    assert packed["attention_mask"][line, 0].tolist() == wanted
+    seen = scoring.visible(packed["row_of_token"], packed["part_of_token"])
+    assert seen.dtype == torch.bool
+    assert seen[line, 0].tolist() == wanted
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_blocks_see_what_the_mask_says(uneven_rows, multiple):
+    """What flex-attention is told is what sdpa is told."""
+    batch = scoring.pack(uneven_rows, NAMES, pad_id=1, multiple=multiple)
+    wanted = scoring.visible(batch["row_of_token"], batch["part_of_token"])
+    blocks = scoring.visible_blocks(batch["row_of_token"], batch["part_of_token"])
+    lines, width = batch["input_ids"].shape
+    assert blocks.shape == (lines, 1, width, width)
+    found = create_mask(blocks.mask_mod, lines, 1, width, width, device="cpu")
+    assert torch.equal(found, wanted)
+
+
+def test_blocks_that_see_nothing_are_skipped():
+    """Two rows of 3 × 128 tokens in a line of six blocks.
+
+    A prompt sees itself, a response it and itself: five blocks a row, none of them the other's.
+    """
+    rows = []
+    for name in "ab":
+        rows.append(row(name, range(128), chosen=range(128), rejected=range(128)))
+    batch = scoring.pack(rows, ["chosen", "rejected"], pad_id=1, multiple=128)
+    assert batch["input_ids"].shape == (1, 768)
+    blocks = scoring.visible_blocks(batch["row_of_token"], batch["part_of_token"])
+    of_a_row = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+    wanted = torch.block_diag(torch.tensor(of_a_row), torch.tensor(of_a_row))
+    assert torch.equal(blocks.to_dense()[0, 0].long(), wanted)
+
+
+@pytest.mark.parametrize("multiple", [1, 5, 128])
+def test_lines_are_filled_up_to_a_multiple(uneven_rows, multiple):
+    narrow = scoring.pack(uneven_rows, NAMES, pad_id=1)
+    wide = scoring.pack(uneven_rows, NAMES, pad_id=1, multiple=multiple)
+    lines, width = wide["input_ids"].shape
+    assert width % multiple == 0
+    assert 0 <= width - narrow["input_ids"].shape[1] < multiple
+    assert len(narrow["input_ids"]) == lines
+    for name in ("labels", "tokens"):
+        assert torch.equal(narrow[name], wide[name])
+    # what predicts a token is the same token, wherever it stands
+    for name in ("input_ids", "position_ids"):
+        narrow_tokens = narrow[name].flatten()[narrow["predictors"]]
+        assert torch.equal(narrow_tokens, wide[name].flatten()[wide["predictors"]])
 
 
 def test_packed_responses_by_hand(packed):
@@ -753,8 +800,8 @@ def test_packed_responses_by_hand(packed):
 
 
 def test_packed_dtypes(packed):
-    assert packed["attention_mask"].dtype == torch.bool
-    for name in ("input_ids", "position_ids", "labels", "predictors", "tokens"):
+    of_positions = ("input_ids", "position_ids", "row_of_token", "part_of_token")
+    for name in (*of_positions, "labels", "predictors", "tokens"):
         assert packed[name].dtype == torch.long
 
 
@@ -790,7 +837,8 @@ def test_pack_wastes_little(uneven_rows):
 def test_every_packed_position_sees_something(uneven_rows):
     """One that sees nothing would be NaN, and its gradient too."""
     batch = scoring.pack(uneven_rows, NAMES, pad_id=1)
-    assert batch["attention_mask"].any(-1).all()
+    seen = scoring.visible(batch["row_of_token"], batch["part_of_token"])
+    assert seen.any(-1).all()
 
 
 def test_pack_refuses_a_missing_pad_token(uneven_rows):

@@ -52,7 +52,8 @@ def _pair(chosen: Tensor, rejected: Tensor) -> tuple[Tensor, Tensor]:
 def _per_prompt(name: str, values: Tensor, like: Tensor, below: float = INFINITY) -> Tensor:
     """Check a number in (0, below) for each pair; return the numbers without a gradient.
 
-    They belong to the prompts. They get the dtype and the device of `like`, (batch,).
+    They belong to the prompts. They get the dtype and the device of `like`, (batch,). Where they
+    come from the main memory, their check does not wait for the GPU.
     """
     _require_vector(name, values)
     if values.shape != like.shape:
@@ -62,7 +63,7 @@ def _per_prompt(name: str, values: Tensor, like: Tensor, below: float = INFINITY
         row = int((~in_range).nonzero()[0])
         value = float(values[row])
         raise ValueError(f"{name} must be in (0, {below}), got {value!r} in row {row}")
-    return values.detach().to(like)
+    return values.detach().to(like.device, like.dtype, non_blocking=True)
 
 
 # ---- DPO, IPO, SimPO

@@ -11,7 +11,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, distributed
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from beyond_dpo.rows import row_length
@@ -20,6 +19,9 @@ from beyond_dpo.rows import row_length
 ATTENTION_CAP = re.compile("att.*(soft_?cap|logits?_cap)")
 # Response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB).
 CHUNK = 2048
+FLASH = "flash_attention_2"
+FLEX = "flex_attention"
+FLEX_BLOCK = 128  # tokens: flex-attention looks at whole blocks of them
 
 
 @dataclass
@@ -30,6 +32,8 @@ class _Line:
     position_ids: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)  # the row's index
     parts: list[int] = field(default_factory=list)  # 0: the row's prompt, k: its k-th response
+    # {(k, sequence): where in the line each token of its k-th response is predicted}
+    predictors: dict[tuple[int, int], list[int]] = field(default_factory=dict)
 
     def append(self, tokens: list[int], first_position: int, row: int, part: int) -> int:
         """Add tokens; return where in the line they begin."""
@@ -42,7 +46,9 @@ class _Line:
         return start
 
 
-def pack(rows: list[dict], names: list[str], pad_id: int, shared: bool = True) -> dict:
+def pack(
+    rows: list[dict], names: list[str], pad_id: int, shared: bool = True, multiple: int = 1
+) -> dict:
     """Lay the named responses of rows into one batch in which every prompt stands once.
 
     A row is its prompt and then its responses, one after the other. Each response sees the prompt
@@ -57,10 +63,11 @@ def pack(rows: list[dict], names: list[str], pad_id: int, shared: bool = True) -
         pad_id: fills the lines.
         shared: False for flash-attention, which knows no such masks. Then each response has its
             prompt to itself, all stand in one line, and positions that begin again say where a
-            sequence ends; there is no attention_mask.
+            sequence ends.
+        multiple: L is filled up to a multiple of it.
     Returns:
         input_ids, position_ids: (lines, L).
-        attention_mask: (lines, 1, L, L) bool, True = is seen.
+        row_of_token, part_of_token: (lines, L), what visible() reads; absent if not shared.
         labels: (N,) the response tokens, name-major: all of names[0] first, row by row.
         predictors: (N,) where in `input_ids.flatten()` each of them is predicted.
         tokens: (len(names) * B,) the number of tokens of each response.
@@ -82,22 +89,23 @@ def pack(rows: list[dict], names: list[str], pad_id: int, shared: bool = True) -
     if shared:
         longest = max(lengths)
         count = max(1, sum(lengths) // (2 * longest))
-    lines, predictors = _lay_out(sequences, _distribute(lengths, count))
+    lines = _lay_out(sequences, _distribute(lengths, count))
+    longest_line = max(len(line.input_ids) for line in lines)
+    width = math.ceil(longest_line / multiple) * multiple
     responses = [row["responses"][name] for name in names for row in rows]
     tokens = [len(response) for response in responses]
     labels = [token for response in responses for token in response]
     batch = {
-        "input_ids": _pad([line.input_ids for line in lines], pad_id),
-        "position_ids": _pad([line.position_ids for line in lines], 0),
+        "input_ids": _pad([line.input_ids for line in lines], pad_id, width),
+        "position_ids": _pad([line.position_ids for line in lines], 0, width),
         "ids": [row["id"] for row in rows],
         "labels": torch.tensor(labels, dtype=torch.long),
-        "predictors": torch.tensor(predictors, dtype=torch.long),
+        "predictors": torch.tensor(_predictors(lines, width), dtype=torch.long),
         "tokens": torch.tensor(tokens),
     }
     if shared:
-        row_of_token = _pad([line.rows for line in lines], -1)
-        part_of_token = _pad([line.parts for line in lines], 0)
-        batch["attention_mask"] = _visible(row_of_token, part_of_token)
+        batch["row_of_token"] = _pad([line.rows for line in lines], -1, width)
+        batch["part_of_token"] = _pad([line.parts for line in lines], 0, width)
     return batch
 
 
@@ -136,16 +144,13 @@ def _longest_first(lengths: list[int]) -> list[int]:
     return sorted(indices, key=lambda i: -lengths[i])
 
 
-def _lay_out(
-    sequences: list[list[list[int]]], members: list[list[int]]
-) -> tuple[list[_Line], list[int]]:
-    """Return the lines of a batch, and where in the flat batch its response tokens are predicted.
+def _lay_out(sequences: list[list[list[int]]], members: list[list[int]]) -> list[_Line]:
+    """Return the lines of a batch.
 
     members: the sequences of each line, by their index.
     """
     lines = []
-    predictors = {}  # {(part, sequence): (line, offsets in it)}
-    for number, indices in enumerate(members):
+    for indices in members:
         line = _Line()
         for i in indices:
             prompt, *responses = sequences[i]
@@ -155,59 +160,101 @@ def _lay_out(
                 start = line.append(response, len(prompt), i, part)
                 # The prompt's last token predicts the first one, which predicts the second.
                 chain = [last_of_prompt, *range(start, start + len(response))]
-                offsets = chain[: len(response)]
-                predictors[part, i] = (number, offsets)
+                line.predictors[part, i] = chain[: len(response)]
         lines.append(line)
-    width = max(len(line.input_ids) for line in lines)
+    return lines
+
+
+def _predictors(lines: list[_Line], width: int) -> list[int]:
+    """Return where in the flat batch each response token is predicted, all first parts first."""
+    offsets = {}  # {(part, sequence): its offsets in the flat batch}
+    for number, line in enumerate(lines):
+        for key, offsets_in_line in line.predictors.items():
+            offsets[key] = [number * width + offset for offset in offsets_in_line]
     flat = []
-    for key in sorted(predictors):
-        number, offsets = predictors[key]
-        line_start = number * width
-        for offset in offsets:
-            flat.append(line_start + offset)
-    return lines, flat
+    for key in sorted(offsets):
+        flat += offsets[key]
+    return flat
 
 
-def _pad(lines: list[list[int]], value: int) -> Tensor:
-    """Return lines of different lengths as a (lines, L) tensor, filled up on the right."""
-    tensors = [torch.tensor(line) for line in lines]
-    return pad_sequence(tensors, batch_first=True, padding_value=value)
+def _pad(lines: list[list[int]], value: int, width: int) -> Tensor:
+    """Return lines of different lengths as a (lines, width) tensor, filled up on the right."""
+    padded = torch.full((len(lines), width), value)
+    for number, line in enumerate(lines):
+        padded[number, : len(line)] = torch.tensor(line)
+    return padded
 
 
-def _visible(row_of_token: Tensor, part_of_token: Tensor) -> Tensor:
+def visible(row_of_token: Tensor, part_of_token: Tensor) -> Tensor:
     """Return (lines, 1, L, L) bool: whether the first of two positions sees the second.
 
     A token sees itself and what comes before it in its row's prompt and in its own response.
     Padding sees padding, as a position that sees nothing would be NaN.
+
+    row_of_token, part_of_token: (lines, L), see pack().
     """
     seen_row = row_of_token.unsqueeze(1)
     same_row = row_of_token.unsqueeze(2) == seen_row
     seen_part = part_of_token.unsqueeze(1)
     same_part = part_of_token.unsqueeze(2) == seen_part
     in_prompt = seen_part == 0
-    visible = same_row & (in_prompt | same_part)
-    not_after = visible.tril()
+    is_seen = same_row & (in_prompt | same_part)
+    not_after = is_seen.tril()
     return not_after.unsqueeze(1)
+
+
+def visible_blocks(row_of_token: Tensor, part_of_token: Tensor):
+    """Return what visible() says as a BlockMask: flex-attention skips blocks that see nothing."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    rows = row_of_token.int()
+    parts = part_of_token.int()
+
+    def is_seen(line, head, position, seen_position):
+        same_row = rows[line, position] == rows[line, seen_position]
+        seen_part = parts[line, seen_position]
+        same_part = parts[line, position] == seen_part
+        not_after = position >= seen_position
+        return same_row & ((seen_part == 0) | same_part) & not_after
+
+    lines, width = rows.shape
+    return create_block_mask(is_seen, lines, None, width, width, device=rows.device)
 
 
 def attention(precision: str, wanted: str = "auto") -> str:
     """Return the attention to ask transformers for.
 
-    That is `wanted`. For "auto" it is flash-attention on a GPU where that is installed, else (and
-    for precision "fp32", which flash-attention does not know) PyTorch's scaled-dot-product
-    attention. Raises ImportError for a flash-attention that is not there.
+    That is `wanted`. "auto" is flex-attention on a GPU in precision "bf16", where it skips what a
+    token does not see; everywhere else it is PyTorch's scaled-dot-product attention (sdpa). With
+    flash-attention a prompt is computed once for each of its responses.
+    Raises ImportError for a flash-attention that is not there.
     """
     from transformers.utils import is_flash_attn_2_available
 
-    has_flash = torch.cuda.is_available() and is_flash_attn_2_available() and precision == "bf16"
-    if wanted == "flash_attention_2" and not has_flash:
+    is_fast = torch.cuda.is_available() and precision == "bf16"
+    if wanted == FLASH and not (is_fast and is_flash_attn_2_available()):
         raise ImportError(
             "flash_attention_2 needs a GPU, precision bf16 and `pip install flash-attn`; sdpa "
             "needs none"
         )
     if wanted != "auto":
         return wanted
-    return "flash_attention_2" if has_flash else "sdpa"
+    return FLEX if is_fast else "sdpa"
+
+
+def set_attention(model, precision: str, wanted: str = "auto") -> None:
+    """Let a transformers model compute its attention as attention() says.
+
+    For "auto", a model that knows no flex-attention keeps to sdpa. Raises ImportError as
+    attention(), and ValueError for a model that does not know what is wanted.
+    """
+    implementation = attention(precision, wanted)
+    if wanted == "auto" and implementation == FLEX and not model._supports_flex_attn:
+        implementation = "sdpa"
+    if implementation == FLEX:
+        # Lengths differ from batch to batch: one kernel for all of them.
+        torch._dynamo.config.assume_static_by_default = False
+    model.set_attn_implementation(implementation)
 
 
 def caps_attention(config) -> bool:
@@ -248,10 +295,12 @@ class ResponseScorer(torch.nn.Module):
         self.config = model.config.get_text_config()
         self.window = getattr(self.config, "sliding_window", None) or math.inf
         use_attention_that_caps(model)
+        implementation = getattr(model.config, "_attn_implementation", "")
+        self.flex = implementation == FLEX
         # flash-attention knows neither float32 nor a mask in which several responses see a prompt.
-        self.shared = getattr(model.config, "_attn_implementation", "") != "flash_attention_2"
-        self.bf16 = not self.shared
-        self._check(0.01 if self.shared else 0.03)
+        self.shared = implementation != FLASH
+        self.bf16 = precision == "bf16" and implementation in (FLASH, FLEX)
+        self._check(0.03 if self.bf16 else 0.01)
         self.bf16 = precision == "bf16"
 
     @property
@@ -293,12 +342,22 @@ class ResponseScorer(torch.nn.Module):
 
     def score(self, rows: list[dict], names: list[str], pad_id: int, entropy: bool = False) -> dict:
         """Return forward() of rows that are packed into one batch."""
-        batch = pack(rows, names, pad_id, self.shared)
+        batch = self.pack(rows, names, pad_id)
         del batch["ids"]
-        device = self._device
-        for name, tensor in batch.items():
-            batch[name] = tensor.to(device)
-        return self(**batch, entropy=entropy)
+        return self(**to_device(batch, self._device), entropy=entropy)
+
+    def pack(self, rows: list[dict], names: list[str], pad_id: int) -> dict:
+        """Return the batch of rows, pack(), in the layout that the model's attention wants.
+
+        Raises ValueError as pack(), and for a sequence longer than the model's attention window.
+        """
+        multiple = FLEX_BLOCK if self.flex else 1
+        batch = pack(rows, names, pad_id, self.shared, multiple)
+        if batch["position_ids"].max() >= self.window:
+            raise ValueError(
+                f"a sequence is longer than the model's attention window of {self.window} tokens"
+            )
+        return batch
 
     def forward(
         self,
@@ -307,10 +366,13 @@ class ResponseScorer(torch.nn.Module):
         labels: Tensor,
         predictors: Tensor,
         tokens: Tensor,
-        attention_mask: Tensor | None = None,
+        row_of_token: Tensor | None = None,
+        part_of_token: Tensor | None = None,
         entropy: bool = False,
     ) -> dict[str, Tensor]:
-        """Score the responses of a batch, which is what pack() returns without its ids.
+        """Score the responses of a batch, which is what self.pack() returns without its ids.
+
+        `tokens` may stay in the main memory: the program then need not wait for the GPU.
 
         Returns:
             logps: (responses,) float32, the sum of ln p over a response's tokens, in nats; 0
@@ -318,14 +380,9 @@ class ResponseScorer(torch.nn.Module):
             tokens: (responses,) float32, their number.
             entropies: (responses,) float32 in 0…1, only if `entropy`: the mean over a response's
                 tokens of the entropy of p divided by ln |V|; NaN without tokens.
-        Raises:
-            ValueError: a sequence is longer than the model's attention window.
         """
-        if input_ids.shape[1] > self.window and position_ids.max() >= self.window:
-            raise ValueError(
-                f"a sequence is longer than the model's attention window of {self.window} tokens"
-            )
-        hidden = self._hidden(input_ids, position_ids, attention_mask)
+        mask = self._mask(row_of_token, part_of_token)
+        hidden = self._hidden(input_ids, position_ids, mask)
         hidden = hidden.flatten(0, 1)[predictors]
         score_tokens = self._score_tokens
         chunks = self._chunks(labels)
@@ -338,20 +395,29 @@ class ResponseScorer(torch.nn.Module):
             chunk_logps, chunk_entropies = score_tokens(hidden[chunk], labels[chunk], entropy)
             logps.append(chunk_logps)
             entropies.append(chunk_entropies)
-        scores = {"logps": _sum_by_response(logps, tokens), "tokens": tokens.float()}
+        lengths = tokens.tolist()
+        tokens = tokens.to(hidden.device, torch.float32, non_blocking=True)
+        scores = {"logps": _sum_by_response(logps, lengths), "tokens": tokens}
         if entropy:
-            scores["entropies"] = _sum_by_response(entropies, tokens) / tokens.float()
+            scores["entropies"] = _sum_by_response(entropies, lengths) / tokens
         return scores
+
+    def _mask(self, row_of_token: Tensor | None, part_of_token: Tensor | None):
+        """Return the mask that the model's attention takes; flash-attention takes none."""
+        if row_of_token is None:
+            return None
+        if self.flex:
+            return visible_blocks(row_of_token, part_of_token)
+        # What is added to the scores is a mask that sdpa and eager attention know.
+        dtype = next(self.model.parameters()).dtype
+        if self.bf16:
+            dtype = torch.bfloat16
+        is_seen = visible(row_of_token, part_of_token)
+        zeros = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
+        return zeros.masked_fill(~is_seen, -math.inf)
 
     def _hidden(self, input_ids, position_ids, attention_mask) -> Tensor:
         """Return the decoder's last hidden states, (lines, L, hidden size)."""
-        if attention_mask is not None:
-            # What is added to the scores is a mask that every attention but flash-attention knows.
-            dtype = next(self.model.parameters()).dtype
-            if self.bf16:
-                dtype = torch.bfloat16
-            zeros = torch.zeros(attention_mask.shape, dtype=dtype, device=input_ids.device)
-            attention_mask = zeros.masked_fill(~attention_mask, -math.inf)
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model.get_decoder()(
                 input_ids=input_ids,
@@ -361,14 +427,19 @@ class ResponseScorer(torch.nn.Module):
             )
         return output.last_hidden_state
 
+    def compile_scores(self) -> None:
+        """Let torch.compile fuse what turns hidden states into log-probabilities."""
+        self._score_tokens = torch.compile(self._score_tokens, dynamic=True)
+
     def _chunks(self, labels: Tensor) -> list[slice]:
         """Return the parts of the response tokens whose logits are computed together.
 
-        Under ZeRO-3 all processes must call the head equally often, so some get empty parts.
+        Where several processes train (under ZeRO-3) all must call the head equally often, so some
+        get empty parts.
         """
         count = math.ceil(len(labels) / self.chunk)
         count = max(1, count)
-        if distributed.is_initialized():
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
             largest = torch.tensor(count, device=labels.device)
             distributed.all_reduce(largest, distributed.ReduceOp.MAX)
             count = int(largest)
@@ -412,12 +483,27 @@ def _sequence_logps(model, ids: list[int]) -> Tensor:
     return _logps_of(labels, logps)
 
 
-def _sum_by_response(chunks: list[Tensor], tokens: Tensor) -> Tensor:
-    """Return the sum over each response's tokens of values that lie in chunks one after another."""
+def _sum_by_response(chunks: list[Tensor], lengths: list[int]) -> Tensor:
+    """Return the sum over each response's tokens of values that lie in chunks one after another.
+
+    lengths: of the responses.
+    """
     values = torch.cat(chunks)
-    by_response = values.split(tokens.tolist())
+    by_response = values.split(lengths)
     sums = [part.sum() for part in by_response]
     return torch.stack(sums)
+
+
+def to_device(batch: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Return what pack() made, without its ids, on a device; `tokens` stays where it is.
+
+    The copies of pinned memory go on while the program does.
+    """
+    moved = {}
+    for name, tensor in batch.items():
+        stays = name == "tokens"
+        moved[name] = tensor if stays else tensor.to(device, non_blocking=True)
+    return moved
 
 
 def load_scorer(
@@ -428,7 +514,8 @@ def load_scorer(
     dtype: of the weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(folder, attention(precision), dtype)
+    model = load_model(folder, "sdpa", dtype)
+    set_attention(model, precision)
     return ResponseScorer(model.to(device), precision)
 
 

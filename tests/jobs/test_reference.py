@@ -125,7 +125,7 @@ def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
     expected = scorer.score(rows, PAIR, 2, entropy=True)
     scorer.shared = False
     packed = scoring.pack(rows, PAIR, 2, shared=False)
-    assert "attention_mask" not in packed
+    assert "row_of_token" not in packed
     assert len(packed["input_ids"]) == 1
     lengths = [row_length(row, [name]) for row in rows for name in PAIR]
     assert packed["input_ids"].numel() == sum(lengths), "no padding"
@@ -138,6 +138,43 @@ def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
 def test_flash_attention_is_not_taken_where_it_cannot_be():
     assert scoring.attention("fp32") == "sdpa"
     assert scoring.attention("bf16", "sdpa") == "sdpa"
+
+
+@pytest.fixture(scope="module")
+def flex(tiny):
+    """Return the model with flex-attention, and with a head that is not nearly uniform."""
+    model = scoring.load_model(str(tiny), "sdpa", torch.float32).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    scoring.set_attention(model, "fp32", "flex_attention")
+    return model
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize("names", [PAIR, ["source", "chosen", "rejected"]], ids=["pair", "fused"])
+def test_flex_attention_scores_as_each_response_alone(flex, rows, names, precision, tolerance):
+    """Forward only and not compiled, which is all that flex-attention can do on a CPU."""
+    extended = with_source(rows)
+    eager = copy.deepcopy(flex)
+    eager.set_attn_implementation("eager")
+    expected = torch.tensor(logps_by_hand(eager, extended, names))
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        scorer = ResponseScorer(flex, precision)
+        assert scorer.flex
+        assert scorer.pack(extended, names, 2)["input_ids"].shape[1] % 128 == 0
+        scores = scorer.score(extended, names, 2)
+    assert (scores["logps"] - expected).norm() <= tolerance * expected.norm()
+
+
+def test_a_model_that_knows_no_flex_attention_keeps_to_sdpa(model, monkeypatch):
+    """Only where flex-attention was not asked for by name."""
+    monkeypatch.setattr(scoring, "attention", lambda precision, wanted: "flex_attention")
+    monkeypatch.setattr(type(model), "_supports_flex_attn", False)
+    twin = copy.deepcopy(model)
+    scoring.set_attention(twin, "bf16")
+    assert twin.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="does not support.*flex_attention"):
+        scoring.set_attention(twin, "bf16", "flex_attention")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash-attention may be there with a GPU")
@@ -311,12 +348,12 @@ def test_sequences_longer_than_the_window_are_refused(model, rows):
     scorer = ResponseScorer(model)
     last_positions = [int(batch([row])["position_ids"].max()) for row in rows]
     longest = 1 + max(last_positions)
-    with torch.no_grad():
-        scorer.window = longest
-        scorer(**batch(rows))  # lines may be longer than the window, sequences not
-        scorer.window = longest - 1
-        with pytest.raises(ValueError, match="window"):
-            scorer(**batch(rows))
+    scorer.window = longest
+    batch_of_rows = scorer.pack(rows, PAIR, 2)
+    assert batch_of_rows["input_ids"].shape[1] > longest, "lines may be longer, sequences not"
+    scorer.window = longest - 1
+    with pytest.raises(ValueError, match="window"):
+        scorer.score(rows, PAIR, 2)
 
 
 @pytest.fixture

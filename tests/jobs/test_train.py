@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -572,16 +573,24 @@ def test_the_log_holds_the_reward_of_every_response(single):
 
 def test_the_columns_of_a_log(single):
     """Tables and notebooks read them by these names."""
-    every = ["step", "lr", "grad_norm", "loss", "tokens_per_s", "rows_per_s"]
-    assert list(log(single, "sft")[0]) == every
+    every = ["step", "lr", "grad_norm"]
+    speed = ["rows_per_s", "tokens_per_s", "computed_tokens_per_s", "flops_per_s"]
+    assert list(log(single, "sft")[0]) == [*every, *speed, "loss"]
     pair = ["chosen_reward", "chosen_accuracy", "chosen_logps"]
     pair += ["rejected_reward", "rejected_logps", "margin", "accuracy"]
-    assert list(log(single, "plain_dpo")[0]) == every + pair
+    assert list(log(single, "plain_dpo")[0]) == [*every, *speed, "loss", *pair]
     fused = ["source_chosen_reward", "source_chosen_accuracy", "source_chosen_logps"]
     fused += ["target_chosen_reward", "target_chosen_accuracy", "target_chosen_logps"]
     fused += ["rejected_reward", "rejected_logps", "chosen_reward", "margin", "accuracy"]
-    with_alpha = every[:3] + ["alpha"] + every[3:]
-    assert list(log(single, "wrpo_static")[0]) == with_alpha + fused
+    assert list(log(single, "wrpo_static")[0]) == [*every, "alpha", *speed, "loss", *fused]
+
+
+def test_speeds_of_a_log_fit_each_other(single):
+    """Padding is computed too; on a CPU no peak is known, so there is no MFU."""
+    for entry in log(single, "plain_dpo"):
+        assert entry["computed_tokens_per_s"] >= entry["tokens_per_s"] > entry["rows_per_s"] > 0
+        assert entry["flops_per_s"] > entry["tokens_per_s"]
+        assert "mfu" not in entry
 
 
 def test_one_step_of_wrpo_is_dpo_on_the_targets_pair(single, tiny):
@@ -1523,3 +1532,32 @@ def shard_everything(settings):
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     run_jobs(Path(sys.argv[1]))
+
+
+# ---- the thread that lays out micro-batches
+
+
+def test_the_next_item_is_computed_while_one_is_used():
+    """In order, one ahead and no more; what fails there fails here."""
+    computed = []
+
+    def numbers():
+        for number in range(4):
+            computed.append(number)
+            yield number
+        raise OSError("no more")
+
+    with ThreadPoolExecutor(1) as pool:
+        items = train.ahead(numbers(), pool)
+        for wanted in range(4):
+            assert next(items) == wanted
+            pool.submit(int).result()  # the thread has nothing left to do
+            assert computed == list(range(min(wanted + 2, 4)))
+        with pytest.raises(OSError, match="no more"):
+            next(items)
+
+
+def test_items_end_where_they_end():
+    with ThreadPoolExecutor(1) as pool:
+        assert list(train.ahead(iter([5, 6]), pool)) == [5, 6]
+        assert list(train.ahead(iter([]), pool)) == []

@@ -26,6 +26,9 @@ USED_BY = {
     "dynamic": get_args(FusionLosses),
 }
 
+# The columns of a training's log that the clock decides; all others repeat.
+CLOCK = ("rows_per_s", "tokens_per_s", "computed_tokens_per_s", "flops_per_s", "mfu")
+
 # Numbers that no run can use are refused when a configuration is loaded.
 Count = Annotated[int, Field(ge=0)]
 AtLeastOne = Annotated[int, Field(ge=1)]
@@ -76,7 +79,8 @@ class Train:
     offload: bool = False  # optimizer state in host memory (machine)
     gradient_checkpointing: bool = False  # (machine)
     # see scoring.attention (machine)
-    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
+    compile: bool = False  # torch.compile of the decoder's layers: a minute, then faster (machine)
     # train a low-rank adapter of all linear layers (Hu et al., arXiv 2106.09685); 0: every weight
     lora_rank: Count = 0
     lora_alpha: Positive = 16.0  # the adapter's step is lora_alpha / lora_rank · BA
@@ -90,6 +94,7 @@ class Train:
         "offload",
         "gradient_checkpointing",
         "attention",
+        "compile",
         "processes",
         "launcher",
         "checkpoint_every",

@@ -12,7 +12,11 @@ The columns of log.jsonl, of every loss:
     step, lr                 the 0-based number of the step, and its learning rate
     grad_norm                of the step's gradient, before it is clipped
     loss                     mean over the step's rows; of "sft" over the tokens of its responses
-    tokens_per_s, rows_per_s
+    rows_per_s
+    tokens_per_s             each prompt counted once, without padding
+    computed_tokens_per_s    with the padding of all processes
+    flops_per_s              useful operations of all processes, as flops.training() counts them
+    mfu                      flops_per_s over the peak of all GPUs, where flops.PEAK has that
 Of the losses with an α (WRPO):
     alpha                    α at this step
 Of all but "sft", as means over the step's rows:
@@ -36,6 +40,7 @@ import shutil
 import time
 import warnings
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +49,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from beyond_dpo import dispersion, events, lora, precision, scoring, templates
+from beyond_dpo import dispersion, events, flops, lora, precision, scoring, templates
 from beyond_dpo.files import share_weights, sync, write_file
 from beyond_dpo.jobs.reference import load as load_reference
 from beyond_dpo.jobs.settings import ConfigError, Train, check_batch
@@ -130,6 +135,20 @@ class Run:
         Of an adapter some are frozen, and its checkpoint leaves those out.
         """
         return not self.job.settings.lora_rank
+
+
+class MicroBatch(NamedTuple):
+    """Rows that one process computes together, and all that this takes, in the main memory."""
+
+    rows: list[dict]
+    inputs: dict[str, Tensor]  # of the scorer
+    reference_logps: Tensor | None  # (responses, rows), nats
+    dispersion_weights: Tensor | None  # (rows,)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Return how many tokens the model computes, padding among them."""
+        return self.inputs["input_ids"].numel()
 
 
 class RowLosses(NamedTuple):
@@ -376,7 +395,7 @@ def _start_engine(job: Job, rank: int, processes: int) -> Run:
 
     settings = job.settings
     tokenizer = templates.load_tokenizer(job.model)
-    scorer = _load_scorer(job)
+    scorer = _load_scorer(job, device)
     trained = [parameter for parameter in scorer.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[settings.optimizer](
         trained, lr=settings.lr, weight_decay=settings.weight_decay
@@ -417,17 +436,33 @@ def _wait_for_all() -> None:
     comm.barrier()
 
 
-def _load_scorer(job: Job) -> scoring.ResponseScorer:
+def _load_scorer(job: Job, device: str) -> scoring.ResponseScorer:
     """Return the model to train, in float32 and with its adapter if it gets one."""
     settings = job.settings
     torch.manual_seed(job.seed)
-    attention = scoring.attention(settings.precision, settings.attention)
-    model = scoring.load_model(job.model, attention, torch.float32)
+    model = scoring.load_model(job.model, "sdpa", torch.float32)
+    scoring.set_attention(model, settings.precision, settings.attention)
     if settings.lora_rank:
         lora.inject(model, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return scoring.ResponseScorer(model.train(), settings.precision)
+    scorer = scoring.ResponseScorer(model.train().to(device), settings.precision)
+    if settings.compile:
+        compile_layers(scorer)
+    return scorer
+
+
+def compile_layers(scorer: scoring.ResponseScorer) -> None:
+    """Let torch.compile fuse the operations of each layer and of the scores, at the first step.
+
+    All layers are of one kind: one is compiled, for batches of any shape.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in scorer.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.compile(dynamic=True)
+    scorer.compile_scores()
 
 
 def _resume(run: Run) -> int:
@@ -496,23 +531,56 @@ def _write_facts(job: Job, first: int) -> None:
 def _train(run: Run, first: int) -> None:
     """Take the optimizer steps from `first` on, and log, save and checkpoint on the way."""
     job = run.job
+    with ThreadPoolExecutor(1) as pool:
+        micro_batches = ahead(_micro_batches(run, first), pool)
+        for step in range(first, job.steps):
+            entry = _train_step(run, step, micro_batches)
+            done = step + 1
+            if run.rank == 0:
+                with open(run.log_file, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(entry) + "\n")
+                events.progress(done, job.steps)
+            if done in job.parts:
+                part = job.out / job.parts[done]
+                _save(run.model, run.tokenizer, part, run.save_dtype, run.rank)
+            if done % job.settings.checkpoint_every == 0 and done < job.steps:
+                _save_checkpoint(
+                    run.engine, run.checkpoints, done, run.log_file, run.rank, run.trains_all
+                )
+
+
+def ahead(items: Iterator, pool: ThreadPoolExecutor) -> Iterator:
+    """Yield items; the pool computes the next one while the caller uses the one before."""
+    coming = pool.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = pool.submit(next, items, None)
+        yield item
+
+
+def _micro_batches(run: Run, first: int) -> Iterator[MicroBatch]:
+    """Yield this process's micro-batches of all steps from `first` on."""
+    job = run.job
+    settings = job.settings
     for step in range(first, job.steps):
-        entry = _train_step(run, step)
-        done = step + 1
-        if run.rank == 0:
-            with open(run.log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-            events.progress(done, job.steps)
-        if done in job.parts:
-            part = job.out / job.parts[done]
-            _save(run.model, run.tokenizer, part, run.save_dtype, run.rank)
-        if done % job.settings.checkpoint_every == 0 and done < job.steps:
-            _save_checkpoint(
-                run.engine, run.checkpoints, done, run.log_file, run.rank, run.trains_all
-            )
+        batch = _step_rows(job.rows, job.names, step, settings.global_batch, job.seed)
+        for micro in range(job.accumulation):
+            start = (micro * run.processes + run.rank) * settings.micro_batch
+            yield _micro_batch(run, batch[start : start + settings.micro_batch])
 
 
-def _train_step(run: Run, step: int) -> dict:
+def _micro_batch(run: Run, rows: list[dict]) -> MicroBatch:
+    """Lay rows out for the scorer; with a GPU in pinned memory, from which copies do not wait."""
+    inputs = run.scorer.pack(rows, run.job.names, run.tokenizer.pad_token_id)
+    ids = inputs.pop("ids")
+    reference_logps, dispersion_weights = _reference_of(run.job.reference_scores, ids)
+    if run.device != "cpu":
+        inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+        if reference_logps is not None:
+            reference_logps = reference_logps.pin_memory()
+    return MicroBatch(rows, inputs, reference_logps, dispersion_weights)
+
+
+def _train_step(run: Run, step: int, micro_batches: Iterator[MicroBatch]) -> dict:
     """Take one optimizer step, and return what the log says of it."""
     began = time.time()
     job = run.job
@@ -525,12 +593,17 @@ def _train_step(run: Run, step: int) -> dict:
     _set_rate(run.engine, rate)
     loss_share = _loss_share(job, batch)
     metrics = _no_metrics(len(job.names), run.device)
+    losses = []  # of each micro-batch
+    computed_tokens = 0
     for micro in range(job.accumulation):
-        start = (micro * run.processes + run.rank) * settings.micro_batch
-        rows = batch[start : start + settings.micro_batch]
-        metrics = metrics.plus(_backward(run, rows, step, alpha, loss_share))
+        micro_batch = next(micro_batches)
+        micro_metrics, row_losses = _backward(run, micro_batch, alpha, loss_share)
+        metrics = metrics.plus(micro_metrics)
+        losses.append((micro_batch.rows, row_losses))
+        computed_tokens += micro_batch.computed_tokens
         if micro < job.accumulation - 1:
             run.engine.step()  # the engine counts a micro-batch, no weight changes
+    _require_finite(run, losses, step)
     norm = _update_weights(run)
     metrics = _over_all_processes(metrics)
     gradient_norm = float(norm)
@@ -540,8 +613,8 @@ def _train_step(run: Run, step: int) -> dict:
     entry = {"step": step, "lr": rate, "grad_norm": gradient_norm}
     if settings.loss != "sft" and "alpha" in LOSSES[settings.loss].settings:
         entry["alpha"] = alpha
-    seconds = time.time() - began
-    return entry | _log_columns(metrics, batch, job.names, settings.loss, seconds)
+    speed = _speed(run, batch, computed_tokens, time.time() - began)
+    return entry | speed | _log_columns(metrics, batch, job.names, settings.loss)
 
 
 def _set_rate(engine, rate: float) -> None:
@@ -600,24 +673,31 @@ def _loss_share(job: Job, batch: list[dict]) -> float:
     return 1 / tokens
 
 
-def _backward(run: Run, rows: list[dict], step: int, alpha: float, loss_share: float) -> Metrics:
-    """Add a micro-batch's Σ loss × loss_share to the step's gradient; return what it reports."""
+def _backward(
+    run: Run, micro_batch: MicroBatch, alpha: float, loss_share: float
+) -> tuple[Metrics, Tensor]:
+    """Add a micro-batch's Σ loss × loss_share to the step's gradient.
+
+    Return what it reports, and the losses of its rows. Nothing here waits for the GPU: while it
+    computes, the program is already at the next micro-batch.
+    """
     job = run.job
-    tensors = scoring.pack(rows, job.names, run.tokenizer.pad_token_id, run.scorer.shared)
-    ids = tensors.pop("ids")
-    inputs = {name: tensor.to(run.device) for name, tensor in tensors.items()}
-    scores = run.engine(**inputs)
-    reference_logps, dispersion_weights = _reference_of(job.reference_scores, ids, run.device)
-    result = row_losses(job.settings, scores, reference_logps, job.names, dispersion_weights, alpha)
-    _require_finite(run, rows, result.losses, ids, step)
+    scores = run.engine(**scoring.to_device(micro_batch.inputs, run.device))
+    reference_logps = micro_batch.reference_logps
+    if reference_logps is not None:
+        reference_logps = reference_logps.to(run.device, non_blocking=True)
+    result = row_losses(
+        job.settings, scores, reference_logps, job.names, micro_batch.dispersion_weights, alpha
+    )
     loss = result.losses.sum() * loss_share
     # the engine averages gradients over accumulation and processes, but their sum is wanted
     run.engine.backward(loss * job.accumulation * run.processes)
-    return _measure(loss, result, scores["logps"].view(len(job.names), -1))
+    metrics = _measure(loss, result, scores["logps"].view(len(job.names), -1))
+    return metrics, result.losses.detach()
 
 
 def _reference_of(
-    scores: ReferenceScores | None, ids: list[str], device: str
+    scores: ReferenceScores | None, ids: list[str]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the (responses, rows) reference log-probabilities and the dispersion weights of rows.
 
@@ -625,21 +705,27 @@ def _reference_of(
     """
     if scores is None:
         return None, None
-    logps = torch.stack([scores.logps[row_id] for row_id in ids], dim=1).to(device)
+    logps = torch.stack([scores.logps[row_id] for row_id in ids], dim=1)
     if scores.dispersion_weights is None:
         return logps, None
     dispersion_weights = [scores.dispersion_weights[row_id] for row_id in ids]
-    return logps, torch.tensor(dispersion_weights, device=device)
+    return logps, torch.tensor(dispersion_weights)
 
 
-def _require_finite(run: Run, rows: list[dict], losses: Tensor, ids: list[str], step: int) -> None:
-    """Raise NonFiniteLoss, which names the rows, unless the losses of a micro-batch are finite."""
-    if losses.isfinite().all():
+def _require_finite(run: Run, losses: list[tuple[list[dict], Tensor]], step: int) -> None:
+    """Raise NonFiniteLoss, which names the rows, unless the losses of a step are finite.
+
+    losses: of each micro-batch its rows and their losses.
+    """
+    all_losses = torch.cat([row_losses for _, row_losses in losses])
+    if all_losses.isfinite().all():
         return
-    finite = losses.isfinite().tolist()
-    bad = [row_id for row_id, is_finite in zip(ids, finite, strict=True) if not is_finite]
-    culprits = _culprits(run.model, rows, run.job.names, bad)
-    raise NonFiniteLoss(f"step {step}: the loss of rows {culprits} is not finite")
+    for rows, row_losses in losses:
+        finite = row_losses.isfinite().tolist()
+        bad = [row["id"] for row, is_finite in zip(rows, finite, strict=True) if not is_finite]
+        if bad:
+            culprits = _culprits(run.model, rows, run.job.names, bad)
+            raise NonFiniteLoss(f"step {step}: the loss of rows {culprits} is not finite")
 
 
 @torch.no_grad()
@@ -698,19 +784,31 @@ def _over_all_processes(metrics: Metrics) -> Metrics:
     return Metrics(*values.cpu().split(sizes))
 
 
-def _log_columns(
-    metrics: Metrics, batch: list[dict], names: list[str], loss: str, seconds: float
-) -> dict:
-    """Return a step's loss and speed, and for preferences the means over its rows.
+def _speed(run: Run, batch: list[dict], computed_tokens: int, seconds: float) -> dict:
+    """Return the log's columns of speed; the module's docstring lists them.
+
+    computed_tokens: of this process; the others are taken to compute as many.
+    """
+    tokens = sum(row_length(row, run.job.names) for row in batch)
+    operations = flops.training(run.model, batch, run.job.names)
+    columns = {
+        "rows_per_s": len(batch) / seconds,
+        "tokens_per_s": tokens / seconds,
+        "computed_tokens_per_s": computed_tokens * run.processes / seconds,
+        "flops_per_s": operations / seconds,
+    }
+    peak = flops.peak(run.device)
+    if peak is not None:
+        columns["mfu"] = columns["flops_per_s"] / (peak * run.processes)
+    return columns
+
+
+def _log_columns(metrics: Metrics, batch: list[dict], names: list[str], loss: str) -> dict:
+    """Return a step's loss, and for preferences the means over its rows.
 
     The module's docstring lists the columns.
     """
-    tokens = sum(row_length(row, names) for row in batch)
-    columns = {
-        "loss": metrics.loss.item(),
-        "tokens_per_s": tokens / seconds,
-        "rows_per_s": len(batch) / seconds,
-    }
+    columns = {"loss": metrics.loss.item()}
     if loss == "sft":
         return columns
     rows = len(batch)

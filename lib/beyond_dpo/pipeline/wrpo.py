@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from beyond_dpo import stats
+from beyond_dpo.jobs.settings import CLOCK
 from beyond_dpo.pipeline import config, gather, needs, sources, stages
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
@@ -572,7 +573,7 @@ def dynamics(cfg) -> Artifact:
         for (name, seed), run in runs.items():
             log = gather.read_lines(run, "log.jsonl")
             logs.append(log.assign(model=name, seed=seed))
-        log = pd.concat(logs).drop(columns=["tokens_per_s", "rows_per_s"])
+        log = pd.concat(logs).drop(columns=CLOCK, errors="ignore")
         gather.write_table(out / "log.csv", log.round(6))
         gaps = []
         for name, reference_pass in references.items():
