@@ -955,5 +955,15 @@ def test_top_k_top_p_by_hand(k, p, kept):
     assert top_k_top_p(logits, k, p).isfinite().sum() == kept
 
 
+@pytest.mark.parametrize(
+    ("device", "longest", "together"), [("cpu", 160, 64), ("cuda", 160, 1638), ("cuda", 4096, 64)]
+)
+def test_a_gpu_samples_as_many_requests_together_as_their_tokens_allow(device, longest, together):
+    backend = object.__new__(TransformersBackend)
+    backend.device = torch.device(device)
+    backend.decoding = {"max_model_len": longest}
+    assert backend._block_size() == together
+
+
 if __name__ == "__main__":
     launch.serve(Sabotaged)

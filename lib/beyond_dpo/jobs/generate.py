@@ -28,7 +28,8 @@ from beyond_dpo.machine import launch, paths, shards
 from beyond_dpo.precision import require_precision
 
 VLLM_BLOCK = 256  # requests that vLLM holds at one time
-TRANSFORMERS_BLOCK = 64  # requests that transformers samples together
+TRANSFORMERS_BLOCK = 64  # requests that transformers samples together, on a GPU at least
+GPU_TOKENS = 2**18  # of requests with their longest responses, which a GPU samples together
 # Decoding settings that vLLM's own sampler applies on a GPU, and our processors on a CPU.
 SAMPLER_SETTINGS = ("presence_penalty", "frequency_penalty", "top_k", "top_p")
 PROBE_TOKENS = 16  # of the text whose log-probability tells one set of weights from another
@@ -611,13 +612,23 @@ class TransformersBackend:
         torch.manual_seed(seed)
         requests = [prompt for prompt in prompts for _ in range(samples)]
         answers = []
-        for start in range(0, len(requests), TRANSFORMERS_BLOCK):
-            block = requests[start : start + TRANSFORMERS_BLOCK]
+        size = self._block_size()
+        for start in range(0, len(requests), size):
+            block = requests[start : start + size]
             responses = self._sample(block)
             logps = self._score(block, responses)
             answers += zip(responses, logps, strict=True)
             on_progress(len(answers), len(requests))
         return answers
+
+    def _block_size(self) -> int:
+        """Return how many requests are sampled together.
+
+        Each token takes a GPU about as long for many requests as for a few.
+        """
+        if self.device.type != "cuda":
+            return TRANSFORMERS_BLOCK
+        return max(TRANSFORMERS_BLOCK, GPU_TOKENS // self.decoding["max_model_len"])
 
     def _sample(self, prompts: list[list[int]]) -> list[list[int]]:
         """Sample one response to each prompt, all of them together."""
