@@ -180,13 +180,33 @@ def measure(shape: str, way: str, device: str, tokens: int = TOKENS) -> dict:
     return result
 
 
+def profile(shape: str, way: str, device: str, tokens: int) -> str:
+    """Return a table of what the time of a pass goes to."""
+    module = build(shape, way, device)
+    rows = random_rows(SHAPES[shape]["vocab_size"], tokens)
+    for _ in range(2):
+        timed_pass(module, rows, device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        timed_pass(module, rows, device)
+    by = "self_cuda_time_total" if device == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=70)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=["1B", "135M"], choices=SHAPES)
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--profile", help="one of the ways: only show where its time goes")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.profile:
+        table = profile(options.shapes[0], options.profile, device, options.tokens)
+        options.out.write_text(table)
+        return
     results = []
     for shape in options.shapes:
         for way in WAYS:

@@ -28,8 +28,13 @@ from results import Clock, Results, step_arguments
 
 CHILD = Path(__file__).with_name("train_child.py")
 OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory")
-VARIANTS = ("trl", "ours", "trl_best")  # TRL begins: it needs more memory
-LABELS = {"ours": "ours", "trl": "TRL", "trl_best": "TRL best"}
+VARIANTS = ("trl", "ours", "ours_compiled", "trl_best")  # TRL begins: it needs more memory
+LABELS = {
+    "ours": "ours",
+    "ours_compiled": "ours, compiled",
+    "trl": "TRL",
+    "trl_best": "TRL best",
+}
 
 
 class Case(NamedTuple):
@@ -109,6 +114,8 @@ def run_child(kind: str, job: dict) -> tuple[dict | None, str]:
 def variants(has_gpu: bool) -> list[str]:
     """Return what can be measured here: TRL where it is installed, its best where Liger is too."""
     kinds = ["ours"]
+    if has_gpu:
+        kinds.append("ours_compiled")
     if importlib.util.find_spec("trl"):
         kinds.append("trl")
         if has_gpu and importlib.util.find_spec("liger_kernel"):
@@ -210,7 +217,7 @@ def summarise(content: dict) -> list[str]:
     for case in content["settings"]["cases"]:
         name = case["name"]
         ours = rows_of(content, name, "ours")
-        for kind in ("ours", "trl", "trl_best"):
+        for kind in LABELS:
             rows = rows_of(content, name, kind)
             if rows:
                 lines.append(f"{name}, {LABELS[kind]}: {told(rows, ours)}")

@@ -1,6 +1,6 @@
 """One process of the step `train`: prepare a case, or do one training and tell its speed.
 
-    python train_child.py prepare|ours|trl|trl_best JOB.json
+    python train_child.py prepare|ours|ours_compiled|trl|trl_best JOB.json
 
 The job file holds what step_train.job_of() says. A training writes result.json into its folder.
 """
@@ -50,7 +50,7 @@ def shared(job: dict) -> dict:
     return {"model": job["model"], "rows": job["rows"], "names": NAMES, "limits": limits}
 
 
-def ours(job: dict) -> list[float]:
+def ours(job: dict, compiled: bool) -> list[float]:
     """Do what `python -m beyond_dpo.jobs.train` does; return the seconds of each step."""
     out = Path(job["out"], "trained")
     settings = {
@@ -63,6 +63,7 @@ def ours(job: dict) -> list[float]:
         "max_length": job["prompt"] + job["response"],
         "save_dtype": "bfloat16",
         "attention": "auto",
+        "compile": compiled,
         "launcher": "plain",
         "checkpoint_every": 10**6,  # none on the way
     }
@@ -185,8 +186,8 @@ def main(kind: str, file: str) -> None:
     if kind == "prepare":
         prepare(job)
         return
-    if kind == "ours":
-        seconds = ours(job)
+    if kind.startswith("ours"):
+        seconds = ours(job, compiled=kind == "ours_compiled")
     else:
         seconds = trl(job, best=kind == "trl_best")
     result = {"step_seconds": seconds, **memory()}

@@ -227,10 +227,13 @@ def attention(precision: str, wanted: str = "auto") -> str:
     That is `wanted`. "auto" is flex-attention on a GPU in precision "bf16", where it skips what a
     token does not see; everywhere else it is PyTorch's scaled-dot-product attention (sdpa). With
     flash-attention a prompt is computed once for each of its responses.
-    Raises ImportError for a flash-attention that is not there.
+    Raises ImportError for a flash-attention that is not there, and ValueError for flex-attention
+    without a GPU.
     """
     from transformers.utils import is_flash_attn_2_available
 
+    if wanted == FLEX and not torch.cuda.is_available():
+        raise ValueError("flex_attention trains on a GPU only; sdpa needs none")
     is_fast = torch.cuda.is_available() and precision == "bf16"
     if wanted == FLASH and not (is_fast and is_flash_attn_2_available()):
         raise ImportError(

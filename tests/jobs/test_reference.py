@@ -146,7 +146,7 @@ def flex(tiny):
     model = scoring.load_model(str(tiny), "sdpa", torch.float32).eval()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(10)
-    scoring.set_attention(model, "fp32", "flex_attention")
+    model.set_attn_implementation("flex_attention")
     return model
 
 
@@ -175,6 +175,12 @@ def test_a_model_that_knows_no_flex_attention_keeps_to_sdpa(model, monkeypatch):
     assert twin.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="does not support.*flex_attention"):
         scoring.set_attention(twin, "bf16", "flex_attention")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is what it needs")
+def test_flex_attention_needs_a_gpu(model):
+    with pytest.raises(ValueError, match="trains on a GPU only; sdpa needs none"):
+        scoring.set_attention(copy.deepcopy(model), "bf16", "flex_attention")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash-attention may be there with a GPU")

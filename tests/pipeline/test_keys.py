@@ -106,6 +106,7 @@ def test_the_machine_of_a_training_is_in_no_key():
         "offload": True,
         "gradient_checkpointing": True,
         "attention": "sdpa",
+        "compile": True,
         "processes": 8,
         "launcher": "srun",
         "checkpoint_every": 7,
