@@ -2,12 +2,12 @@
 
     python benchmarks/train_vs_trl.py                                # pip install .[bench]
 
-Both have the same model, pairs, precision and cores. The pairs are those of profile `cpu` (made
-first where they are missing). Both train SmolLM2-135M with a batch of 8 pairs, bf16 autocast over
-float32 weights, AdamW, no gradient checkpointing, the reference's log-probabilities computed
-beforehand, and an end token after each response. What is timed are the optimizer steps after the
-first two (not TRL's last, which may be short). TRL as it comes (reference model in memory, gradient
-checkpointing) is measured as well. `--profile` says where our time goes.
+Both have the same model, pairs, precision and cores. Responses are those of the pairs of profile
+`cpu` (made first where they are missing), with an end token each; prompts are cut from the same
+reviews to 8, 64 or 512 tokens. Both train SmolLM2-135M with a batch of 8 pairs, AdamW, no gradient
+checkpointing, and the reference's log-probabilities computed beforehand. TRL's best is batches of
+pairs of similar length besides. What is timed are the optimizer steps after the first two (not
+TRL's last, which may be short). `--profile` says where our time goes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,19 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from measure import report, run
 
 from beyond_dpo import templates
 from beyond_dpo.machine import workers
 from beyond_dpo.pipeline import assets, config, stages
-from beyond_dpo.rows import read_rows, write_rows
+from beyond_dpo.rows import read_rows, row_length, write_rows
 
 SKIP = 2  # steps that warm up
+REPORTS = {"fp32": "train_vs_trl", "bf16": "train_vs_trl_bf16"}
+PROMPT_TOKENS = (8, 64, 512)
+RESPONSE_TOKENS = 49  # at most: 48 of profile `cpu`, and an end token
 
 
 def our_jobs(job: dict) -> list[tuple[str, Path]]:
@@ -37,12 +41,14 @@ def our_jobs(job: dict) -> list[tuple[str, Path]]:
     Return a (module, file) for each.
     """
     work = Path(job["out"])
-    # No checkpoint is written on the way.
-    settings = dataclasses.replace(config.load("expo", "cpu").train, checkpoint_every=10**6)
-    limits = {
-        "max_prompt": settings.max_prompt,
-        "max_length": settings.max_length + 1,  # room for the end token
-    }
+    settings = dataclasses.replace(
+        config.load("expo", "cpu").train,
+        precision=job["precision"],
+        max_prompt=job["prompt_tokens"],
+        max_length=job["prompt_tokens"] + RESPONSE_TOKENS,
+        checkpoint_every=10**6,  # none on the way
+    )
+    limits = {"max_prompt": settings.max_prompt, "max_length": settings.max_length}
     shared = {
         "model": job["model"],
         "rows": job["rows"],
@@ -50,7 +56,7 @@ def our_jobs(job: dict) -> list[tuple[str, Path]]:
         "limits": limits,
     }
     scores = str(work / "reference.safetensors")
-    reference = {**shared, "precision": "bf16", "micro_batch": 8, "out": scores}
+    reference = {**shared, "precision": job["precision"], "micro_batch": 8, "out": scores}
     training = {
         **shared,
         "settings": dataclasses.asdict(settings),
@@ -75,7 +81,11 @@ def ours(job: dict) -> dict[str, float]:
     log = Path(job["out"], "ours", "log.jsonl").read_text().splitlines()
     steps = [json.loads(line) for line in log][SKIP:]
     seconds_per_pair = sum(1 / step["rows_per_s"] for step in steps) / len(steps)
-    return {"pairs_per_s": 1 / seconds_per_pair, "peak_gib": max(peaks)}
+    return {
+        "pairs_per_s": 1 / seconds_per_pair,
+        "peak_gib": max(peaks),
+        "flops_per_s": median(step["flops_per_s"] for step in steps),
+    }
 
 
 def profile(job: dict) -> None:
@@ -90,12 +100,10 @@ def profile(job: dict) -> None:
     print(operators.table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
 
 
-def trl(job: dict, precompute: bool) -> None:
+def trl(job: dict, best: bool) -> None:
     """Train with TRL on the same pairs as text; write the speed to result.json.
 
-    Args:
-        precompute: the reference's log-probabilities are computed beforehand, and there is no
-            gradient checkpointing.
+    best: pairs of similar length come together, so that little is padding.
     """
     import torch
     from datasets import Dataset
@@ -116,11 +124,14 @@ def trl(job: dict, precompute: bool) -> None:
 
     work = Path(job["out"])
     tokenizer = templates.load_tokenizer(job["model"])
+    rows = read_rows(job["rows"])
+    if best:
+        rows = sorted(rows, key=lambda row: row_length(row, ["chosen", "rejected"]))
     clock = Clock()
     trainer = DPOTrainer(
         AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
-        args=trl_settings(work, precompute),
-        train_dataset=Dataset.from_list(as_text(read_rows(job["rows"]), tokenizer)),
+        args=trl_settings(job, best),
+        train_dataset=Dataset.from_list(as_text(rows, tokenizer)),
         processing_class=tokenizer,
         callbacks=[clock],
     )
@@ -130,23 +141,24 @@ def trl(job: dict, precompute: bool) -> None:
     (work / "result.json").write_text(json.dumps({"pairs_per_s": speed}))
 
 
-def trl_settings(work: Path, precompute: bool):
-    """Return TRL's settings for what profile `cpu` does."""
+def trl_settings(job: dict, best: bool):
+    """Return TRL's settings for what ours() does."""
     from trl import DPOConfig
 
     train = config.load("expo", "cpu").train
     return DPOConfig(
-        output_dir=str(work / "trl"),
+        output_dir=str(Path(job["out"], "trl")),
         per_device_train_batch_size=train.global_batch,
         num_train_epochs=1,
         learning_rate=train.lr,
         beta=train.beta,
-        max_length=train.max_length + 1,
-        bf16=True,
+        max_length=job["prompt_tokens"] + RESPONSE_TOKENS,
+        bf16=job["precision"] == "bf16",
         use_cpu=True,
         seed=0,
-        precompute_ref_log_probs=precompute,
-        gradient_checkpointing=not precompute,
+        precompute_ref_log_probs=True,
+        gradient_checkpointing=False,
+        train_sampling_strategy="sequential" if best else "random",
         report_to=[],
         save_strategy="no",
         logging_steps=10**6,
@@ -179,21 +191,29 @@ def pairs_with_end_token(number: int) -> list[dict]:
     return rows
 
 
-def tokens_per_pair(rows: list[dict]) -> float:
-    """Return the mean number of tokens of a pair, whose prompt stands before each response."""
-    tokens = 0
+def with_prompts(rows: list[dict], tokens: int) -> list[dict]:
+    """Return rows whose prompts have so many tokens, of all the rows' texts one after the other."""
+    text = []
     for row in rows:
-        tokens += 2 * len(row["prompt_ids"])
-        tokens += sum(len(ids) for ids in row["responses"].values())
-    return tokens / len(rows)
+        text += row["prompt_ids"]
+        for ids in row["responses"].values():
+            text += ids[:-1]
+    longer = []
+    for i, row in enumerate(rows):
+        start = i * len(text) // len(rows)
+        prompt = [text[k % len(text)] for k in range(start, start + tokens)]
+        longer.append({**row, "prompt_ids": prompt})
+    return longer
 
 
-def write_job(work: Path, rows: list[dict]) -> dict:
-    """Write the rows of one training, and job.json with the paths that it needs; return those."""
+def write_job(work: Path, rows: list[dict], precision: str) -> dict:
+    """Write the rows of one training, and job.json with what it needs; return that."""
     write_rows(work / "pairs.jsonl", rows)
     job = {
         "model": str(assets.model_dir("smollm2")),
         "rows": str(work / "pairs.jsonl"),
+        "prompt_tokens": len(rows[0]["prompt_ids"]),
+        "precision": precision,
         "out": str(work),
     }
     (work / "job.json").write_text(json.dumps(job))
@@ -211,25 +231,26 @@ def child(kind: str, file: str) -> None:
     if kind == "profile":
         profile(job)
     else:
-        trl(job, precompute=kind == "trl")
+        trl(job, best=kind == "trl_best")
 
 
-def measure_round(rows: list[dict]) -> dict[str, float]:
-    """Train once in each of the three ways."""
-    tokens = tokens_per_pair(rows)
+def measure_round(rows: list[dict], precision: str) -> dict[str, float]:
+    """Train once in each of the three ways on prompts of each length."""
     result = {}
-    for kind in ("ours", "trl", "trl_default"):
-        with tempfile.TemporaryDirectory() as folder:
-            work = Path(folder)
-            job = write_job(work, rows)
-            if kind == "ours":
-                measured = ours(job)
-            else:
-                measured = run_child(kind, work)
-                measured.update(json.loads((work / "result.json").read_text()))
-        result[f"{kind}_pairs_per_s"] = measured["pairs_per_s"]
-        result[f"{kind}_peak_gib"] = measured["peak_gib"]
-        result[f"{kind}_tokens_per_s"] = measured["pairs_per_s"] * tokens
+    for tokens in PROMPT_TOKENS:
+        for kind in ("ours", "trl", "trl_best"):
+            with tempfile.TemporaryDirectory() as folder:
+                work = Path(folder)
+                job = write_job(work, with_prompts(rows, tokens), precision)
+                if kind == "ours":
+                    measured = ours(job)
+                else:
+                    measured = run_child(kind, work)
+                    measured.update(json.loads((work / "result.json").read_text()))
+            for name in ("pairs_per_s", "peak_gib", "flops_per_s"):
+                if name in measured:
+                    result[f"{kind}_{name}_{tokens}"] = measured[name]
+            print(tokens, kind, measured["pairs_per_s"], measured["peak_gib"], flush=True)
     return result
 
 
@@ -237,12 +258,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--pairs", type=int, default=96, help="how many pairs are trained on: 8 a step"
+        "--pairs", type=int, default=64, help="how many pairs are trained on: 8 a step"
     )
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument(
         "--freeze", action="store_true", help="write data/frozen/benchmarks/train_vs_trl.json"
     )
-    parser.add_argument("--profile", action="store_true", help="only show what our time goes to")
+    parser.add_argument(
+        "--profile",
+        type=int,
+        metavar="TOKENS",
+        help="only show what our time goes to, with prompts of so many tokens",
+    )
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -251,21 +278,28 @@ def main() -> None:
     rows = pairs_with_end_token(options.pairs)
     if options.profile:
         with tempfile.TemporaryDirectory() as folder:
-            write_job(Path(folder), rows)
-            print(run_child("profile", Path(folder))["output"])
+            work = Path(folder)
+            write_job(work, with_prompts(rows, options.profile), options.precision)
+            print(run_child("profile", work)["output"])
         return
     rounds = []
     for _ in range(options.rounds):
-        rounds.append(measure_round(rows))
+        rounds.append(measure_round(rows, options.precision))
         print(rounds[-1], flush=True)
     settings = {
         "model": "SmolLM2-135M",
         "pairs": len(rows),
         "batch": 8,
-        "tokens_per_pair": tokens_per_pair(rows),
-        "precision": "bf16",
+        "response_tokens": mean_response(rows),
+        "precision": options.precision,
     }
-    report("train_vs_trl", settings, rounds, options.freeze)
+    report(REPORTS[options.precision], settings, rounds, options.freeze)
+
+
+def mean_response(rows: list[dict]) -> float:
+    """Return the mean number of tokens of a response."""
+    lengths = [len(ids) for row in rows for ids in row["responses"].values()]
+    return sum(lengths) / len(lengths)
 
 
 if __name__ == "__main__":

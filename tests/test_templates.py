@@ -24,7 +24,7 @@ from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from beyond_dpo import scoring, templates
+from beyond_dpo import attention, scoring, templates
 from beyond_dpo.jobs.generate import Engine
 from beyond_dpo.machine import paths
 from beyond_dpo.rows import epoch_order, prepare, read_rows, row_length, truncate, write_rows
@@ -743,7 +743,7 @@ def test_packed_mask_by_hand(packed, line):
     wanted = []
     for marks in SEEN[line].split():
         wanted.append([mark == "1" for mark in marks])
-    seen = scoring.visible(packed["row_of_token"], packed["part_of_token"])
+    seen = attention.visible(packed["row_of_token"], packed["part_of_token"])
     assert seen.dtype == torch.bool
     assert seen[line, 0].tolist() == wanted
 
@@ -752,8 +752,8 @@ def test_packed_mask_by_hand(packed, line):
 def test_blocks_see_what_the_mask_says(uneven_rows, multiple):
     """What flex-attention is told is what sdpa is told."""
     batch = scoring.pack(uneven_rows, NAMES, pad_id=1, multiple=multiple)
-    wanted = scoring.visible(batch["row_of_token"], batch["part_of_token"])
-    blocks = scoring.visible_blocks(batch["row_of_token"], batch["part_of_token"])
+    wanted = attention.visible(batch["row_of_token"], batch["part_of_token"])
+    blocks = attention.visible_blocks(batch["row_of_token"], batch["part_of_token"])
     lines, width = batch["input_ids"].shape
     assert blocks.shape == (lines, 1, width, width)
     found = create_mask(blocks.mask_mod, lines, 1, width, width, device="cpu")
@@ -770,7 +770,7 @@ def test_blocks_that_see_nothing_are_skipped():
         rows.append(row(name, range(128), chosen=range(128), rejected=range(128)))
     batch = scoring.pack(rows, ["chosen", "rejected"], pad_id=1, multiple=128)
     assert batch["input_ids"].shape == (1, 768)
-    blocks = scoring.visible_blocks(batch["row_of_token"], batch["part_of_token"])
+    blocks = attention.visible_blocks(batch["row_of_token"], batch["part_of_token"])
     of_a_row = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
     wanted = torch.block_diag(torch.tensor(of_a_row), torch.tensor(of_a_row))
     assert torch.equal(blocks.to_dense()[0, 0].long(), wanted)
@@ -837,7 +837,7 @@ def test_pack_wastes_little(uneven_rows):
 def test_every_packed_position_sees_something(uneven_rows):
     """One that sees nothing would be NaN, and its gradient too."""
     batch = scoring.pack(uneven_rows, NAMES, pad_id=1)
-    seen = scoring.visible(batch["row_of_token"], batch["part_of_token"])
+    seen = attention.visible(batch["row_of_token"], batch["part_of_token"])
     assert seen.any(-1).all()
 
 

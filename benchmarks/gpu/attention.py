@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beyond_dpo import flops, scoring
+from beyond_dpo import attention, flops, scoring
 from beyond_dpo.jobs import train
 
 PAIRS = 8
@@ -120,12 +120,12 @@ class Shared(torch.nn.Module):
 
 def build(shape: str, way: str, device: str):
     """Return a random model that computes in one of the WAYS."""
-    attention, shares, compiled = WAYS[way]
+    implementation, shares, compiled = WAYS[way]
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[shape], tie_word_embeddings=True, max_position_embeddings=4096)
     with torch.device(device):
         model = LlamaForCausalLM(config)
-    scoring.set_attention(model, "bf16", attention)
+    attention.apply(model, "bf16", implementation)
     kind = Shared if shares else Separate
     return kind(model.train(), compiled)
 

@@ -171,7 +171,7 @@ def _load_classifier(folder, tokenizer, dtype, trust_remote_code: bool):
     """Return a sequence-classification model; raise ValueError for one without a trained head."""
     from transformers import AutoModelForSequenceClassification
 
-    from beyond_dpo import armorm, scoring
+    from beyond_dpo import armorm, attention
 
     if armorm.is_gated(folder):
         return armorm.ArmoRM(folder, tokenizer, dtype)
@@ -185,7 +185,7 @@ def _load_classifier(folder, tokenizer, dtype, trust_remote_code: bool):
     missing = sorted(report["missing_keys"])
     if missing:  # transformers would only warn, and score with random numbers
         raise ValueError(f"{folder} is no finished reward model, it lacks {missing[:3]}")
-    scoring.use_attention_that_caps(model)
+    attention.use_one_that_caps(model)
     return model
 
 

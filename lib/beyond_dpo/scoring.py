@@ -4,7 +4,6 @@ Many responses are packed into one batch, in which each prompt is computed once.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.checkpoint import checkpoint
 
+from beyond_dpo import attention
 from beyond_dpo.rows import row_length
 
-# The name of a config's setting by which a model caps its attention scores.
-ATTENTION_CAP = re.compile("att.*(soft_?cap|logits?_cap)")
 # Response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB).
 CHUNK = 2048
-FLASH = "flash_attention_2"
-FLEX = "flex_attention"
+# Tokens of a row's longest sequence from which on a CPU computes attention row by row: below it one
+# masked product of a line takes less time than many small ones.
+ROWS_FROM = 128
 FLEX_BLOCK = 128  # tokens: flex-attention looks at whole blocks of them
 
 
@@ -34,6 +33,7 @@ class _Line:
     parts: list[int] = field(default_factory=list)  # 0: the row's prompt, k: its k-th response
     # {(k, sequence): where in the line each token of its k-th response is predicted}
     predictors: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    spans: list[attention.Span] = field(default_factory=list)  # of the rows
 
     def append(self, tokens: list[int], first_position: int, row: int, part: int) -> int:
         """Add tokens; return where in the line they begin."""
@@ -67,7 +67,8 @@ def pack(
         multiple: L is filled up to a multiple of it.
     Returns:
         input_ids, position_ids: (lines, L).
-        row_of_token, part_of_token: (lines, L), what visible() reads; absent if not shared.
+        row_of_token, part_of_token: (lines, L), what attention.visible() reads, and
+        spans: the rows of each line, what attention.by_rows() reads; absent if not shared.
         labels: (N,) the response tokens, name-major: all of names[0] first, row by row.
         predictors: (N,) where in `input_ids.flatten()` each of them is predicted.
         tokens: (len(names) * B,) the number of tokens of each response.
@@ -106,6 +107,7 @@ def pack(
     if shared:
         batch["row_of_token"] = _pad([line.rows for line in lines], -1, width)
         batch["part_of_token"] = _pad([line.parts for line in lines], 0, width)
+        batch["spans"] = [line.spans for line in lines]
     return batch
 
 
@@ -154,12 +156,15 @@ def _lay_out(sequences: list[list[list[int]]], members: list[list[int]]) -> list
         line = _Line()
         for i in indices:
             prompt, *responses = sequences[i]
-            line.append(prompt, 0, i, part=0)
-            last_of_prompt = len(line.input_ids) - 1
+            prompt_start = line.append(prompt, 0, i, part=0)
+            prompt_end = len(line.input_ids)
+            line.spans.append(attention.Span((prompt_start, prompt_end), []))
             for part, response in enumerate(responses, start=1):
                 start = line.append(response, len(prompt), i, part)
                 # The prompt's last token predicts the first one, which predicts the second.
-                chain = [last_of_prompt, *range(start, start + len(response))]
+                end = start + len(response)
+                line.spans[-1].responses.append((start, end))
+                chain = [prompt_end - 1, *range(start, end)]
                 line.predictors[part, i] = chain[: len(response)]
         lines.append(line)
     return lines
@@ -185,99 +190,6 @@ def _pad(lines: list[list[int]], value: int, width: int) -> Tensor:
     return padded
 
 
-def visible(row_of_token: Tensor, part_of_token: Tensor) -> Tensor:
-    """Return (lines, 1, L, L) bool: whether the first of two positions sees the second.
-
-    A token sees itself and what comes before it in its row's prompt and in its own response.
-    Padding sees padding, as a position that sees nothing would be NaN.
-
-    row_of_token, part_of_token: (lines, L), see pack().
-    """
-    seen_row = row_of_token.unsqueeze(1)
-    same_row = row_of_token.unsqueeze(2) == seen_row
-    seen_part = part_of_token.unsqueeze(1)
-    same_part = part_of_token.unsqueeze(2) == seen_part
-    in_prompt = seen_part == 0
-    is_seen = same_row & (in_prompt | same_part)
-    not_after = is_seen.tril()
-    return not_after.unsqueeze(1)
-
-
-def visible_blocks(row_of_token: Tensor, part_of_token: Tensor):
-    """Return what visible() says as a BlockMask: flex-attention skips blocks that see nothing."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    rows = row_of_token.int()
-    parts = part_of_token.int()
-
-    def is_seen(line, head, position, seen_position):
-        same_row = rows[line, position] == rows[line, seen_position]
-        seen_part = parts[line, seen_position]
-        same_part = parts[line, position] == seen_part
-        not_after = position >= seen_position
-        return same_row & ((seen_part == 0) | same_part) & not_after
-
-    lines, width = rows.shape
-    return create_block_mask(is_seen, lines, None, width, width, device=rows.device)
-
-
-def attention(precision: str, wanted: str = "auto") -> str:
-    """Return the attention to ask transformers for.
-
-    That is `wanted`. "auto" is flex-attention on a GPU in precision "bf16", where it skips what a
-    token does not see; everywhere else it is PyTorch's scaled-dot-product attention (sdpa). With
-    flash-attention a prompt is computed once for each of its responses.
-    Raises ImportError for a flash-attention that is not there, and ValueError for flex-attention
-    without a GPU.
-    """
-    from transformers.utils import is_flash_attn_2_available
-
-    if wanted == FLEX and not torch.cuda.is_available():
-        raise ValueError("flex_attention trains on a GPU only; sdpa needs none")
-    is_fast = torch.cuda.is_available() and precision == "bf16"
-    if wanted == FLASH and not (is_fast and is_flash_attn_2_available()):
-        raise ImportError(
-            "flash_attention_2 needs a GPU, precision bf16 and `pip install flash-attn`; sdpa "
-            "needs none"
-        )
-    if wanted != "auto":
-        return wanted
-    return FLEX if is_fast else "sdpa"
-
-
-def set_attention(model, precision: str, wanted: str = "auto") -> None:
-    """Let a transformers model compute its attention as attention() says.
-
-    For "auto", a model that knows no flex-attention keeps to sdpa. Raises ImportError as
-    attention(), and ValueError for a model that does not know what is wanted.
-    """
-    implementation = attention(precision, wanted)
-    if wanted == "auto" and implementation == FLEX and not model._supports_flex_attn:
-        implementation = "sdpa"
-    if implementation == FLEX:
-        # Lengths differ from batch to batch: one kernel for all of them.
-        torch._dynamo.config.assume_static_by_default = False
-    model.set_attn_implementation(implementation)
-
-
-def caps_attention(config) -> bool:
-    """Return whether a model caps its attention scores, as Gemma-2 does: s ← c · tanh(s / c)."""
-    for name, value in config.to_dict().items():
-        if value and ATTENTION_CAP.match(name):
-            return True
-    return False
-
-
-def use_attention_that_caps(model) -> None:
-    """Switch a transformers model that caps its attention scores from sdpa to eager attention.
-
-    sdpa leaves the cap out in silence.
-    """
-    uses_sdpa = model.config._attn_implementation == "sdpa"
-    if uses_sdpa and caps_attention(model.config.get_text_config()):
-        model.set_attn_implementation("eager")
-
-
 class ResponseScorer(torch.nn.Module):
     """Wrap a causal language model so that `forward` scores responses.
 
@@ -297,18 +209,31 @@ class ResponseScorer(torch.nn.Module):
         self.chunk = chunk
         self.config = model.config.get_text_config()
         self.window = getattr(self.config, "sliding_window", None) or math.inf
-        use_attention_that_caps(model)
+        attention.use_one_that_caps(model)
         implementation = getattr(model.config, "_attn_implementation", "")
-        self.flex = implementation == FLEX
+        self.flex = implementation == attention.FLEX
+        self.by_rows = implementation == attention.BY_ROWS
+        self.rows_from = 0
         # flash-attention knows neither float32 nor a mask in which several responses see a prompt.
-        self.shared = implementation != FLASH
-        self.bf16 = precision == "bf16" and implementation in (FLASH, FLEX)
+        self.shared = implementation != attention.FLASH
+        self.bf16 = precision == "bf16" and implementation in (attention.FLASH, attention.FLEX)
+        self._check_rows()
         self._check(0.03 if self.bf16 else 0.01)
         self.bf16 = precision == "bf16"
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def _check_rows(self) -> None:
+        """Let a model that does not hand the rows' spans to its attention compute by a mask."""
+        if not self.by_rows:
+            return
+        try:
+            self._check(0.01)
+        except (TypeError, ValueError):
+            self.by_rows = False
+        self.rows_from = ROWS_FROM
 
     @torch.no_grad()
     def _check(self, relative_tolerance: float) -> None:
@@ -356,10 +281,13 @@ class ResponseScorer(torch.nn.Module):
         """
         multiple = FLEX_BLOCK if self.flex else 1
         batch = pack(rows, names, pad_id, self.shared, multiple)
-        if batch["position_ids"].max() >= self.window:
+        longest = int(batch["position_ids"].max()) + 1
+        if longest > self.window:
             raise ValueError(
                 f"a sequence is longer than the model's attention window of {self.window} tokens"
             )
+        if not self.by_rows or longest < self.rows_from:
+            batch.pop("spans", None)
         return batch
 
     def forward(
@@ -371,6 +299,7 @@ class ResponseScorer(torch.nn.Module):
         tokens: Tensor,
         row_of_token: Tensor | None = None,
         part_of_token: Tensor | None = None,
+        spans: list | None = None,
         entropy: bool = False,
     ) -> dict[str, Tensor]:
         """Score the responses of a batch, which is what self.pack() returns without its ids.
@@ -384,8 +313,11 @@ class ResponseScorer(torch.nn.Module):
             entropies: (responses,) float32 in 0…1, only if `entropy`: the mean over a response's
                 tokens of the entropy of p divided by ln |V|; NaN without tokens.
         """
-        mask = self._mask(row_of_token, part_of_token)
-        hidden = self._hidden(input_ids, position_ids, mask)
+        if spans is None:
+            options = {"attention_mask": self._mask(row_of_token, part_of_token)}
+        else:
+            options = {"spans": spans}
+        hidden = self._hidden(input_ids, position_ids, options)
         hidden = hidden.flatten(0, 1)[predictors]
         score_tokens = self._score_tokens
         chunks = self._chunks(labels)
@@ -410,23 +342,26 @@ class ResponseScorer(torch.nn.Module):
         if row_of_token is None:
             return None
         if self.flex:
-            return visible_blocks(row_of_token, part_of_token)
+            return attention.visible_blocks(row_of_token, part_of_token)
         # What is added to the scores is a mask that sdpa and eager attention know.
         dtype = next(self.model.parameters()).dtype
         if self.bf16:
             dtype = torch.bfloat16
-        is_seen = visible(row_of_token, part_of_token)
+        is_seen = attention.visible(row_of_token, part_of_token)
         zeros = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
         return zeros.masked_fill(~is_seen, -math.inf)
 
-    def _hidden(self, input_ids, position_ids, attention_mask) -> Tensor:
-        """Return the decoder's last hidden states, (lines, L, hidden size)."""
+    def _hidden(self, input_ids, position_ids, options: dict) -> Tensor:
+        """Return the decoder's last hidden states, (lines, L, hidden size).
+
+        options: what says who sees whom.
+        """
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model.get_decoder()(
                 input_ids=input_ids,
                 position_ids=position_ids,
-                attention_mask=attention_mask,
                 use_cache=False,
+                **options,
             )
         return output.last_hidden_state
 
@@ -502,10 +437,10 @@ def to_device(batch: dict[str, Tensor], device: torch.device | str) -> dict[str,
 
     The copies of pinned memory go on while the program does.
     """
-    moved = {}
-    for name, tensor in batch.items():
-        stays = name == "tokens"
-        moved[name] = tensor if stays else tensor.to(device, non_blocking=True)
+    moved = dict(batch)
+    for name, value in batch.items():
+        if name not in ("tokens", "spans"):
+            moved[name] = value.to(device, non_blocking=True)
     return moved
 
 
@@ -518,7 +453,7 @@ def load_scorer(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(folder, "sdpa", dtype)
-    set_attention(model, precision)
+    attention.apply(model, precision)
     return ResponseScorer(model.to(device), precision)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from beyond_dpo import scoring
+from beyond_dpo import attention, scoring
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 NAMES = {2: ["chosen", "rejected"], 3: ["source", "target", "rejected"]}
@@ -38,7 +38,7 @@ def alone(rows, names):
     return separate
 
 
-def model_on_gpu(attention, precision):
+def model_on_gpu(implementation, precision):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -51,7 +51,7 @@ def model_on_gpu(attention, precision):
         max_position_embeddings=4096,
     )
     model = LlamaForCausalLM(config).cuda().train()
-    scoring.set_attention(model, precision, attention)
+    attention.apply(model, precision, implementation)
     return scoring.ResponseScorer(model, precision)
 
 
@@ -90,5 +90,5 @@ def test_lengths_may_change_from_batch_to_batch():
 
 
 def test_a_gpu_in_bf16_takes_flex_by_itself():
-    assert scoring.attention("bf16") == "flex_attention"
-    assert scoring.attention("fp32") == "sdpa"
+    assert attention.choose("bf16") == "flex_attention"
+    assert attention.choose("fp32") == "sdpa"

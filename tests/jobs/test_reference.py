@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from beyond_dpo import scoring
+from beyond_dpo import attention, scoring
 from beyond_dpo.jobs import reference
 from beyond_dpo.machine import launch
 from beyond_dpo.rows import prepare, row_length, write_rows
@@ -136,8 +136,8 @@ def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
 
 
 def test_flash_attention_is_not_taken_where_it_cannot_be():
-    assert scoring.attention("fp32") == "sdpa"
-    assert scoring.attention("bf16", "sdpa") == "sdpa"
+    assert attention.choose("fp32") in ("sdpa", "by_rows")
+    assert attention.choose("bf16", "sdpa") == "sdpa"
 
 
 @pytest.fixture(scope="module")
@@ -168,26 +168,26 @@ def test_flex_attention_scores_as_each_response_alone(flex, rows, names, precisi
 
 def test_a_model_that_knows_no_flex_attention_keeps_to_sdpa(model, monkeypatch):
     """Only where flex-attention was not asked for by name."""
-    monkeypatch.setattr(scoring, "attention", lambda precision, wanted: "flex_attention")
+    monkeypatch.setattr(attention, "choose", lambda precision, wanted: "flex_attention")
     monkeypatch.setattr(type(model), "_supports_flex_attn", False)
     twin = copy.deepcopy(model)
-    scoring.set_attention(twin, "bf16")
+    attention.apply(twin, "bf16")
     assert twin.config._attn_implementation == "sdpa"
     with pytest.raises(ValueError, match="does not support.*flex_attention"):
-        scoring.set_attention(twin, "bf16", "flex_attention")
+        attention.apply(twin, "bf16", "flex_attention")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is what it needs")
 def test_flex_attention_needs_a_gpu(model):
     with pytest.raises(ValueError, match="trains on a GPU only; sdpa needs none"):
-        scoring.set_attention(copy.deepcopy(model), "bf16", "flex_attention")
+        attention.apply(copy.deepcopy(model), "bf16", "flex_attention")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash-attention may be there with a GPU")
 def test_flash_attention_needs_a_gpu():
-    assert scoring.attention("bf16") == "sdpa"
+    assert attention.choose("bf16") == "by_rows"
     with pytest.raises(ImportError, match="needs a GPU.*pip install flash-attn"):
-        scoring.attention("bf16", "flash_attention_2")
+        attention.choose("bf16", "flash_attention_2")
 
 
 def gradients(model, score, responses):
@@ -299,12 +299,12 @@ def test_attention_scores_are_capped_as_in_the_model(tmp_path, cap):
     row = {"id": "", "prompt_ids": prompt, "responses": {"a": response}}
     scorers = [scoring.load_scorer(str(tmp_path))]
     logps = {}
-    for attention in ("eager", "sdpa"):
+    for implementation in ("eager", "sdpa"):
         model = AutoModelForCausalLM.from_pretrained(
-            tmp_path, dtype=torch.float32, attn_implementation=attention
+            tmp_path, dtype=torch.float32, attn_implementation=implementation
         ).eval()
         # before a scorer takes the model from sdpa to eager attention
-        logps[attention], _ = by_hand(model, prompt, response)
+        logps[implementation], _ = by_hand(model, prompt, response)
         scorers.append(ResponseScorer(model))
     assert abs(logps["eager"] - logps["sdpa"]) > 1e-3, "the cap matters"
     for scorer in scorers:
@@ -318,8 +318,8 @@ def test_attention_scores_are_capped_as_in_the_model(tmp_path, cap):
 def test_which_settings_cap_attention(name):
     from transformers import LlamaConfig
 
-    assert scoring.caps_attention(LlamaConfig(**{name: 30.0}))
-    assert not scoring.caps_attention(LlamaConfig(**{name: None}, final_logit_softcapping=30.0))
+    assert attention.caps(LlamaConfig(**{name: 30.0}))
+    assert not attention.caps(LlamaConfig(**{name: None}, final_logit_softcapping=30.0))
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tiny, tmp_path):

@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from beyond_dpo import dispersion, events, flops, lora, precision, scoring, templates
+from beyond_dpo import attention, dispersion, events, flops, lora, precision, scoring, templates
 from beyond_dpo.files import share_weights, sync, write_file
 from beyond_dpo.jobs.reference import load as load_reference
 from beyond_dpo.jobs.settings import ConfigError, Train, check_batch
@@ -441,7 +441,7 @@ def _load_scorer(job: Job, device: str) -> scoring.ResponseScorer:
     settings = job.settings
     torch.manual_seed(job.seed)
     model = scoring.load_model(job.model, "sdpa", torch.float32)
-    scoring.set_attention(model, settings.precision, settings.attention)
+    attention.apply(model, settings.precision, settings.attention)
     if settings.lora_rank:
         lora.inject(model, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
@@ -574,10 +574,15 @@ def _micro_batch(run: Run, rows: list[dict]) -> MicroBatch:
     ids = inputs.pop("ids")
     reference_logps, dispersion_weights = _reference_of(run.job.reference_scores, ids)
     if run.device != "cpu":
-        inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
+        inputs = {name: _pinned(value) for name, value in inputs.items()}
         if reference_logps is not None:
             reference_logps = reference_logps.pin_memory()
     return MicroBatch(rows, inputs, reference_logps, dispersion_weights)
+
+
+def _pinned(value):
+    """Return a tensor in pinned memory; what is no tensor as it is."""
+    return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 def _train_step(run: Run, step: int, micro_batches: Iterator[MicroBatch]) -> dict:
