@@ -150,15 +150,17 @@ class Bench:
         self.kinds = kinds
         self.longest = {}  # seconds of (case, kind)
 
-    def prepare(self, case: Case) -> bool:
-        """Write what a case needs; return whether that succeeded."""
-        began = perf_counter()
-        result, output = run_child("prepare", job_of(case, self.setting))
-        if result is None:
-            self.results.note(f"{case.name} could not be prepared: {last_line(output)}")
-            return False
-        print(f"{case.name}: prepared in {perf_counter() - began:.1f} s", flush=True)
-        return True
+    def prepare(self, cases: list[Case]) -> list[Case]:
+        """Write what the cases need; return those for which that succeeded."""
+        jobs = [job_of(case, self.setting) for case in cases]
+        run_child("prepare", {"jobs": jobs, "out": str(self.setting.work / "prepare")})
+        ready = []
+        for case, job in zip(cases, jobs, strict=True):
+            if Path(job["reference"]).exists():
+                ready.append(case)
+            else:
+                self.results.note(f"{case.name} could not be prepared: see the log")
+        return ready
 
     def round(self, number: int, case: Case) -> Case:
         """Measure each side once; return the case, with the micro-batch that it has now."""
@@ -263,11 +265,8 @@ def main() -> None:
     }
     results = Results(options.out / "train.json", settings, summarise)
     bench = Bench(results, clock, setting, variants(bool(gpu)))
-    ready = []
-    for case in cases:
-        if bench.prepare(case):
-            ready.append(bench.round(0, case))
-    for number in range(1, options.rounds):
+    ready = bench.prepare(cases)
+    for number in range(options.rounds):
         ready = [bench.round(number, case) for case in ready]
     if not results.content["measured"]:
         sys.exit("nothing was measured")
