@@ -54,6 +54,9 @@ PLATFORMS = (
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
 )
+# Not taken from the wheels in a check: one is of another Python, and DeepSpeed without its compiled
+# collectives compiles them at its first start on a CPU.
+OWN = ("multiprocess-*-py312-none-any.whl", "deepspeed-*.whl")
 PIP = [sys.executable, "-m", "pip"]
 # Imported by every Python of a check, before anything else: of what is installed here, it finds
 # nothing but the packages that are allowed.
@@ -69,7 +72,9 @@ def find_spec(name, path=None, target=None):
     if path is not None or spec is None or name in ALLOWED:
         return spec
     places = [spec.origin or "", *(spec.submodule_search_locations or [])]
-    return None if any("site-packages" in place for place in places) else spec
+    installed = [place for place in places if "site-packages" in place]
+    own = [place for place in installed if "_vendor" not in place]  # else it is part of another
+    return None if own else spec
 
 PathFinder.find_spec = find_spec
 """
@@ -209,8 +214,8 @@ def needed_by(names: set[str]) -> set[str]:
 def check(options: list[str]) -> int:
     """Run all steps on tiny models where nothing else can be imported; return the exit status.
 
-    Wheels of pure Python are those that are carried. Compiled ones are of another Python here, so
-    this environment's own take their place.
+    Wheels of pure Python are those that are carried. Compiled ones, and those of OWN, are this
+    environment's own.
     """
     with tempfile.TemporaryDirectory() as folder:
         guard = Path(folder, "guard")
@@ -220,9 +225,8 @@ def check(options: list[str]) -> int:
         pure.mkdir()
         for wheel in WHEELS.glob("*-none-any.whl"):
             shutil.copy(wheel, pure)
-        own_version = f"py{sys.version_info.major}{sys.version_info.minor}"
-        for wheel in pure.glob("*-py312-none-any.whl"):
-            if own_version != "py312":
+        for name in OWN:
+            for wheel in pure.glob(name):
                 wheel.unlink()
         environment = {
             **os.environ,

@@ -48,9 +48,7 @@ def join_parts(folder: Path, cache: Path) -> list[str]:
     cache.mkdir(parents=True, exist_ok=True)
     firsts = sorted(folder.glob("*.part00"))
     names = [first.name.removesuffix(".part00") for first in firsts]
-    for name in names:
-        if (cache / name).exists():
-            continue
+    for name in names:  # anew each time: an earlier call may not have had all parts
         partial = cache / f".{name}.partial"
         with open(partial, "wb") as joined:
             for part in sorted(folder.glob(f"{name}.part*")):
