@@ -231,6 +231,12 @@ def test_a_small_or_slow_disk_gets_fewer_layers(modules):
     assert modules("step_extrapolate").model_bytes(small) * 4 <= 36 * 2**30
 
 
+def test_some_cases_are_chosen_by_their_numbers(modules):
+    step = modules("step_train")
+    assert step.chosen(step.CASES, "") == list(step.CASES)
+    assert [case.name for case in step.chosen(step.CASES, "1,3")] == ["1B 512+512", "135M 16+64"]
+
+
 def test_a_case_out_of_memory_goes_on_with_half_its_micro_batch(modules, tmp_path, monkeypatch):
     step = modules("step_train")
     results = modules("results")

@@ -91,6 +91,8 @@ def run_step(name: str, seconds: float, options, site: Path | None) -> dict:
     command += ["--tiny"] if options.tiny else []
     if name in ("train", "extrapolate"):
         command += ["--rounds", str(options.rounds)]
+    if name == "train":
+        command += ["--kinds", options.kinds, "--cases", options.cases]
     if name == "environment" and COMMIT.exists():
         command += ["--commit", COMMIT.read_text().strip()]
     began = time.monotonic()
@@ -185,6 +187,8 @@ def parsed() -> argparse.Namespace:
         help=f"may be repeated; without it {SECONDS}",
     )
     parser.add_argument("--rounds", type=int, default=2, help="as far as there is time")
+    parser.add_argument("--kinds", default="", help="of step train: ours, trl and so on; all")
+    parser.add_argument("--cases", default="", help="of step train: numbers of some cases; all")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: numbers mean nothing")
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="folder of carried wheels")
     parser.add_argument("--work", type=Path, help="folder for what is not kept, in .gpu by default")

@@ -239,6 +239,13 @@ def told(rows: list[dict], ours: list[dict]) -> str:
     return ", ".join(words)
 
 
+def chosen(cases: tuple[Case, ...], numbers: str) -> list[Case]:
+    """Return the cases of these numbers, such as "1,3"; "": all of them."""
+    if not numbers:
+        return list(cases)
+    return [cases[int(number) - 1] for number in numbers.split(",")]
+
+
 def case_facts(case: Case) -> dict:
     """Return a case as JSON, with the useful operations of a pair."""
     flops = pair_flops(case.shape, case.prompt, case.response)
@@ -246,7 +253,10 @@ def case_facts(case: Case) -> dict:
 
 
 def main() -> None:
-    options = step_arguments(__doc__).parse_args()
+    parser = step_arguments(__doc__)
+    parser.add_argument("--kinds", default="", help="of those that are here, some alone")
+    parser.add_argument("--cases", default="", help="numbers of some cases, the first one is 1")
+    options = parser.parse_args()
     clock = Clock(options.seconds)
     (machine,) = json.loads((options.out / "environment.json").read_text())["measured"]
     gpu = machine["gpu"].get("name")
@@ -256,7 +266,10 @@ def main() -> None:
         gpu=gpu,
         matmul_flops=machine["matmul_flops"],
     )
-    cases = list(TINY_CASES if options.tiny else CASES)
+    cases = chosen(TINY_CASES if options.tiny else CASES, options.cases)
+    kinds = variants(bool(gpu))
+    if options.kinds:
+        kinds = [kind for kind in kinds if kind in options.kinds.split(",")]
     settings = {
         "cases": [case_facts(case) for case in cases],
         "precision": setting.precision,
@@ -264,7 +277,7 @@ def main() -> None:
         "matmul_flops": setting.matmul_flops,
     }
     results = Results(options.out / "train.json", settings, summarise)
-    bench = Bench(results, clock, setting, variants(bool(gpu)))
+    bench = Bench(results, clock, setting, kinds)
     ready = bench.prepare(cases)
     for number in range(options.rounds):
         ready = [bench.round(number, case) for case in ready]
