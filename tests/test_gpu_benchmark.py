@@ -290,13 +290,15 @@ def test_finished_artifacts_are_packed_and_unpacked(modules, folders, tmp_path):
 
 
 def test_the_world_is_that_of_notebook_11_for_one_more_seed_at_a_time(modules, monkeypatch):
-    monkeypatch.setenv("COMPUTE", "cold")
     world = modules("step_world")
+    for name, value in world.MACHINE.items():
+        monkeypatch.setenv(name, value)
     assert world.seeds_in_turn("gpu") == [list(range(count)) for count in range(1, 6)]
     cfg = world.configured("gpu", [0, 1])
     profile = config.load("expo", "gpu", seeds=[0, 1], decoding__backend="transformers")
     assert expo.curves(cfg).key == expo.curves(profile).key
     assert cfg.needs.gpus == 0
+    assert (cfg.train.launcher, cfg.train.checkpoint_every) == ("plain", 10**6)
 
 
 def test_what_is_carried_is_locked_or_named_with_its_version(modules):

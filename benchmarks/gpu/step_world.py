@@ -24,7 +24,14 @@ from beyond_dpo.pipeline import config, expo
 ASSETS = paths.ROOT / ".gpu" / "assets"
 TEXTS = "texts.tar.gz"  # finished artifacts, by carry.py --assets
 LARGEST = 16 * 2**20  # bytes of world.tar.gz
-# None of these is in a key. No engine has to make room for another one on this card.
+# Settings of the machine, none of which is in a key: trainings share one process, which starts up
+# once, and as they take seconds no checkpoint is written on the way.
+MACHINE = {
+    "COMPUTE": "cold",
+    "BEYOND_DPO_LAUNCHER": "plain",
+    "BEYOND_DPO_CHECKPOINT_EVERY": "1000000",
+}
+# None of these is in a key, either. No engine has to make room for another one on this card.
 ROOM = {"needs__gpus": 0, "needs__disk_gb": 20}
 
 
@@ -123,8 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     profile = "smoke" if options.tiny else "gpu"
     results = Results(options.out / "world.json", {"profile": profile}, summarise)
-    os.environ["COMPUTE"] = "cold"
-    os.environ["BEYOND_DPO_LAUNCHER"] = "plain"  # trainings share one process: one start-up
+    os.environ |= MACHINE
     if options.tiny:
         paths.ARTIFACTS = options.work / "artifacts"
         os.environ["BEYOND_DPO_ARTIFACTS"] = str(paths.ARTIFACTS)
