@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from beyond_dpo.machine import paths
@@ -125,15 +126,52 @@ def test_checkpoints_are_extrapolated_and_copied(rehearsal):
     require_positive(content["settings"], "disk_write_gb_per_s")
 
 
-@pytest.mark.slow
-def test_a_step_past_its_time_is_ended_and_the_next_one_begins(tmp_path):
+ENDLESS = """
+import subprocess, sys, time
+
+child = [sys.executable, "-c", "import time; time.sleep(600)", sys.argv[2]]
+subprocess.Popen(child, start_new_session=True)
+print("begun", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_step_past_its_time_is_ended_with_its_children_and_the_next_one_begins(tmp_path):
+    steps = {"environment": "", "endless": ENDLESS, "failing": "1 / 0", "quick": "print('done')"}
+    for name, source in steps.items():
+        (tmp_path / f"step_{name}.py").write_text(source)
+    program = (
+        f"import pathlib, sys; sys.path.insert(0, {str(GPU)!r}); import run; "
+        f"run.HERE = pathlib.Path({str(tmp_path)!r}); run.STEPS = {tuple(steps)}; "
+        "run.SECONDS = dict.fromkeys(run.STEPS, 20); sys.exit(run.main())"
+    )
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--steps", "endless,failing,quick", "--limit", "endless=2"]
+    options += ["--wheels", str(out / "no-wheels")]
     began = time.monotonic()
-    done = run(tmp_path, "--steps", "train,extrapolate", "--limit", "train=4", "--rounds", "1")
-    assert time.monotonic() - began < 60
-    assert done.returncode == 0, done.stderr
-    status = {row["step"]: row["status"] for row in read(tmp_path, "steps")}
-    assert status == {"environment": "ok", "train": "out of time", "extrapolate": "ok"}
-    assert len(read(tmp_path, "extrapolate")["measured"]) == 2
+    done = subprocess.run([sys.executable, "-c", program, *options], capture_output=True, text=True)
+    assert time.monotonic() - began < 15
+    assert done.returncode == 1, done.stderr
+    status = {row["step"]: row["status"] for row in read(out, "steps")}
+    assert status == {
+        "environment": "ok",
+        "endless": "out of time",
+        "failing": "failed (1)",
+        "quick": "ok",
+    }
+    log = (out / "log.txt").read_text()
+    assert "begun" in log
+    assert "ZeroDivisionError" in log
+    assert log.endswith("done\n")
+    assert not [pid for pid in psutil.pids() if str(out) in command_line(pid)]
+
+
+def command_line(pid: int) -> str:
+    """Return how a process was started, "" of one that is gone."""
+    try:
+        return " ".join(psutil.Process(pid).cmdline())
+    except psutil.Error:
+        return ""
 
 
 def test_a_misspelt_step_is_refused(tmp_path):
@@ -193,6 +231,12 @@ def test_a_small_or_slow_disk_gets_fewer_layers(modules):
     assert modules("step_extrapolate").model_bytes(small) * 4 <= 36 * 2**30
 
 
+def test_some_cases_are_chosen_by_their_numbers(modules):
+    step = modules("step_train")
+    assert step.chosen(step.CASES, "") == list(step.CASES)
+    assert [case.name for case in step.chosen(step.CASES, "1,3")] == ["1B 512+512", "135M 16+64"]
+
+
 def test_a_case_out_of_memory_goes_on_with_half_its_micro_batch(modules, tmp_path, monkeypatch):
     step = modules("step_train")
     results = modules("results")
@@ -246,13 +290,15 @@ def test_finished_artifacts_are_packed_and_unpacked(modules, folders, tmp_path):
 
 
 def test_the_world_is_that_of_notebook_11_for_one_more_seed_at_a_time(modules, monkeypatch):
-    monkeypatch.setenv("COMPUTE", "cold")
     world = modules("step_world")
+    for name, value in world.MACHINE.items():
+        monkeypatch.setenv(name, value)
     assert world.seeds_in_turn("gpu") == [list(range(count)) for count in range(1, 6)]
     cfg = world.configured("gpu", [0, 1])
     profile = config.load("expo", "gpu", seeds=[0, 1], decoding__backend="transformers")
     assert expo.curves(cfg).key == expo.curves(profile).key
     assert cfg.needs.gpus == 0
+    assert (cfg.train.launcher, cfg.train.checkpoint_every) == ("plain", 10**6)
 
 
 def test_what_is_carried_is_locked_or_named_with_its_version(modules):

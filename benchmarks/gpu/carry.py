@@ -54,19 +54,27 @@ PLATFORMS = (
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
 )
+# Not taken from the wheels in a check: one is of another Python, and DeepSpeed without its compiled
+# collectives compiles them at its first start on a CPU.
+OWN = ("multiprocess-*-py312-none-any.whl", "deepspeed-*.whl")
 PIP = [sys.executable, "-m", "pip"]
-# Imported by every Python of a check, before anything else: it finds nothing else on sys.path.
+# Imported by every Python of a check, before anything else: of what is installed here, it finds
+# nothing but the packages that are allowed.
 GUARD = """
-import json, os, sys
+import json, os
 from importlib.machinery import PathFinder
 
-ALLOWED = set(json.loads(os.environ["GPU_CHECK_ALLOWED"])) | set(sys.stdlib_module_names)
+ALLOWED = set(json.loads(os.environ["GPU_CHECK_ALLOWED"]))
 find = PathFinder.find_spec
 
 def find_spec(name, path=None, target=None):
-    if path is None and name.partition(".")[0] not in ALLOWED:
-        return None
-    return find(name, path, target)
+    spec = find(name, path, target)
+    if path is not None or spec is None or name in ALLOWED:
+        return spec
+    places = [spec.origin or "", *(spec.submodule_search_locations or [])]
+    installed = [place for place in places if "site-packages" in place]
+    own = [place for place in installed if "_vendor" not in place]  # else it is part of another
+    return None if own else spec
 
 PathFinder.find_spec = find_spec
 """
@@ -170,27 +178,44 @@ def split(path: Path) -> None:
 
 
 def allowed_modules() -> set[str]:
-    """Return the top-level modules of what the machine has and of what is carried."""
+    """Return the top-level modules of what the machine has and of what is carried.
+
+    What a package that is there needs in turn is there too, also what a newer version of it, as
+    this environment may have, needs besides.
+    """
     text = (HERE / "present.txt").read_text(encoding="utf-8")
-    names = {canonical(line) for line in text.splitlines() if line and not line.startswith("#")}
+    present = {canonical(line) for line in text.splitlines() if line and not line.startswith("#")}
+    names = needed_by(present)
     names |= {canonical(wheel.name.partition("-")[0]) for wheel in WHEELS.glob("*.whl")}
-    modules = {"beyond_dpo", "measure", "sitecustomize", "torchgen", "functorch"}
-    modules |= {file.stem for file in HERE.glob("*.py")}
-    for module, owners in importlib.metadata.packages_distributions().items():
-        if names & {canonical(owner) for owner in owners}:
-            modules.add(module)
-    for wheel in WHEELS.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            tops = {name.partition("/")[0] for name in archive.namelist()}
-        modules |= {top.removesuffix(".py") for top in tops if not top.endswith(".dist-info")}
-    return modules
+    owned = importlib.metadata.packages_distributions()
+    return {module for module, owners in owned.items() if names & set(map(canonical, owners))}
+
+
+def needed_by(names: set[str]) -> set[str]:
+    """Return packages and all that they need, as far as they are installed here."""
+    found = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            requirements = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for requirement in requirements:
+            if "extra ==" not in requirement:
+                needed = re.match(r"[\w.-]+", requirement)
+                waiting.append(canonical(needed[0]))
+    return found
 
 
 def check(options: list[str]) -> int:
     """Run all steps on tiny models where nothing else can be imported; return the exit status.
 
-    Wheels of pure Python are those that are carried. Compiled ones are of another Python here, so
-    this environment's own take their place.
+    Wheels of pure Python are those that are carried. Compiled ones, and those of OWN, are this
+    environment's own.
     """
     with tempfile.TemporaryDirectory() as folder:
         guard = Path(folder, "guard")
@@ -200,9 +225,8 @@ def check(options: list[str]) -> int:
         pure.mkdir()
         for wheel in WHEELS.glob("*-none-any.whl"):
             shutil.copy(wheel, pure)
-        own_version = f"py{sys.version_info.major}{sys.version_info.minor}"
-        for wheel in pure.glob("*-py312-none-any.whl"):
-            if own_version != "py312":
+        for name in OWN:
+            for wheel in pure.glob(name):
                 wheel.unlink()
         environment = {
             **os.environ,
@@ -214,8 +238,9 @@ def check(options: list[str]) -> int:
         command = [sys.executable, str(HERE / "run.py"), "--out", str(out), "--tiny"]
         command += ["--wheels", str(pure), "--rounds", "1", *options]
         status = subprocess.run(command, env=environment).returncode
-        if status:
-            print((out / "log.txt").read_text()[-6000:])
+        log = out / "log.txt"
+        if status and log.exists():
+            print(log.read_text()[-6000:])
     return status
 
 

@@ -28,9 +28,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-WHEELS = ROOT / ".gpu" / "wheels"
-COMMIT = ROOT / ".gpu" / "commit"  # which carry.py writes, as .git may not be there
-SECONDS = {"environment": 90, "train": 240, "extrapolate": 120, "world": 480}
+CARRIED = ROOT / ".gpu"
+WHEELS = CARRIED / "wheels"
+COMMIT = CARRIED / "commit"  # which carry.py writes, as .git may not be there
+SECONDS = {"environment": 90, "train": 300, "extrapolate": 120, "world": 480}
 STEPS = ("train", "extrapolate", "world")
 INSTALL_SECONDS = 120
 MARGIN = 10  # seconds before its limit, at which a step is told to be done
@@ -90,6 +91,8 @@ def run_step(name: str, seconds: float, options, site: Path | None) -> dict:
     command += ["--tiny"] if options.tiny else []
     if name in ("train", "extrapolate"):
         command += ["--rounds", str(options.rounds)]
+    if name == "train":
+        command += ["--kinds", options.kinds, "--cases", options.cases]
     if name == "environment" and COMMIT.exists():
         command += ["--commit", COMMIT.read_text().strip()]
     began = time.monotonic()
@@ -184,9 +187,11 @@ def parsed() -> argparse.Namespace:
         help=f"may be repeated; without it {SECONDS}",
     )
     parser.add_argument("--rounds", type=int, default=2, help="as far as there is time")
+    parser.add_argument("--kinds", default="", help="of step train: ours, trl and so on; all")
+    parser.add_argument("--cases", default="", help="of step train: numbers of some cases; all")
     parser.add_argument("--tiny", action="store_true", help="a rehearsal: numbers mean nothing")
     parser.add_argument("--wheels", type=Path, default=WHEELS, help="folder of carried wheels")
-    parser.add_argument("--work", type=Path, help="folder on a large disk; deleted at the end")
+    parser.add_argument("--work", type=Path, help="folder for what is not kept, in .gpu by default")
     options = parser.parse_args()
     options.out = options.out.resolve()
     names = options.steps.split(",")
@@ -204,7 +209,8 @@ def main() -> int:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.work is None:
-        options.work = Path(tempfile.mkdtemp(prefix="beyond-dpo-gpu-"))
+        CARRIED.mkdir(exist_ok=True)  # on the project's disk: the system's own may be memory
+        options.work = Path(tempfile.mkdtemp(prefix="work-", dir=CARRIED))
     seconds = limits(options)
     site = install(options.wheels)
     rows = []

@@ -78,6 +78,18 @@ def commit(given: str | None) -> str | None:
     return done.stdout.strip() or None
 
 
+def file_system(folder: Path) -> str:
+    """Return the type of the file system that a folder is on, such as ext4 or tmpfs."""
+    types = {}
+    for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines():
+        _, mounted, kind, *_ = line.split()
+        types[Path(mounted)] = kind
+    for place in (folder, *folder.parents):
+        if place in types:
+            return types[place]
+    return "unknown"
+
+
 def seconds_of(work, device: str) -> float:
     """Return the mean seconds of a piece of work on the device, after it is warm."""
     is_gpu = device == "cuda"
@@ -120,7 +132,9 @@ def summarise(content: dict) -> list[str]:
         packages = ", ".join(f"{name} {version}" for name, version in row["packages"].items())
         lines.append(f"{gpu}, {row['cores']} cores, {row['memory_gib']:.0f} GiB; {packages}")
         matmul = f"{row['matmul_flops'] / 1e12:.3g} TFLOP/s"
-        lines.append(f"matrix product {matmul}, copy {row['copy_bytes_per_s'] / 1e9:.3g} GB/s")
+        copy = f"{row['copy_bytes_per_s'] / 1e9:.3g} GB/s"
+        disk = f"{row['disk_free_gib']:.0f} GiB free on {row['file_system']}"
+        lines.append(f"matrix product {matmul}, copy {copy}; {disk}")
     return lines
 
 
@@ -139,6 +153,7 @@ def main() -> None:
         "memory_gib": machine["hardware"]["memory_gib"],
         "disk_gib": disk.total / 2**30,
         "disk_free_gib": disk.free / 2**30,
+        "file_system": file_system(options.work.resolve()),
         "python": platform.python_version(),
         "kernel": platform.release(),
         "packages": versions(),

@@ -157,15 +157,17 @@ class Bench:
         self.kinds = kinds
         self.longest = {}  # seconds of (case, kind)
 
-    def prepare(self, case: Case) -> bool:
-        """Write what a case needs; return whether that succeeded."""
-        began = perf_counter()
-        result, output = run_child("prepare", job_of(case, self.setting))
-        if result is None:
-            self.results.note(f"{case.name} could not be prepared: {last_line(output)}")
-            return False
-        print(f"{case.name}: prepared in {perf_counter() - began:.1f} s", flush=True)
-        return True
+    def prepare(self, cases: list[Case]) -> list[Case]:
+        """Write what the cases need; return those for which that succeeded."""
+        jobs = [job_of(case, self.setting) for case in cases]
+        run_child("prepare", {"jobs": jobs, "out": str(self.setting.work / "prepare")})
+        ready = []
+        for case, job in zip(cases, jobs, strict=True):
+            if Path(job["reference"]).exists():
+                ready.append(case)
+            else:
+                self.results.note(f"{case.name} could not be prepared: see the log")
+        return ready
 
     def round(self, number: int, case: Case) -> Case:
         """Measure each side once; return the case, with the micro-batch that it has now."""
@@ -244,6 +246,13 @@ def told(rows: list[dict], ours: list[dict]) -> str:
     return ", ".join(words)
 
 
+def chosen(cases: tuple[Case, ...], numbers: str) -> list[Case]:
+    """Return the cases of these numbers, such as "1,3"; "": all of them."""
+    if not numbers:
+        return list(cases)
+    return [cases[int(number) - 1] for number in numbers.split(",")]
+
+
 def case_facts(case: Case) -> dict:
     """Return a case as JSON, with the useful operations of a pair."""
     flops = pair_flops(case.shape, case.prompt, case.response)
@@ -251,7 +260,10 @@ def case_facts(case: Case) -> dict:
 
 
 def main() -> None:
-    options = step_arguments(__doc__).parse_args()
+    parser = step_arguments(__doc__)
+    parser.add_argument("--kinds", default="", help="of those that are here, some alone")
+    parser.add_argument("--cases", default="", help="numbers of some cases, the first one is 1")
+    options = parser.parse_args()
     clock = Clock(options.seconds)
     (machine,) = json.loads((options.out / "environment.json").read_text())["measured"]
     gpu = machine["gpu"].get("name")
@@ -261,7 +273,10 @@ def main() -> None:
         gpu=gpu,
         matmul_flops=machine["matmul_flops"],
     )
-    cases = list(TINY_CASES if options.tiny else CASES)
+    cases = chosen(TINY_CASES if options.tiny else CASES, options.cases)
+    kinds = variants(bool(gpu))
+    if options.kinds:
+        kinds = [kind for kind in kinds if kind in options.kinds.split(",")]
     settings = {
         "cases": [case_facts(case) for case in cases],
         "precision": setting.precision,
@@ -269,12 +284,9 @@ def main() -> None:
         "matmul_flops": setting.matmul_flops,
     }
     results = Results(options.out / "train.json", settings, summarise)
-    bench = Bench(results, clock, setting, variants(bool(gpu)))
-    ready = []
-    for case in cases:
-        if bench.prepare(case):
-            ready.append(bench.round(0, case))
-    for number in range(1, options.rounds):
+    bench = Bench(results, clock, setting, kinds)
+    ready = bench.prepare(cases)
+    for number in range(options.rounds):
         ready = [bench.round(number, case) for case in ready]
     if not results.content["measured"]:
         sys.exit("nothing was measured")

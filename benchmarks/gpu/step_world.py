@@ -24,7 +24,14 @@ from beyond_dpo.pipeline import config, expo
 ASSETS = paths.ROOT / ".gpu" / "assets"
 TEXTS = "texts.tar.gz"  # finished artifacts, by carry.py --assets
 LARGEST = 16 * 2**20  # bytes of world.tar.gz
-# None of these is in a key. No engine has to make room for another one on this card.
+# Settings of the machine, none of which is in a key: trainings share one process, which starts up
+# once, and as they take seconds no checkpoint is written on the way.
+MACHINE = {
+    "COMPUTE": "cold",
+    "BEYOND_DPO_LAUNCHER": "plain",
+    "BEYOND_DPO_CHECKPOINT_EVERY": "1000000",
+}
+# None of these is in a key, either. No engine has to make room for another one on this card.
 ROOM = {"needs__gpus": 0, "needs__disk_gb": 20}
 
 
@@ -48,9 +55,7 @@ def join_parts(folder: Path, cache: Path) -> list[str]:
     cache.mkdir(parents=True, exist_ok=True)
     firsts = sorted(folder.glob("*.part00"))
     names = [first.name.removesuffix(".part00") for first in firsts]
-    for name in names:
-        if (cache / name).exists():
-            continue
+    for name in names:  # anew each time: an earlier call may not have had all parts
         partial = cache / f".{name}.partial"
         with open(partial, "wb") as joined:
             for part in sorted(folder.glob(f"{name}.part*")):
@@ -125,8 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     profile = "smoke" if options.tiny else "gpu"
     results = Results(options.out / "world.json", {"profile": profile}, summarise)
-    os.environ["COMPUTE"] = "cold"
-    os.environ["BEYOND_DPO_LAUNCHER"] = "plain"  # trainings share one process: one start-up
+    os.environ |= MACHINE
     if options.tiny:
         paths.ARTIFACTS = options.work / "artifacts"
         os.environ["BEYOND_DPO_ARTIFACTS"] = str(paths.ARTIFACTS)

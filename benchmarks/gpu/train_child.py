@@ -1,8 +1,9 @@
-"""One process of the step `train`: prepare a case, or do one training and tell its speed.
+"""One process of the step `train`: prepare all cases, or do one training and tell its speed.
 
     python train_child.py prepare|ours|ours_compiled|trl|trl_best JOB.json
 
-The job file holds what step_train.job_of() says. A training writes result.json into its folder.
+The job file of a training holds what step_train.job_of() says; that of `prepare` holds those of all
+cases, as {"jobs": [...]}. A training writes result.json into its folder.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import runpy
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -23,6 +25,17 @@ from beyond_dpo.rows import read_rows
 BETA = 0.1
 # Small: a random model at a larger rate may leave the range of numbers within these few steps.
 RATE = 1e-6
+
+
+def prepare_all(jobs: list[dict]) -> None:
+    """Prepare cases; one that fails is told, and lacks its reference scores."""
+    for job in jobs:
+        began = time.perf_counter()
+        try:
+            prepare(job)
+        except Exception:
+            traceback.print_exc()
+        print(f"{job['model']}: {time.perf_counter() - began:.1f} s", flush=True)
 
 
 def prepare(job: dict) -> None:
@@ -39,7 +52,7 @@ def prepare(job: dict) -> None:
         "micro_batch": job["micro_batch"],
         "out": job["reference"],
     }
-    file = Path(job["out"], "reference.json")
+    file = Path(job["rows"]).with_name("reference.json")
     file.write_text(json.dumps(reference))
     importlib.import_module("beyond_dpo.jobs.reference").main(str(file))
 
@@ -184,7 +197,7 @@ def main(kind: str, file: str) -> None:
     """Do one job in this process."""
     job = json.loads(Path(file).read_text())
     if kind == "prepare":
-        prepare(job)
+        prepare_all(job["jobs"])
         return
     if kind.startswith("ours"):
         seconds = ours(job, compiled=kind == "ours_compiled")
