@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from measure import report, run
+from measure import GOALS, report, run
 
 from beyond_dpo import templates
 from beyond_dpo.machine import workers
@@ -30,8 +30,7 @@ from beyond_dpo.pipeline import assets, config, stages
 from beyond_dpo.rows import read_rows, row_length, write_rows
 
 SKIP = 2  # steps that warm up
-REPORTS = {"fp32": "train_vs_trl", "bf16": "train_vs_trl_bf16"}
-PROMPT_TOKENS = (8, 64, 512)
+PROMPT_TOKENS = tuple(GOALS)
 RESPONSE_TOKENS = 49  # at most: 48 of profile `cpu`, and an end token
 
 
@@ -293,7 +292,7 @@ def main() -> None:
         "response_tokens": mean_response(rows),
         "precision": options.precision,
     }
-    report(REPORTS[options.precision], settings, rounds, options.freeze)
+    report("train_vs_trl", settings, rounds, options.freeze)
 
 
 def mean_response(rows: list[dict]) -> float:

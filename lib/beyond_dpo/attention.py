@@ -6,6 +6,7 @@ nothing. "by_rows" computes the parts of each row on their own, so that nothing 
 """
 
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -86,42 +87,60 @@ def by_rows(
 
     if spans is None or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    width = query.shape[2]
     lines = []
-    for line, rows in enumerate(spans):
+    # Parts are split off, not sliced: the gradient of each slice would be as large as the whole.
+    states = zip(query.split(1), key.split(1), value.split(1), spans, strict=True)
+    for line_query, line_key, line_value, rows in states:
+        sizes = _sizes(rows, query.shape[2])
+        queries = iter(line_query.split(sizes, dim=2))
+        keys = iter(line_key.split(sizes, dim=2))
+        values = iter(line_value.split(sizes, dim=2))
         parts = []
         for row in rows:
-            states = [tensor[line : line + 1] for tensor in (query, key, value)]
-            parts += _row_attention(module, *states, row, options)
-        length = sum(part.shape[1] for part in parts)
-        padding = parts[0].new_zeros(1, width - length, *parts[0].shape[2:])
-        lines.append(torch.cat([*parts, padding], dim=1))
+            parts += _row_attention(module, queries, keys, values, len(row.responses), options)
+        padding = next(queries).transpose(1, 2)
+        lines.append(torch.cat([*parts, torch.zeros_like(padding)], dim=1))
     return torch.cat(lines), None
 
 
+def _sizes(rows: list[Span], width: int) -> list[int]:
+    """Return the tokens of each part of a line: prompts with their responses, then padding."""
+    sizes = []
+    for row in rows:
+        sizes.append(row.prompt[1] - row.prompt[0])
+        sizes += [stop - start for start, stop in row.responses]
+    sizes.append(width - sum(sizes))
+    return sizes
+
+
 def _row_attention(
-    module, query: Tensor, key: Tensor, value: Tensor, row: Span, options: dict
+    module,
+    queries: Iterator[Tensor],
+    keys: Iterator[Tensor],
+    values: Iterator[Tensor],
+    responses: int,
+    options: dict,
 ) -> list[Tensor]:
-    """Return the attention of a row's prompt and of each response, (1, tokens, heads, width)."""
+    """Return the attention of a row's prompt and of each response, (1, tokens, heads, width).
+
+    queries, keys, values: of the parts that follow, (1, heads, tokens, width).
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    prompt = slice(*row.prompt)
-    prompt_keys = key[:, :, prompt]
-    prompt_values = value[:, :, prompt]
-    of_prompt, _ = sdpa_attention_forward(
-        module, query[:, :, prompt], prompt_keys, prompt_values, None, **options
-    )
+    query = next(queries)
+    prompt_key = next(keys)
+    prompt_value = next(values)
+    of_prompt, _ = sdpa_attention_forward(module, query, prompt_key, prompt_value, None, **options)
     parts = [of_prompt]
-    for start, stop in row.responses:
-        response = slice(start, stop)
-        length = stop - start
-        keys = torch.cat([prompt_keys, key[:, :, response]], dim=2)
-        values = torch.cat([prompt_values, value[:, :, response]], dim=2)
+    for _ in range(responses):
+        query = next(queries)
+        key = torch.cat([prompt_key, next(keys)], dim=2)
+        value = torch.cat([prompt_value, next(values)], dim=2)
         # all of the prompt, and of the response what is not after
-        seen = torch.ones(length, keys.shape[2], dtype=torch.bool, device=key.device)
-        seen = seen.tril(prompt_keys.shape[2])
+        seen = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        seen = seen.tril(prompt_key.shape[2])
         of_response, _ = sdpa_attention_forward(
-            module, query[:, :, response], keys, values, seen[None, None], **options
+            module, query, key, value, seen[None, None], **options
         )
         parts.append(of_response)
     return parts

@@ -19,7 +19,7 @@ from beyond_dpo.rows import row_length
 CHUNK = 2048
 # Tokens of a row's longest sequence from which on a CPU computes attention row by row: below it one
 # masked product of a line takes less time than many small ones.
-ROWS_FROM = 128
+ROWS_FROM = 384
 FLEX_BLOCK = 128  # tokens: flex-attention looks at whole blocks of them
 
 
@@ -365,9 +365,9 @@ class ResponseScorer(torch.nn.Module):
             )
         return output.last_hidden_state
 
-    def compile_scores(self) -> None:
+    def compile_scores(self, backend: str = "inductor") -> None:
         """Let torch.compile fuse what turns hidden states into log-probabilities."""
-        self._score_tokens = torch.compile(self._score_tokens, dynamic=True)
+        self._score_tokens = torch.compile(self._score_tokens, dynamic=True, backend=backend)
 
     def _chunks(self, labels: Tensor) -> list[slice]:
         """Return the parts of the response tokens whose logits are computed together.

@@ -1561,3 +1561,22 @@ def test_items_end_where_they_end():
     with ThreadPoolExecutor(1) as pool:
         assert list(train.ahead(iter([5, 6]), pool)) == [5, 6]
         assert list(train.ahead(iter([]), pool)) == []
+
+
+def test_compiled_layers_compute_the_same(tiny, rows):
+    """Compiled for one shape and used for others; the operations are left as they are here."""
+    names = ["chosen", "rejected"]
+    plain = scoring.load_scorer(str(tiny))
+    compiled = scoring.load_scorer(str(tiny))
+    train.compile_layers(compiled, backend="aot_eager")
+    for batch in (rows[:4], rows[4:9], rows[9:]):
+        results = []
+        for scorer in (plain, compiled):
+            scorer.zero_grad()
+            logps = scorer.score(batch, names, 2)["logps"]
+            logps.sum().backward()
+            gradients = [parameter.grad for parameter in scorer.parameters()]
+            results.append([logps, *gradients])
+        for wanted, found in zip(*results, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert set(compiled.state_dict()) == set(plain.state_dict()), "it is saved under the same names"

@@ -452,17 +452,18 @@ def _load_scorer(job: Job, device: str) -> scoring.ResponseScorer:
     return scorer
 
 
-def compile_layers(scorer: scoring.ResponseScorer) -> None:
+def compile_layers(scorer: scoring.ResponseScorer, backend: str = "inductor") -> None:
     """Let torch.compile fuse the operations of each layer and of the scores, at the first step.
 
-    All layers are of one kind: one is compiled, for batches of any shape.
+    All layers are of one kind: one is compiled, for batches of any shape. backend: torch's name of
+    what compiles.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     for module in scorer.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.compile(dynamic=True)
-    scorer.compile_scores()
+            module.compile(dynamic=True, backend=backend)
+    scorer.compile_scores(backend)
 
 
 def _resume(run: Run) -> int:
