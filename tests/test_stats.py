@@ -67,6 +67,26 @@ def test_seed_fixes_the_draw_and_another_seed_changes_it():
     assert stats.mean_interval(values, seed=4) != interval
 
 
+@pytest.mark.parametrize("groups", [None, list("aabbbccdefgg")])
+def test_many_draws_at_a_time_are_those_of_one_at_a_time(monkeypatch, groups):
+    values = normal(4, 12)
+    interval = stats.mean_interval(values, seed=3, groups=groups)
+    monkeypatch.setattr(stats, "BLOCK", 1)
+    assert stats.mean_interval(values, seed=3, groups=groups) == interval
+    if groups is None:
+        by_numpy = stats.interval(lambda draw: values[draw].mean(), 12, 3)
+        assert by_numpy == pytest.approx(interval)
+
+
+def test_ranks_are_those_of_scipy():
+    from scipy.stats import rankdata
+
+    values = normal(4, 60).round(1)
+    assert len(set(values)) < 45, "ties"
+    ranks = stats._ranks(stats._places(values))
+    assert (ranks == rankdata(values)).all()
+
+
 def test_the_global_generator_is_not_used():
     before = np.random.get_state()[1].copy()
     stats.mean_interval([0, 1, 2], seed=3)

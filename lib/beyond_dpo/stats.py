@@ -6,7 +6,7 @@ as several pairs of one prompt. All raise ValueError for NaN or infinity, for fe
 or groups, and for unequal shapes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -14,6 +14,9 @@ LEVEL = 0.95  # of all intervals
 # The quantiles of all draws where an interval ends.
 LOW_END = (1 - LEVEL) / 2
 HIGH_END = (1 + LEVEL) / 2
+
+# Indices that are drawn at a time, half a MiB: more would not stay in a core's cache.
+BLOCK = 2**16
 
 Interval = tuple[float, float, float]  # of the statistic of all units, low end, high end
 
@@ -26,16 +29,29 @@ def interval(
     statistic: takes the (units,) indices of a draw. units: their number. n_boot: the number of
     draws.
     """
+
+    def one_by_one(draws: np.ndarray) -> list[float]:
+        return [statistic(draw) for draw in draws]
+
+    return interval_of_many(one_by_one, units, seed, n_boot)
+
+
+def interval_of_many(
+    statistics: Callable[[np.ndarray], Iterable[float]], units: int, seed: int, n_boot: int = 2000
+) -> Interval:
+    """Return what `interval` does, of a function that takes the (k, units) indices of k draws."""
     if units < 2:
         raise ValueError(f"an interval needs 2 or more independent units: {units=}")
     generator = np.random.default_rng(seed)
-    statistics = []
-    for _ in range(n_boot):
-        draw = generator.integers(units, size=units)
-        statistics.append(statistic(draw))
-    low, high = np.quantile(statistics, [LOW_END, HIGH_END])
+    at_once = max(1, BLOCK // units)
+    values: list[float] = []
+    while len(values) < n_boot:
+        count = min(at_once, n_boot - len(values))
+        draws = generator.integers(units, size=(count, units))
+        values.extend(statistics(draws))
+    low, high = np.quantile(values, [LOW_END, HIGH_END])
     all_units = np.arange(units)
-    estimate = statistic(all_units)
+    (estimate,) = statistics(all_units[np.newaxis])
     return float(estimate), float(low), float(high)
 
 
@@ -52,13 +68,14 @@ def mean_interval(values, *, seed: int, n_boot: int = 2000, groups=None) -> Inte
     unit_sizes = np.full(units, values.shape[1])
     sums = np.bincount(group_of_unit, unit_sums)
     sizes = np.bincount(group_of_unit, unit_sizes)
+    alike = len(set(sizes)) == 1  # as many values in every draw
 
-    def mean(draw: np.ndarray) -> float:
-        total = sums[draw].sum()
-        size = sizes[draw].sum()
-        return total / size
+    def means(draws: np.ndarray) -> np.ndarray:
+        totals = sums[draws].sum(1)
+        counts = sizes.sum() if alike else sizes[draws].sum(1)
+        return totals / counts
 
-    return interval(mean, len(sums), seed, n_boot)
+    return interval_of_many(means, len(sums), seed, n_boot)
 
 
 def paired_interval(a, b, *, seed: int) -> Interval:
@@ -77,9 +94,11 @@ def rank_correlation(a, b, *, seed: int) -> Interval:
     a, b: (n,).
     """
     a, b = _paired(a, b)
+    places_a = _places(a)
+    places_b = _places(b)
 
     def rho(draw: np.ndarray) -> float:
-        return _rho(a[draw], b[draw])
+        return _rho(places_a[draw], places_b[draw])
 
     return interval(rho, len(a), seed)
 
@@ -107,6 +126,8 @@ def peak_correlation(
         columns = np.flatnonzero(curve_of_column == curve)
         curves.append(columns)
         x.append(first_of_by[columns[0]])
+    places_x = _places(x)
+    places_of_alphas = _places(-alphas)
 
     def rho(draw: np.ndarray) -> float:
         means = values[draw].mean(0)
@@ -114,8 +135,8 @@ def peak_correlation(
         for columns in curves:
             highest = means[columns].argmax()
             peak = columns[highest]
-            peaks.append(-alphas[peak])
-        return _rho(x, peaks)
+            peaks.append(places_of_alphas[peak])
+        return _rho(places_x, peaks)
 
     return interval(rho, len(values), seed, n_boot)
 
@@ -179,12 +200,27 @@ def _paired(a, b) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def _rho(a, b) -> float:
-    """Return Spearman's rank correlation; 0 if all values of a or of b are equal."""
-    from scipy.stats import rankdata
+def _places(values) -> np.ndarray:
+    """Return the place of each value among the different ones in their order, from 0."""
+    _, places = np.unique(values, return_inverse=True)
+    return places
 
-    ranks_a = rankdata(a)
-    ranks_b = rankdata(b)
+
+def _ranks(places) -> np.ndarray:
+    """Return ranks from 1 of what has these places; equals get the mean of theirs."""
+    counts = np.bincount(places)
+    last = counts.cumsum()
+    means = last - (counts - 1) / 2
+    return means[places]
+
+
+def _rho(places_a, places_b) -> float:
+    """Return Spearman's rank correlation of two measures by their places.
+
+    It is 0 if all values of one are equal.
+    """
+    ranks_a = _ranks(places_a)
+    ranks_b = _ranks(places_b)
     spread_a = np.ptp(ranks_a)
     spread_b = np.ptp(ranks_b)
     if spread_a == 0 or spread_b == 0:

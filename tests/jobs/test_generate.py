@@ -69,6 +69,16 @@ class Sabotaged(Engine):
         finally:
             self.backend.swap = swap
 
+    def start_another(self, model, decoding):
+        """Start another engine in this process."""
+        self.another = Engine(model, decoding)
+
+    def call_another(self, name, arguments):
+        return getattr(self.another, name)(**arguments)
+
+    def end_another(self):
+        del self.another
+
 
 def near(expected):
     """Compare log-probabilities of two computations (nats)."""
@@ -800,52 +810,65 @@ def test_files_that_changed_between_two_swaps_are_noticed(models, tmp_path):
         engine.swap(**line, alpha=0.0)
 
 
-def vllm_worker(model, decoding, folder):
-    settings = {"model": model, "decoding": decoding}
-    return launch.Worker("beyond_dpo.jobs.generate", settings, folder, desc="vllm")
-
-
 @pytest.fixture
-def unbound(monkeypatch):
-    """Let vLLM leave its threads on any core, as other processes run at the same time."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+def another(engine):
+    """Return a function that starts another engine in the process of the vLLM engine.
+
+    That one has imported vLLM, which takes longer than the start. The function returns the engine's
+    call.
+    """
+
+    def start(model):
+        decoding = PLAIN | {"backend": "vllm"}
+        engine.call("start_another", model=model, decoding=decoding)
+
+        def call(method, **arguments):
+            return engine.call("call_another", name=method, arguments=arguments)
+
+        return call
+
+    yield start
+    engine.call("end_another")
 
 
 @pytest.mark.slow
-def test_vllm_computes_with_all_weights_of_a_model_of_other_names(tmp_path, unbound):
+def test_vllm_computes_with_all_weights_of_a_model_of_other_names(tmp_path, another):
     config = RENAMED["gpt_neox"]()
     config.update({"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128})
     line = random_pair(tmp_path, config)
     alone = Engine(line["sft"], PLAIN)
     expected = alone.swap(**line, alpha=0.5)
-    with vllm_worker(line["sft"], PLAIN | {"backend": "vllm"}, tmp_path) as engine:
-        probe = engine.call("swap", **line, alpha=0.5)
+    probe = another(line["sft"])("swap", **line, alpha=0.5)
     assert probe == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow
-def test_vllm_says_that_it_does_not_compute_with_all_weights_of_a_mixture(tmp_path, unbound):
+def test_vllm_says_that_it_does_not_compute_with_all_weights_of_a_mixture(tmp_path, another):
     """On the CPU it packs experts once: weights that are loaded later stay unpacked, in silence."""
     config = RENAMED["mixtral"]()
     shape = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "head_dim": 32}
     config.update(shape)
     line = random_pair(tmp_path, config)
     message = "StaleWeights: vllm does not compute with all of the weights"
-    with vllm_worker(line["sft"], PLAIN | {"backend": "vllm"}, tmp_path) as engine:
-        with pytest.raises(launch.JobFailed, match=message):
-            engine.call("swap", **line, alpha=0.5)
+    call = another(line["sft"])
+    with pytest.raises(launch.JobFailed, match=message):
+        call("swap", **line, alpha=0.5)
 
 
 @pytest.mark.slow
-def test_a_model_spread_over_two_devices_is_the_same_model(models, line, tmp_path, unbound):
+def test_a_model_spread_over_two_devices_is_the_same_model(models, line, tmp_path, monkeypatch):
     """Tensor parallelism: the probe of swapped weights is that of one device.
 
-    A seed repeats in all workers.
+    A seed repeats in all workers. The engine is served as notebooks have it served.
     """
+    # Its threads may run on any core, as other processes run at the same time.
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     alone = in_process(models / "sft")
     expected = alone.swap(**line, alpha=0.5)
     decoding = DECODING | {"tensor_parallel": 2}
-    with vllm_worker(str(models / "sft"), decoding, tmp_path) as spread:
+    settings = {"model": str(models / "sft"), "decoding": decoding}
+    module = "beyond_dpo.jobs.generate"
+    with launch.Worker(module, settings, tmp_path, desc="vllm") as spread:
         probe = spread.call("swap", **line, alpha=0.5)
         prompts = PROMPTS[:4]
         first = sample(spread.call, tmp_path, prompts, samples=2, seed=3)

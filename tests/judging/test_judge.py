@@ -1327,7 +1327,7 @@ def published_settings(tiny, folder, gate):
         "prompts": 0,
         "sft_rows": 0,
         "dev_prompts": 4,
-        "test_prompts": 12,
+        "test_prompts": 4,
         "gold_rows": 0,
         "reward_rows": 0,
         "prompt_tokens": [1, 60],

@@ -350,6 +350,20 @@ def test_svg_keeps_what_it_refers_to(ax):
     assert not re.search(r'\b[dxy]="[^"]*\.\d{3}', text)
 
 
+def test_a_saved_figure_is_shown_as_it_was_saved_until_it_is_changed(ax, monkeypatch):
+    (curve,) = ax.plot([0, 1])
+    saved = save(ax.figure).read_text()
+    assert figures._svg_output(ax.figure) == saved
+    figures.png(ax.figure)
+    assert figures._svg_output(ax.figure) == figures.svg(ax.figure) == saved
+    with monkeypatch.context() as patch:
+        save(ax.figure)
+        patch.setattr(figures, "svg", None)  # is not drawn again
+        assert figures._svg_output(ax.figure) == saved
+    curve.set_ydata([1, 0])
+    assert figures._svg_output(ax.figure) == figures.svg(ax.figure) != saved
+
+
 def test_png_is_twice_as_fine_as_it_is_shown(ax):
     """The picture of an untrusted notebook: 2 pixels a CSS pixel, no version, no date."""
     ax.plot([0, 1])

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -336,6 +337,9 @@ def test_one_engine_samples_from_all_models_of_a_shape(store):
     assert text_of(cfg, start) == first
     assert first != second
     assert workers.living["generate"] is engine
+    loaded = Path(f"/proc/{engine.child.pid}/maps").read_text()
+    assert "/torch/" in loaded
+    assert "/sklearn/" not in loaded, "its import takes a second, and no engine uses it"
 
 
 def test_an_engine_that_was_swapped_says_what_one_of_the_model_alone_says(store):

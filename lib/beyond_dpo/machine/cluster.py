@@ -204,11 +204,12 @@ def follow_parent() -> None:
     follows nobody.
 
     From here on an exception that ends this process is written in one piece, see
-    _write_traceback().
+    _write_traceback(), and transformers does without scikit-learn, see _WithoutSklearn.
     """
     import psutil
 
     sys.excepthook = _write_traceback
+    sys.meta_path.insert(0, _WithoutSklearn)
     if "BEYOND_DPO_PARENT" not in os.environ:
         return
     kernel = int(os.environ["BEYOND_DPO_PARENT"])
@@ -220,6 +221,19 @@ def follow_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+class _WithoutSklearn:
+    """A finder of modules that finds none, and lets transformers skip an import of a second.
+
+    Its assisted decoding, which no child does, would have one function of scikit-learn at hand.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None) -> None:
+        if name == "transformers.generation.candidate_generator":
+            utils = sys.modules["transformers.utils"]
+            utils.is_sklearn_available = lambda: False
 
 
 def _write_traceback(*error) -> None:

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import matplotlib as mpl
 import numpy as np
@@ -78,6 +79,10 @@ HASHED_IDS = re.compile(
 )
 
 
+# The SVG of each figure that save() wrote, for as long as the figure lives.
+_saved: WeakKeyDictionary[Figure, str] = WeakKeyDictionary()
+
+
 class Columns(NamedTuple):
     """The columns of a curve: its x, its mean, and the ends of its interval where it has one."""
 
@@ -129,7 +134,7 @@ def _register_formats() -> None:
     # IPython's own formats crop to what is drawn and lose the stamp.
     set_matplotlib_formats()
     formatters = shell.display_formatter.formatters
-    formatters["image/svg+xml"].for_type(Figure, svg)
+    formatters["image/svg+xml"].for_type(Figure, _svg_output)
     formatters["image/png"].for_type(Figure, _png_output)
 
 
@@ -171,6 +176,8 @@ def save(fig, name: str, *, data: pd.DataFrame, keys: Iterable[str], stamp: str)
     stamp = _full_stamp(stamp, keys, changes)
     write_stamp(fig, stamp)
     picture = svg(fig)
+    _saved[fig] = picture
+    fig.stale = False  # until something is changed in it
 
     content = {"figure": name, "stamp": stamp}
     values = parameters.current(notebook)
@@ -261,6 +268,13 @@ def png(fig) -> bytes:
     reduced = io.BytesIO()
     image.save(reduced, format="png", optimize=True)
     return reduced.getvalue()
+
+
+def _svg_output(fig) -> str:
+    """Return the SVG of a figure that is shown: as it was saved, if it is still the same."""
+    if fig in _saved and not fig.stale:
+        return _saved[fig]
+    return svg(fig)
 
 
 def _png_output(fig) -> tuple[str, dict]:

@@ -139,6 +139,8 @@ def main(arguments: list[str] | None = None) -> int:
     ignored since before the start (nohup, a background job of a script) stays so; SIGTERM does not.
     """
     events.printable()
+    # nbformat imports jsonschema, that a grammar of addresses, which takes a second and is not used
+    sys.modules.setdefault("rfc3987_syntax", None)
     # a batch system's stop is a Ctrl-C
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -461,13 +461,13 @@ def gap_at_equal(
             "common"
         )
 
-    def gap(prompts) -> float:
-        mean_x = x_values[prompts].mean(0)
-        mean_y = y_values[prompts].mean(0)
-        gaps = [_fitted_gap(mean_x, mean_y, both) for both in curves]
-        return np.mean(gaps)
+    def gaps(draws) -> np.ndarray:
+        mean_x = x_values[draws].mean(1)
+        mean_y = y_values[draws].mean(1)
+        of_seeds = [_fitted_gaps(mean_x, mean_y, both) for both in curves]
+        return np.stack(of_seeds, axis=1).mean(1)
 
-    return stats.interval(gap, len(x_values), seed)
+    return stats.interval_of_many(gaps, len(x_values), seed)
 
 
 def _curve_pairs(columns: pd.MultiIndex, by: str, pair: tuple) -> list[CurvePair]:
@@ -495,27 +495,34 @@ def _comparable(mean_x: np.ndarray, curves: list[CurvePair]) -> bool:
     return True
 
 
-def _common_range(mean_x: np.ndarray, curves: CurvePair) -> tuple[float, float]:
-    """Return the smallest and the largest x that both curves reach."""
+def _common_range(mean_x: np.ndarray, curves: CurvePair) -> tuple[np.ndarray, np.ndarray]:
+    """Return the smallest and the largest x that both curves reach, of each row of mean_x."""
     first, second = curves
-    x_first = mean_x[first]
-    x_second = mean_x[second]
-    low = max(x_first.min(), x_second.min())
-    high = min(x_first.max(), x_second.max())
+    x_first = mean_x[..., first]
+    x_second = mean_x[..., second]
+    low = np.maximum(x_first.min(-1), x_second.min(-1))
+    high = np.minimum(x_first.max(-1), x_second.max(-1))
     return low, high
 
 
-def _fitted_gap(mean_x: np.ndarray, mean_y: np.ndarray, curves: CurvePair) -> float:
-    """Fit one curve and a difference c + d x; return that difference in the middle of their x."""
+def _fitted_gaps(mean_x: np.ndarray, mean_y: np.ndarray, curves: CurvePair) -> np.ndarray:
+    """Fit one curve and a difference c + d x; return that difference in the middle of their x.
+
+    mean_x, mean_y: a row per draw, of which each is fitted by itself.
+    """
     first, second = curves
     both = np.r_[first, second]
-    x = mean_x[both]
+    x = mean_x[:, both]
+    y = mean_y[:, both]
     root = np.sqrt(np.maximum(x, 0))
-    in_first = np.repeat([1.0, 0.0], [len(first), len(second)])
+    in_first = np.broadcast_to(np.repeat([1.0, 0.0], [len(first), len(second)]), x.shape)
     curve_terms = [x**0, root, x, x**2]
     difference_terms = [in_first, in_first * x]
-    terms = np.stack([*curve_terms, *difference_terms], axis=1)
-    coefficients, *_ = np.linalg.lstsq(terms, mean_y[both], rcond=None)
-    *_, c, d = coefficients
-    middle = np.mean(_common_range(mean_x, curves))
-    return c + d * middle
+    terms = np.stack([*curve_terms, *difference_terms], axis=2)
+    differences = []
+    for terms_of_draw, y_of_draw in zip(terms, y, strict=True):
+        coefficients, *_ = np.linalg.lstsq(terms_of_draw, y_of_draw, rcond=None)
+        differences.append(coefficients[-2:])
+    c, d = np.transpose(differences)
+    low, high = _common_range(mean_x, curves)
+    return c + d * (low + high) / 2
