@@ -70,7 +70,7 @@ def test_torch_counts_the_same(llama):
 
 
 def test_a_cpu_has_no_known_peak():
-    assert flops.peak("cpu") is None
+    assert flops.device_peak("cpu") is None
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,5 @@ def test_a_cpu_has_no_known_peak():
 )
 def test_peaks_by_name(monkeypatch, name, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert flops.peak("cuda:0") == wanted
+    assert flops.peak(name) == wanted
+    assert flops.device_peak("cuda:0") == wanted

@@ -42,7 +42,7 @@ def modules(monkeypatch):
 def rehearsal(tmp_path_factory):
     """Return the folder of results of a whole rehearsal, and what it printed."""
     out = tmp_path_factory.mktemp("gpu")
-    done = run(out, "--steps", "train,extrapolate")
+    done = run(out, "--steps", "attention,train,extrapolate")
     log = out / "log.txt"
     assert done.returncode == 0, log.read_text() if log.exists() else done.stderr
     return out, done.stdout
@@ -57,7 +57,8 @@ def require_positive(row: dict, *names: str) -> None:
 @pytest.mark.slow
 def test_every_step_ends_well_and_is_in_the_table(rehearsal):
     out, printed = rehearsal
-    assert [row["step"] for row in read(out, "steps")] == ["environment", "train", "extrapolate"]
+    steps = [row["step"] for row in read(out, "steps")]
+    assert steps == ["environment", "attention", "train", "extrapolate"]
     assert {row["status"] for row in read(out, "steps")} == {"ok"}
     assert read(out, "train")["notes"] == []
     assert read(out, "extrapolate")["notes"] == []
@@ -72,6 +73,21 @@ def test_the_environment_is_told(rehearsal):
     assert {"torch", "transformers", "deepspeed"} <= set(row["packages"])
     require_positive(row, "cores", "memory_gib", "disk_free_gib", "matmul_flops")
     require_positive(row, "copy_bytes_per_s")
+
+
+@pytest.mark.slow
+def test_all_ways_to_compute_attention_score_alike(rehearsal):
+    """Without a GPU flex-attention and compiled layers are left out."""
+    content = read(rehearsal[0], "attention")
+    assert content["notes"] == []
+    shared, separate = content["measured"]
+    assert shared["way"] == "shared, sdpa"
+    assert separate["way"] == "separate, sdpa"
+    assert shared["logps"] == pytest.approx(separate["logps"], rel=1e-4)
+    assert len(shared["logps"]) == 16
+    for row in content["measured"]:
+        require_positive(row, "pairs_per_s", "useful_flops_per_s", "until_first_pass_s")
+    assert "aten::mm" in (rehearsal[0] / "attention.txt").read_text()
 
 
 @pytest.mark.slow
@@ -177,12 +193,11 @@ def command_line(pid: int) -> str:
 def test_a_misspelt_step_is_refused(tmp_path):
     done = run(tmp_path, "--steps", "trian")
     assert done.returncode == 2
-    assert "--steps trian: there are train, extrapolate, world" in done.stderr
+    assert "--steps trian: there are attention, train, extrapolate, world" in done.stderr
 
 
 def test_useful_operations_are_those_of_a_plain_count(modules):
     """Every product of one pair's forward pass, written out token by token."""
-    flops = modules("flops")
     models = modules("models")
     shape = models.TINY
     prompt = 3
@@ -194,8 +209,7 @@ def test_useful_operations_are_those_of_a_plain_count(modules):
         for position in range(response):
             total += token_flops(shape, prompt + position + 1)
             total += 2 * shape.hidden * shape.vocabulary
-    assert flops.forward_flops(shape, prompt, response) == total
-    assert flops.pair_flops(shape, prompt, response) == 3 * total
+    assert models.pair_flops(shape, prompt, response) == 3 * total
 
 
 def token_flops(shape, seen: int) -> int:

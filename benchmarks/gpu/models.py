@@ -100,6 +100,18 @@ def write_tokenizer(folder: Path, shape: Shape) -> None:
     fast.save_pretrained(folder)
 
 
+def pair_flops(shape: Shape, prompt: int, response: int) -> float:
+    """Return the useful operations of training on one pair, flops.training()."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from beyond_dpo import flops
+
+    with torch.device("meta"):  # only shapes
+        model = AutoModelForCausalLM.from_config(config_of(shape))
+    return flops.training(model, random_rows(shape, 1, prompt, response), NAMES)
+
+
 def words_of(shape: Shape) -> int:
     """Return how many of a model's tokens its tokenizer knows."""
     return min(WORDS, shape.vocabulary)

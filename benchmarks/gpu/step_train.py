@@ -6,8 +6,8 @@ computed beforehand. "TRL best" has Liger's kernels in the model's layers beside
 one length, so nobody computes padding. Every training is a process of its own. What is timed are
 the optimizer steps after the first ones, in which kernels are compiled and memory is taken.
 
-Useful FLOPs are counted alike for all (flops.py). MFU is their rate over the GPU's peak: that of
-its datasheet, and that of a large matrix product on this very card (environment.json).
+Useful FLOPs are counted alike for all (beyond_dpo.flops). MFU is their rate over the GPU's peak:
+that of its datasheet, and that of a large matrix product on this very card (environment.json).
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
-from flops import datasheet_peak, pair_flops
-from models import LLAMA_1B, SMOLLM2_135M, TINY, Shape
+from models import LLAMA_1B, SMOLLM2_135M, TINY, Shape, pair_flops
 from results import Clock, Results, step_arguments
+
+from beyond_dpo import flops
 
 CHILD = Path(__file__).with_name("train_child.py")
 OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory")
@@ -130,7 +131,7 @@ def measured(case: Case, kind: str, result: dict, setting: Setting) -> dict:
         raise ValueError(f"{case.name}, {kind}: {len(seconds)} timed steps of {case.timed}")
     pairs_per_s = case.global_batch / median(seconds)
     useful = pairs_per_s * pair_flops(case.shape, case.prompt, case.response)
-    peak = datasheet_peak(setting.gpu)
+    peak = flops.peak(setting.gpu or "")
     return {
         "case": case.name,
         "kind": kind,
@@ -255,8 +256,8 @@ def chosen(cases: tuple[Case, ...], numbers: str) -> list[Case]:
 
 def case_facts(case: Case) -> dict:
     """Return a case as JSON, with the useful operations of a pair."""
-    flops = pair_flops(case.shape, case.prompt, case.response)
-    return {**case._asdict(), "shape": case.shape._asdict(), "flops_per_pair": flops}
+    operations = pair_flops(case.shape, case.prompt, case.response)
+    return {**case._asdict(), "shape": case.shape._asdict(), "flops_per_pair": operations}
 
 
 def main() -> None:
@@ -280,7 +281,7 @@ def main() -> None:
     settings = {
         "cases": [case_facts(case) for case in cases],
         "precision": setting.precision,
-        "datasheet_flops": datasheet_peak(gpu),
+        "datasheet_flops": flops.peak(gpu or ""),
         "matmul_flops": setting.matmul_flops,
     }
     results = Results(options.out / "train.json", settings, summarise)

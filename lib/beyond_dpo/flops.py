@@ -72,12 +72,16 @@ def _attention_width(config) -> int:
     return heads * width
 
 
-def peak(device: str) -> float | None:
-    """Return the operations a second that a GPU can do in bfloat16, None where PEAK lacks it."""
-    if not device.startswith("cuda"):
-        return None
-    name = torch.cuda.get_device_name(device)
+def peak(name: str) -> float | None:
+    """Return the operations a second that a GPU of this name can do, None for one not in PEAK."""
     for known, operations in PEAK.items():
         if known in name:
             return operations
     return None
+
+
+def device_peak(device: str) -> float | None:
+    """Return peak() of a device as torch names it, None for the CPU."""
+    if not device.startswith("cuda"):
+        return None
+    return peak(torch.cuda.get_device_name(device))

@@ -803,7 +803,7 @@ def _speed(run: Run, batch: list[dict], computed_tokens: int, seconds: float) ->
         "computed_tokens_per_s": computed_tokens * run.processes / seconds,
         "flops_per_s": operations / seconds,
     }
-    peak = flops.peak(run.device)
+    peak = flops.device_peak(run.device)
     if peak is not None:
         columns["mfu"] = columns["flops_per_s"] / (peak * run.processes)
     return columns
