@@ -22,7 +22,9 @@ import time
 from pathlib import Path
 from statistics import median
 
+import torch
 from measure import GOALS, report, run
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from beyond_dpo import templates
 from beyond_dpo.machine import workers
@@ -31,6 +33,7 @@ from beyond_dpo.rows import read_rows, row_length, write_rows
 
 SKIP = 2  # steps that warm up
 PROMPT_TOKENS = tuple(GOALS)
+BATCH = 8  # pairs, of profile `cpu`
 RESPONSE_TOKENS = 49  # at most: 48 of profile `cpu`, and an end token
 
 
@@ -291,8 +294,31 @@ def main() -> None:
         "batch": 8,
         "response_tokens": mean_response(rows),
         "precision": options.precision,
+        "trl_products_over_ours": {tokens: products_ratio(rows, tokens) for tokens in GOALS},
     }
     report("train_vs_trl", settings, rounds, options.freeze)
+
+
+def products_ratio(rows: list[dict], tokens: int) -> float:
+    """Return how many matrix products TRL computes for each of ours: the ratio of speeds to expect.
+
+    TRL computes each response with a prompt of its own, filled up to the longest of its batch of 8
+    pairs, and the logits of all these tokens; we a prompt once, and the logits of responses alone.
+    Attention is not counted.
+    """
+    shape = AutoConfig.from_pretrained(assets.model_dir("smollm2"))
+    head = shape.hidden_size * shape.vocab_size
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    decoder = model.num_parameters() - head  # the head is the embeddings
+    ours = 0
+    theirs = 0
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
+        lengths = [len(ids) for row in batch for ids in row["responses"].values()]
+        ours += (tokens * len(batch) + sum(lengths)) * decoder + sum(lengths) * head
+        theirs += len(lengths) * (tokens + max(lengths)) * (decoder + head)
+    return theirs / ours
 
 
 def mean_response(rows: list[dict]) -> float:
