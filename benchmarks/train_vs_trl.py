@@ -107,9 +107,8 @@ def trl(job: dict, best: bool) -> None:
 
     best: pairs of similar length come together, so that little is padding.
     """
-    import torch
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOTrainer
 
     class Clock(TrainerCallback):

@@ -1270,7 +1270,11 @@ def run_here(main, job, folder):
             config.ConfigError,
             r"global_batch=4 cannot be split into micro_batch=3.*micro_batch=",
         ),
-        ({"optimizer": "adam"}, ValueError, "Input should be 'adamw', 'adagrad' or 'rmsprop'"),
+        (
+            {"optimizer": "adam"},
+            ValueError,
+            "Input should be 'adamw', 'adamw_8bit', 'adagrad' or 'rmsprop'",
+        ),
         ({"parts": 30}, config.ConfigError, "6 steps cannot be cut into 30 parts"),
         (
             {"parts": 2, "global_batch": 24, "micro_batch": 4},
@@ -1494,46 +1498,6 @@ def test_a_batch_is_sorted_by_length(ten_batches):
         assert lengths == sorted(lengths)
 
 
-# ---- the program that runs a list of jobs
-
-
-def run_jobs(path):
-    """Run a list of jobs in this process (one of several, if a launcher started it)."""
-    rank = os.environ.get("RANK", "0")
-    jobs = json.loads(path.read_text())["jobs"]
-    for number, job in enumerate(jobs):
-        out = Path(job["out"])
-        file = path.with_name(f"job{number}-{rank}.json")
-        file.write_text(json.dumps(job))
-        earlier = out / "model.safetensors"
-        if rank == "0" and earlier.exists():
-            earlier.rename(out / "first.safetensors")
-        if job.get("spoil"):
-            spoil(out, job["spoil"])
-        if job.get("sharded"):
-            shard_everything(config.Train(**job["settings"]))
-        try:
-            train.main(str(file))
-        except (train.NonFiniteLoss, train.UnusableCheckpoint) as failure:
-            (out / "error").write_text(str(failure))
-
-
-def shard_everything(settings):
-    """Gather tiny weights too at each use, and let logits exist for 8 tokens at a time.
-
-    This holds for all later jobs of this process.
-    """
-    changed = train.engine_config(settings, 2)
-    changed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    train.engine_config = lambda settings, accumulation: changed
-    scoring.ResponseScorer.__init__.__defaults__ = ("fp32", 8)
-
-
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO)
-    run_jobs(Path(sys.argv[1]))
-
-
 # ---- the thread that lays out micro-batches
 
 
@@ -1580,3 +1544,67 @@ def test_compiled_layers_compute_the_same(tiny, rows):
         for wanted, found in zip(*results, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert set(compiled.state_dict()) == set(plain.state_dict()), "it is saved under the same names"
+
+
+def test_eight_bit_moments_need_torchao(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(config.ConfigError, match="adamw_8bit needs `pip install torchao`"):
+        train.OPTIMIZERS["adamw_8bit"]([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+
+
+def test_eight_bit_moments_train_almost_as_adamw_does(single, tiny):
+    """What they differ by is a small part of what was learnt."""
+    pytest.importorskip("torchao")
+    names = {"adamw": "moments_32", "adamw_8bit": "moments_8"}
+    jobs = []
+    for optimizer, name in names.items():
+        jobs.append(a_job(single, name, tiny, loss="dpo", optimizer=optimizer))
+    run_all(jobs, single / "eight_bit")
+    before = load_file(Path(tiny) / "model.safetensors")
+    after = [load_file(single / name / "model.safetensors") for name in names.values()]
+    learnt = difference = 0.0
+    for name, start in before.items():
+        exact, rounded = (weights[name].double() for weights in after)
+        learnt += float((exact - start.double()).square().sum())
+        difference += float((exact - rounded).square().sum())
+    assert 0 < difference < 0.05 * learnt
+
+
+# ---- the program that runs a list of jobs
+
+
+def run_jobs(path):
+    """Run a list of jobs in this process (one of several, if a launcher started it)."""
+    rank = os.environ.get("RANK", "0")
+    jobs = json.loads(path.read_text())["jobs"]
+    for number, job in enumerate(jobs):
+        out = Path(job["out"])
+        file = path.with_name(f"job{number}-{rank}.json")
+        file.write_text(json.dumps(job))
+        earlier = out / "model.safetensors"
+        if rank == "0" and earlier.exists():
+            earlier.rename(out / "first.safetensors")
+        if job.get("spoil"):
+            spoil(out, job["spoil"])
+        if job.get("sharded"):
+            shard_everything(config.Train(**job["settings"]))
+        try:
+            train.main(str(file))
+        except (train.NonFiniteLoss, train.UnusableCheckpoint) as failure:
+            (out / "error").write_text(str(failure))
+
+
+def shard_everything(settings):
+    """Gather tiny weights too at each use, and let logits exist for 8 tokens at a time.
+
+    This holds for all later jobs of this process.
+    """
+    changed = train.engine_config(settings, 2)
+    changed["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    train.engine_config = lambda settings, accumulation: changed
+    scoring.ResponseScorer.__init__.__defaults__ = ("fp32", 8)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO)
+    run_jobs(Path(sys.argv[1]))

@@ -58,7 +58,19 @@ from beyond_dpo.machine import cluster, launch
 from beyond_dpo.rows import FUSED, epoch_order, read_rows, row_length
 
 log = logging.getLogger("beyond_dpo.jobs.train")
+
+
+def _adamw_8bit(parameters: list[Tensor], **options):
+    """Return torchao's AdamW, whose moments have 8 bits (arXiv 2110.02861)."""
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError:
+        raise ConfigError("optimizer adamw_8bit needs `pip install torchao`") from None
+    return AdamW8bit(parameters, **options)
+
+
 OPTIMIZERS = {
+    "adamw_8bit": _adamw_8bit,
     "adamw": functools.partial(torch.optim.AdamW, fused=True),
     "adagrad": torch.optim.Adagrad,
     "rmsprop": torch.optim.RMSprop,
@@ -626,7 +638,10 @@ def _train_step(run: Run, step: int, micro_batches: Iterator[MicroBatch]) -> dic
 def _set_rate(engine, rate: float) -> None:
     """Set the learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):  # torchao's, whose step is compiled
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _update_weights(run: Run) -> float | Tensor:
