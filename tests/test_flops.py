@@ -69,12 +69,28 @@ def test_torch_counts_the_same(llama):
     assert counter.get_total_flops() == counted + not_needed
 
 
+def test_embeddings_of_positions_multiply_nothing():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100, n_positions=64)
+    model = GPT2LMHeadModel(config)
+    decoder = 2 * (16 * 48 + 16 * 16 + 2 * 16 * 64) * 6
+    head = 2 * 16 * 100 * 3
+    attention = 2 * 2 * 16 * 19
+    assert flops.forward(model, [row(3, 2, 1)], NAMES) == decoder + head + attention
+
+
 def test_a_cpu_has_no_known_peak():
     assert flops.device_peak("cpu") is None
 
 
 @pytest.mark.parametrize(
-    "name, wanted", [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("Tesla T4", None)]
+    "name, wanted",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", None),  # has another peak
+    ],
 )
 def test_peaks_by_name(monkeypatch, name, wanted):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

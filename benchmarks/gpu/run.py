@@ -78,6 +78,9 @@ def environment(site: Path | None) -> dict[str, str]:
         "TQDM_DISABLE": "1",
         # for all sides alike: memory is not lost between blocks of different sizes
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "NCCL_SOCKET_IFNAME": "lo",  # there may be no other
+        # what one process has compiled the next ones need not
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), "beyond-dpo-compiled")),
     }
 
 

@@ -8,10 +8,13 @@ computed twice and layers that are computed again are no use, and are not counte
 
 import torch
 
-PEAK = {  # dense bfloat16 operations a second, from the makers' data sheets (SXM parts)
-    "H100": 989e12,
-    "H200": 989e12,
-    "A100": 312e12,
+# Dense bfloat16 operations a second by the names of GPUs, from their makers' data sheets. Cards of
+# nearly the same name (H100 PCIe, H200 NVL) are slower.
+PEAK = {
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
 }
 
 
@@ -55,13 +58,18 @@ def _seen(prompt: int, lengths: list[int]) -> int:
 
 
 def _decoder_weights(model) -> int:
-    """Return how many weights of the decoder multiply each token: those of its matrices."""
-    embeddings = model.get_input_embeddings().weight
+    """Return how many weights of the decoder multiply each token: those of its matrices.
+
+    Embeddings, of tokens and of positions, are looked up.
+    """
     weights = 0
-    for parameter in model.get_decoder().parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps a part of it
-        if len(shape) >= 2 and parameter is not embeddings:
-            weights += shape.numel()
+    for module in model.get_decoder().modules():
+        if isinstance(module, torch.nn.Embedding):
+            continue
+        for parameter in module.parameters(recurse=False):
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 keeps a part of it
+            if len(shape) >= 2:
+                weights += shape.numel()
     return weights
 
 
@@ -74,10 +82,7 @@ def _attention_width(config) -> int:
 
 def peak(name: str) -> float | None:
     """Return the operations a second that a GPU of this name can do, None for one not in PEAK."""
-    for known, operations in PEAK.items():
-        if known in name:
-            return operations
-    return None
+    return PEAK.get(name)
 
 
 def device_peak(device: str) -> float | None:

@@ -3,6 +3,7 @@
 Many responses are packed into one batch, in which each prompt is computed once.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,11 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from beyond_dpo import attention
 from beyond_dpo.rows import row_length
 
+log = logging.getLogger("beyond_dpo.scoring")
 # Response tokens whose logits exist at one time (2048 × 49,152 floats are 0.4 GB).
 CHUNK = 2048
-# Tokens of a row's longest sequence from which on a CPU computes attention row by row: below it one
-# masked product of a line takes less time than many small ones.
-ROWS_FROM = 384
 FLEX_BLOCK = 128  # tokens: flex-attention looks at whole blocks of them
 
 
@@ -33,7 +32,6 @@ class _Line:
     parts: list[int] = field(default_factory=list)  # 0: the row's prompt, k: its k-th response
     # {(k, sequence): where in the line each token of its k-th response is predicted}
     predictors: dict[tuple[int, int], list[int]] = field(default_factory=dict)
-    spans: list[attention.Span] = field(default_factory=list)  # of the rows
 
     def append(self, tokens: list[int], first_position: int, row: int, part: int) -> int:
         """Add tokens; return where in the line they begin."""
@@ -67,8 +65,7 @@ def pack(
         multiple: L is filled up to a multiple of it.
     Returns:
         input_ids, position_ids: (lines, L).
-        row_of_token, part_of_token: (lines, L), what attention.visible() reads, and
-        spans: the rows of each line, what attention.by_rows() reads; absent if not shared.
+        row_of_token, part_of_token: (lines, L), for attention.visible(); absent if not shared.
         labels: (N,) the response tokens, name-major: all of names[0] first, row by row.
         predictors: (N,) where in `input_ids.flatten()` each of them is predicted.
         tokens: (len(names) * B,) the number of tokens of each response.
@@ -107,7 +104,6 @@ def pack(
     if shared:
         batch["row_of_token"] = _pad([line.rows for line in lines], -1, width)
         batch["part_of_token"] = _pad([line.parts for line in lines], 0, width)
-        batch["spans"] = [line.spans for line in lines]
     return batch
 
 
@@ -156,15 +152,12 @@ def _lay_out(sequences: list[list[list[int]]], members: list[list[int]]) -> list
         line = _Line()
         for i in indices:
             prompt, *responses = sequences[i]
-            prompt_start = line.append(prompt, 0, i, part=0)
-            prompt_end = len(line.input_ids)
-            line.spans.append(attention.Span((prompt_start, prompt_end), []))
+            line.append(prompt, 0, i, part=0)
+            last_of_prompt = len(line.input_ids) - 1
             for part, response in enumerate(responses, start=1):
                 start = line.append(response, len(prompt), i, part)
                 # The prompt's last token predicts the first one, which predicts the second.
-                end = start + len(response)
-                line.spans[-1].responses.append((start, end))
-                chain = [prompt_end - 1, *range(start, end)]
+                chain = [last_of_prompt, *range(start, start + len(response))]
                 line.predictors[part, i] = chain[: len(response)]
         lines.append(line)
     return lines
@@ -212,12 +205,10 @@ class ResponseScorer(torch.nn.Module):
         attention.use_one_that_caps(model)
         implementation = getattr(model.config, "_attn_implementation", "")
         self.flex = implementation == attention.FLEX
-        self.by_rows = implementation == attention.BY_ROWS
-        self.rows_from = 0
         # flash-attention knows neither float32 nor a mask in which several responses see a prompt.
         self.shared = implementation != attention.FLASH
+        # These two are checked in what they will compute in, the others more strictly.
         self.bf16 = precision == "bf16" and implementation in (attention.FLASH, attention.FLEX)
-        self._check_rows()
         self._check(0.03 if self.bf16 else 0.01)
         self.bf16 = precision == "bf16"
 
@@ -225,48 +216,39 @@ class ResponseScorer(torch.nn.Module):
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _check_rows(self) -> None:
-        """Let a model that does not hand the rows' spans to its attention compute by a mask."""
-        if not self.by_rows:
-            return
-        try:
-            self._check(0.01)
-        except (TypeError, ValueError):
-            self.by_rows = False
-        self.rows_from = ROWS_FROM
-
     @torch.no_grad()
     def _check(self, relative_tolerance: float) -> None:
         """Raise ValueError if short responses have other scores packed than alone.
 
-        Those of a recurrent or otherwise masked model do.
+        Those of a recurrent or otherwise masked model do, and those of a model that its attention
+        does not serve: alone, the attention is eager.
         """
         training = self.model.training
+        implementation = self.model.config._attn_implementation
         self.eval()
         ids = [i % self.config.vocab_size for i in range(5, 15)]
         prompt = ids[:4]
         responses = {"a": ids[4:7], "b": ids[7:]}
-        row = {
-            "id": "",
-            "prompt_ids": prompt,
-            "responses": responses,
-        }
+        row = {"id": "", "prompt_ids": prompt, "responses": responses}
         names = list(responses)
-        scores = self.score([row, row], names, pad_id=0)
-        packed_logps = scores["logps"].view(2, 2)
-        for packed, response in zip(packed_logps, responses.values(), strict=True):
-            sequence = prompt + response
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self.bf16):
-                logps = _sequence_logps(self.model, sequence)
-            alone = logps[-len(response) :].sum()
-            error = (packed - alone).abs()
-            tolerance = relative_tolerance * alone.abs()
-            if (error > tolerance).any():
-                raise ValueError(
-                    f"{self.config.model_type} models score packed responses otherwise than alone "
-                    f"({packed.tolist()} and {float(alone)} nats): not supported"
-                )
-        self.train(training)
+        try:
+            scores = self.score([row, row], names, pad_id=0)
+            self.model.set_attn_implementation("eager")
+            alone = []
+            for response in responses.values():
+                logps = _sequence_logps(self.model, prompt + response)
+                alone.append(logps[-len(response) :].sum())
+        finally:
+            self.model.set_attn_implementation(implementation)
+            self.train(training)
+        packed = scores["logps"].view(2, 2)
+        expected = torch.stack(alone).unsqueeze(1)
+        error = (packed - expected).abs()
+        if (error > relative_tolerance * expected.abs()).any():
+            raise ValueError(
+                f"{self.config.model_type} models score packed responses otherwise than alone "
+                f"({packed.tolist()} and {expected.tolist()} nats): not supported"
+            )
 
     def score(self, rows: list[dict], names: list[str], pad_id: int, entropy: bool = False) -> dict:
         """Return forward() of rows that are packed into one batch."""
@@ -281,13 +263,10 @@ class ResponseScorer(torch.nn.Module):
         """
         multiple = FLEX_BLOCK if self.flex else 1
         batch = pack(rows, names, pad_id, self.shared, multiple)
-        longest = int(batch["position_ids"].max()) + 1
-        if longest > self.window:
+        if batch["position_ids"].max() >= self.window:
             raise ValueError(
                 f"a sequence is longer than the model's attention window of {self.window} tokens"
             )
-        if not self.by_rows or longest < self.rows_from:
-            batch.pop("spans", None)
         return batch
 
     def forward(
@@ -299,7 +278,6 @@ class ResponseScorer(torch.nn.Module):
         tokens: Tensor,
         row_of_token: Tensor | None = None,
         part_of_token: Tensor | None = None,
-        spans: list | None = None,
         entropy: bool = False,
     ) -> dict[str, Tensor]:
         """Score the responses of a batch, which is what self.pack() returns without its ids.
@@ -313,11 +291,8 @@ class ResponseScorer(torch.nn.Module):
             entropies: (responses,) float32 in 0…1, only if `entropy`: the mean over a response's
                 tokens of the entropy of p divided by ln |V|; NaN without tokens.
         """
-        if spans is None:
-            options = {"attention_mask": self._mask(row_of_token, part_of_token)}
-        else:
-            options = {"spans": spans}
-        hidden = self._hidden(input_ids, position_ids, options)
+        mask = self._mask(row_of_token, part_of_token)
+        hidden = self._hidden(input_ids, position_ids, mask)
         hidden = hidden.flatten(0, 1)[predictors]
         score_tokens = self._score_tokens
         chunks = self._chunks(labels)
@@ -351,17 +326,14 @@ class ResponseScorer(torch.nn.Module):
         zeros = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
         return zeros.masked_fill(~is_seen, -math.inf)
 
-    def _hidden(self, input_ids, position_ids, options: dict) -> Tensor:
-        """Return the decoder's last hidden states, (lines, L, hidden size).
-
-        options: what says who sees whom.
-        """
+    def _hidden(self, input_ids, position_ids, attention_mask) -> Tensor:
+        """Return the decoder's last hidden states, (lines, L, hidden size)."""
         with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self.bf16):
             output = self.model.get_decoder()(
                 input_ids=input_ids,
                 position_ids=position_ids,
+                attention_mask=attention_mask,
                 use_cache=False,
-                **options,
             )
         return output.last_hidden_state
 
@@ -439,7 +411,7 @@ def to_device(batch: dict[str, Tensor], device: torch.device | str) -> dict[str,
     """
     moved = dict(batch)
     for name, value in batch.items():
-        if name not in ("tokens", "spans"):
+        if name != "tokens":
             moved[name] = value.to(device, non_blocking=True)
     return moved
 
@@ -452,9 +424,26 @@ def load_scorer(
     dtype: of the weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(folder, "sdpa", dtype)
-    attention.apply(model, precision)
-    return ResponseScorer(model.to(device), precision)
+    model = load_model(folder, "eager", dtype)
+    return build_scorer(model.to(device), precision)
+
+
+def build_scorer(model, precision: str, wanted: str = "auto") -> ResponseScorer:
+    """Return the scorer of a model on its device, with the attention that attention.apply() gives.
+
+    Where "auto" gives flex-attention and that fails on this machine, sdpa takes its place. Raises
+    what apply() and ResponseScorer() raise.
+    """
+    attention.apply(model, precision, wanted)
+    try:
+        return ResponseScorer(model, precision)
+    except Exception as error:
+        uses_flex = model.config._attn_implementation == attention.FLEX
+        if wanted != "auto" or not uses_flex:
+            raise
+        log.warning("flex-attention fails here, sdpa takes its place: %s", error)
+        model.set_attn_implementation("sdpa")
+        return ResponseScorer(model, precision)
 
 
 def load_model(folder: str, implementation: str, dtype: torch.dtype, tensors: dict | None = None):

@@ -38,6 +38,13 @@ def alone(rows, names):
     return separate
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew(monkeypatch):
+    """Compile anew in each test, and fail where torch would go on without a kernel."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+
+
 def model_on_gpu(implementation, precision):
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -136,7 +136,7 @@ def test_the_layout_of_flash_attention_gives_the_same_scores(model, rows):
 
 
 def test_flash_attention_is_not_taken_where_it_cannot_be():
-    assert attention.choose("fp32") in ("sdpa", "by_rows")
+    assert attention.choose("fp32") == "sdpa"
     assert attention.choose("bf16", "sdpa") == "sdpa"
 
 
@@ -177,6 +177,59 @@ def test_a_model_that_knows_no_flex_attention_keeps_to_sdpa(model, monkeypatch):
         attention.apply(twin, "bf16", "flex_attention")
 
 
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Let flex-attention be what "auto" gives, as on a GPU; here its kernel cannot be compiled."""
+    monkeypatch.setattr(attention, "choose", lambda precision, wanted: "flex_attention")
+    monkeypatch.setattr(attention, "_one_kernel_for_all_lengths", lambda: None)
+
+
+def refuse(*arguments, **options):
+    raise RuntimeError("out of resource: shared memory")
+
+
+def test_where_flex_attention_fails_sdpa_takes_its_place(
+    model, rows, on_a_gpu, monkeypatch, caplog
+):
+    """The model stays in the mode that it had; asked for by name, the failure is told."""
+    monkeypatch.setattr(attention, "visible_blocks", refuse)
+    twin = copy.deepcopy(model).train()
+    scorer = scoring.build_scorer(twin, "fp32")
+    assert "sdpa takes its place: out of resource" in caplog.text
+    assert not scorer.flex
+    assert twin.training
+    expected = ResponseScorer(copy.deepcopy(model)).score(rows, PAIR, 2)
+    assert_close(scorer.score(rows, PAIR, 2)["logps"], expected["logps"])
+    with pytest.raises(RuntimeError, match="out of resource"):
+        scoring.build_scorer(copy.deepcopy(model), "fp32", "flex_attention")
+
+
+def test_dropout_in_attention_is_nothing_for_flex_attention(model, on_a_gpu):
+    twin = copy.deepcopy(model)
+    twin.config.attention_dropout = 0.1
+    attention.apply(twin, "bf16")
+    assert twin.config._attn_implementation == "sdpa"
+
+
+def test_an_attention_that_does_not_serve_the_model_is_noticed(model, monkeypatch):
+    """As sdpa does with sinks: packed and alone it would be wrong alike."""
+    twin = copy.deepcopy(model)
+    for layer in twin.model.layers:
+        monkeypatch.setattr(layer.self_attn, "scaling", 20 * layer.self_attn.scaling)
+    whole = twin.set_attn_implementation
+
+    def set_other_scaling(implementation):
+        for layer in twin.model.layers:
+            layer.self_attn.scaling *= 50 if implementation == "eager" else 0.02
+        whole(implementation)
+
+    monkeypatch.setattr(twin, "set_attn_implementation", set_other_scaling)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.mul_(10)
+    with pytest.raises(ValueError, match="score packed responses otherwise than alone"):
+        ResponseScorer(twin)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is what it needs")
 def test_flex_attention_needs_a_gpu(model):
     with pytest.raises(ValueError, match="trains on a GPU only; sdpa needs none"):
@@ -185,7 +238,7 @@ def test_flex_attention_needs_a_gpu(model):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="flash-attention may be there with a GPU")
 def test_flash_attention_needs_a_gpu():
-    assert attention.choose("bf16") == "by_rows"
+    assert attention.choose("bf16") == "sdpa"
     with pytest.raises(ImportError, match="needs a GPU.*pip install flash-attn"):
         attention.choose("bf16", "flash_attention_2")
 

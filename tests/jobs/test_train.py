@@ -1282,6 +1282,7 @@ def run_here(main, job, folder):
             "1 steps cannot be cut into 2 parts",
         ),
         ({"offload": True}, config.ConfigError, "offload=True needs zero"),
+        ({"compile": True, "zero": 3}, config.ConfigError, "compile=True needs zero 0, 1 or 2"),
         (
             {"save_dtype": "floaty"},
             ValueError,

@@ -11,6 +11,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from beyond_dpo import templates
+from beyond_dpo.jobs.settings import CLOCK
 from beyond_dpo.machine import paths
 from beyond_dpo.pipeline import (
     artifacts,
@@ -677,6 +678,7 @@ def dynamics(store):
 
 def test_alpha_grows_linearly_along_the_training(dynamics):
     log = dynamics.csv("log.csv")
+    assert not set(CLOCK) & set(log.columns), "what the clock decides does not repeat"
     fused = log[log["model"] == "Target-SFT-WRPO"]
     steps = len(fused)
     wanted = [0.1 * step / steps for step in range(steps)]

@@ -80,7 +80,7 @@ class Train:
     offload: bool = False  # optimizer state in host memory (machine)
     gradient_checkpointing: bool = False  # (machine)
     # see attention.choose (machine)
-    attention: Literal["auto", "sdpa", "by_rows", "flex_attention", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2"] = "auto"
     compile: bool = False  # torch.compile of the decoder's layers: a minute, then faster (machine)
     # train a low-rank adapter of all linear layers (Hu et al., arXiv 2106.09685); 0: every weight
     lora_rank: Count = 0

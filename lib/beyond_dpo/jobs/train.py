@@ -49,7 +49,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from beyond_dpo import attention, dispersion, events, flops, lora, precision, scoring, templates
+from beyond_dpo import dispersion, events, flops, lora, precision, scoring, templates
 from beyond_dpo.files import share_weights, sync, write_file
 from beyond_dpo.jobs.reference import load as load_reference
 from beyond_dpo.jobs.settings import ConfigError, Train, check_batch
@@ -297,6 +297,10 @@ def engine_config(settings: Train, accumulation: int) -> dict:
         raise ConfigError(
             "offload=True needs zero 1, 2 or 3; stage 0 keeps the optimizer on the device"
         )
+    if settings.compile and settings.zero == 3:
+        raise ConfigError(
+            "compile=True needs zero 0, 1 or 2; stage 3 gathers weights in each layer"
+        )
     zero = {"stage": settings.zero, "overlap_comm": False}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -438,7 +442,11 @@ def _join_group() -> str:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="nccl" if has_cuda else "gloo")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if has_cuda else "cpu"
+    if not has_cuda:
+        return "cpu"
+    device = f"cuda:{os.environ['LOCAL_RANK']}"
+    torch.cuda.set_device(device)
+    return device
 
 
 def _wait_for_all() -> None:
@@ -452,13 +460,13 @@ def _load_scorer(job: Job, device: str) -> scoring.ResponseScorer:
     """Return the model to train, in float32 and with its adapter if it gets one."""
     settings = job.settings
     torch.manual_seed(job.seed)
-    model = scoring.load_model(job.model, "sdpa", torch.float32)
-    attention.apply(model, settings.precision, settings.attention)
+    model = scoring.load_model(job.model, "eager", torch.float32)
     if settings.lora_rank:
         lora.inject(model, settings.lora_rank, settings.lora_alpha)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    scorer = scoring.ResponseScorer(model.train().to(device), settings.precision)
+    model = model.train().to(device)
+    scorer = scoring.build_scorer(model, settings.precision, settings.attention)
     if settings.compile:
         compile_layers(scorer)
     return scorer
@@ -587,15 +595,10 @@ def _micro_batch(run: Run, rows: list[dict]) -> MicroBatch:
     ids = inputs.pop("ids")
     reference_logps, dispersion_weights = _reference_of(run.job.reference_scores, ids)
     if run.device != "cpu":
-        inputs = {name: _pinned(value) for name, value in inputs.items()}
+        inputs = {name: tensor.pin_memory() for name, tensor in inputs.items()}
         if reference_logps is not None:
             reference_logps = reference_logps.pin_memory()
     return MicroBatch(rows, inputs, reference_logps, dispersion_weights)
-
-
-def _pinned(value):
-    """Return a tensor in pinned memory; what is no tensor as it is."""
-    return value.pin_memory() if isinstance(value, Tensor) else value
 
 
 def _train_step(run: Run, step: int, micro_batches: Iterator[MicroBatch]) -> dict:
@@ -699,8 +702,8 @@ def _backward(
 ) -> tuple[Metrics, Tensor]:
     """Add a micro-batch's Σ loss × loss_share to the step's gradient.
 
-    Return what it reports, and the losses of its rows. Nothing here waits for the GPU: while it
-    computes, the program is already at the next micro-batch.
+    Return what it reports, and the losses of its rows. With one process nothing here waits for the
+    GPU: while it computes, the program is already at the next micro-batch.
     """
     job = run.job
     scores = run.engine(**scoring.to_device(micro_batch.inputs, run.device))

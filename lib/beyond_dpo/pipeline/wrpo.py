@@ -573,7 +573,7 @@ def dynamics(cfg) -> Artifact:
         for (name, seed), run in runs.items():
             log = gather.read_lines(run, "log.jsonl")
             logs.append(log.assign(model=name, seed=seed))
-        log = pd.concat(logs).drop(columns=CLOCK, errors="ignore")
+        log = pd.concat(logs).drop(columns=list(CLOCK), errors="ignore")
         gather.write_table(out / "log.csv", log.round(6))
         gaps = []
         for name, reference_pass in references.items():
