@@ -25,7 +25,7 @@ from measure import report
 from beyond_dpo import rewards, templates
 from beyond_dpo.pipeline import assets, corpus, openings
 
-TEXTS = {64: 512, 512: 96}  # {most tokens: texts}
+TEXTS = {64: 384, 512: 64}  # {most tokens: texts}
 PIPELINE_SIZES = (1, 2, 4, 8, 16, 32, 64)
 TOLERANCE = 1e-4
 
