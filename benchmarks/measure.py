@@ -80,6 +80,29 @@ ROWS = {
         for kind in ("pairs", "quadruples")
         for tokens in (8, 64, 512)
     ],
+    "score_rewards": [
+        Comparison(
+            f"rewards of texts of up to {tokens} tokens (texts/s)",
+            f"ours_{tokens}_texts_per_s",
+            f"`transformers.pipeline`, {batches}",
+            f"pipeline_{name}_{tokens}_texts_per_s",
+            goal,
+        )
+        for tokens in (64, 512)
+        for batches, name, goal in (
+            ("batches of 8", "8", "≥ 3"),
+            ("its fastest batches", "best", ""),
+        )
+    ],
+    "score_logps": [
+        Comparison(
+            "log-probabilities (pairs/s)",
+            "ours_pairs_per_s",
+            "a plain loop, batches of 8",
+            "plain_pairs_per_s",
+            "≥ 3",
+        ),
+    ],
     "sweep": [
         Comparison(
             "one more α in the living engine (s)",

@@ -230,9 +230,16 @@ def measure(monkeypatch):
     return importlib.import_module("measure")
 
 
+# Not frozen yet: they wait for a machine on which nothing else runs.
+NOT_FROZEN = {"score_rewards", "score_logps"}
+
+
 def test_the_readme_shows_the_frozen_benchmarks(measure):
+    missing = set()
     for name in measure.ROWS:
-        assert (measure.RESULTS / f"{name}.json").is_file()
+        if not (measure.RESULTS / f"{name}.json").is_file():
+            missing.add(name)
+    assert missing == NOT_FROZEN
     text = read("README.md")
     assert measure.table(text) == text
 

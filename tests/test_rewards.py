@@ -206,6 +206,40 @@ def test_scores_are_those_of_each_text_alone(kind, pad_token_id, budget, head):
     assert np.ptp(wanted) > 0.05, "too alike to tell"
 
 
+def widths_of_last_layer(reward: Classifier, texts: list[str]) -> set[int]:
+    """Return how many tokens of a text the last layer's feed-forward part computes."""
+    widths = set()
+
+    def note(module, arguments, output):
+        widths.add(output.shape[1])
+
+    last_layer = reward.model.base_model.encoder.layer[-1]
+    last_layer.output.register_forward_hook(note)
+    reward.score(texts)
+    return widths
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "xlm-roberta", "mpnet"])
+def test_a_last_layer_computes_only_what_the_head_reads(tmp_path, kind):
+    """The score is that of the model as transformers computes it, whose last layer does all."""
+    folder = small(kind, tmp_path, **ENCODER)
+    reward = Classifier(folder)
+    texts = [TEXTS[0], "A good film.", "Bad"]
+    texts_ids = [reward._ids(text) for text in texts]
+    wanted = scores_alone(folder, texts_ids)
+    assert reward.score(texts) == pytest.approx(wanted, abs=1e-4)
+    assert np.ptp(wanted) > 0.005, "too alike to tell"
+    widths = widths_of_last_layer(reward, texts)
+    is_known = kind != "mpnet"
+    assert (widths == {1}) == is_known
+
+
+def test_the_budget_is_the_devices_unless_it_is_given(head):
+    folder = head()
+    assert Classifier(folder).token_budget in rewards.TOKEN_BUDGET.values()
+    assert Classifier(folder, token_budget=17).token_budget == 17
+
+
 def test_no_text_has_no_score(head):
     assert Classifier(head()).score([]).shape == (0,)
 

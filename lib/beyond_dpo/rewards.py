@@ -13,6 +13,16 @@ import numpy as np
 
 from beyond_dpo import templates
 
+# Tokens of a batch. On a CPU smaller batches are faster: less padding, and what a layer computes
+# stays in the cache.
+TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
+# The encoders of transformers whose head reads the first token alone.
+READ_FIRST_TOKEN = (
+    "BertForSequenceClassification",
+    "RobertaForSequenceClassification",
+    "XLMRobertaForSequenceClassification",
+)
+
 
 class BagOfWords:
     """The classifier that `train_bag_of_words` wrote; scores are logits of "positive"."""
@@ -65,7 +75,7 @@ class Classifier:
         label: index of the logit that is the reward. None takes the only one, or of two the second
             minus the first; more than two need an index.
         max_tokens: longer texts lose their end. It is lowered to what the model reads.
-        token_budget: tokens of a batch, padding included.
+        token_budget: tokens of a batch, padding included; None is the device's TOKEN_BUDGET.
         trust_remote_code: as in transformers.
     Raises:
         ValueError: the model has no trained head, or `label` does not name one of its labels.
@@ -77,7 +87,7 @@ class Classifier:
         *,
         label: int | None = None,
         max_tokens: int = 4096,
-        token_budget: int = 8192,
+        token_budget: int | None = None,
         trust_remote_code: bool = False,
     ):
         import torch
@@ -100,7 +110,7 @@ class Classifier:
         self.label = label
         readable = readable_tokens(self.model) or max_tokens
         self.max_tokens = min(max_tokens, readable, self.tokenizer.model_max_length)
-        self.token_budget = token_budget
+        self.token_budget = TOKEN_BUDGET[device] if token_budget is None else token_budget
         config = self.model.config.get_text_config()
         if config.pad_token_id is not None and config.pad_token_id < 0:
             config.pad_token_id = None  # the first Llama's -1 says that there is none
@@ -186,7 +196,25 @@ def _load_classifier(folder, tokenizer, dtype, trust_remote_code: bool):
     if missing:  # transformers would only warn, and score with random numbers
         raise ValueError(f"{folder} is no finished reward model, it lacks {missing[:3]}")
     attention.use_one_that_caps(model)
+    _leave_out_unread(model)
     return model
+
+
+def _leave_out_unread(model) -> None:
+    """Let the last layer of an encoder compute the first token only, where its head reads no other.
+
+    Of a layer's products only those of queries, keys and values are left for the other tokens: of
+    six layers an eighth of all work is saved. Other models stay as they are.
+    """
+    is_ours = type(model).__module__.startswith("transformers.")
+    if is_ours and type(model).__name__ in READ_FIRST_TOKEN:
+        last_layer = model.base_model.encoder.layer[-1]
+        last_layer.attention.output.register_forward_pre_hook(_first_token)
+
+
+def _first_token(_, states: tuple) -> tuple:
+    """Return each (texts, tokens, width) of a module's arguments as (texts, 1, width)."""
+    return tuple(state[:, :1] for state in states)
 
 
 def token_batches(lengths: list[int], budget: int) -> list[list[int]]:
