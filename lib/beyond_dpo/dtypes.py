@@ -98,6 +98,8 @@ def widen(stored: np.ndarray, dtype: Dtype, wide: np.ndarray) -> None:
         bits = wide.view(np.uint32)
         np.copyto(bits, stored)
         bits <<= 16
+    elif dtype == FLOAT16 and all_finite(stored, dtype):
+        _widen_float16(stored, wide)
     else:
         np.copyto(wide, stored, casting="same_kind")
 
@@ -111,6 +113,8 @@ def narrow(wide: np.ndarray, dtype: Dtype, stored: np.ndarray, work: np.ndarray)
         bits = _round_to_bfloat16(wide, work)
         bits >>= 16
         np.copyto(stored, bits, casting="unsafe")
+    elif dtype == FLOAT16:
+        _narrow_float16(wide, stored, work)
     else:
         np.copyto(stored, wide, casting="same_kind")
 
@@ -127,6 +131,45 @@ def _round_to_bfloat16(wide: np.ndarray, work: np.ndarray) -> np.ndarray:
     work += 0x7FFF
     bits += work
     return bits
+
+
+# numpy converts float16 one by one; with operations on whole arrays it takes a third of the time.
+#
+# The bits of a float16, but for the sign, 13 to the left are those of a float32, 2**112 times
+# smaller. So they are for subnormal numbers too.
+
+
+def _widen_float16(stored: np.ndarray, wide: np.ndarray) -> None:
+    """Write float16, all finite, into an array of float32."""
+    bits = wide.view(np.int32)
+    np.copyto(bits, stored.view(np.int16))  # the sign fills the upper half
+    bits <<= 13
+    bits &= 0x0FFFE000 - (1 << 31)
+    wide *= np.float32(2.0**112)
+
+
+def _narrow_float16(wide: np.ndarray, stored: np.ndarray, work: np.ndarray) -> None:
+    """Round float32 into an array of float16; both `wide` and `work` are overwritten.
+
+    A number that is so large that its last bit is the last one that float16 keeps is added and
+    subtracted again: 1.5 * 2**13 times the number's power of two, and no less than for 2**-14, the
+    smallest that is not subnormal.
+    """
+    bits = wide.view(np.uint32)
+    large = work.view(np.float32)
+    result = stored.view(np.uint16)
+    np.right_shift(bits, 16, out=result, casting="unsafe")
+    result &= 0x8000  # the sign, which is lost where the rest is rounded to 0
+    np.bitwise_and(bits, 0x7F800000, out=work)
+    np.clip(large, 2.0**-14, 2.0**100, out=large)
+    large *= np.float32(1.5 * 2**13)
+    wide += large
+    wide -= large
+    np.abs(wide, out=wide)
+    np.minimum(wide, np.float32(65536.0), out=wide)  # which is infinite in float16
+    wide *= np.float32(2.0**-112)
+    bits >>= 13
+    np.bitwise_or(result, bits, out=result, casting="unsafe")
 
 
 # ---- the same for bfloat16, two numbers at a time

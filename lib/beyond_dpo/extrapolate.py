@@ -2,7 +2,7 @@
 
 The rule is ExPO's, theta_2 = theta_1 + alpha * (theta_1 - theta_0) (Eq 6, arXiv 2404.16792), where
 theta_0 is the SFT model and theta_1 the aligned one. Nothing is trained. Weights are streamed: each
-of up to 8 threads needs about 2 MB, however large the model is. Whole tensors are held only where
+of up to 8 threads needs about 6 MB, however large the model is. Whole tensors are held only where
 they are asked for, one by one (tensors()). What is written is computed by numpy (dtypes): only
 blend() and tensors() import torch.
 
@@ -41,10 +41,10 @@ from beyond_dpo.files import sync
 if TYPE_CHECKING:
     import torch
 
-# Elements of a tensor that a thread computes at a time. The buffers for so many, about 1 MB and a
+# Elements of a tensor that a thread computes at a time. The buffers for so many, about 5 MB and a
 # result for each alpha, stay in the processor's cache.
-BLOCK = 1 << 16
-SYNC = 128 << 20  # bytes of results that are computed before they are sent to the disk
+BLOCK = 1 << 18
+SYNC = 64 << 20  # bytes of a shard that are written before they are sent to the disk
 LARGEST_SMALL_FILE = 100 << 20  # bytes, of a file that is copied besides the weights
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -884,13 +884,14 @@ def _write_tensors(
         return _write_tensor(pair, alphas[pair.aligned.name], copies, data_starts[file])
 
     unfinished = Counter(pair.aligned.file for pair in pairs)
+    unsynced = Counter()  # bytes of each shard
     written = []
     syncs = []
     with ExitStack() as stack:
         # Tensors are independent, so each thread takes one at a time.
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         stack.callback(pool.shutdown, cancel_futures=True)
-        # Takes a finished shard to the disk while the next ones are computed.
+        # Takes what is finished to the disk while the rest is computed.
         disk = ThreadPoolExecutor(1)
         stack.callback(disk.shutdown, cancel_futures=True)
         for pair, tensor in zip(pairs, pool.map(write, pairs), strict=True):
@@ -898,7 +899,10 @@ def _write_tensors(
             bar.update(pair.sft.size + pair.aligned.size)
             file = pair.aligned.file
             unfinished[file] -= 1
-            if not unfinished[file]:
+            unsynced[file] += pair.aligned.size
+            disk_waits = all(future.done() for future in syncs)
+            if not unfinished[file] or (unsynced[file] > SYNC and disk_waits):
+                unsynced[file] = 0
                 syncs += [disk.submit(sync, folder / file.name) for folder in folders]
         for future in syncs:
             future.result()
