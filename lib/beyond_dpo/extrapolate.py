@@ -2,14 +2,16 @@
 
 The rule is ExPO's, theta_2 = theta_1 + alpha * (theta_1 - theta_0) (Eq 6, arXiv 2404.16792), where
 theta_0 is the SFT model and theta_1 the aligned one. Nothing is trained. Weights are streamed: each
-of up to 8 threads needs about 5 MB, however large the model is. Whole tensors are read only where
-one model stores both output head and embeddings and the other one of the two (_tied_tensor), and
-where whole tensors are asked for, one by one (tensors()).
+of up to 8 threads needs about 6 MB, however large the model is. Whole tensors are held only where
+they are asked for, one by one (tensors()). What is written is computed by numpy (dtypes): only
+blend() and tensors() import torch.
 
 From the command line:
 
     python -m beyond_dpo.extrapolate SFT ALIGNED OUT --alpha 0.3 --alpha 0.5 --module '*.mlp.*=0.1'
 """
+
+from __future__ import annotations
 
 import argparse
 import errno
@@ -27,32 +29,25 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from beyond_dpo import events
+from beyond_dpo import dtypes, events
+from beyond_dpo.dtypes import DTYPES, Dtype
 from beyond_dpo.files import sync
+
+if TYPE_CHECKING:
+    import torch
 
 # Elements of a tensor that a thread computes at a time. The buffers for so many, about 5 MB and a
 # result for each alpha, stay in the processor's cache.
 BLOCK = 1 << 18
+SYNC = 64 << 20  # bytes of a shard that are written before they are sent to the disk
 LARGEST_SMALL_FILE = 100 << 20  # bytes, of a file that is copied besides the weights
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "BOOL": torch.bool,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
 # Settings of config.json that both models must share.
 STRUCTURE = (
     "architectures",
@@ -123,7 +118,7 @@ class StoredTensor:
     shard: Shard
     data_offset: int  # the tensor's first byte, counted from shard.data_start
     size: int  # in bytes
-    dtype: torch.dtype
+    dtype: Dtype
     shape: list[int]
     kind: str  # what two models must agree on, such as "float [2, 3]" or "I64 [4]"
 
@@ -164,6 +159,8 @@ def blend(theta_sft: torch.Tensor, theta_aligned: torch.Tensor, alpha: float) ->
     This is the rule for one tensor in memory. extrapolate() computes the same bits block by block
     (_compute_at).
     """
+    import torch
+
     if theta_sft.shape != theta_aligned.shape:
         raise IncompatibleModels(
             f"shape {list(theta_sft.shape)} (SFT) and {list(theta_aligned.shape)} (aligned)"
@@ -246,6 +243,8 @@ def tensors(
     aligned: None gives theta_0 as it is. Raises as extrapolate(); what concerns names, shapes and
     alphas at once, the rest while the tensors are read.
     """
+    import torch
+
     pairs = check(sft, aligned)
     alphas = module_alphas(pairs, [alpha], modules or {})
 
@@ -253,11 +252,13 @@ def tensors(
         differ = False
         for pair in pairs:
             name = pair.aligned.name
-            theta = torch.empty(pair.aligned.shape, dtype=pair.aligned.dtype)
-            done = 0  # elements
+            dtype = pair.aligned.dtype
+            theta = torch.empty(pair.aligned.shape, dtype=getattr(torch, dtype.name))
+            content = theta.view(-1).view(torch.uint8).numpy()
+            done = 0  # bytes
             for block in _blocks(pair, alphas[name]):
-                result = block.results[0]
-                theta.view(-1)[done : done + len(result)] = result
+                result = _bytes(block.results[0])
+                content[done : done + len(result)] = result
                 done += len(result)
                 differ = differ or block.differs
             yield name, theta
@@ -392,16 +393,24 @@ def _ties(stored: dict[str, StoredTensor]) -> bool:
 
 
 def _equal(left: StoredTensor, right: StoredTensor) -> bool:
+    """Return whether two stored tensors have the same dtype, shape and values, none of them NaN."""
     if left is right:
         return True
     if left.dtype != right.dtype or left.shape != right.shape:
         return False
-    return torch.equal(_read(left), _read(right))
-
-
-def _read(tensor: StoredTensor) -> torch.Tensor:
-    with safe_open(tensor.file, "pt") as file:
-        return file.get_tensor(tensor.name)
+    size = math.prod(left.shape)
+    with open(left.file, "rb") as left_file, open(right.file, "rb") as right_file:
+        left_file.seek(left.file_offset)
+        right_file.seek(right.file_offset)
+        for start in range(0, size, BLOCK):
+            left_block = np.empty(min(BLOCK, size - start), left.dtype.numpy)
+            right_block = np.empty_like(left_block)
+            if not _fill(left_block, left_file) or not _fill(right_block, right_file):
+                return False
+            left_values = dtypes.values(left_block, left.dtype)
+            if not np.array_equal(left_values, dtypes.values(right_block, right.dtype)):
+                return False
+    return True
 
 
 def module_alphas(
@@ -569,7 +578,7 @@ def _read_shard(file: Path) -> Shard:
     """Return a safetensors file's header; raise ValueError for a file that is damaged or absent."""
     try:
         # safe_open() checks the header, the offsets and the length of the file.
-        with safe_open(file, "pt"), open(file, "rb") as opened:
+        with safe_open(file, "np"), open(file, "rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
     except (SafetensorError, OSError) as error:
@@ -600,27 +609,35 @@ def _small_files(aligned: Path) -> list[Path]:
 
 @dataclass
 class _Block:
-    """Buffers for a block of one tensor, which are used again for the tensor's next block."""
+    """Buffers for a block of one tensor, which are used again for the tensor's next block.
 
-    sft: torch.Tensor  # as it is stored
-    aligned: torch.Tensor  # as it is stored
-    theta: torch.Tensor  # the aligned block in float32
-    delta: torch.Tensor  # aligned - SFT in float32
-    step: torch.Tensor  # what is being computed, in float32
-    results: list[torch.Tensor]  # one for each alpha, in the aligned model's dtype
+    If both models are in bfloat16, the float32 buffers hold the even elements before the odd ones.
+    """
+
+    sft: np.ndarray  # as it is stored
+    aligned: np.ndarray  # as it is stored
+    theta: np.ndarray  # the aligned block in float32
+    delta: np.ndarray  # aligned - SFT in float32
+    step: np.ndarray  # what is being computed, in float32
+    work: np.ndarray  # of the same size in uint32
+    results: list[np.ndarray]  # one for each alpha, in the aligned model's dtype
+    split: bool  # whether both models are in bfloat16
     differs: bool = False  # whether the two models differ in this block or in one before it
 
     @classmethod
     def empty(cls, pair: TensorPair, alphas: int, size: int) -> Self:
         """Return buffers of `size` elements with that number of results."""
-        theta, delta, step = torch.empty(3, size)
+        stored = pair.aligned.dtype.numpy
+        theta, delta, step = np.empty((3, size), np.float32)
         return cls(
-            sft=torch.empty(size, dtype=pair.sft.dtype),
-            aligned=torch.empty(size, dtype=pair.aligned.dtype),
+            sft=np.empty(size, pair.sft.dtype.numpy),
+            aligned=np.empty(size, stored),
             theta=theta,
             delta=delta,
             step=step,
-            results=[torch.empty(size, dtype=pair.aligned.dtype) for _ in range(alphas)],
+            work=np.empty(size, np.uint32),
+            results=[np.empty(size, stored) for _ in range(alphas)],
+            split=pair.sft.dtype == pair.aligned.dtype == dtypes.BFLOAT16,
         )
 
     def first(self, size: int) -> Self:
@@ -632,8 +649,23 @@ class _Block:
             theta=self.theta[:size],
             delta=self.delta[:size],
             step=self.step[:size],
+            work=self.work[:size],
             results=[result[:size] for result in self.results],
         )
+
+    def widen(self, stored: np.ndarray, dtype: Dtype, wide: np.ndarray) -> None:
+        """Write stored floats into a buffer of float32."""
+        if self.split:
+            dtypes.widen_split(stored, wide)
+        else:
+            dtypes.widen(stored, dtype, wide)
+
+    def narrow_step(self, dtype: Dtype, result: np.ndarray) -> None:
+        """Round what was computed into a result."""
+        if self.split:
+            dtypes.narrow_split(self.step, result, self.work)
+        else:
+            dtypes.narrow(self.step, dtype, result, self.work)
 
 
 def _blocks(pair: TensorPair, alphas: list[float]) -> Iterator[_Block]:
@@ -658,21 +690,30 @@ def _blocks(pair: TensorPair, alphas: list[float]) -> Iterator[_Block]:
                     f"{pair.sft.file} or {pair.aligned.file} became shorter while "
                     f"{pair.aligned.name} was read"
                 )
-            if block.aligned.is_floating_point():
-                _subtract(block, pair)
-            for alpha, result in zip(alphas, block.results, strict=True):
-                _compute_at(block, alpha, result, pair.aligned)
+            _compute(block, pair, alphas)
             yield block
 
 
-def _fill(buffer: torch.Tensor, file: BinaryIO) -> bool:
+def _fill(buffer: np.ndarray, file: BinaryIO) -> bool:
     """Read a buffer's content from a file; return whether the file had so much."""
     return file.readinto(_bytes(buffer)) == buffer.nbytes
 
 
-def _bytes(block: torch.Tensor):
-    """Return a tensor's memory as an array of bytes."""
-    return block.view(torch.uint8).numpy()
+def _bytes(block: np.ndarray) -> np.ndarray:
+    """Return an array's memory as an array of bytes."""
+    return block.view(np.uint8)
+
+
+@np.errstate(all="ignore")  # NaN and infinite results are looked for
+def _compute(block: _Block, pair: TensorPair, alphas: list[float]) -> None:
+    """Compute a block's results from its stored values; raises as _blocks()."""
+    if not pair.aligned.dtype.is_floating_point:
+        for result in block.results:
+            np.copyto(result, block.aligned)
+        return
+    _subtract(block, pair)
+    for alpha, result in zip(alphas, block.results, strict=True):
+        _compute_at(block, alpha, result, pair)
 
 
 def _subtract(block: _Block, pair: TensorPair) -> None:
@@ -680,38 +721,53 @@ def _subtract(block: _Block, pair: TensorPair) -> None:
 
     Where both models hold the same infinity, delta is 0.
     """
-    block.theta.copy_(block.aligned)
-    block.delta.copy_(block.sft)
-    torch.sub(block.theta, block.delta, out=block.delta)
-    # Looking at the sum is 40 times faster than looking at each element. The sum may overflow
-    # where no element does.
-    if not math.isfinite(block.delta.sum()):
-        equal_infinities = block.aligned.isinf() & (block.aligned == block.sft)
-        for values, tensor in ((block.sft, pair.sft), (block.aligned, pair.aligned)):
-            if not (values.isfinite() | equal_infinities).all():
+    sft_dtype = pair.sft.dtype
+    aligned_dtype = pair.aligned.dtype
+    block.widen(block.aligned, aligned_dtype, block.theta)
+    block.widen(block.sft, sft_dtype, block.delta)
+    np.subtract(block.theta, block.delta, out=block.delta)
+    aligned_finite = dtypes.all_finite(block.aligned, aligned_dtype)
+    if not aligned_finite or not dtypes.all_finite(block.sft, sft_dtype):
+        equal_infinities = _equal_infinities(block, pair)
+        for stored, tensor in ((block.sft, pair.sft), (block.aligned, pair.aligned)):
+            if not (dtypes.are_finite(stored, tensor.dtype) | equal_infinities).all():
                 raise ValueError(f"{pair.aligned.name} holds NaN or infinity in {tensor.file}")
+        if block.split:
+            equal_infinities = dtypes.in_split_order(equal_infinities)
         block.delta[equal_infinities] = 0.0
     if not block.differs:
         block.differs = bool(block.delta.any())
 
 
-def _compute_at(block: _Block, alpha: float, result: torch.Tensor, tensor: StoredTensor) -> None:
-    """Compute a block at one alpha as blend() does, but without new memory.
+def _equal_infinities(block: _Block, pair: TensorPair) -> np.ndarray:
+    """Return for each element whether both models hold the same infinity."""
+    sft_infinite = dtypes.are_infinite(block.sft, pair.sft.dtype)
+    sft_negative = dtypes.are_negative(block.sft, pair.sft.dtype)
+    aligned_infinite = dtypes.are_infinite(block.aligned, pair.aligned.dtype)
+    aligned_negative = dtypes.are_negative(block.aligned, pair.aligned.dtype)
+    return sft_infinite & aligned_infinite & (sft_negative == aligned_negative)
 
-    tensor: the aligned tensor that the block belongs to.
-    """
+
+def _compute_at(block: _Block, alpha: float, result: np.ndarray, pair: TensorPair) -> None:
+    """Compute a block at one alpha as blend() does, but without new memory."""
+    dtype = pair.aligned.dtype
     if alpha == 0:
-        result.copy_(block.aligned)
-    elif alpha == -1:
-        result.copy_(block.sft)
+        np.copyto(result, block.aligned)
+    elif alpha == -1 and pair.sft.dtype == dtype:
+        np.copyto(result, block.sft)
     else:
-        torch.mul(block.delta, alpha, out=block.step)
-        result.copy_(block.step.add_(block.theta))
-    if math.isfinite(result.sum()):
+        if alpha == -1:
+            block.widen(block.sft, pair.sft.dtype, block.step)
+        else:
+            np.multiply(block.delta, np.float32(alpha), out=block.step)
+            block.step += block.theta
+        block.narrow_step(dtype, result)
+    if dtypes.all_finite(result, dtype):
         return
-    if not (result.isfinite() | block.aligned.isinf()).all():
+    finite = dtypes.are_finite(result, dtype) | dtypes.are_infinite(block.aligned, dtype)
+    if not finite.all():
         raise ValueError(
-            f"{tensor.name} leaves the range of {tensor.dtype} at alpha={alpha}: use a smaller one"
+            f"{pair.aligned.name} leaves the range of {dtype} at alpha={alpha}: use a smaller one"
         )
 
 
@@ -828,17 +884,14 @@ def _write_tensors(
         return _write_tensor(pair, alphas[pair.aligned.name], copies, data_starts[file])
 
     unfinished = Counter(pair.aligned.file for pair in pairs)
+    unsynced = Counter()  # bytes of each shard
     written = []
     syncs = []
     with ExitStack() as stack:
-        # Tensors are independent, so each thread takes one at a time, and torch need not split its
-        # operations further, until the stack is left.
-        threads_before = torch.get_num_threads()
-        stack.callback(torch.set_num_threads, threads_before)
-        torch.set_num_threads(1)
+        # Tensors are independent, so each thread takes one at a time.
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         stack.callback(pool.shutdown, cancel_futures=True)
-        # Takes a finished shard to the disk while the next ones are computed.
+        # Takes what is finished to the disk while the rest is computed.
         disk = ThreadPoolExecutor(1)
         stack.callback(disk.shutdown, cancel_futures=True)
         for pair, tensor in zip(pairs, pool.map(write, pairs), strict=True):
@@ -846,7 +899,10 @@ def _write_tensors(
             bar.update(pair.sft.size + pair.aligned.size)
             file = pair.aligned.file
             unfinished[file] -= 1
-            if not unfinished[file]:
+            unsynced[file] += pair.aligned.size
+            disk_waits = all(future.done() for future in syncs)
+            if not unfinished[file] or (unsynced[file] > SYNC and disk_waits):
+                unsynced[file] = 0
                 syncs += [disk.submit(sync, folder / file.name) for folder in folders]
         for future in syncs:
             future.result()
