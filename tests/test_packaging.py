@@ -230,8 +230,8 @@ def measure(monkeypatch):
     return importlib.import_module("measure")
 
 
-# Not frozen yet: they wait for a machine on which nothing else runs.
-NOT_FROZEN = {"score_rewards", "score_logps"}
+# Not frozen yet: it waits for a machine on which nothing else runs.
+NOT_FROZEN = {"score_rewards"}
 
 
 def test_the_readme_shows_the_frozen_benchmarks(measure):
