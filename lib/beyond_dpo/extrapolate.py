@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 # Elements of a tensor that a thread computes at a time. The buffers for so many, about 5 MB and a
 # result for each alpha, stay in the processor's cache.
 BLOCK = 1 << 18
-SYNC = 64 << 20  # bytes of a shard that are written before they are sent to the disk
 LARGEST_SMALL_FILE = 100 << 20  # bytes, of a file that is copied besides the weights
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -884,14 +883,13 @@ def _write_tensors(
         return _write_tensor(pair, alphas[pair.aligned.name], copies, data_starts[file])
 
     unfinished = Counter(pair.aligned.file for pair in pairs)
-    unsynced = Counter()  # bytes of each shard
     written = []
     syncs = []
     with ExitStack() as stack:
         # Tensors are independent, so each thread takes one at a time.
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         stack.callback(pool.shutdown, cancel_futures=True)
-        # Takes what is finished to the disk while the rest is computed.
+        # Takes a finished shard to the disk while the next ones are computed.
         disk = ThreadPoolExecutor(1)
         stack.callback(disk.shutdown, cancel_futures=True)
         for pair, tensor in zip(pairs, pool.map(write, pairs), strict=True):
@@ -899,10 +897,7 @@ def _write_tensors(
             bar.update(pair.sft.size + pair.aligned.size)
             file = pair.aligned.file
             unfinished[file] -= 1
-            unsynced[file] += pair.aligned.size
-            disk_waits = all(future.done() for future in syncs)
-            if not unfinished[file] or (unsynced[file] > SYNC and disk_waits):
-                unsynced[file] = 0
+            if not unfinished[file]:
                 syncs += [disk.submit(sync, folder / file.name) for folder in folders]
         for future in syncs:
             future.result()
