@@ -35,6 +35,8 @@ class Comparison(NamedTuple):
 ONE_ALPHA = "one α, peak memory (GiB; goal: below 1)"
 FOUR_ALPHAS = "four α, peak memory (GiB; goal: below 1)"
 GOALS = {8: "≥ 3", 64: "", 512: "≥ 4"}  # of our speed against TRL's, by tokens of a prompt
+# At 512 tokens hardly anything is padding, so similar lengths help nobody.
+BEST_AT = (8, 64)
 
 
 def against_trl() -> list[Comparison]:
@@ -42,6 +44,8 @@ def against_trl() -> list[Comparison]:
     rows = []
     for name, their in (("TRL", "trl"), ("TRL at its best", "trl_best")):
         for tokens, goal in GOALS.items():
+            if their == "trl_best" and tokens not in BEST_AT:
+                continue
             what = f"DPO training, prompts of {tokens} tokens (pairs/s)"
             key = f"pairs_per_s_{tokens}"
             rows.append(Comparison(what, f"ours_{key}", name, f"{their}_{key}", goal))
@@ -55,10 +59,10 @@ def against_trl() -> list[Comparison]:
 ROWS = {
     "train_vs_trl": against_trl(),
     "extrapolate": [
-        Comparison("one α of a 1B model (s)", "ours_1_s", "`cp`", "cp_1_s", "≤ 1.5"),
-        Comparison("four α (s)", "ours_4_s", "`cp` four times", "cp_4_s", "≤ 1.5"),
+        Comparison("one α of a 1B model (s)", "ours_1_s", "`cp`", "cp_1_s", "≤ 2.5"),
+        Comparison("four α (s)", "ours_4_s", "`cp` four times", "cp_4_s", "≤ 1.2"),
         Comparison("one α (s)", "ours_1_s", "mergekit", "mergekit_1_s"),
-        Comparison("four α (s)", "ours_4_s", "mergekit", "mergekit_4_s", "≤ 0.33"),
+        Comparison("four α (s)", "ours_4_s", "mergekit", "mergekit_4_s", "≤ 0.1"),
         Comparison(ONE_ALPHA, "ours_1_gib", "mergekit", "mergekit_1_gib"),
         Comparison(FOUR_ALPHAS, "ours_4_gib", "mergekit", "mergekit_4_gib"),
     ],
@@ -109,7 +113,7 @@ ROWS = {
             "swap_s",
             "a new engine",
             "engine_start_s",
-            "≤ 0.1",
+            "≤ 0.05",
         ),
     ],
 }

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from measure import GOALS, report, run
+from measure import BEST_AT, GOALS, report, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from beyond_dpo import templates
@@ -239,7 +239,8 @@ def measure_round(rows: list[dict], precision: str) -> dict[str, float]:
     """Train once in each of the three ways on prompts of each length."""
     result = {}
     for tokens in PROMPT_TOKENS:
-        for kind in ("ours", "trl", "trl_best"):
+        kinds = ("ours", "trl", "trl_best") if tokens in BEST_AT else ("ours", "trl")
+        for kind in kinds:
             with tempfile.TemporaryDirectory() as folder:
                 work = Path(folder)
                 job = write_job(work, with_prompts(rows, tokens), precision)
