@@ -1528,6 +1528,7 @@ def test_items_end_where_they_end():
         assert list(train.ahead(iter([]), pool)) == []
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same(tiny, rows):
     """Compiled for one shape and used for others; the operations are left as they are here."""
     names = ["chosen", "rejected"]

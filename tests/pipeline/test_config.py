@@ -263,6 +263,7 @@ MACHINE = {
     "offload",
     "gradient_checkpointing",
     "attention",
+    "compile",
     "processes",
     "launcher",
     "checkpoint_every",
