@@ -190,7 +190,8 @@ def report(name: str, settings: dict, rounds: list[dict], freeze: bool) -> None:
 def compared(content: dict) -> list[str]:
     """Return a Markdown line per comparison of ROWS.
 
-    It has the medians of both, and the median [smallest, largest] of the rounds' ratios.
+    It has the medians of both, and the median [smallest, largest] of the rounds' ratios; of a
+    single round the ratio, and that it is one.
     """
     rounds = content["rounds"]
     lines = []
@@ -198,12 +199,13 @@ def compared(content: dict) -> list[str]:
         ours = [row[comparison.ours] for row in rounds]
         theirs = [row[comparison.theirs] for row in rounds]
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        spread = f"[{min(ratios):.2f}, {max(ratios):.2f}]" if len(rounds) > 1 else "(one round)"
         cells = [
             comparison.what,
             f"{median(ours):.3g}",
             comparison.against,
             f"{median(theirs):.3g}",
-            f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]",
+            f"{median(ratios):.2f} {spread}",
             comparison.goal,
         ]
         lines.append(f"| {' | '.join(cells)} |")

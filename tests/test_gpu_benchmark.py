@@ -132,7 +132,14 @@ def test_our_ratio_to_trl_is_that_of_the_medians(rehearsal):
 def test_checkpoints_are_extrapolated_and_copied(rehearsal):
     content = read(rehearsal[0], "extrapolate")
     size = content["settings"]["bytes"]
-    assert size == 2 * (512 * 64 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64) + 64)
+    embeddings = 512 * 64  # which are the head
+    queries_and_output = 2 * 64 * 64
+    keys_and_values = 2 * 64 * 32
+    mlp = 3 * 64 * 128
+    norms = 2 * 64
+    layer = queries_and_output + keys_and_values + mlp + norms
+    last_norm = 64
+    assert size == 2 * (embeddings + 2 * layer + last_norm), "two bytes a weight, two layers"
     assert [row["alphas"] for row in content["measured"]] == [1, 2, 1, 2]
     for row in content["measured"]:
         moved = (2 + row["alphas"]) * size / 1e9

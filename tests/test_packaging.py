@@ -237,6 +237,16 @@ def test_the_readme_shows_the_frozen_benchmarks(measure):
     assert measure.table(text) == text
 
 
+def test_a_single_round_has_no_spread(measure):
+    """[2.43, 2.43] would look like a measurement that repeats."""
+    once = {"ours_steps_per_s": 6.0, "torch_steps_per_s": 2.0}
+    (line,) = measure.compared({"benchmark": "bandit", "rounds": [once]})
+    assert "3.00 (one round)" in line
+    twice = [once, {**once, "torch_steps_per_s": 3.0}]
+    (line,) = measure.compared({"benchmark": "bandit", "rounds": twice})
+    assert "2.50 [2.00, 3.00]" in line
+
+
 def test_a_readme_without_markers_gets_no_benchmarks(measure):
     with pytest.raises(ValueError, match="benchmarks --> once each"):
         measure.table("# no table")
