@@ -119,6 +119,7 @@ def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_core_needs_no_heavy_package():
     """With all of them blocked each module of the core can be imported, but the compiled one."""
     names = [name for name in CORE if name != COMPILED]

@@ -159,6 +159,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_step_past_its_time_is_ended_with_its_children_and_the_next_one_begins(tmp_path):
     steps = {"environment": "", "endless": ENDLESS, "failing": "1 / 0", "quick": "print('done')"}
     for name, source in steps.items():

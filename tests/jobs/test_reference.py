@@ -589,6 +589,7 @@ def kept(job, rows):
     return kept
 
 
+@pytest.mark.slow
 def test_reference_file_says_which_rows_it_has(job, rows):
     """It has one line for each row that is not empty."""
     with safe_open(job["out"], "pt") as file:

@@ -299,6 +299,7 @@ def test_a_killed_parent_takes_its_job_along(tmp_path):
     os.kill(pids[1], signal.SIGKILL)  # a job's own children are the job's business
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_takes_its_processes_along(tmp_path):
     parent, pids = parent_of_hanging_job(tmp_path, "torchrun", 1)
     with open(f"/proc/{pids[0]}/stat") as f:
@@ -364,6 +365,7 @@ def test_worker_killed_between_two_calls_raises(tmp_path):
         counter.call("add", n=1)
 
 
+@pytest.mark.slow
 def test_worker_reports_progress_of_each_call(tmp_path, reports):
     with worker(tmp_path) as counter:
         counter.call("slow")
@@ -409,6 +411,7 @@ def test_a_worker_that_starts_slowly_says_so(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "starting counter ...\n"
 
 
+@pytest.mark.slow
 def test_a_worker_that_starts_slowly_says_so_to_a_listener(tmp_path, reports, capsys):
     launch.Worker("a_worker", SLOW_START, tmp_path / "logs", desc="counter").close()
     assert reports == [{"event": "progress", "stage": "starting counter ..."}]
@@ -545,6 +548,7 @@ def test_work_goes_on_where_a_listener_fails(tmp_path):
     assert (tmp_path / "work" / "job.log").read_text() == "done\n"
 
 
+@pytest.mark.slow
 def test_work_goes_on_where_a_full_disk_takes_no_progress(tmp_path, reports):
     with disk(tmp_path / "disk", 1):
         with filled(tmp_path / "disk"):

@@ -299,6 +299,7 @@ def drawn_in_a_process(folder, hash_seed: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 
 
+@pytest.mark.slow
 def test_same_bytes_in_two_processes(tmp_path):
     first = drawn_in_a_process(tmp_path / "a", "1")
     second = drawn_in_a_process(tmp_path / "b", "2")
