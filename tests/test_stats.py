@@ -282,3 +282,112 @@ def test_light_imports():
     code = f"import sys, beyond_dpo.stats; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+# ---- trainings and prompts
+
+
+def crossed(seed, trainings, units, of_trainings, of_units, rest):
+    """Values of trainings and units that share what a training, and what a unit, adds."""
+    generator = np.random.default_rng(seed)
+    values = of_trainings * generator.normal(size=(trainings, 1))
+    values = values + of_units * generator.normal(size=(1, units))
+    return values + rest * generator.normal(size=(trainings, units))
+
+
+def test_trainings_that_agree_leave_the_error_of_prompts():
+    """Both trainings give 0 and 2 to the two prompts: the mean's variance over draws is 1/2.
+
+    A draw of two prompts has mean 0, 1 or 2 with chances 1/4, 1/2, 1/4.
+    """
+    estimate = stats.two_level_mean([[0, 2], [0, 2]], seed=0, n_boot=20_000)
+    assert estimate.value == 1
+    assert estimate.between_trainings == 0
+    assert estimate.between_units == pytest.approx(np.sqrt(0.5), rel=0.02)
+    assert estimate.trainings == 2
+
+
+def test_prompts_that_agree_leave_the_error_of_trainings():
+    """Trainings of 0, 3 and 6: variance 9, standard error √(9/3), t of 2 degrees 4.303."""
+    estimate = stats.two_level_mean([[0, 0], [3, 3], [6, 6]], seed=0)
+    assert estimate.between_units == pytest.approx(0, abs=1e-12)
+    assert estimate.between_trainings == pytest.approx(np.sqrt(3))
+    assert estimate.high - estimate.value == pytest.approx(4.303 * np.sqrt(3), rel=1e-3)
+
+
+def test_the_interval_ends_at_0_where_p_is_5_percent():
+    estimate = stats.Estimate(1.0, 0.2, 0.3, 5)
+    shifted = stats.Estimate(estimate.value - estimate.low, 0.2, 0.3, 5)
+    assert shifted.low == pytest.approx(0, abs=1e-9)
+    assert shifted.p == pytest.approx(0.05, rel=1e-3)
+    assert (-shifted).p == pytest.approx(shifted.p)
+
+
+def test_one_training_has_no_p_value():
+    estimate = stats.two_level_mean([[1.0, 2.0, 3.0]], seed=0)
+    assert estimate.trainings == 1
+    assert estimate.p is None
+    assert estimate.detectable is None
+    assert estimate.low < 2 < estimate.high
+
+
+def test_an_effect_of_the_detectable_size_is_found_in_80_of_100():
+    """Trainings differ by 1, prompts by nothing: five of them, and the effect that is detectable."""
+    true_error = stats.Estimate(0, 1 / np.sqrt(5), 0, 5)
+    found = []
+    for seed in range(800):
+        values = true_error.detectable + crossed(seed, 5, 2, 1.0, 0.0, 0.0)
+        estimate = stats.two_level_mean(values, seed=seed, n_boot=2)
+        found.append(estimate.p < 0.05)
+    assert 0.74 <= np.mean(found) <= 0.88
+
+
+@pytest.mark.parametrize("of_trainings", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("trainings, least, most", [(5, 0.93, 0.97), (3, 0.93, 0.99)])
+def test_coverage_in_null_worlds(of_trainings, trainings, least, most):
+    """The mean of 0 is inside, whether trainings differ beyond their prompts or not."""
+    covers = []
+    for seed in range(700):
+        values = crossed(seed, trainings, 64, of_trainings, 0.3, 1.0)
+        estimate = stats.two_level_mean(values, seed=seed, n_boot=200)
+        covers.append(estimate.low <= 0 <= estimate.high)
+    slack = 2.5 * np.sqrt(0.05 * 0.95 / len(covers))
+    assert least - slack <= np.mean(covers) <= most + slack
+
+
+def test_a_share_is_the_ratio_of_means_and_its_error_that_of_both():
+    """Of two trainings (1, 2) and (3, 4) the ratio is 4/6; without one it is 3/4, and 1/2."""
+    components = np.array([[[1.0, 2.0], [3.0, 4.0]]])
+
+    def measure(draws):
+        return np.repeat(components, len(draws), axis=0)
+
+    estimate = stats.two_level(measure, [4], lambda means: means[..., 0] / means[..., 1], seed=0)
+    assert estimate.value == pytest.approx(4 / 6)
+    pseudo = [2 * 4 / 6 - 3 / 4, 2 * 4 / 6 - 1 / 2]
+    assert estimate.between_trainings == pytest.approx(np.std(pseudo, ddof=1) / np.sqrt(2))
+    assert estimate.between_units == pytest.approx(0, abs=1e-12)
+
+
+def test_two_sets_of_prompts_are_drawn_apart():
+    sizes = []
+
+    def measure(dev, test):
+        sizes.append((dev.shape, test.shape))
+        return np.zeros((len(dev), 2, 1))
+
+    stats.two_level(measure, [3, 5], seed=0, n_boot=10)
+    assert sizes == [((1, 3), (1, 5)), ((10, 3), (10, 5))]
+
+
+def test_what_is_not_finite_or_has_one_unit_is_refused():
+    with pytest.raises(ValueError, match="2 or more"):
+        stats.two_level_mean([[1.0], [2.0]], seed=0)
+    with pytest.raises(ValueError, match="NaN|infs"):
+        stats.two_level_mean([[1.0, NAN], [2.0, 1.0]], seed=0)
+
+
+def test_discoveries_by_hand():
+    """Of four p-values at 5 %: 0.01 ≤ 1/4 · 5 %, 0.02 ≤ 2/4 · 5 %, 0.04 > 3/4 · 5 %, 0.06 > 5 %."""
+    assert stats.discoveries([0.04, 0.01, 0.06, 0.02]) == [False, True, False, True]
+    assert stats.discoveries([]) == []

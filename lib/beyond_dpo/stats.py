@@ -1,12 +1,16 @@
-"""Means and percentile bootstrap intervals; the same seed gives the same interval.
+"""Means and intervals over prompts, and over trainings and prompts; a seed gives one interval.
 
-Shared by all: values are (n,) or (n, k) in any unit. Axis 0 holds the independent units (prompts),
+Of one training: percentile bootstrap intervals over prompts. Of several: two_level(), whose
+interval also covers what another training would have given.
+
+Shared by the first kind: values are (n,) or (n, k) in any unit. Axis 0 holds the independent units (prompts),
 and a row is drawn as a whole. `groups`, (n,) labels, draws all units with one label together, such
 as several pairs of one prompt. All raise ValueError for NaN or infinity, for fewer than two units
 or groups, and for unequal shapes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +23,77 @@ HIGH_END = (1 + LEVEL) / 2
 BLOCK = 2**16
 
 Interval = tuple[float, float, float]  # of the statistic of all units, low end, high end
+# Components of a statistic in several draws of the units, (draws, trainings, components): takes an
+# (draws, size) array of indices for each set of units.
+Measure = Callable[..., np.ndarray]
+# A statistic of components that are means over trainings: (..., components) to (...).
+Combine = Callable[[np.ndarray], np.ndarray]
+
+POWER = 0.8  # with which an effect of the size Estimate.detectable would have been seen
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An effect with what is known of its error, from several trainings and several units.
+
+    The error has two parts: between_trainings, with trainings − 1 degrees of freedom, and
+    between_units, taken as normal. With one training the first part is not known: the interval
+    covers the units alone, and there is no p-value.
+    """
+
+    value: float
+    between_trainings: float  # standard error, 0 with one training
+    between_units: float  # standard error
+    trainings: int
+
+    @property
+    def low(self) -> float:
+        """The lower end of the interval of 95 %."""
+        return self.value - self._width(HIGH_END)
+
+    @property
+    def high(self) -> float:
+        """The upper end of the interval of 95 %."""
+        return self.value + self._width(HIGH_END)
+
+    @property
+    def p(self) -> float | None:
+        """The p-value of an effect of 0, two-sided: one minus the level at which it is an end."""
+        if self.trainings < 2:
+            return None
+        if self.value == 0:
+            return 1.0
+        if self._width(HIGH_END) == 0:
+            return 0.0
+        from scipy.optimize import brentq
+
+        def beyond(p: float) -> float:
+            return self._width(1 - p / 2) - abs(self.value)
+
+        smallest = 1e-12
+        if beyond(smallest) < 0:
+            return smallest
+        return float(brentq(beyond, smallest, 1.0))
+
+    @property
+    def detectable(self) -> float | None:
+        """The effect that such an experiment finds with 80 % power; None with one training."""
+        if self.trainings < 2:
+            return None
+        return self._width(HIGH_END) + self._width(POWER)
+
+    def _width(self, quantile: float) -> float:
+        """Return how far the quantile of the error lies from its middle."""
+        from scipy.special import ndtri, stdtrit
+
+        of_units = ndtri(quantile) * self.between_units
+        if self.trainings < 2:
+            return float(of_units)
+        of_trainings = stdtrit(self.trainings - 1, quantile) * self.between_trainings
+        return float(np.hypot(of_trainings, of_units))
+
+    def __neg__(self) -> "Estimate":
+        return Estimate(-self.value, self.between_trainings, self.between_units, self.trainings)
 
 
 def interval(
@@ -53,6 +128,103 @@ def interval_of_many(
     all_units = np.arange(units)
     (estimate,) = statistics(all_units[np.newaxis])
     return float(estimate), float(low), float(high)
+
+
+def two_level(
+    measure: Measure,
+    sizes: Sequence[int],
+    combine: Combine | None = None,
+    *,
+    seed: int,
+    n_boot: int = 1000,
+) -> Estimate:
+    """Estimate a statistic of trainings that are all judged on the same units (prompts).
+
+    The trainings' part of the error is the jackknife's over trainings. It holds what a training's
+    answers to these units share with no other training, so that this is taken off the units' part,
+    which is the bootstrap's over units.
+
+    Args:
+        measure: takes the indices of draws, (draws, size) for each set of units, and returns
+            (draws, trainings, components). A choice that is made from units, such as of an α on dev
+            prompts, belongs in here: it is made anew in each draw.
+        sizes: the number of units of each set, as dev and test prompts, which are drawn apart.
+        combine: what is made of the components' means over trainings, such as a ratio. None takes
+            the only component.
+    Raises:
+        ValueError: for a set of less than two units, and for components that are not finite.
+    """
+    combine = combine or _only_component
+    for size in sizes:
+        if size < 2:
+            raise ValueError(f"an interval needs 2 or more independent units: {size=}")
+    all_units = [np.arange(size)[np.newaxis] for size in sizes]
+    components = np.asarray_chkfinite(measure(*all_units), float)
+    value = float(combine(components.mean(1))[0])
+    trainings = components.shape[1]
+    drawn = _drawn_components(measure, sizes, seed, n_boot)
+    of_draws = combine(drawn.mean(1)).var()
+    if trainings < 2:
+        return Estimate(value, 0.0, float(np.sqrt(of_draws)), 1)
+    of_trainings = _pseudo_values(components, combine)[0].var(ddof=1) / trainings
+    apart = _pseudo_values(drawn, combine)
+    apart -= apart.mean(1, keepdims=True)
+    shared_with_none = apart.var(0).sum() / (trainings * (trainings - 1))
+    of_units = max(0.0, of_draws - shared_with_none)
+    return Estimate(value, float(np.sqrt(of_trainings)), float(np.sqrt(of_units)), trainings)
+
+
+def _only_component(means: np.ndarray) -> np.ndarray:
+    (component,) = np.moveaxis(means, -1, 0)
+    return component
+
+
+def _drawn_components(measure: Measure, sizes: Sequence[int], seed: int, n_boot: int) -> np.ndarray:
+    """Return the components in each of n_boot draws, (draws, trainings, components)."""
+    generator = np.random.default_rng(seed)
+    at_once = max(1, BLOCK // sum(sizes))
+    blocks = []
+    for first in range(0, n_boot, at_once):
+        count = min(at_once, n_boot - first)
+        draws = [generator.integers(size, size=(count, size)) for size in sizes]
+        blocks.append(measure(*draws))
+    return np.asarray_chkfinite(np.concatenate(blocks), float)
+
+
+def _pseudo_values(components: np.ndarray, combine: Combine) -> np.ndarray:
+    """Return the jackknife's pseudo-values, (draws, trainings): what each training adds.
+
+    Of a mean they are the trainings' own values.
+    """
+    trainings = components.shape[1]
+    total = components.sum(1, keepdims=True)
+    without_one = (total - components) / (trainings - 1)
+    of_all = combine(components.mean(1))[:, np.newaxis]
+    return trainings * of_all - (trainings - 1) * combine(without_one)
+
+
+def two_level_mean(values, *, seed: int, n_boot: int = 1000) -> Estimate:
+    """Estimate the mean of values of trainings and units, (trainings, units)."""
+    values = np.asarray_chkfinite(values, float)
+
+    def measure(draws: np.ndarray) -> np.ndarray:
+        means = values[:, draws].mean(-1)  # (trainings, draws)
+        return means.T[..., np.newaxis]
+
+    return two_level(measure, [values.shape[1]], seed=seed, n_boot=n_boot)
+
+
+def discoveries(p_values: Iterable[float], rate: float = 1 - LEVEL) -> list[bool]:
+    """Return which of several effects are told from 0 (Benjamini and Hochberg 1995).
+
+    Among those, a share of at most `rate` is expected to be 0 in truth.
+    """
+    p_values = np.asarray_chkfinite(list(p_values), float)
+    if not len(p_values):
+        return []
+    from scipy.stats import false_discovery_control
+
+    return (false_discovery_control(p_values) <= rate).tolist()
 
 
 def mean_interval(values, *, seed: int, n_boot: int = 2000, groups=None) -> Interval:
