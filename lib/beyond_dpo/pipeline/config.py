@@ -28,7 +28,8 @@ from beyond_dpo.rows import FUSED
 
 # The settings are imported for users of this module.
 __all__ = ["FUSED", "ConfigError", "Decoding", "Source", "Train", "World", "check_batch"]
-PROFILES = ("smoke", "cpu", "gpu", "paper")
+PROFILES = ("smoke", "cpu", "night", "gpu", "paper")
+BELOW = {"night": "cpu"}  # the profile whose values hold where a profile has none of its own
 # Keys that begin so are in no table of differences: a profile's own name, and lists of models.
 HIDDEN = ("profile", "pairs.", "wrong_pairs.")
 # For MallowsPO and WRPO the judges are in none either: no result but the benchmarks' has to do with
@@ -171,6 +172,8 @@ def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
     if experiment not in experiments:
         raise ConfigError(_unknown("experiment", experiment, experiments))
     names = ["base", profile, f"{profile}/{experiment}"]
+    if profile in BELOW:
+        names.insert(1, BELOW[profile])
     if frozen:
         names.append(f"{profile}/frozen")
     values = {"profile": profile}
@@ -233,12 +236,6 @@ def _check_names(config, schema, overrides: dict) -> None:
         _check_sources(config)
     for fraction in getattr(config, "fractions", ()):
         check_grid(config, fraction)
-    for fraction in getattr(config, "seed_fractions", ()):
-        if fraction not in config.fractions:
-            trained = ", ".join(str(known) for known in config.fractions)
-            todo = "nothing is trained with it; give others, or seed_fractions=[]"
-            problem = f"{fraction} is none of the fractions ({trained})"
-            raise ConfigError(f"seed_fractions: {problem}: {todo}")
 
 
 def _check_sources(config: Wrpo) -> None:

@@ -23,7 +23,7 @@ Review = tuple[str, int]  # text; label, 1 = positive
 IMDB_SIZES = (24902, 24676)  # distinct cleaned reviews in half A and half B
 EMBEDDED = ("fixtures", "imdb")  # reviews in two halves; all else is read by preferences
 RATED = ("movie", "amazon")  # review sentences that people have rated
-SPLITS = ("prompts", "dev_prompts", "test_prompts")
+SPLITS = ("prompts", "dev_prompts", "test_prompts")  # of reviews, in this order, then further pools
 ORDER_SEED = 20240416  # of the reviews, for all experiments
 # the assets that a data set's rows come from
 ASSETS = {
@@ -78,6 +78,20 @@ def _writes_date(folder: Path) -> bool:
 # --- splits
 
 
+def pool(world: config.World, seed: int) -> str:
+    """Return the split whose prompts a training with this seed learns from."""
+    number = seed % world.pools
+    return f"prompts_{number}" if number else "prompts"
+
+
+def sizes(world: config.World) -> dict[str, int]:
+    """Return how many prompts each split has, in the order of their reviews."""
+    numbers = {name: getattr(world, name) for name in SPLITS}
+    for seed in range(1, world.pools):
+        numbers[pool(world, seed)] = world.prompts
+    return numbers
+
+
 def split(world: config.World, out: Path) -> dict:
     """Split a data set into files, and return their sizes.
 
@@ -85,6 +99,10 @@ def split(world: config.World, out: Path) -> dict:
     Raises ConfigError if the data set is too small for what `world` asks.
     """
     if world.dataset not in EMBEDDED:
+        if world.pools > 1:
+            raise config.ConfigError(
+                f"world.pools={world.pools}: only {' and '.join(EMBEDDED)} are split so"
+            )
         return preferences.split(world, out)
     if world.pairs == "given" or world.dev_dataset or world.test_dataset:
         raise config.ConfigError(
@@ -99,10 +117,10 @@ def split(world: config.World, out: Path) -> dict:
     first_prompt = world.reward_rows + held_out
     if world.dataset == "fixtures":  # too few invented reviews to keep them apart
         first_prompt = 0
-    prompts = sum(getattr(world, name) for name in SPLITS)
+    prompts = sum(sizes(world).values())
     if len(sft_rows) < world.sft_rows or first_prompt + prompts > len(half_b):
-        sizes = f"{len(half_a)} + {len(half_b)}"
-        raise config.ConfigError(f"{world.dataset} has {sizes} reviews, too few for {world}")
+        reviews = f"{len(half_a)} + {len(half_b)}"
+        raise config.ConfigError(f"{world.dataset} has {reviews} reviews, too few for {world}")
     labelled = _labelled(world, half_a, half_b, held_out)
     write_file(out / "labelled.json", json.dumps(labelled))
     _write_prompts(world, half_b, first_prompt, tokenizer, rng, out)
@@ -159,8 +177,8 @@ def _write_prompts(
     out: Path,
 ) -> None:
     """Write the prompts of every split, of the beginnings of reviews from `first` on."""
-    for name in SPLITS:
-        end = first + getattr(world, name)
+    for name, size in sizes(world).items():
+        end = first + size
         rows = []
         for i in range(first, end):
             text, _ = reviews[i]

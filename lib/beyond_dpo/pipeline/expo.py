@@ -16,6 +16,7 @@ import pandas as pd
 from beyond_dpo import search, templates
 from beyond_dpo.files import write_file
 from beyond_dpo.pipeline import config, corpus, gather, needs, stages
+from beyond_dpo.pipeline.alpha_curves import AlphaCurves
 from beyond_dpo.pipeline.artifacts import Artifact
 
 # θ₀ and the models θ₁ that it is compared with, by name
@@ -29,6 +30,7 @@ PROMPTS = (
     "The acting in",
 )
 SAMPLING_SEED = 2  # of responses that are judged
+SPLITS = ("dev", "test")
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class Line:
         world = replace(cfg.world, target=self.target)
         return replace(cfg, world=world)
 
-    def weights(self, alpha: float) -> stages.Weights:
+    def weights(self, cfg, alpha: float) -> stages.Weights:
         """Return the weights at α; tensors that do not move past θ₁ stay there."""
         if self.modules and alpha:
             modules = dict.fromkeys(self.modules, alpha)
             return stages.Weights(self.start, self.end, modules=modules)
         if alpha == -1:
-            return stages.sft_weights(self.start, self.end)
+            return stages.sft_weights(cfg.world, self.start, self.end)
         return stages.Weights(self.start, self.end, alpha)
 
     def at(
@@ -68,7 +70,7 @@ class Line:
         """Return the responses at α."""
         return stages.responses(
             self.own(cfg),
-            self.weights(alpha),
+            self.weights(cfg, alpha),
             split,
             prompts=prompts,
             samples=samples,
@@ -88,51 +90,40 @@ class Line:
 
 
 def curves(cfg) -> Artifact:
-    """Search α with the reward model for every fraction and seed; judge it on test prompts.
+    """Sample every fraction and seed at each α, on dev prompts and on test prompts.
 
     responses.csv.gz: one line a response (split, fraction, seed, alpha, prompt, sample, every
     score, logratio in nats). points.json: distinct-2 of each (split, fraction, seed, alpha).
-    best.json: the chosen α. Fraction 0 is the SFT model. The facts name the points of test prompts.
+    best.json: the α of each run that the reward model chooses on dev prompts, among those that pass
+    the gate (alpha_curves). Fraction 0 is the SFT model. seconds.json: what it took.
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
-    dev = []
+    points = [_placed(cfg, split, 0.0, cfg.seeds[0], 0.0) for split in SPLITS]
     for fraction, seed in runs(cfg):
         for alpha in cfg.alphas[fraction]:
-            dev.append(_placed(cfg, "dev", fraction, seed, alpha))
-    dev.append(_placed_sft(cfg, "dev"))
-    inputs = {
-        "dev": gather.scores_of(dev),
-        "test_samples": cfg.test_samples,
-        "test": stages.texts(cfg.world),
-    }
+            for split in SPLITS:
+                points.append(_placed(cfg, split, fraction, seed, alpha))
 
-    def make(out: Path) -> dict:
+    def make(out: Path) -> None:
         needs.check(cfg)
-        dev_table, dev_facts = gather.scored(dev, "α curves on dev prompts")
-        best = _best_alphas(cfg, dev_table)
-        test = _test_points(cfg, best)
-        test_table, test_facts = gather.scored(test, "chosen α on test prompts")
-        table = pd.concat([dev_table, test_table])
-        facts = dev_facts + test_facts
+        table, facts = gather.scored(points, "α curves")
         gather.write(out, table, facts)
-        gather.write_json(out / "best.json", best, indent=1)
+        measured = AlphaCurves(table, pd.DataFrame(facts), "fraction", 0.0, bootstrap_seed=0)
+        chosen = measured.choices()[["fraction", "seed", "alpha"]]
+        gather.write_json(out / "best.json", chosen.to_dict("records"), indent=1)
         gather.write_json(out / "facts.json", _facts(cfg), indent=1)
-        return {"chosen_points": gather.keys(test)}
+        gather.write_json(out / "seconds.json", _seconds(cfg), indent=1)
 
-    return Artifact("curves", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
+    inputs = {"points": gather.scores_of(points)}
+    return Artifact("curves", version=3, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
 def runs(cfg) -> list[tuple[float, int]]:
-    """Return every (fraction, seed) that is trained.
-
-    The first seed is trained with all fractions, the others with those where it is cheap.
-    """
-    first, *others = cfg.seeds
+    """Return every (fraction, seed) that is trained."""
     trained = []
     for fraction in cfg.fractions:
-        trained.append((fraction, first))
-        if fraction in cfg.seed_fractions:
-            trained += [(fraction, seed) for seed in others]
+        count = cfg.fewer_seeds.get(fraction, len(cfg.seeds))
+        trained += [(fraction, seed) for seed in cfg.seeds[:count]]
     return trained
 
 
@@ -176,41 +167,39 @@ def _placed(cfg, split: str, fraction: float, seed: int, alpha: float) -> gather
     return gather.Point(columns, scores)
 
 
-def _placed_sft(cfg, split: str) -> gather.Point:
-    """Return the SFT model as a point of the curves; its α is written as 0."""
-    return _placed(cfg, split, 0.0, cfg.seeds[0], 0.0)
-
-
-def _best_alphas(cfg, table: pd.DataFrame) -> list[dict]:
-    """Return the α of each run with the highest mean of the reward model."""
-    means = table.groupby(["fraction", "seed", "alpha"])["reward"].mean()
-    best = []
-    for fraction, seed in runs(cfg):
-        along = means.loc[fraction, seed]
-        alpha = float(along.idxmax())
-        best.append({"fraction": fraction, "seed": seed, "alpha": alpha})
-    return best
-
-
-def _test_points(cfg, best: list[dict]) -> list[gather.Point]:
-    """Return the SFT model, and each run at α = 0 and at its best α, on test prompts."""
-    points = [_placed_sft(cfg, "test")]
-    for run in best:
-        fraction = run["fraction"]
-        seed = run["seed"]
-        for alpha in dict.fromkeys([0.0, run["alpha"]]):
-            points.append(_placed(cfg, "test", fraction, seed, alpha))
-    return points
-
-
 def _facts(cfg) -> dict:
     """Return how well each reward does on labels that it never saw, and the facts of the pairs."""
-    names = ["reward", "vader"]
-    if cfg.world.gold_rows:
-        names.insert(0, "gold")
-    measured = {name: stages.reward(cfg.world, name) for name in names}
+    measured = {name: stages.reward(cfg.world, name) for name in stages.judges(cfg.world)}
     measured["pairs"] = stages.pairs(cfg)
     return {name: artifact.manifest["facts"] for name, artifact in measured.items()}
+
+
+def _seconds(cfg) -> list[dict]:
+    """Return the seconds of each training, and of the search of its α on dev prompts."""
+    rows = []
+    for fraction, seed in runs(cfg):
+        training = stages.aligned(cfg, fraction, seed).manifest["seconds"]
+        search = 0.0
+        for alpha in cfg.alphas[fraction]:
+            scores = point(cfg, fraction, seed, alpha, "dev_prompts")
+            sampled = scores.inputs["responses"]
+            search += scores.manifest["seconds"] + sampled.manifest["seconds"]
+        row = {"fraction": fraction, "seed": seed, "training": training, "search": search}
+        rows.append(row)
+    return rows
+
+
+def tried(cfg) -> Artifact:
+    """Judge plain DPO on all pairs with each learning rate and number of epochs of cfg.tried.
+
+    As sweep(); a model's name is "lr …, … epochs".
+    """
+    lines = {}
+    for lr, epochs in cfg.tried:
+        changes = {"lr": lr, "epochs": epochs}
+        name = f"lr {lr:g}, {epochs} epoch{'s' if epochs > 1 else ''}"
+        lines[name] = _aligned_line(cfg, cfg.fractions[-1], cfg.seeds[0], (0.0,), **changes)
+    return sweep(cfg, lines)
 
 
 def searches(cfg) -> Artifact:

@@ -347,7 +347,7 @@ def judged(cfg, runs: list[Run]) -> Artifact:
         if run.split not in splits:
             splits.add(run.split)
             sft_run = Run({"loss": "sft"}, run.split, run.prompts)
-            sft_weights = stages.sft_weights(start, model)
+            sft_weights = stages.sft_weights(cfg.world, start, model)
             points.append(_point(cfg, sft_run, sft_weights))
         weights = stages.Weights(start, model, part=run.part)
         points.append(_point(cfg, run, weights))

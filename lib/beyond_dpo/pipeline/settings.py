@@ -58,6 +58,9 @@ class World:
     sft_rows: Count = 0
     sft_tokens: AtLeastOne = 64
     prompts: Count = 0  # prompts that preference pairs are sampled for
+    # disjoint sets of that many prompts: a training with seed s learns from the pairs of set s
+    # modulo their number
+    pools: AtLeastOne = 1
     dev_prompts: Count = 0
     test_prompts: Count = 0
     prompt_tokens: tuple[AtLeastOne, AtLeastOne] = (4, 10)  # shortest and longest beginning
@@ -68,6 +71,9 @@ class World:
     reward_model: str = "minilm"
     # reward models whose repository may bring code of its own
     trust_remote_code: tuple[str, ...] = ()
+    # the SFT model as a point of a table is sampled as α = −1 of an aligned model, which has its
+    # values in that model's dtype: so were results that are frozen
+    sft_at_alpha: bool = False
     precision: Precision = "bf16"  # in which rewards are trained and responses scored
     # words of a review that a reward is trained on: as many as it will score
     reward_words: AtLeastOne = 32
@@ -116,8 +122,11 @@ class Lines(Paper):
     alphas: dict[PositiveShare, Grid] = field(default_factory=dict)
     interpolation: Grid = (0.0, 0.3, 0.5, 0.7, 1.0)  # γ = 1 + α between SFT and aligned
     seeds: Seeds = (0,)  # training seeds; the first is drawn as the curve
-    # fractions trained with every seed (the others: first seed only)
-    seed_fractions: tuple[PositiveShare, ...] = ()
+    # fraction -> how many of the seeds it is trained with; the others are with all
+    fewer_seeds: dict[PositiveShare, AtLeastOne] = field(default_factory=dict)
+    # (learning rate, epochs) of plain DPO on all pairs that were tried before anything else; the
+    # one with the most reward on dev prompts is what `train` says
+    tried: tuple[tuple[Positive, AtLeastOne], ...] = ()
     dev_samples: AtLeastOne = 1  # responses per prompt for each α of the search
     test_samples: AtLeastOne = 2
     # training recipes to compare with the default one, see expo.recipes

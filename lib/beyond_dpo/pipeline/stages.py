@@ -24,12 +24,6 @@ from beyond_dpo.pipeline import artifacts, assets, config, corpus, gather, needs
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
-# How the SFT model is sampled where aligned models are compared with it (sft_weights; for pairs it
-# is always sampled as itself). False: as α = −1 of an aligned model, which has the SFT model's
-# values in the aligned model's dtype. That stays because the keys of all present results say so:
-# True gives each of them a new key, for whoever measures all of them anew.
-SFT_POINT_IS_ITSELF = False
-
 PAIR = ("chosen", "rejected")  # the responses of a preference pair
 LARGE = 10**9  # bytes of a model's file that is linked, not copied
 # rows.epoch_order's number for a draw of rows: no training has so many epochs, so that no draw is
@@ -69,6 +63,8 @@ def texts(world: config.World) -> Artifact:
         inputs["test_dataset"] = corpus.source(world.test_dataset)
     if world.pairs != "sampled":
         inputs["pairs"] = world.pairs
+    if world.pools > 1:
+        inputs["pools"] = world.pools
     inputs.update(corpus.rendering(world.target, world.template))
     if world.template == "chat" or world.dataset not in corpus.EMBEDDED:
         # The version of the tokens: responses have those that they have after their prompt. Texts
@@ -210,15 +206,14 @@ class Weights:
         }
 
 
-def sft_weights(start: Artifact, aligned: Artifact) -> Weights:
+def sft_weights(world: config.World, start: Artifact, aligned: Artifact) -> Weights:
     """Return the weights of the SFT model, as a point that aligned models are compared with.
 
-    aligned: any model that was aligned from `start`. It enters the key, but for
-    SFT_POINT_IS_ITSELF.
+    aligned: any model that was aligned from `start`; only in the key where world.sft_at_alpha.
     """
-    if SFT_POINT_IS_ITSELF:
-        return Weights(start)
-    return Weights(start, aligned, alpha=-1.0)
+    if world.sft_at_alpha:
+        return Weights(start, aligned, alpha=-1.0)
+    return Weights(start)
 
 
 def responses(
@@ -422,9 +417,10 @@ def require_samples(world: config.World) -> None:
         raise config.ConfigError(f"world.samples={world.samples}: {advice}")
 
 
-def pairs(cfg) -> Artifact:
+def pairs(cfg, seed: int = 0) -> Artifact:
     """Pair the best with the worst of each prompt's samples from the SFT model: pairs.jsonl.
 
+    seed: of the training that learns from them, which says whose pool of prompts it is.
     The oracle() says which is best. A data set's own pairs are taken where the world has them.
     Raises ConfigError for a single sample; its get() does where every prompt's samples score alike.
     """
@@ -433,11 +429,12 @@ def pairs(cfg) -> Artifact:
         return texts(world)
     require_samples(world)
     judge = oracle(world)
-    pool = responses(cfg, Weights(sft(cfg)), "prompts", samples=world.samples, seed=1)
-    judged = scores(cfg, pool, "prompts", judges=(judge,))
+    split = corpus.pool(world, seed)
+    pool = responses(cfg, Weights(sft(cfg)), split, samples=world.samples, seed=1)
+    judged = scores(cfg, pool, split, judges=(judge,))
 
     def make(out: Path) -> dict:
-        prompts = texts(world).json("prompts.json")
+        prompts = texts(world).json(f"{split}.json")
         rewards = gather.read_lines(judged, "scores.jsonl")
         sampled = gather.read_lines(pool, "responses.jsonl")
         table = rewards.merge(sampled[["id", "sample", "response_ids"]], on=["id", "sample"])
@@ -493,7 +490,7 @@ def subset(cfg, fraction: float, seed: int, longest: bool = False) -> Artifact:
     longest: not at random, but those whose chosen response is longest against the rejected one.
     Its get() raises ConfigError where there is no pair.
     """
-    rows = pairs(cfg)
+    rows = pairs(cfg, seed)
     inputs = {"pairs": rows, "fraction": fraction, "seed": seed}
     if longest:
         inputs["longest"] = True
@@ -613,7 +610,7 @@ def aligned(
         "pairs.jsonl",
         PAIR,
         base=base,
-        reference_pass=reference(cfg, base),
+        reference_pass=reference(cfg, base, pairs(cfg, seed)),
         seed=seed,
         desc=desc,
     )

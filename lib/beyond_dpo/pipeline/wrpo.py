@@ -465,7 +465,7 @@ def _point(cfg, columns: dict, model: Artifact) -> gather.Point:
 def _target_point(cfg, columns: dict) -> gather.Point:
     """Return the target itself as a point of a table."""
     start = stages.sft(cfg)
-    weights = stages.sft_weights(start, target_sft(cfg, cfg.sources))
+    weights = stages.sft_weights(cfg.world, start, target_sft(cfg, cfg.sources))
     return _scored_point(cfg, columns, weights)
 
 
