@@ -332,7 +332,7 @@ def test_one_training_has_no_p_value():
 
 
 def test_an_effect_of_the_detectable_size_is_found_in_80_of_100():
-    """Trainings differ by 1, prompts by nothing: five of them, and the effect that is detectable."""
+    """Five trainings that differ by 1, prompts by nothing, and the effect that is detectable."""
     true_error = stats.Estimate(0, 1 / np.sqrt(5), 0, 5)
     found = []
     for seed in range(800):

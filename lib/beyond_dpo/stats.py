@@ -3,10 +3,10 @@
 Of one training: percentile bootstrap intervals over prompts. Of several: two_level(), whose
 interval also covers what another training would have given.
 
-Shared by the first kind: values are (n,) or (n, k) in any unit. Axis 0 holds the independent units (prompts),
-and a row is drawn as a whole. `groups`, (n,) labels, draws all units with one label together, such
-as several pairs of one prompt. All raise ValueError for NaN or infinity, for fewer than two units
-or groups, and for unequal shapes.
+Shared by the first kind: values are (n,) or (n, k) in any unit. Axis 0 holds the independent units
+(prompts), and a row is drawn as a whole. `groups`, (n,) labels, draws all units with one label
+together, such as several pairs of one prompt. All raise ValueError for NaN or infinity, for fewer
+than two units or groups, and for unequal shapes.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -137,6 +137,18 @@ def test_marks_of_one_choice_judged_by_another(ax):
         figures.alpha_curves(df, ax, y="reward", mark={0.05: 3})
 
 
+def test_points_behind_the_gate_are_grey(ax):
+    """Of α = 0, 1, 2 only the last does not pass: its marker, and the line that leads to it."""
+    df = pd.DataFrame({"fraction": 0.1, "alpha": [0.0, 1.0, 2.0], "reward": [1.0, 2.0, 5.0]})
+    figures.alpha_curves(df.assign(passes=[True, True, False]), ax, y="reward", mark={})
+    grey = [line for line in ax.lines if line.get_color() == figures.GREY]
+    assert [line.get_xdata().tolist() for line in grey] == [[1.0, 2.0], [2.0]]
+    ax.clear()
+    figures.alpha_curves(df.assign(passes=True), ax, y="reward", mark={})
+    drawn = [line for line in ax.lines if line.get_color() == figures.GREY and len(line.get_xdata())]
+    assert not drawn
+
+
 def test_narrow_alpha_axis_stays_linear(ax):
     figures.alpha_curves(curves((0, 0.1, 0.2, 0.3, 0.5)), ax, y="reward", mark={})
     assert ax.get_xscale() == "linear"

@@ -64,6 +64,8 @@ SPARE = (
     "#DDCC77",
     "#000000",
 )
+PASSES = "passes"  # a column: whether a point's responses are such that a reward means something
+GREY = "#b0b0b0"  # of points that do not pass
 MARKERS = "os^Dv<>P"  # they tell curves apart in grey print
 BASELINE_STYLES = ("--", ":", "-.")
 
@@ -334,6 +336,8 @@ def alpha_curves(
         baseline: {name: level} of horizontal lines.
         title: of the legend.
 
+    A column "passes" tells where the gate is open; other points are grey.
+
     Raises:
         IndexError: for a marked α that is not in `df`.
     """
@@ -443,7 +447,20 @@ def _draw_curve(ax, curve, columns: Columns, name, number: int) -> str:
         low = curve[columns.low]
         high = curve[columns.high]
         ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    if PASSES in curve:
+        _grey_out(ax, curve, columns, _marker(number))
     return colour
+
+
+def _grey_out(ax, curve, columns: Columns, marker: str) -> None:
+    """Draw over a curve in grey where its points do not pass the gate."""
+    x = curve[columns.x].to_numpy()
+    y = curve[columns.y].to_numpy()
+    failing = ~curve[PASSES].to_numpy(bool)
+    for left in range(len(x) - 1):
+        if failing[left] or failing[left + 1]:
+            ax.plot(x[left : left + 2], y[left : left + 2], color=GREY)
+    ax.plot(x[failing], y[failing], marker, color=GREY)
 
 
 def _draw_ring(ax, curve, columns: Columns, alpha: float, colour: str) -> Ring:

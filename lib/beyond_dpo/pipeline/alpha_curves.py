@@ -13,7 +13,8 @@ import pandas as pd
 from beyond_dpo import stats
 
 # A point passes the gate if its responses repeat at most so many more of their trigrams than the
-# SFT model's, and have at least this share of its distinct bigrams. Of others a reward says nothing.
+# SFT model's, and have at least this share of its distinct bigrams. Of others no reward is to be
+# trusted.
 MORE_REPETITION = 0.05
 LEAST_DISTINCT = 0.5
 CHOOSES = "reward"  # the measure by which an α is chosen: the reward model

@@ -1,0 +1,163 @@
+"""α curves of several models and trainings: gates, choices and effects by hand-made tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from beyond_dpo.pipeline.alpha_curves import AlphaCurves
+
+ALPHAS = (0.0, 1.0, 2.0)
+PROMPTS = 4
+
+
+def logit(probability):
+    return np.log(probability / (1 - probability))
+
+
+def rows_of(fraction, seed, alpha, gold, reward, *, repetition=0.0, logratio=0.0):
+    """Rows of both splits whose values are the same for every prompt."""
+    rows = []
+    for split in ("dev", "test"):
+        for prompt in range(PROMPTS):
+            row = {"split": split, "fraction": fraction, "seed": seed, "alpha": alpha}
+            row |= {"prompt": prompt, "sample": 0, "gold": logit(gold), "reward": reward}
+            row |= {"repetition": repetition, "length": 10 + alpha, "logratio": logratio}
+            rows.append(row)
+    return rows
+
+
+GOLD = {  # of (fraction, seed) at each of ALPHAS
+    (0.1, 0): (0.4, 0.6, 0.7),
+    (0.1, 1): (0.4, 0.5, 0.8),
+    (1.0, 0): (0.7, 0.75, 0.3),
+    (1.0, 1): (0.6, 0.65, 0.2),
+}
+# The reward model prefers what is best, but for a repetitive point that it likes too much.
+REWARD = {
+    (0.1, 0): (1, 2, 3),
+    (0.1, 1): (1, 2, 3),
+    (1.0, 0): (1, 2, 9),
+    (1.0, 1): (1, 2, 0),
+}
+
+
+def curves(repetition=0.2, distinct=0.5):
+    """Two models with two trainings each; at (1.0, seed 0, α = 2) responses repeat themselves."""
+    rows = rows_of(0.0, 0, 0.0, 0.3, 0.0)
+    points = []
+    for (fraction, seed), golds in GOLD.items():
+        for place, alpha in enumerate(ALPHAS):
+            repeats = repetition if (fraction, seed, alpha) == (1.0, 0, 2.0) else 0.0
+            reward = REWARD[fraction, seed][place]
+            kl = (2.0 if fraction == 1.0 else 1.0) * (1 + alpha)
+            rows += rows_of(
+                fraction, seed, alpha, golds[place], reward, repetition=repeats, logratio=kl
+            )
+            points.append({"fraction": fraction, "seed": seed, "alpha": alpha})
+    table = pd.DataFrame(rows)
+    points = pd.DataFrame([{"fraction": 0.0, "seed": 0, "alpha": 0.0}, *points])
+    points["distinct_2"] = np.where(points["fraction"] == 0, 0.8, distinct)
+    points = pd.concat([points.assign(split="dev"), points.assign(split="test")])
+    return AlphaCurves(table, points, "fraction", 0.0, bootstrap_seed=0)
+
+
+def test_the_gate_is_closed_by_repetition():
+    assert curves().gates(1.0).tolist() == [[True, True, False], [True, True, True]]
+    assert curves(repetition=0.05).gates(1.0).all()
+    assert curves(repetition=0.051).gates(1.0).sum() == 5
+
+
+def test_the_gate_is_closed_by_few_distinct_bigrams():
+    assert curves(distinct=0.4).gates(0.1).all()
+    low = curves(distinct=0.39)
+    assert not low.gates(0.1).any()
+    assert low.fails(0.1)
+    assert not curves().fails(1.0)
+
+
+def test_alpha_is_chosen_among_points_that_pass():
+    """At seed 0 the reward model likes α = 2 best, where responses repeat themselves."""
+    choices = curves().choices().set_index(["fraction", "seed"])
+    assert choices["alpha"].to_dict() == {(0.1, 0): 2, (0.1, 1): 2, (1.0, 0): 1, (1.0, 1): 1}
+    assert choices["largest_passing"].to_dict()[1.0, 0] == 1
+    ungated = curves(repetition=0.0).choices().set_index(["fraction", "seed"])
+    assert ungated["alpha"][1.0, 0] == 2
+
+
+def test_gold_is_a_probability():
+    estimate = curves().estimate(curves().at(0.1, 1.0))
+    assert estimate.value == pytest.approx(0.55)
+    assert estimate.trainings == 2
+    assert curves().estimate(curves().sft()).value == pytest.approx(0.3)
+
+
+def test_a_gain_and_its_error_by_hand():
+    """0.1 gains 0.3 and 0.4 by its chosen α: mean 0.35, standard error 0.05."""
+    measured = curves()
+    gain = measured.estimate(measured.chosen(0.1) - measured.at(0.1, 0.0))
+    assert gain.value == pytest.approx(0.35)
+    assert gain.between_trainings == pytest.approx(0.05)
+    assert gain.between_units == pytest.approx(0, abs=1e-12)
+
+
+def test_a_share_of_a_gain_by_hand():
+    """0.1 with ExPO is 0.75, 1.0 is 0.65 and SFT 0.3: (0.75 − 0.65) / (0.65 − 0.3)."""
+    measured = curves()
+    full = measured.at(1.0, 0.0)
+    share = measured.share(measured.chosen(0.1) - full, full - measured.sft())
+    assert share.value == pytest.approx(0.1 / 0.35)
+
+
+def test_lengths_are_taken_at_the_chosen_alpha():
+    measured = curves()
+    longer = measured.chosen(0.1, "length") - measured.at(0.1, 0.0, "length")
+    assert measured.estimate(longer).value == pytest.approx(2)
+
+
+def test_alpha_shrinks():
+    """The chosen α are 2 and 1 for 0.1 and 1.0 in both trainings: a correlation of 1."""
+    assert curves().estimate(curves().shrinking()).value == pytest.approx(1)
+    same = curves(distinct=0.1)  # nothing passes: α = 0 for all
+    assert same.estimate(same.shrinking()).value == 0
+
+
+def test_reward_at_equal_kl_by_hand():
+    """1.0 has KL 2 at α = 0; 0.1 has KL 1, 2 and 3, so α = 1: gold 0.6 and 0.5."""
+    measured = curves()
+    assert measured.estimate(measured.at_kl_of(0.1, 1.0)).value == pytest.approx(0.55)
+    # Beyond the end of a curve it is the end: 0.1 at α = 0 has KL 1, and 1.0 begins at 2.
+    assert measured.estimate(measured.at_kl_of(1.0, 0.1)).value == pytest.approx(0.65)
+
+
+def test_equal_kl_lies_between_two_points():
+    measured = curves()
+    kl = measured.kl
+    measured.kl = lambda model: kl(model) + (0.5 if model == 1.0 else 0.0)
+    halfway = np.mean([(0.6 + 0.7) / 2, (0.5 + 0.8) / 2])
+    assert measured.estimate(measured.at_kl_of(0.1, 1.0)).value == pytest.approx(halfway)
+
+
+def test_the_choice_is_made_anew_in_each_draw():
+    """Where dev prompts disagree about α, the error holds that, though test prompts all agree."""
+    measured = curves()
+    rewards = measured._rewards[0.1].copy()
+    rewards[:, 2] = np.array([9, -9, 9, -1])  # above the others on average, not in every draw
+    measured._rewards[0.1] = rewards
+    estimate = measured.estimate(measured.chosen(0.1))
+    assert estimate.between_units > 0.01
+
+
+def test_a_model_without_one_of_its_points_is_refused():
+    measured = curves()
+    of_dev = measured.table[measured.table["split"] == "dev"]
+    table = measured.table.drop(index=of_dev.index[-1])
+    with pytest.raises(ValueError, match="lacks points"):
+        AlphaCurves(table, measured.points, "fraction", 0.0, bootstrap_seed=0)
+
+
+def test_the_summary_says_where_the_gate_closes():
+    summary = curves().summary("gold").set_index(["fraction", "alpha"])
+    assert summary["mean"][1.0, 2.0] == pytest.approx(0.25)
+    assert not summary["passes"][1.0, 2.0]
+    assert summary["passes"][1.0, 1.0]
+    assert (summary["low"] <= summary["mean"]).all()
