@@ -205,10 +205,7 @@ def _test_points(cfg, best: list[dict]) -> list[gather.Point]:
 
 def _facts(cfg) -> dict:
     """Return how well each reward does on labels that it never saw, and the facts of the pairs."""
-    names = ["reward", "vader"]
-    if cfg.world.gold_rows:
-        names.insert(0, "gold")
-    measured = {name: stages.reward(cfg.world, name) for name in names}
+    measured = {name: stages.reward(cfg.world, name) for name in stages.judges(cfg.world)}
     measured["pairs"] = stages.pairs(cfg)
     return {name: artifact.manifest["facts"] for name, artifact in measured.items()}
 
