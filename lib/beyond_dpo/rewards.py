@@ -1,11 +1,13 @@
 """Reward models: load any by path or hub id, and score texts.
 
-Three rewards that share nothing but the text: `bag_of_words` (TF-IDF and logistic regression),
-`classifier` (a fine-tuned encoder, or any sequence-classification model), `vader` (a lexicon and
-rules). None ever is a pickle.
+Rewards that share nothing but the text: `bag_of_words` (TF-IDF and logistic regression), `ngrams`
+(the same with longer runs of words, and how much of a text repeats), `classifier` (a fine-tuned
+encoder, or any sequence-classification model), `vader` (a lexicon and rules). None ever is a
+pickle.
 """
 
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,26 +27,76 @@ READ_FIRST_TOKEN = (
 
 
 class BagOfWords:
-    """The classifier that `train_bag_of_words` wrote; scores are logits of "positive"."""
+    """Logistic regression on TF-IDF of words and word pairs; scores are logits of "positive".
+
+    folder: what `jobs.fit_reward.train_bag_of_words` wrote, words.json and weights.npz.
+    """
+
+    LONGEST = 2  # words of a feature
+    TOKEN = r"(?u)\b\w\w+\b"  # a word of two or more letters or digits, scikit-learn's default
 
     def __init__(self, folder: str | Path):
-        from sklearn.feature_extraction.text import TfidfVectorizer
-
         folder = Path(folder)
         vocabulary = json.loads((folder / "words.json").read_text(encoding="utf-8"))
         with np.load(folder / "weights.npz", allow_pickle=False) as arrays:
             self.coef = arrays["coef"]
             self.intercept = arrays["intercept"]
             idf = arrays["idf"]
-        self.vectorizer = TfidfVectorizer(
-            ngram_range=(1, 2), vocabulary=vocabulary, sublinear_tf=True
-        )
+        self.vectorizer = self.new_vectorizer(vocabulary=vocabulary)
         self.vectorizer.idf_ = idf
+
+    @classmethod
+    def new_vectorizer(cls, **settings):
+        """Return a TfidfVectorizer of this reward's features; settings: more of its arguments."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        return TfidfVectorizer(
+            ngram_range=(1, cls.LONGEST), token_pattern=cls.TOKEN, sublinear_tf=True, **settings
+        )
+
+    @classmethod
+    def features(cls, tfidf, texts: list[str]):
+        """Return the features of texts, (texts, features), of their TF-IDF by new_vectorizer()."""
+        return tfidf
 
     def score(self, texts: list[str]) -> np.ndarray:
         """Return the logit of "positive" of each text."""
-        features = self.vectorizer.transform(texts)
+        tfidf = self.vectorizer.transform(texts)
+        features = self.features(tfidf, texts)
         return features @ self.coef + self.intercept
+
+
+class Ngrams(BagOfWords):
+    """Logistic regression on TF-IDF of one to three words, and on the shares that repeat.
+
+    Punctuation marks count as words. Behind the TF-IDF stand three features in 0…1, see
+    repeated_shares(): with spoiled texts as negatives, the reward knows a phrase in a loop whatever
+    the phrase. folder: what `jobs.fit_reward.train_ngrams` wrote.
+    """
+
+    LONGEST = 3
+    TOKEN = r"\w+(?:'\w+)*|[^\w\s]"
+
+    @classmethod
+    def features(cls, tfidf, texts: list[str]):
+        """Return TF-IDF and repeated_shares() side by side, (texts, features)."""
+        from scipy.sparse import csr_matrix, hstack
+
+        shares = csr_matrix(repeated_shares(texts))
+        return hstack([tfidf, shares], format="csr")
+
+
+def repeated_shares(texts: list[str]) -> np.ndarray:
+    """Return the shares of a text's words, pairs and triples that repeat earlier ones, (texts, 3).
+
+    Each is 1 − distinct/all, in 0…1, of the tokens of Ngrams in small letters.
+    """
+    shares = np.zeros((len(texts), 3))
+    for i, text in enumerate(texts):
+        tokens = re.findall(Ngrams.TOKEN, text.lower())
+        for n in (1, 2, 3):
+            shares[i, n - 1] = repetition(tokens, n)
+    return shares
 
 
 def readable_tokens(model) -> int | None:
@@ -251,10 +303,10 @@ class Vader:
         return np.array(scores)
 
 
-def distinct_n(texts_ids: list[list[int]], n: int = 2) -> float:
+def distinct_n(texts_ids: list[list], n: int = 2) -> float:
     """Return distinct n-grams over all n-grams of a set of texts, in 0…1; NaN if there is none.
 
-    Li et al. 2016, arXiv 1510.03055. texts_ids: the token ids of each text.
+    Li et al. 2016, arXiv 1510.03055. texts_ids: the tokens of each text, ids or words.
     """
     ngrams = []
     for ids in texts_ids:
@@ -265,7 +317,7 @@ def distinct_n(texts_ids: list[list[int]], n: int = 2) -> float:
     return len(set(ngrams)) / len(ngrams)
 
 
-def repetition(ids: list[int], n: int = 3) -> float:
+def repetition(ids: list, n: int = 3) -> float:
     """Return the share of a response's n-grams that repeat earlier ones, in 0…1.
 
     It is 0 for a response that is shorter than n tokens.
@@ -277,13 +329,14 @@ def repetition(ids: list[int], n: int = 3) -> float:
 
 KINDS = {
     "bag_of_words": BagOfWords,
+    "ngrams": Ngrams,
     "classifier": Classifier,
     "finished": Classifier,
     "vader": Vader,
 }
 
 
-@lru_cache(maxsize=3)  # as many as a profile has judges
+@lru_cache(maxsize=5)  # as many as a world has judges
 def load(kind: str, **arguments):
     """Return the reward of one of the KINDS; one that was asked for lately is not loaded again."""
     return KINDS[kind](**arguments)

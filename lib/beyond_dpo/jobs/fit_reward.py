@@ -2,7 +2,8 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,46 +12,77 @@ from beyond_dpo import events
 from beyond_dpo.files import share_weights
 from beyond_dpo.machine import launch
 from beyond_dpo.precision import require_precision
-from beyond_dpo.rewards import BagOfWords, Classifier, Vader, readable_tokens
+from beyond_dpo.rewards import BagOfWords, Classifier, Ngrams, Vader, readable_tokens
 
 
 def train_bag_of_words(
     texts: list[str], labels: list[int], out: Path, *, held_out: tuple, seed: int
 ) -> dict:
-    """Fit logistic regression on TF-IDF of words and word pairs; write it to the folder `out`.
+    """Fit a rewards.BagOfWords; write it to the folder `out`.
 
-    It is written as JSON and .npz. labels: 0 or 1 by people. held_out: (texts, labels) never
-    trained on. Returns its accuracy and AUC there.
+    It is written as JSON and .npz. labels: 0 or 1 by people. held_out: never trained on, arguments
+    of held_out_facts. Returns these facts.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
+    return _fit_words(BagOfWords, texts, labels, out, held_out, seed)
+
+
+def train_ngrams(
+    texts: list[str], labels: list[int], out: Path, *, held_out: tuple, seed: int
+) -> dict:
+    """Fit a rewards.Ngrams; arguments and result are those of train_bag_of_words."""
+    return _fit_words(Ngrams, texts, labels, out, held_out, seed)
+
+
+def _fit_words(
+    reward_class: type[BagOfWords],
+    texts: list[str],
+    labels: list[int],
+    out: Path,
+    held_out: tuple,
+    seed: int,
+) -> dict:
+    """Fit the logistic regression of a BagOfWords, or of a class that is derived from it."""
     from sklearn.linear_model import LogisticRegression
 
-    vectorizer = TfidfVectorizer(
-        ngram_range=(1, 2), min_df=2, max_features=200_000, sublinear_tf=True
-    )
-    features = vectorizer.fit_transform(texts)
+    vectorizer = reward_class.new_vectorizer(min_df=2, max_features=200_000)
+    tfidf = vectorizer.fit_transform(texts)
+    features = reward_class.features(tfidf, texts)
     model = LogisticRegression(C=4.0, max_iter=400, random_state=seed).fit(features, labels)
     vocabulary = sorted(vectorizer.vocabulary_, key=vectorizer.vocabulary_.get)
     (out / "words.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     np.savez(
         out / "weights.npz", idf=vectorizer.idf_, coef=model.coef_[0], intercept=model.intercept_
     )
-    facts = held_out_facts(BagOfWords(out), *held_out)
-    return facts | {"trained_on": len(texts), "features": len(vocabulary)}
+    facts = held_out_facts(reward_class(out), *held_out)
+    return facts | {"trained_on": len(texts), "features": features.shape[1]}
 
 
-def held_out_facts(reward, texts: list[str], labels: list[int]) -> dict:
+def held_out_facts(
+    reward, texts: list[str], labels: list[int], spoiled: Sequence[str] = ()
+) -> dict:
     """Return a reward's accuracy and AUC on texts that it was not trained on.
 
-    Accuracy: how often a score above 0 goes with the human label 1.
+    Accuracy: how often a score above 0 goes with the human label 1. spoiled: texts that a reward
+    should know as bad; with them "auc_spoiled" is how often a text of label 1 scores higher than
+    one of them.
     """
+    scores = reward.score(texts)
+    positive = np.asarray(labels) == 1
+    accuracy = float(((scores > 0) == positive).mean())
+    auc = _auc(scores[positive], scores[~positive])
+    facts = {"held_out": len(texts), "accuracy": round(accuracy, 4), "auc": auc}
+    if spoiled:
+        facts["auc_spoiled"] = _auc(scores[positive], reward.score(list(spoiled)))
+    return facts
+
+
+def _auc(better: np.ndarray, worse: np.ndarray) -> float:
+    """Return how often one of the better scores is above one of the worse; ties count half."""
     from sklearn.metrics import roc_auc_score
 
-    scores = reward.score(texts)
-    correct = (scores > 0) == np.asarray(labels)
-    accuracy = float(correct.mean())
-    auc = float(roc_auc_score(labels, scores))
-    return {"held_out": len(texts), "accuracy": round(accuracy, 4), "auc": round(auc, 4)}
+    labels = np.repeat([1, 0], [len(better), len(worse)])
+    scores = np.concatenate([better, worse])
+    return round(float(roc_auc_score(labels, scores)), 4)
 
 
 def train_classifier(
@@ -73,7 +105,7 @@ def train_classifier(
     labels: 0 or 1. One epoch, AdamW, linear decay. precision: "bf16" is autocast over float32
     weights, "fp32" is float32 throughout. The embeddings and the first `frozen` layers stay as they
     are: a third of the time for less than a point of accuracy. Texts are cut to max_tokens, or to
-    what the encoder reads. Returns the accuracy and AUC on `held_out` (texts, labels). tell: called
+    what the encoder reads. Returns the held_out_facts of `held_out`, its arguments. tell: called
     with (steps done, steps in all). Raises ValueError for fewer texts than a batch, and for "bf16"
     on a CPU that would emulate it; OSError for an encoder without safetensors.
     """
@@ -151,9 +183,10 @@ def _loss(model, inputs, targets, *, bf16: bool):
 
 
 def main(path: str) -> None:
-    """Train the reward of a job file: texts, labels, held_out, seed, out, reward, encoder.
+    """Train, or only measure, the reward of a job file: {kind, held_out, out, ...}.
 
-    reward: gold, reward or vader. An encoder is trained in the job's "precision", else in bf16.
+    kind: one of rewards.KINDS. What is trained has texts, labels and seed; an encoder is trained in
+    the job's "precision", else in bf16. held_out: the arguments of held_out_facts.
     """
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     facts = _facts(job)
@@ -164,18 +197,22 @@ def _facts(job: dict) -> dict:
     """Train or only measure the reward of a job; return what is known of it on held-out texts."""
     if not job["held_out"][0]:  # preferences have no labels to measure it on
         return {}
-    name = job["reward"]
-    if name == "vader":
+    kind = job["kind"]
+    if kind == "vader":
         return held_out_facts(Vader(), *job["held_out"])
-    if not job["texts"]:  # finished as it is
+    if kind == "finished":
         reward = Classifier(job["encoder"], trust_remote_code=job["trust_remote_code"])
         return held_out_facts(reward, *job["held_out"])
-    settings = {key: value for key, value in job.items() if key not in ("reward", "precision")}
+    settings = {key: value for key, value in job.items() if key != "kind"}
     settings["out"] = Path(job["out"])
-    if name == "gold":
-        return train_bag_of_words(**settings)
-    settings["precision"] = job.get("precision", "bf16")
-    return train_classifier(**settings, tell=events.progress)
+    return TRAINERS[kind](**settings)
+
+
+TRAINERS = {  # kind of reward -> what trains one
+    "bag_of_words": train_bag_of_words,
+    "ngrams": train_ngrams,
+    "classifier": partial(train_classifier, tell=events.progress),
+}
 
 
 if __name__ == "__main__":

@@ -36,13 +36,14 @@ class Scorer:
     ) -> dict | None:
         """Write a JSON line for each response.
 
-        Its fields are id, sample, length, each reward, repetition, logp and logp_sft.
+        Its fields are id, sample, length, ended (whether it closes with an end token of the SFT
+        model), each reward, repetition, logp and logp_sft.
 
-        rewards: name -> {"kind": "bag_of_words" | "classifier" | "finished" | "vader", …arguments}.
-        A reward reads prompt and response together, as its training texts are whole openings; a
-        finished one with a chat template reads turns where the prompts have a "text" (one user's,
-        or turns). logp is the response file's. logp_sft is given for the first `reference_prompts`
-        prompts (else null): logp − logp_sft estimates the KL to the SFT model in nats.
+        rewards: name -> {"kind": one of rewards.KINDS, …its arguments}. A reward reads prompt and
+        response together, as its training texts are whole openings; a finished one with a chat
+        template reads turns where the prompts have a "text" (one user's, or turns). logp is the
+        response file's. logp_sft is given for the first `reference_prompts` prompts (else null):
+        logp − logp_sft estimates the KL to the SFT model in nats.
         shard, rank, world: as for Engine.generate(). Returns {"distinct_2"} of all responses
         together.
         """
@@ -71,10 +72,12 @@ class Scorer:
         tokenizer = templates.load_tokenizer(self.target)
         values = _rewards_of(rewards, tokenizer, prompt_rows, rows)
         logps_sft = self._logps_sft(tokenizer, prompt_rows, rows, referenced)
+        ends = templates.model_end_tokens(self.target)
         entries = []
         for i, row in enumerate(rows):
             response = row["response_ids"]
             entry = {"id": row["id"], "sample": row["sample"], "length": len(response)}
+            entry["ended"] = bool(response) and response[-1] in ends
             for name, scores in values.items():
                 entry[name] = round(float(scores[i]), 5)
             entry["repetition"] = round(repetition(response), 5)

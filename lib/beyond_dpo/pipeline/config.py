@@ -265,9 +265,19 @@ def _check_settings(config) -> None:
             "sft.lora_rank: the SFT model, where all others start, must be whole; use "
             "train.lora_rank"
         )
+    _check_reward_model(config.world)
     if config.world.pairs == "sampled":
         require_prompts(config.world, "prompts", *_judged_on(config))
     _check_losses(config)
+
+
+def _check_reward_model(world: World) -> None:
+    """Raise ConfigError for a reward model of words that no labels train."""
+    if world.reward_model in ("words", "ngrams") and not world.reward_rows:
+        raise ConfigError(
+            f"world.reward_model: {world.reward_model!r} is trained on labels, but "
+            "world.reward_rows is 0: set it, or name a finished reward model"
+        )
 
 
 def _check_lengths(train: Train, where: str) -> None:

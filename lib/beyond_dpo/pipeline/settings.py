@@ -66,16 +66,23 @@ class World:
     prompt_tokens: tuple[AtLeastOne, AtLeastOne] = (4, 10)  # shortest and longest beginning
     samples: AtLeastOne = 4  # responses per prompt, the best and the worst make the pair
     gold_rows: Count = 0  # labelled reviews the gold reward is trained on (half A)
+    # "words": bag of words; "ngrams": up to three words, and what repeats; else an encoder to
+    # fine-tune
+    gold_model: str = "words"
     reward_rows: Count = 0  # labelled reviews the reward model is trained on (half B)
-    # encoder to fine-tune on half B; a finished reward model where reward_rows is 0
+    # as gold_model, on half B; a finished reward model where reward_rows is 0
     reward_model: str = "minilm"
+    # rewards are trained on as many spoiled openings too, labelled 0, so that they know a bad text
+    # when they see one
+    spoiled: bool = False
     # reward models whose repository may bring code of its own
     trust_remote_code: tuple[str, ...] = ()
     # the SFT model as a point of a table is sampled as α = −1 of an aligned model, which has its
     # values in that model's dtype: so were results that are frozen
     sft_at_alpha: bool = False
     precision: Precision = "bf16"  # in which rewards are trained and responses scored
-    # words of a review that a reward is trained on: as many as it will score
+    # words of a review that a reward is trained on: as many as it will score; an encoder is trained
+    # on up to twice as many tokens
     reward_words: AtLeastOne = 32
 
 

@@ -20,7 +20,7 @@ import pandas as pd
 
 from beyond_dpo.files import link_file
 from beyond_dpo.machine import launch, spread, workers
-from beyond_dpo.pipeline import artifacts, assets, config, corpus, gather, needs
+from beyond_dpo.pipeline import artifacts, assets, config, corpus, gather, needs, spoiled
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
@@ -45,6 +45,17 @@ SPLIT_SETTINGS = (
     "reward_rows",
     "reward_words",
 )
+# the judges, each a reward (see reward()): where a world has no spoiled texts, and where it has
+JUDGES = ("gold", "reward", "vader")
+MORE_JUDGES = ("gold", "reward", "words", "vader", "person")
+# judge -> part of labelled.json that it is trained on
+TRAINED_ON = {"gold": "gold", "reward": "reward", "words": "gold", "person": "gold"}
+# what a judge is, where no setting says it: of rewards.KINDS
+THIRD_OPINIONS = {"words": "bag_of_words", "vader": "vader", "person": "ngrams"}
+# world.gold_model and world.reward_model that are trained from nothing; others are encoders
+WORD_MODELS = {"words": "bag_of_words", "ngrams": "ngrams"}
+SPOIL_SEEDS = {"gold": 0, "reward": 1, "held_out": 2}  # of the parts of labelled.json
+ENCODER_TOKENS = 64  # of a text that an encoder was trained on before it could be set, at most
 # what a config.json says of the origin of its weights, not of what an engine computes
 ORIGIN_SETTINGS = ("dtype", "torch_dtype", "transformers_version", "_name_or_path")
 
@@ -109,20 +120,27 @@ def sft(cfg, seed: int = 0) -> Artifact:
 def reward(world: config.World, name: str) -> Artifact:
     """Train a reward on labelled openings, and measure it on held-out ones.
 
-    name: "gold" is trained on words (half A of the reviews). "reward" is the reward model: an
-    encoder that is trained on half B, or a finished model. That one and "vader", a word list, have
-    nothing to train: they are only measured.
-    Its get() raises ConfigError for a gold reward without labels.
+    name: "gold" is world.gold_model, trained on half A of the reviews. "reward" is the reward
+    model: world.reward_model, trained on half B, or a finished model. Where world.spoiled, both are
+    trained on spoiled texts too. Third opinions, which choose nothing: "words", a bag of words of
+    half A without spoiled texts; "person", which tells openings of half A from spoiled ones, so
+    whether a person could have written a text; "vader", a word list. That one and a finished model
+    have nothing to train: they are only measured.
+    The facts say how well positive and negative held-out openings are told apart (held_out,
+    accuracy, auc) and, where world.spoiled, positive from spoiled ones (auc_spoiled); of "person",
+    how well openings and spoiled ones are.
+    Its get() raises ConfigError for a reward of half A without labels.
     """
     inputs = {"texts": texts(world), "seed": 0}
-    if name == "reward":
-        inputs["encoder"] = assets.resolve(world.reward_model)
+    inputs.update(_reward_model(world, name))
+    if world.spoiled or name == "person":
+        inputs["spoiled"] = spoiled.VERSION
     inputs.update(_precision(world))
 
     def make(out: Path) -> dict:
         job = _reward_job(world, name, texts(world).json("labelled.json"))
         job["out"] = str(out)
-        if job["texts"] and needs.cards():  # a living engine holds most of the card
+        if "texts" in job and needs.cards():  # a living engine holds most of the card
             workers.close()
         workers.run("beyond_dpo.jobs.fit_reward", job, out, f"train {name}")
         return json.loads((out / "facts.json").read_text(encoding="utf-8"))
@@ -141,22 +159,103 @@ def _precision(world: config.World) -> dict:
     return {"precision": world.precision}
 
 
+def _reward_kind(world: config.World, name: str) -> str:
+    """Return which of rewards.KINDS a judge is."""
+    if name in THIRD_OPINIONS:
+        return THIRD_OPINIONS[name]
+    if name == "reward" and not world.reward_rows:
+        return "finished"
+    return WORD_MODELS.get(_setting(world, name), "classifier")
+
+
+def _setting(world: config.World, name: str) -> str:
+    """Return the setting that says which model "gold" or "reward" is."""
+    return world.gold_model if name == "gold" else world.reward_model
+
+
+def _reward_model(world: config.World, name: str) -> dict:
+    """Return the model of a judge for a stage's inputs.
+
+    That is nothing for a gold reward of words, and for third opinions. An encoder's tokens are
+    named where they are not ENCODER_TOKENS. So keys from before these settings stay as they are.
+    """
+    kind = _reward_kind(world, name)
+    if kind in ("classifier", "finished"):
+        model = {"encoder": assets.resolve(_setting(world, name))}
+        if kind == "classifier" and _encoder_tokens(world) != ENCODER_TOKENS:
+            model["max_tokens"] = _encoder_tokens(world)
+        return model
+    is_default = name == "gold" and kind == "bag_of_words"
+    if name in THIRD_OPINIONS or is_default:
+        return {}
+    return {"kind": kind}
+
+
+def _encoder_tokens(world: config.World) -> int:
+    """Return how many tokens of a text an encoder is trained on at most: two for each word."""
+    return 2 * world.reward_words
+
+
 def _reward_job(world: config.World, name: str, labelled: dict) -> dict:
     """Return the job of jobs.fit_reward for one reward, without its folder."""
-    openings, labels = labelled.get(name, ([], []))
-    if name == "gold" and not openings:
-        raise config.ConfigError(
-            "world.gold_rows is 0: there is nothing to train the gold reward on"
-        )
-    job = {"reward": name, "seed": 0, "texts": openings, "labels": labels}
-    job["held_out"] = labelled["held_out"]
-    if name == "reward":
+    kind = _reward_kind(world, name)
+    job = {"kind": kind, "held_out": _held_out(world, name, labelled)}
+    if kind == "vader":
+        return job
+    if kind == "finished":
         job["encoder"] = str(assets.model_dir(world.reward_model))
-        if openings:
-            job["precision"] = world.precision
-        else:
-            job["trust_remote_code"] = world.reward_model in world.trust_remote_code
+        job["trust_remote_code"] = world.reward_model in world.trust_remote_code
+        return job
+    openings, labels = _training_texts(world, name, labelled)
+    job.update(seed=0, texts=openings, labels=labels)
+    if kind == "classifier":
+        job["encoder"] = str(assets.model_dir(_setting(world, name)))
+        job["precision"] = world.precision
+        job["max_tokens"] = _encoder_tokens(world)
     return job
+
+
+def _training_texts(world: config.World, name: str, labelled: dict) -> tuple[list, list]:
+    """Return the texts and labels that a judge is trained on; raise ConfigError without any."""
+    part = TRAINED_ON[name]
+    openings, labels = labelled.get(part, ([], []))
+    if not openings:
+        raise config.ConfigError(
+            f"world.{part}_rows is 0: there is nothing to train the {name} reward on"
+        )
+    if name == "person":
+        labels = [1] * len(openings)
+    elif name == "words" or not world.spoiled:
+        return openings, labels
+    return spoiled.with_spoiled(openings, labels, SPOIL_SEEDS[part])
+
+
+def _held_out(world: config.World, name: str, labelled: dict) -> tuple:
+    """Return what a judge is measured on, as the arguments of fit_reward.held_out_facts."""
+    openings, labels = labelled["held_out"]
+    seed = SPOIL_SEEDS["held_out"]
+    if name == "person":
+        return spoiled.with_spoiled(openings, [1] * len(openings), seed)
+    if world.spoiled:
+        return openings, labels, spoiled.spoil(openings, seed)
+    return openings, labels
+
+
+def judges(world: config.World) -> tuple[str, ...]:
+    """Return the names of all judges of a world, without those that it has no labels for."""
+    return tuple(_with_labels(world, _all_judges(world)))
+
+
+def _all_judges(world: config.World) -> tuple[str, ...]:
+    """Return the names of all judges of a world, whether it has labels for them or not."""
+    return MORE_JUDGES if world.spoiled else JUDGES
+
+
+def _with_labels(world: config.World, names: Sequence[str]) -> list[str]:
+    """Return the names of judges without those that need labels of half A, if there are none."""
+    if world.gold_rows:
+        return list(names)
+    return [name for name in names if TRAINED_ON.get(name) != "gold"]
 
 
 def oracle(world: config.World) -> str:
@@ -330,26 +429,27 @@ def scores(
     sampled: Artifact,
     split: str,
     *,
-    judges: Sequence[str] = ("gold", "reward", "vader"),
+    judges: Sequence[str] = (),
     kl_prompts: int = 0,
     prompts: Artifact | None = None,
 ) -> Artifact:
     """Score responses with the named judges, each a reward (see reward()): scores.jsonl.
 
-    Beside each judge's reward it has length, repetition, and the log-probability (nats) under the
-    weights that sampled and, for the first `kl_prompts` prompts, under the SFT model. "gold" is
-    left out where no labels train it.
+    Beside each judge's reward it has length, whether it ended, repetition, and the log-probability
+    (nats) under the weights that sampled and, for the first `kl_prompts` prompts, under the SFT
+    model. judges: by default all of the world's, as judges() names them. Those are left out that
+    need labels where the world has none.
     """
     world = cfg.world
     start = sft(cfg)
     prompts = prompts or texts(world)
-    judges = [name for name in judges if name != "gold" or world.gold_rows]
-    trained = {name: reward(world, name) for name in judges if name != "vader"}
+    names = _with_labels(world, judges or _all_judges(world))
+    trained = {name: reward(world, name) for name in names if name != "vader"}
 
     def make(out: Path) -> dict:
         folders = {name: str(artifact.get()) for name, artifact in trained.items()}
         call = {
-            "rewards": {name: _judge(world, name, folders) for name in judges},
+            "rewards": {name: _judge(world, name, folders) for name in names},
             "prompts": str(prompts.get() / f"{split}.json"),
             "responses": str(sampled.get() / "responses.jsonl"),
             "out": str(out / "scores.jsonl"),
@@ -361,11 +461,11 @@ def scores(
 
     inputs = {
         "responses": sampled,
-        "judges": judges,
+        "judges": names,
         "trained": trained,
         "kl_prompts": kl_prompts,
     }
-    if "reward" in judges and not world.reward_rows:
+    if "reward" in names and not world.reward_rows:
         # a finished reward model reads turns by its own template
         inputs.update(corpus.rendering(world.reward_model, "chat"))
     inputs.update(_precision(world))
@@ -375,14 +475,13 @@ def scores(
 
 def _judge(world: config.World, name: str, folders: dict[str, str]) -> dict:
     """Return the kind and the arguments of a judge, as Scorer.score takes them."""
-    if name == "vader":
-        return {"kind": "vader"}
-    if name == "gold":
-        return {"kind": "bag_of_words", "folder": folders[name]}
-    if world.reward_rows:
-        return {"kind": "classifier", "folder": folders[name]}
+    kind = _reward_kind(world, name)
+    if kind == "vader":
+        return {"kind": kind}
+    if kind != "finished":
+        return {"kind": kind, "folder": folders[name]}
     return {
-        "kind": "finished",
+        "kind": kind,
         "folder": str(assets.model_dir(world.reward_model)),
         "trust_remote_code": world.reward_model in world.trust_remote_code,
     }
