@@ -129,9 +129,7 @@ def runs(cfg) -> list[tuple[float, int]]:
 
 def point(cfg, fraction: float, seed: int, alpha: float, split: str) -> Artifact:
     """Return the scores of one α of one model on one split; fraction 0 is the SFT model."""
-    samples = cfg.dev_samples
-    if split == "test_prompts":
-        samples = cfg.test_samples
+    samples = _samples(cfg, split.removesuffix("_prompts"))
     if fraction == 0:
         line = _main_line(cfg)
         return line.scores(cfg, -1.0, split, samples)
@@ -316,17 +314,58 @@ def sweep(cfg, lines: dict[str, Line]) -> Artifact:
     return Artifact("sweep", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
-def interpolation(cfg) -> dict[str, Line]:
-    """Return the line from the SFT model (γ = 0) to the aligned one (γ = 1), and past it.
+def walk(cfg, lines: dict[str, dict[int, Line]]) -> Artifact:
+    """Walk along lines of several trainings, on dev prompts and on test prompts.
 
-    The model is aligned on all pairs; γ = 1 + α.
+    lines: {name: {seed: line}}. The files are those of curves(), with the line's name as `model`;
+    the SFT model is "SFT". alpha_curves reads them.
+    """
+    config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
+    points = []
+    for split in SPLITS:
+        columns = {"split": split, "model": "SFT", "seed": cfg.seeds[0], "alpha": 0.0}
+        scores = point(cfg, 0.0, cfg.seeds[0], 0.0, f"{split}_prompts")
+        points.append(gather.Point(columns, scores))
+    for name, by_seed in lines.items():
+        for seed, line in by_seed.items():
+            points += _walked(cfg, {"model": name, "seed": seed}, line)
+
+    def make(out: Path) -> None:
+        needs.check(cfg)
+        table, facts = gather.scored(points, "lines of several trainings")
+        gather.write(out, table, facts)
+
+    inputs = {"points": gather.scores_of(points), "names": list(lines)}
+    return Artifact("walk", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def _walked(cfg, columns: dict, line: Line) -> list[gather.Point]:
+    """Return the points of a line, at each of its α on both splits."""
+    points = []
+    for alpha in line.alphas:
+        for split in SPLITS:
+            samples = _samples(cfg, split)
+            scores = line.scores(cfg, alpha, f"{split}_prompts", samples)
+            points.append(gather.Point({"split": split, **columns, "alpha": alpha}, scores))
+    return points
+
+
+def _samples(cfg, split: str) -> int:
+    """Return how many responses each prompt of a split has; split is "dev" or "test"."""
+    return cfg.test_samples if split == "test" else cfg.dev_samples
+
+
+def interpolation(cfg) -> dict[str, dict[int, Line]]:
+    """Return the lines from the SFT model to the one aligned on all pairs, and past it, for walk().
+
+    They hold γ = 1 + α between the two models; γ = 0 is the SFT model itself.
     """
     most = cfg.fractions[-1]  # all pairs
-    between = [round(gamma - 1, 6) for gamma in cfg.interpolation]
+    between = [round(gamma - 1, 6) for gamma in cfg.interpolation if gamma > 0]
     past = cfg.alphas[most]
-    alphas = sorted({*between, *past})
-    line = _main_line(cfg, tuple(alphas))
-    return {"aligned": line}
+    alphas = tuple(sorted({*between, *past}))
+    seeds = [seed for fraction, seed in runs(cfg) if fraction == most]
+    return {"aligned": {seed: _aligned_line(cfg, most, seed, alphas) for seed in seeds}}
 
 
 def recipes(cfg) -> dict[str, Line]:
