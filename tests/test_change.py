@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from beyond_dpo.change import movement
+from beyond_dpo.change import low_rank, movement, straightness
 from test_extrapolate import save
 
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -109,3 +110,85 @@ def test_models_that_store_a_tied_tensor_under_different_names(start, tmp_path):
     for row in rows:
         assert row["change"] == pytest.approx(0.5 * NORM_OF_ONES)
     assert cosines["a", "b"] == pytest.approx(1)
+
+
+# ---- the way of a training
+
+
+def test_a_straight_way_has_r2_of_1(tmp_path, start):
+    half = model(tmp_path / "half", {ATTENTION: 0.5, MLP: -1.0})
+    end = model(tmp_path / "end", {ATTENTION: 1.0, MLP: -2.0})
+    rows = straightness(start, [half], end)
+    assert len(rows) == len(LAYERS_AND_PARTS)
+    assert sum(row["along"] for row in rows) == pytest.approx(sum(row["way"] for row in rows))
+
+
+def test_a_detour_by_hand(tmp_path, start):
+    """Attention is straight; MLP goes to 1 in all entries and ends where it began, so never along.
+
+    12 entries of attention moved by 0.5 at the checkpoint: 3 along of 3. MLP: 0 of 12.
+    """
+    detour = model(tmp_path / "detour", {ATTENTION: 0.5, MLP: 1.0})
+    end = model(tmp_path / "end", {ATTENTION: 1.0})
+    rows = {row["tensor"]: row for row in straightness(start, [detour], end)}
+    assert (rows[ATTENTION]["along"], rows[ATTENTION]["way"]) == pytest.approx((3, 3))
+    assert (rows[MLP]["along"], rows[MLP]["way"]) == pytest.approx((0, 12))
+
+
+def test_a_way_back_counts_as_along(tmp_path, start):
+    """The line has two sides: what lies on it before the start is no detour."""
+    back = model(tmp_path / "back", {ATTENTION: -0.5})
+    end = model(tmp_path / "end", {ATTENTION: 1.0})
+    rows = straightness(start, [back], end)
+    assert sum(row["along"] for row in rows) == pytest.approx(3)
+
+
+def test_a_way_without_checkpoints_is_refused(start, models):
+    with pytest.raises(ValueError, match="needs checkpoints"):
+        straightness(start, [], models["a"])
+
+
+# ---- Δθ of low rank
+
+
+def saved(folder, weight, norm):
+    return save(folder, {ATTENTION: weight, NORM: norm})
+
+
+def test_the_nearest_matrix_by_hand(tmp_path):
+    """Δθ = diag(3, 4): rank 1 keeps 4, which is 16 of 25 of the squares; norms move as they did."""
+    zero = saved(tmp_path / "start", torch.zeros(2, 2), torch.zeros(2))
+    moved = saved(tmp_path / "moved", torch.diag(torch.tensor([3.0, 4.0])), torch.zeros(2))
+    out = tmp_path / "out"
+    out.mkdir()
+    facts = low_rank(zero, moved, out, rank=1)
+    assert facts["kept"] == pytest.approx(16 / 25)
+    tensors = load_file(out / "model.safetensors")
+    torch.testing.assert_close(tensors[ATTENTION], torch.diag(torch.tensor([0.0, 4.0])))
+    assert (out / "config.json").exists()
+
+
+def test_full_rank_is_the_model_itself(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    start = saved(
+        tmp_path / "start",
+        torch.randn(3, 4, generator=generator),
+        torch.randn(4, generator=generator),
+    )
+    moved = saved(
+        tmp_path / "moved",
+        torch.randn(3, 4, generator=generator),
+        torch.randn(4, generator=generator),
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    assert low_rank(start, moved, out, rank=3)["kept"] == pytest.approx(1)
+    tensors = load_file(out / "model.safetensors")
+    wanted = load_file(moved / "model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(tensors[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_below_1_is_refused(start, models, tmp_path):
+    with pytest.raises(ValueError, match="1 or more"):
+        low_rank(start, models["a"], tmp_path, rank=0)

@@ -145,7 +145,9 @@ def test_points_behind_the_gate_are_grey(ax):
     assert [line.get_xdata().tolist() for line in grey] == [[1.0, 2.0], [2.0]]
     ax.clear()
     figures.alpha_curves(df.assign(passes=True), ax, y="reward", mark={})
-    drawn = [line for line in ax.lines if line.get_color() == figures.GREY and len(line.get_xdata())]
+    drawn = [
+        line for line in ax.lines if line.get_color() == figures.GREY and len(line.get_xdata())
+    ]
     assert not drawn
 
 
