@@ -14,7 +14,7 @@ from beyond_dpo.machine import launch
 from beyond_dpo.pipeline import config, expo, mallows, sources, wrpo
 
 CHECKPOINTS = {"train__checkpoint_every": 1, "sft__checkpoint_every": 1, "needs__disk_gb": 0}
-FEW = {"fractions": [0.5], "alphas": {0.5: [0, 1]}, "seeds": [0], "seed_fractions": []}
+FEW = {"fractions": [0.5], "alphas": {0.5: [0, 1]}, "seeds": [0], "fewer_seeds": {}}
 
 
 def results(part: str) -> list:

@@ -33,7 +33,7 @@ def settings(**changes):
         fractions=[1.0],
         alphas={1.0: [0, 2]},
         seeds=[0],
-        seed_fractions=[],
+        fewer_seeds={},
         **changes,
     )
 

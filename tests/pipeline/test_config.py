@@ -45,7 +45,8 @@ def test_every_profile_has_a_grid_for_each_of_its_fractions(profile):
     cfg = load("expo", profile)
     assert cfg.profile == profile
     assert set(cfg.fractions) <= cfg.alphas.keys()
-    assert set(cfg.seed_fractions) <= set(cfg.fractions)
+    assert set(cfg.fewer_seeds) <= set(cfg.fractions)
+    assert all(1 <= count <= len(cfg.seeds) for count in cfg.fewer_seeds.values())
     for grid in cfg.alphas.values():
         assert list(grid) == sorted(set(grid))
         assert all(type(alpha) is float for alpha in grid)
@@ -69,8 +70,8 @@ def test_every_profile_has_batches_that_can_be_split(profile):
         assert steps * settings.micro_batch * settings.processes == settings.global_batch
 
 
-def test_profiles_are_four_and_frozen():
-    assert config.PROFILES == ("smoke", "cpu", "gpu", "paper")
+def test_profiles_are_five_and_frozen():
+    assert config.PROFILES == ("smoke", "cpu", "night", "gpu", "paper")
     with pytest.raises(dataclasses.FrozenInstanceError):
         SMOKE.train.lr = 1.0
 
@@ -80,7 +81,7 @@ def test_profiles_are_four_and_frozen():
     [
         (("exp", "cpu"), {}, r"^unknown paper 'exp'; did you mean 'expo'\?$"),
         (("expo", "cpus"), {}, r"^unknown profile 'cpus'; did you mean 'cpu'\?$"),
-        (("expo", "qqq"), {}, r"^unknown profile 'qqq'; valid: smoke, cpu, gpu, paper$"),
+        (("expo", "qqq"), {}, r"^unknown profile 'qqq'; valid: smoke, cpu, night, gpu, paper$"),
         (("expo", "cpu"), {"trian": 1}, r"^unknown key 'trian'; did you mean 'train'\?$"),
         (
             ("expo", "cpu"),
@@ -170,7 +171,7 @@ def test_profiles_are_four_and_frozen():
             {"alphas": {0.1: ["1"]}},
             r"^alphas\.0\.1\.0: Input should be a valid number, got '1'$",
         ),
-        (("expo", "cpu"), {"alphas": {}}, r"^alphas has no grid for fraction 0\.05"),
+        (("expo", "cpu"), {"alphas": {}}, r"^alphas has no grid for fraction 0\.1"),
         (
             ("expo", "smoke"),
             {"fractions": [0.5, 0.3]},
@@ -204,7 +205,7 @@ def test_none_keeps_what_the_profile_has():
 def test_a_grid_is_replaced_whole_and_a_section_key_by_key():
     cfg = load("expo", "smoke", alphas={1: [3], 0.5: [1, 2]})
     assert cfg.alphas == {1.0: (3.0,), 0.5: (1.0, 2.0)}
-    single = {"fractions": [1.0], "alphas": {1.0: [3]}, "seed_fractions": []}
+    single = {"fractions": [1.0], "alphas": {1.0: [3]}, "fewer_seeds": {}}
     assert load("expo", "smoke", **single).alphas == {1.0: (3.0,)}
 
 
@@ -524,12 +525,6 @@ def test_numbers_out_of_range_are_refused_when_loaded(paper, changes, message):
         ("expo", {"pair_alphas": []}, "pair_alphas: .* at least 1 item"),
         ("expo", {"module_alphas": []}, "module_alphas: .* at least 1 item"),
         ("expo", {"published_alphas": []}, "published_alphas: .* at least 1 item"),
-        (
-            "expo",
-            {"seed_fractions": [0.3]},
-            r"seed_fractions: 0.3 is none of the fractions \(0.5, 1.0\)",
-        ),
-        ("expo", {"fractions": [1.0]}, r"seed_fractions: 0.5 is none .* seed_fractions=\[\]"),
         ("expo", {"world.dev_prompts": 0}, "world.dev_prompts=0, but"),
         ("expo", {"world.test_prompts": 0}, "world.test_prompts=0, but"),
         ("mallows", {"world.prompts": 0}, "world.prompts=0, but"),
@@ -600,7 +595,10 @@ UNBOUNDED = {
 MAY_BE_EMPTY = {
     "World.trust_remote_code": "no code of others runs",
     "Expo.alphas": "checked against the fractions",
-    "Expo.seed_fractions": "only the first seed is trained",
+    "Expo.fewer_seeds": "every fraction is trained with every seed",
+    "Expo.losses": "DPO alone",
+    "Expo.ranks": "all of Δθ alone",
+    "Expo.tried": "nothing was tried before",
     "Expo.recipes": "the default one alone",
     "Expo.pairs": "none are published",
     "Expo.wrong_pairs": "lines of the profile's own models",

@@ -148,8 +148,7 @@ EXPO = config.load("expo", "cpu")
 MALLOWS = config.load("mallows", "cpu")
 WRPO = config.load("wrpo", "cpu")
 TABLES = {  # frozen results that hold a point of the SFT model
-    "curves": lambda: expo.curves(EXPO),
-    "sweep": lambda: expo.sweep(EXPO, expo.interpolation(EXPO)),
+    "sweep": lambda: expo.sweep(EXPO, expo.recipes(EXPO)),
     "frontier": lambda: mallows.frontier(MALLOWS),
     "main result": lambda: wrpo.main_result(WRPO),
 }
@@ -165,17 +164,18 @@ def placed(judged, **columns):
 SFT_POINTS = {
     "curves": lambda: expo.point(EXPO, 0.0, 0, 0.0, "test_prompts"),
     "sweep": lambda: expo.sweep(EXPO, {}).inputs["points"][0],
-    "interpolation": lambda: expo.interpolation(EXPO)["aligned"].scores(
-        EXPO, -1.0, "dev_prompts", 1
-    ),
     "frontier": lambda: placed(mallows.frontier(MALLOWS), loss="sft"),
     "main result": lambda: placed(wrpo.main_result(WRPO), model="Target"),
 }
 
 
+def as_itself(cfg):
+    world = dataclasses.replace(cfg.world, sft_at_alpha=False)
+    return dataclasses.replace(cfg, world=world)
+
+
 @pytest.mark.parametrize("table", TABLES)
-def test_as_long_as_the_sft_point_is_not_itself_frozen_results_are_found(table):
-    assert stages.SFT_POINT_IS_ITSELF is False
+def test_frozen_results_are_found_as_long_as_their_sft_point_is_one_at_alpha(table):
     artifact = TABLES[table]()
     assert (paths.FROZEN / artifact.key).is_dir()
 
@@ -183,10 +183,11 @@ def test_as_long_as_the_sft_point_is_not_itself_frozen_results_are_found(table):
 @pytest.mark.parametrize("table", SFT_POINTS)
 def test_the_sft_point_as_itself_names_no_aligned_model(table, monkeypatch):
     build = SFT_POINTS[table]
-    today = build()
-    monkeypatch.setattr(stages, "SFT_POINT_IS_ITSELF", True)
+    frozen = build()
+    for name in ("EXPO", "MALLOWS", "WRPO"):
+        monkeypatch.setitem(globals(), name, as_itself(globals()[name]))
     alone = build()
-    assert alone.key != today.key
+    assert alone.key != frozen.key
     weights = alone.inputs["responses"].inputs
     assert weights["aligned"] is None
     assert weights["alpha"] == 0
@@ -194,10 +195,27 @@ def test_the_sft_point_as_itself_names_no_aligned_model(table, monkeypatch):
     assert trained == [weights["sft"].key]
 
 
-def test_other_points_keep_their_keys_where_the_sft_point_is_itself(monkeypatch):
-    today = expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key
-    monkeypatch.setattr(stages, "SFT_POINT_IS_ITSELF", True)
-    assert expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key == today
+def test_other_points_keep_their_keys_where_the_sft_point_is_itself():
+    frozen = expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key
+    assert expo.point(as_itself(EXPO), 1.0, 0, 2.0, "dev_prompts").key == frozen
+
+
+@pytest.mark.parametrize("paper", config.SCHEMAS)
+def test_new_results_have_the_sft_point_as_itself(paper, monkeypatch):
+    monkeypatch.setenv("COMPUTE", "cold")
+    for profile in config.PROFILES:
+        assert not config.load(paper, profile).world.sft_at_alpha
+
+
+def test_a_pool_for_each_seed_is_in_the_keys_and_seeds_take_turns():
+    one = config.load("expo", "smoke", world__pools=1)
+    two = config.load("expo", "smoke", world__pools=2)
+    assert stages.texts(one.world).key != stages.texts(two.world).key
+    assert stages.pairs(one, 0).key == stages.pairs(one, 1).key
+    assert stages.pairs(two, 0).key != stages.pairs(two, 1).key
+    assert stages.pairs(two, 0).key == stages.pairs(two, 2).key
+    of_seeds = [stages.aligned(two, 1.0, seed) for seed in (0, 1)]
+    assert of_seeds[0].inputs["reference"].key != of_seeds[1].inputs["reference"].key
 
 
 if __name__ == "__main__":

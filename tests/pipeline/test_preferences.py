@@ -1354,7 +1354,7 @@ def test_a_users_file_trains_and_is_scored_in_turns(store, reward_model):
         fractions=[1.0],
         alphas={1.0: [0, 1]},
         seeds=[0],
-        seed_fractions=[],
+        fewer_seeds={},
     )
     assert len(rows_in(stages.pairs(cfg), "pairs.jsonl")) == 12
 

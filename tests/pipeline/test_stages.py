@@ -27,7 +27,7 @@ def plain(**overrides):
 
 def one_fraction(*alphas):
     """Return smoke with a single model, at these α."""
-    return plain(fractions=[1.0], alphas={1.0: alphas}, seeds=[0], seed_fractions=[])
+    return plain(fractions=[1.0], alphas={1.0: alphas}, seeds=[0], fewer_seeds={})
 
 
 def stored():

@@ -5,7 +5,7 @@ Each function returns an Artifact, or lines for sweep(); nothing runs before its
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -368,11 +368,25 @@ def interpolation(cfg) -> dict[str, dict[int, Line]]:
     return {"aligned": {seed: _aligned_line(cfg, most, seed, alphas) for seed in seeds}}
 
 
-def recipes(cfg) -> dict[str, Line]:
+def of_seeds(cfg, lines_of: Callable[..., dict[str, Line]]) -> dict[str, dict[int, Line]]:
+    """Return {name: {seed: line}} for walk(), of lines that depend on a training's seed.
+
+    lines_of: takes the configuration and a seed; it is called with the first cfg.line_seeds seeds.
+    """
+    lines: dict[str, dict[int, Line]] = {}
+    for seed in cfg.seeds[: cfg.line_seeds]:
+        for name, line in lines_of(cfg, seed).items():
+            lines.setdefault(name, {})[seed] = line
+    return lines
+
+
+def recipes(cfg, seed: int | None = None) -> dict[str, Line]:
     """Return the lines of models trained longer, faster, by other optimizers or with another β.
 
-    These are the rows of ACL Table 4 that cfg.recipes names, after the default.
+    These are the rows of ACL Table 4 that cfg.recipes names, after the default. seed: None is the
+    first.
     """
+    seed = cfg.seeds[0] if seed is None else seed
     lr = cfg.train.lr
     beta = cfg.train.beta
     changes = {
@@ -386,18 +400,33 @@ def recipes(cfg) -> dict[str, Line]:
         "β × 0.1": {"beta": beta / 10},
         "β × 10": {"beta": beta * 10},
     }
-    align = partial(_aligned_line, cfg, cfg.recipe_fraction, cfg.seeds[0], cfg.recipe_alphas)
+    align = partial(_aligned_line, cfg, cfg.recipe_fraction, seed, cfg.recipe_alphas)
     return {name: align(**changes[name]) for name in ("default", *cfg.recipes)}
 
 
-def data_quality(cfg) -> dict[str, Line]:
+def losses(cfg, seed: int) -> dict[str, Line]:
+    """Return the lines of models trained on all pairs with the losses of cfg.losses (ACL Table 6).
+
+    DPO is one of them, as cfg.train has it.
+    """
+    most = cfg.fractions[-1]
+    align = partial(_aligned_line, cfg, most, seed, cfg.alphas[most])
+    lines = {"DPO": align()}
+    for name, settings in cfg.losses.items():
+        lines[name] = align(**settings)
+    return lines
+
+
+def data_quality(cfg, seed: int | None = None) -> dict[str, Line]:
     """Return the lines of models trained on random pairs, and on those with long chosen responses.
 
-    These are the rows of ACL Table 3. Raises ConfigError without an α grid for this fraction.
+    These are the rows of ACL Table 3. seed: None is the first. Raises ConfigError without an α grid
+    for this fraction.
     """
+    seed = cfg.seeds[0] if seed is None else seed
     fraction = cfg.quality_fraction
     config.check_grid(cfg, fraction)
-    align = partial(_aligned_line, cfg, fraction, cfg.seeds[0], cfg.alphas[fraction])
+    align = partial(_aligned_line, cfg, fraction, seed, cfg.alphas[fraction])
     return {
         "random": align(),
         "length-biased": align(longest=True),
@@ -520,6 +549,56 @@ def change(cfg, pairs: dict[str, Comparison]) -> Artifact:
     for name, (start, models) in pairs.items():
         inputs[name] = {"start": start, **models}
     return Artifact("change", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def straightness(cfg) -> Artifact:
+    """Measure how straight DPO's way on all pairs is, over its checkpoints; first seed.
+
+    way.csv.gz: a row a tensor, see change.straightness().
+    """
+    parts = cfg.checkpoints
+    end = stages.aligned(cfg, cfg.fractions[-1], cfg.seeds[0], parts=parts)
+    start = stages.sft(cfg)
+
+    def make(out: Path) -> None:
+        from beyond_dpo import change
+
+        needs.check(cfg)
+        folder = end.get()
+        between = [folder / f"part{number}" for number in range(1, parts)]
+        rows = change.straightness(start.get(), between, folder)
+        gather.write_table(out / "way.csv.gz", pd.DataFrame(rows))
+
+    inputs = {"start": start, "end": end}
+    return Artifact("straightness", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def low_ranks(cfg, seed: int) -> dict[str, Line]:
+    """Return the lines through models whose Δθ keeps a few directions of each matrix.
+
+    Δθ is that of DPO on cfg.recipe_fraction of the pairs; "whole" has all of it.
+    """
+    fraction = cfg.recipe_fraction
+    start = stages.sft(cfg)
+    whole = stages.aligned(cfg, fraction, seed)
+    alphas = cfg.alphas[fraction]
+    lines = {"whole": Line(start, whole, alphas)}
+    for rank in cfg.ranks:
+        lines[f"rank {rank}"] = Line(start, _low_rank(start, whole, rank), alphas)
+    return lines
+
+
+def _low_rank(start: Artifact, model: Artifact, rank: int) -> Artifact:
+    """Write a model that has moved along a few directions of each matrix (change.low_rank)."""
+
+    def make(out: Path) -> dict:
+        from beyond_dpo import change
+
+        facts = change.low_rank(start.get(), model.get(), out, rank)
+        return {"kept": round(facts["kept"], 4)}
+
+    inputs = {"start": start, "model": model, "rank": rank}
+    return Artifact("low-rank", version=1, inputs=inputs, make=make)
 
 
 # --- what models write

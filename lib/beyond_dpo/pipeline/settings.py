@@ -1,7 +1,7 @@
 """What can be set of each paper's experiments; config reads the values from profiles/*.yaml."""
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -131,6 +131,11 @@ class Lines(Paper):
     seeds: Seeds = (0,)  # training seeds; the first is drawn as the curve
     # fraction -> how many of the seeds it is trained with; the others are with all
     fewer_seeds: dict[PositiveShare, AtLeastOne] = field(default_factory=dict)
+    line_seeds: AtLeastOne = 3  # how many of the seeds the lines of `recipes` and below have
+    # name -> loss and its settings, to compare with DPO on all pairs
+    losses: dict[str, dict[str, Any]] = field(default_factory=dict)
+    checkpoints: Annotated[int, Field(ge=2)] = 8  # of a training whose way is looked at
+    ranks: tuple[AtLeastOne, ...] = (1, 4, 16)  # of Δθ, to see what a few directions keep
     # (learning rate, epochs) of plain DPO on all pairs that were tried before anything else; the
     # one with the most reward on dev prompts is what `train` says
     tried: tuple[tuple[Positive, AtLeastOne], ...] = ()
