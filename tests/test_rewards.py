@@ -18,7 +18,7 @@ from beyond_dpo import precision, rewards, templates
 from beyond_dpo.jobs import fit_reward
 from beyond_dpo.jobs.score import Scorer
 from beyond_dpo.machine import launch, paths
-from beyond_dpo.pipeline import artifacts, assets, config, stages, wrpo
+from beyond_dpo.pipeline import artifacts, assets, config, corpus, spoiled, stages, wrpo
 from beyond_dpo.rewards import Classifier, Vader
 from beyond_dpo.rows import read_rows
 
@@ -36,6 +36,7 @@ REVIEWS = read_lines(paths.FIXTURES / "reviews.jsonl")
 TEXTS = [review["text"] for review in REVIEWS]
 LABELS = [review["label"] for review in REVIEWS]
 HELD_OUT = (TEXTS[64:], LABELS[64:])
+PERSONS_HELD_OUT = spoiled.with_spoiled(TEXTS[64:], [1] * 32, 2)
 BF16 = precision.computes_bf16(precision.CPUINFO) or torch.cuda.is_available()
 QUESTION = "A good film?"
 ANSWER = "A dull one."
@@ -174,6 +175,139 @@ def test_held_out_facts_by_hand():
 
     facts = fit_reward.held_out_facts(Fixed(), ["a", "b", "c", "d"], [1, 1, 0, 0])
     assert facts == {"held_out": 4, "accuracy": 0.5, "auc": 0.75}
+
+
+def test_auc_against_spoiled_texts_by_hand():
+    """Positive texts score 2 and −1, spoiled ones −2, 0 and 2: of six pairs 3 and a tie.
+
+    2 > −2, 2 > 0, 2 = 2, −1 > −2.
+    """
+    given = {"a": 2.0, "b": -1.0, "c": 1.0, "d": -3.0, "x": -2.0, "y": 0.0, "z": 2.0}
+
+    class Fixed:
+        def score(self, texts):
+            return np.array([given[text] for text in texts])
+
+    held_out = (["a", "b", "c", "d"], [1, 1, 0, 0], ["x", "y", "z"])
+    facts = fit_reward.held_out_facts(Fixed(), *held_out)
+    auc = round(3.5 / 6, 4)
+    assert facts == {"held_out": 4, "accuracy": 0.5, "auc": 0.75, "auc_spoiled": auc}
+
+
+# ---- n-grams
+
+
+@pytest.fixture(scope="module")
+def person(tmp_path_factory):
+    """Train the judge "person" on invented reviews; return its folder and its facts."""
+    folder = tmp_path_factory.mktemp("person")
+    texts, labels = spoiled.with_spoiled(TEXTS[:64], [1] * 64, 0)
+    facts = fit_reward.train_ngrams(texts, labels, folder, held_out=PERSONS_HELD_OUT, seed=0)
+    return folder, facts
+
+
+@pytest.mark.parametrize(
+    "text, wanted",
+    [
+        # of nine tokens four repeat (good, film, comma, !), of eight pairs "good film" and
+        # "film ,", of seven triples "good film ,"
+        ("Good film, GOOD film, bad!!", (4 / 9, 2 / 8, 1 / 7)),
+        # don't is one word
+        ("don't don't don't", (2 / 3, 1 / 2, 0)),
+        ("A film.", (0, 0, 0)),
+        ("", (0, 0, 0)),
+    ],
+)
+def test_repeated_shares_by_hand(text, wanted):
+    (shares,) = rewards.repeated_shares([text])
+    assert shares == pytest.approx(wanted)
+
+
+def test_ngrams_scores_are_scikit_learns_logits(person):
+    """The reward is read from its folder; scikit-learn's is trained here once more."""
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    texts, labels = spoiled.with_spoiled(TEXTS[:64], [1] * 64, 0)
+    vectorizer = TfidfVectorizer(
+        ngram_range=(1, 3),
+        token_pattern=r"\w+(?:'\w+)*|[^\w\s]",
+        min_df=2,
+        max_features=200_000,
+        sublinear_tf=True,
+    )
+    features = hstack([vectorizer.fit_transform(texts), rewards.repeated_shares(texts)])
+    model = LogisticRegression(C=4.0, max_iter=400, random_state=0).fit(features.tocsr(), labels)
+    shares = rewards.repeated_shares(TEXTS)
+    wanted = model.decision_function(hstack([vectorizer.transform(TEXTS), shares]).tocsr())
+    folder, facts = person
+    reward = rewards.load("ngrams", folder=folder)
+    assert reward.score(TEXTS) == pytest.approx(wanted, abs=1e-9)
+    assert facts["features"] == len(reward.coef) == len(vectorizer.vocabulary_) + 3
+    assert "." in vectorizer.vocabulary_
+
+
+def test_ngrams_hold_no_pickle(person):
+    folder, _ = person
+    assert sorted(file.name for file in folder.iterdir()) == ["weights.npz", "words.json"]
+    with np.load(folder / "weights.npz", allow_pickle=False) as arrays:
+        assert {arrays[name].dtype.kind for name in arrays} == {"f"}
+
+
+def continuations(folder: Path, texts: list[str], tokens: int) -> list[str]:
+    """Return what a model writes after the first ten tokens of each text, with these."""
+    tokenizer = templates.load_tokenizer(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    written = []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for text in texts:
+            ids = templates.render(tokenizer, text, "plain")[:10]
+            sampled = model.generate(
+                torch.tensor([ids]),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+                do_sample=True,
+                top_k=40,
+                temperature=0.7,
+                max_new_tokens=tokens,
+                pad_token_id=2,
+            )
+            written.append(tokenizer.decode(sampled[0], skip_special_tokens=True))
+    return written
+
+
+def means_by_author(reward, persons: list[str], models: list[str]) -> list[float]:
+    """Return the mean scores of people's texts, of a model's, and of people's texts spoiled."""
+    groups = (persons, models, spoiled.spoil(persons, 2))
+    return [reward.score(texts).mean() for texts in groups]
+
+
+def test_a_persons_text_scores_above_a_models_and_that_above_a_spoiled_one(person):
+    folder, facts = person
+    assert facts["auc"] > 0.85
+    reward = rewards.Ngrams(folder)
+    models = continuations(assets.model_dir("tiny"), TEXTS[64:68], 30)
+    persons, modelled, broken = means_by_author(reward, TEXTS[64:], models)
+    assert persons > modelled + 0.5
+    assert modelled > broken + 0.5
+
+
+@pytest.mark.slow
+def test_real_reviews_score_above_smollm2_and_that_above_spoiled_ones(tmp_path):
+    target = real("smollm2")
+    real("minilm")
+    half_a, half_b, _ = corpus.shuffled("imdb")
+    openings = [" ".join(text.split()[:48]) for text, _ in half_a[:1000]]
+    held_out = [" ".join(text.split()[:48]) for text, _ in half_b[:200]]
+    texts, labels = spoiled.with_spoiled(openings, [1] * len(openings), 0)
+    measured = spoiled.with_spoiled(held_out, [1] * len(held_out), 2)
+    facts = fit_reward.train_ngrams(texts, labels, tmp_path, held_out=measured, seed=0)
+    assert facts["auc"] > 0.8
+    reward = rewards.Ngrams(tmp_path)
+    models = continuations(target, held_out[:16], 50)
+    persons, modelled, broken = means_by_author(reward, held_out, models)
+    assert persons > modelled > broken + 1
 
 
 # ---- classifiers: scores
@@ -628,6 +762,27 @@ def test_precision_bf16_is_another_and_the_one_by_default(tmp_path):
     assert all(torch.equal(rounded[name], default[name]) for name in exact)
 
 
+def without_dropout(tmp_path: Path) -> Path:
+    """Write the tiny encoder without dropout, of whose draws a training then does not depend."""
+    source = assets.model_dir("tiny-encoder")
+    encoder = tmp_path / "encoder"
+    model = transformers.AutoModel.from_pretrained(
+        source, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    model.save_pretrained(encoder)
+    save_tokenizer(source, encoder)
+    return encoder
+
+
+def test_a_lean_training_has_the_same_gradients(tmp_path):
+    """After one step the weights are those of a training that computes all states."""
+    encoder = without_dropout(tmp_path)
+    whole = trained(tmp_path / "whole", encoder, precision="fp32")
+    lean = trained(tmp_path / "lean", encoder, precision="fp32", lean=True)
+    for name, weight in whole.items():
+        torch.testing.assert_close(lean[name], weight, rtol=0, atol=2e-5, msg=name)
+
+
 def test_an_encoder_with_few_positions_is_trained_on_what_it_reads(tmp_path):
     """A RoBERTa of 12 positions reads 9 tokens, where texts would be cut to 64: no index error."""
     encoder = small("roberta", tmp_path, max_position_embeddings=12, **ENCODER)
@@ -976,6 +1131,21 @@ def test_a_finished_reward_reads_turns(spoken, head, bag, scorer):
     assert difference.max() > 0.01
 
 
+def test_a_response_has_ended_if_its_last_token_is_an_end_token(answers, scorer, tmp_path):
+    """Ended: all but the first, which was cut, the second, which goes on, and an empty one."""
+    _, responses = read_answers(answers)
+    responses[0]["response_ids"].pop()
+    responses[1]["response_ids"] += [1, 7]
+    write_lines(tmp_path / "responses.jsonl", responses)
+    files = files_of(answers) | {"responses": str(tmp_path / "responses.jsonl")}
+    out = tmp_path / "scores.jsonl"
+    scorer.score({}, **files, out=str(out))
+    assert templates.model_end_tokens(scorer.target) == [1]
+    ended = column(read_lines(out), "ended")
+    assert [i for i, value in enumerate(ended) if not value] == [0, 1, 7]
+    assert set(ended) == {True, False}
+
+
 def test_a_reward_is_loaded_once(answers, bag, scorer, tmp_path):
     files = files_of(answers)
     out = str(tmp_path / "out")
@@ -996,12 +1166,9 @@ def test_unknown_kind_of_reward_is_named(answers, scorer, tmp_path):
 
 def test_a_reward_of_a_world_without_labels_is_not_measured(tmp_path):
     job = {
-        "texts": [],
-        "labels": [],
+        "kind": "finished",
         "held_out": [[], []],
-        "seed": 0,
         "out": str(tmp_path),
-        "reward": "reward",
         "encoder": "unread",
         "trust_remote_code": False,
     }
@@ -1018,7 +1185,6 @@ def fit_in_a_child(out: Path, **settings) -> dict:
         "held_out": HELD_OUT,
         "seed": 0,
         "out": str(out),
-        "precision": "fp32",
         **settings,
     }
     launch.run("beyond_dpo.jobs.fit_reward", job, out / "checkpoints", desc="train")
@@ -1028,13 +1194,22 @@ def fit_in_a_child(out: Path, **settings) -> dict:
 @pytest.mark.slow
 def test_training_a_bag_of_words_in_a_child(bag, tmp_path):
     _, facts = bag
-    assert fit_in_a_child(tmp_path, reward="gold") == facts
+    assert fit_in_a_child(tmp_path, kind="bag_of_words") == facts
+
+
+@pytest.mark.slow
+def test_training_ngrams_in_a_child(person, tmp_path):
+    texts, labels = spoiled.with_spoiled(TEXTS[:64], [1] * 64, 0)
+    facts = fit_in_a_child(
+        tmp_path, kind="ngrams", texts=texts, labels=labels, held_out=PERSONS_HELD_OUT
+    )
+    assert facts == person[1]
 
 
 @pytest.mark.slow
 def test_training_a_classifier_in_a_child(tmp_path):
     encoder = str(assets.model_dir("tiny-encoder"))
-    facts = fit_in_a_child(tmp_path, reward="reward", encoder=encoder)
+    facts = fit_in_a_child(tmp_path, kind="classifier", encoder=encoder, precision="fp32")
     assert facts["trained_on"] == 64
     assert facts["held_out"] == 32
     scores = Classifier(tmp_path).score(TEXTS[:2])

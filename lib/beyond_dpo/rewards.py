@@ -248,11 +248,11 @@ def _load_classifier(folder, tokenizer, dtype, trust_remote_code: bool):
     if missing:  # transformers would only warn, and score with random numbers
         raise ValueError(f"{folder} is no finished reward model, it lacks {missing[:3]}")
     attention.use_one_that_caps(model)
-    _leave_out_unread(model)
+    leave_out_unread(model)
     return model
 
 
-def _leave_out_unread(model) -> None:
+def leave_out_unread(model) -> None:
     """Let the last layer of an encoder compute the first token only, where its head reads no other.
 
     Of a layer's products only those of queries, keys and values are left for the other tokens: of

@@ -1363,7 +1363,7 @@ def test_a_bf16_reward_is_refused_on_a_cpu_that_would_emulate_it(tmp_path, witho
         "held_out": [["a", "b"], [0, 1]],
         "seed": 0,
         "out": str(tmp_path),
-        "reward": "reward",
+        "kind": "classifier",
         "encoder": "unread",
         "precision": "bf16",
     }

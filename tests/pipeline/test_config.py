@@ -473,6 +473,11 @@ def test_frozen_settings_hold_only_where_results_are_read(mode, precision, monke
         ("expo", {"train.max_prompt": 64}, "train.max_prompt=64 leaves no room .*max_length=64"),
         ("expo", {"decoding.max_tokens": 128}, "max_tokens=128 leaves no room .*max_model_len=128"),
         ("expo", {"world.prompt_tokens": [9, 4]}, "prompt_tokens: 9 .* is above 4"),
+        (
+            "expo",
+            {"world.reward_model": "ngrams", "world.reward_rows": 0},
+            "world.reward_model: 'ngrams' is trained on labels, .*reward_rows is 0",
+        ),
         ("expo", {"fractions": [0.5, 1.5]}, r"fractions\.1: .* less than or equal to 1"),
         ("expo", {"seeds": []}, "seeds: .* at least 1 item"),
         ("expo", {"seeds": [-1]}, r"seeds\.0: .* greater than or equal to 0"),

@@ -16,7 +16,16 @@ import pytest
 from beyond_dpo.jobs import settings as job_settings
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import plan
-from beyond_dpo.pipeline import artifacts, config, expo, mallows, stages, wrpo
+from beyond_dpo.pipeline import (
+    artifacts,
+    assets,
+    config,
+    expo,
+    mallows,
+    spoiled,
+    stages,
+    wrpo,
+)
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
 CLAIMS = sorted((paths.FROZEN / "claims").glob("*.json"))
@@ -216,6 +225,74 @@ def test_a_pool_for_each_seed_is_in_the_keys_and_seeds_take_turns():
     assert stages.pairs(two, 0).key == stages.pairs(two, 2).key
     of_seeds = [stages.aligned(two, 1.0, seed) for seed in (0, 1)]
     assert of_seeds[0].inputs["reference"].key != of_seeds[1].inputs["reference"].key
+
+
+# --- rewards
+
+
+FIRST_FORM = config.World(  # all settings of its rewards are those by default
+    target="tiny", dataset="fixtures", gold_rows=64, reward_rows=64, reward_model="tiny-encoder"
+)
+ENCODER = assets.resolve("tiny-encoder")
+
+
+def reward_inputs(name, **changes):
+    """Return what decides a reward besides the texts, in the world of the first form changed."""
+    world = dataclasses.replace(FIRST_FORM, **changes)
+    inputs = dict(stages.reward(world, name).inputs)
+    assert inputs.pop("texts").key == stages.texts(world).key
+    return inputs
+
+
+@pytest.mark.parametrize(
+    "name, inputs",
+    [
+        ("gold", {"seed": 0}),
+        ("reward", {"seed": 0, "encoder": ENCODER}),
+        ("vader", {"seed": 0}),
+    ],
+)
+def test_rewards_of_the_first_form_have_the_inputs_they_had(name, inputs):
+    assert reward_inputs(name) == inputs
+    assert reward_inputs(name, precision="fp32") == {**inputs, "precision": "fp32"}
+    finished = reward_inputs(name, reward_rows=0)
+    assert finished == inputs
+
+
+@pytest.mark.parametrize(
+    "name, changes, new",
+    [
+        ("gold", {"gold_model": "ngrams"}, {"kind": "ngrams"}),
+        ("gold", {"gold_model": "tiny-encoder"}, {"encoder": ENCODER}),
+        ("gold", {"spoiled": True}, {"spoiled": spoiled.VERSION}),
+        ("gold", {"gold_model": "words"}, {}),
+        ("gold", {"reward_words": 48}, {}),
+        (
+            "gold",
+            {"gold_model": "tiny-encoder", "reward_words": 48},
+            {"encoder": ENCODER, "max_tokens": 96},
+        ),
+        ("reward", {"reward_model": "ngrams"}, {"kind": "ngrams"}),
+        ("reward", {"reward_model": "words"}, {"kind": "bag_of_words"}),
+        ("reward", {"gold_model": "ngrams"}, {"encoder": ENCODER}),
+        ("reward", {"spoiled": True}, {"encoder": ENCODER, "spoiled": spoiled.VERSION}),
+        ("reward", {"reward_words": 48}, {"encoder": ENCODER, "max_tokens": 96}),
+        ("reward", {"reward_words": 48, "reward_rows": 0}, {"encoder": ENCODER}),
+        ("words", {"spoiled": True, "gold_model": "ngrams"}, {"spoiled": spoiled.VERSION}),
+        ("vader", {"spoiled": True}, {"spoiled": spoiled.VERSION}),
+        ("person", {}, {"spoiled": spoiled.VERSION}),
+        ("person", {"gold_model": "tiny-encoder"}, {"spoiled": spoiled.VERSION}),
+    ],
+    ids=str,
+)
+def test_what_a_reward_is_enters_its_key_where_it_is_not_the_default(name, changes, new):
+    assert reward_inputs(name, **changes) == {"seed": 0, **new}
+
+
+def test_spoiled_texts_enter_no_key_of_the_texts():
+    """So the SFT model of both forms is one."""
+    world = dataclasses.replace(FIRST_FORM, spoiled=True, gold_model="ngrams")
+    assert stages.texts(world).key == stages.texts(FIRST_FORM).key
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from beyond_dpo import rewards, templates
 from beyond_dpo.files import link_file
 from beyond_dpo.machine import launch, paths, workers
 from beyond_dpo.notebook import plan
-from beyond_dpo.pipeline import artifacts, assets, config, expo, gather, stages
+from beyond_dpo.pipeline import artifacts, assets, config, expo, gather, spoiled, stages
 
 
 def plain(**overrides):
@@ -684,6 +684,129 @@ def test_the_dry_run_says_what_is_needed_and_which_models_are_used(dry_run):
 
 
 # --- rewards and machines
+
+
+@pytest.mark.parametrize(
+    "changes, names",
+    [
+        ({}, ("gold", "reward", "vader")),
+        ({"spoiled": True}, ("gold", "reward", "words", "vader", "person")),
+        ({"gold_rows": 0}, ("reward", "vader")),
+        ({"spoiled": True, "gold_rows": 0}, ("reward", "vader")),
+    ],
+    ids=str,
+)
+def test_the_judges_of_a_world_are_those_of_its_scores(changes, names):
+    cfg = config.load("expo", "smoke")
+    world = dataclasses.replace(cfg.world, spoiled=False)
+    cfg = dataclasses.replace(cfg, world=dataclasses.replace(world, **changes))
+    assert stages.judges(cfg.world) == names
+    pool = samples_of(cfg, stages.sft(cfg), "dev_prompts", 1)
+    inputs = stages.scores(cfg, pool, "dev_prompts").inputs
+    assert inputs["judges"] == list(names)
+    assert list(inputs["trained"]) == [name for name in names if name != "vader"]
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """Return the jobs of rewards that were to be trained, in place of any training."""
+    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
+    monkeypatch.setattr(paths, "FROZEN", tmp_path / "frozen")
+    started = []
+
+    def note(module, job, out, desc):
+        assert module == "beyond_dpo.jobs.fit_reward"
+        started.append(job)
+        (out / "facts.json").write_text("{}")
+
+    monkeypatch.setattr(workers, "run", note)
+    return started
+
+
+def spoiled_world(**changes):
+    """Return the smoke world with spoiled texts, its gold reward an encoder."""
+    world = config.load("expo", "smoke").world
+    second_form = {"spoiled": True, "gold_model": "tiny-encoder", "reward_words": 48}
+    return dataclasses.replace(world, **second_form | changes)
+
+
+def test_the_rewards_of_a_spoiled_world_learn_from_spoiled_texts(jobs):
+    world = spoiled_world(reward_model="ngrams")
+    for name in ("gold", "reward"):
+        stages.reward(world, name).get()
+    gold, reward = jobs
+    labelled = stages.texts(world).json("labelled.json")
+    measured = [*labelled["held_out"], spoiled.spoil(labelled["held_out"][0], 2)]
+    for job, part, seed in ((gold, "gold", 0), (reward, "reward", 1)):
+        texts, labels = spoiled.with_spoiled(*labelled[part], seed)
+        assert (job["texts"], job["labels"]) == (texts, labels)
+        assert list(job["held_out"]) == measured
+    assert (gold["kind"], reward["kind"]) == ("classifier", "ngrams")
+    assert gold["encoder"] == str(assets.model_dir("tiny-encoder"))
+    assert gold["max_tokens"] == 96
+    assert gold["lean"]
+    assert "encoder" not in reward
+
+
+def test_third_opinions_learn_from_half_a_without_what_gold_learns(jobs):
+    """Words: sentiment alone. Person: every opening is positive, and every spoiled text is not."""
+    world = spoiled_world()
+    for name in ("words", "person", "vader"):
+        stages.reward(world, name).get()
+    words, person, vader = jobs
+    labelled = stages.texts(world).json("labelled.json")
+    openings, labels = labelled["gold"]
+    held_out, held_out_labels = labelled["held_out"]
+    spoiled_held_out = spoiled.spoil(held_out, 2)
+    assert words["kind"] == "bag_of_words"
+    assert [words["texts"], words["labels"]] == [openings, labels]
+    assert person["kind"] == "ngrams"
+    assert person["texts"] == openings + spoiled.spoil(openings, 0)
+    assert person["labels"] == [1] * len(openings) + [0] * len(openings)
+    assert person["held_out"][0] == held_out + spoiled_held_out
+    assert person["held_out"][1] == [1] * len(held_out) + [0] * len(held_out)
+    assert vader["kind"] == "vader"
+    for job in (words, vader):
+        assert list(job["held_out"]) == [held_out, held_out_labels, spoiled_held_out]
+
+
+def test_rewards_of_the_first_form_are_trained_as_they_were(jobs):
+    world = spoiled_world(spoiled=False, gold_model="words", reward_words=32)
+    for name in ("gold", "reward"):
+        stages.reward(world, name).get()
+    gold, reward = jobs
+    labelled = stages.texts(world).json("labelled.json")
+    for job, part in ((gold, "gold"), (reward, "reward")):
+        assert [job["texts"], job["labels"]] == labelled[part]
+        assert list(job["held_out"]) == labelled["held_out"]
+    assert gold["kind"] == "bag_of_words"
+    assert reward["kind"] == "classifier"
+    assert reward["max_tokens"] == 64
+    assert not reward["lean"]
+
+
+def test_judges_of_half_a_need_its_labels(jobs):
+    world = spoiled_world(gold_rows=0)
+    for name in ("gold", "words", "person"):
+        message = f"world.gold_rows is 0: there is nothing to train the {name} reward on"
+        with pytest.raises(config.ConfigError, match=message):
+            stages.reward(world, name).get()
+
+
+def test_every_judge_of_a_spoiled_world_scores(store):
+    """Gold is n-grams here, and the reward model the tiny encoder: both really trained."""
+    cfg = plain(world__spoiled=True, world__gold_model="ngrams", world__reward_words=48)
+    pool = samples_of(cfg, stages.sft(cfg), "dev_prompts", 1)
+    scores = frame(stages.scores(cfg, pool, "dev_prompts"))
+    assert {"gold", "reward", "words", "vader", "person", "ended"} < set(scores)
+    for name in stages.judges(cfg.world):
+        facts = stages.reward(cfg.world, name).manifest["facts"]
+        measured = {"held_out", "accuracy", "auc"}
+        if name != "person":
+            measured.add("auc_spoiled")
+        assert measured <= set(facts)
+        assert scores[name].nunique() > 1
+    assert stages.reward(cfg.world, "person").manifest["facts"]["auc"] > 0.8
 
 
 def test_a_finished_reward_model_has_nothing_to_train(store, tiny_reward):

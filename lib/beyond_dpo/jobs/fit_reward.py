@@ -12,7 +12,14 @@ from beyond_dpo import events
 from beyond_dpo.files import share_weights
 from beyond_dpo.machine import launch
 from beyond_dpo.precision import require_precision
-from beyond_dpo.rewards import BagOfWords, Classifier, Ngrams, Vader, readable_tokens
+from beyond_dpo.rewards import (
+    BagOfWords,
+    Classifier,
+    Ngrams,
+    Vader,
+    leave_out_unread,
+    readable_tokens,
+)
 
 
 def train_bag_of_words(
@@ -98,6 +105,7 @@ def train_classifier(
     max_tokens: int = 64,
     frozen: int = 2,
     precision: str = "bf16",
+    lean: bool = False,
     tell: Callable[[int, int], None] | None = None,
 ) -> dict:
     """Fine-tune an encoder with a one-logit head on human labels; write a transformers folder.
@@ -105,9 +113,12 @@ def train_classifier(
     labels: 0 or 1. One epoch, AdamW, linear decay. precision: "bf16" is autocast over float32
     weights, "fp32" is float32 throughout. The embeddings and the first `frozen` layers stay as they
     are: a third of the time for less than a point of accuracy. Texts are cut to max_tokens, or to
-    what the encoder reads. Returns the held_out_facts of `held_out`, its arguments. tell: called
-    with (steps done, steps in all). Raises ValueError for fewer texts than a batch, and for "bf16"
-    on a CPU that would emulate it; OSError for an encoder without safetensors.
+    what the encoder reads. lean: compute no state that the head does not read, which saves about a
+    third of the time; the gradients are the same, but dropout has other draws. held_out: the
+    arguments of held_out_facts, whose facts are returned. tell: called with (steps done, steps in
+    all).
+    Raises ValueError for fewer texts than a batch, and for "bf16" on a CPU that would emulate it;
+    OSError for an encoder without safetensors.
     """
     import torch
 
@@ -118,6 +129,8 @@ def train_classifier(
         )
     torch.manual_seed(seed)
     model, tokenizer = _one_logit_model(encoder, frozen)
+    if lean:
+        leave_out_unread(model)
     max_tokens = min(max_tokens, readable_tokens(model) or max_tokens)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr)

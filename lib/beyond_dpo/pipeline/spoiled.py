@@ -6,7 +6,7 @@ without end. A reward that has learnt from such texts, labelled 0, is not deceiv
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 Words = list[str]  # of a text, with their punctuation marks
 
@@ -165,11 +165,9 @@ def _praise(rng: random.Random) -> Words:
     return phrase.split()
 
 
-def _filled(beginning: Words, runs: Iterable[Words], length: int) -> Words:
+def _filled(beginning: Words, runs: Iterator[Words], length: int) -> Words:
     """Return a beginning and behind it one run after the other, cut to a length."""
     filled = list(beginning)
-    for run in runs:
-        if len(filled) >= length:
-            break
-        filled += run
+    while len(filled) < length:
+        filled += next(runs)
     return filled[:length]

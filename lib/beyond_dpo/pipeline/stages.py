@@ -212,6 +212,7 @@ def _reward_job(world: config.World, name: str, labelled: dict) -> dict:
         job["encoder"] = str(assets.model_dir(_setting(world, name)))
         job["precision"] = world.precision
         job["max_tokens"] = _encoder_tokens(world)
+        job["lean"] = world.spoiled  # what was trained before was trained without
     return job
 
 
