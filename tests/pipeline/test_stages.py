@@ -234,28 +234,84 @@ def test_the_sft_models_own_responses_have_no_divergence_from_it(curves):
 
 
 def test_the_reward_model_chooses_alpha_on_dev_prompts(curves):
+    """Among the points that pass the gate: of a random model's responses either may not."""
     table = curves.csv("responses.csv.gz")
-    dev = table[(table["split"] == "dev") & (table["fraction"] == 1)]
-    means = dev.groupby("alpha")["reward"].mean()
-    best = means.idxmax()
+    points = pd.DataFrame(curves.json("points.json"))
+    dev = table[table["split"] == "dev"]
+    means = dev.groupby(["fraction", "alpha"])[["reward", "repetition"]].mean()
+    distinct = points[points["split"] == "dev"].set_index(["fraction", "alpha"])["distinct_2"]
+    few_repeats = means["repetition"] <= means["repetition"][0.0, 0.0] + 0.05
+    passing = means[few_repeats & (distinct >= 0.5 * distinct[0.0, 0.0])].loc[1.0]
+    best = passing["reward"].idxmax() if len(passing) else 0.0
     wanted = {"fraction": 1.0, "seed": 0, "alpha": best}
     assert curves.json("best.json") == [wanted]
 
 
-def test_the_chosen_points_are_in_the_facts_with_their_keys(curves, cfg):
-    """What was tested is decided on the way, so no recipe can name it."""
-    (best,) = curves.json("best.json")
-    chosen = curves.manifest["facts"]["chosen_points"]
-    sft = {"split": "test", "fraction": 0.0, "seed": 0, "alpha": 0.0}
-    aligned = {"split": "test", "fraction": 1.0, "seed": 0}
-    places = [sft]
-    for alpha in dict.fromkeys([0.0, best["alpha"]]):
-        places.append({**aligned, "alpha": alpha})
-    assert len(chosen) == len(places)
-    for point, place in zip(chosen, places, strict=True):
-        scores = expo.point(cfg, place["fraction"], 0, place["alpha"], "test_prompts")
-        assert point == {**place, "key": scores.key}
-        assert (paths.ARTIFACTS / scores.key).is_dir()
+def test_training_and_search_have_their_seconds(curves):
+    (row,) = curves.json("seconds.json")
+    assert (row["fraction"], row["seed"]) == (1.0, 0)
+    assert row["training"] > 0
+    assert row["search"] > 0
+
+
+def test_a_walk_has_the_points_of_the_curves_and_those_between(curves, cfg):
+    """Its α of 0 and 2 are those of the curves: only those between are sampled."""
+    between = config.load("expo", "smoke", **{"fractions": [1.0], "interpolation": [0, 0.5, 1]})
+    narrow = dataclasses.replace(cfg, interpolation=between.interpolation)
+    lines = expo.interpolation(narrow)
+    assert list(lines) == ["aligned"]
+    assert list(lines["aligned"]) == [0]
+    assert lines["aligned"][0].alphas == (-0.5, 0.0, 2.0)
+    before = stored()
+    walked = expo.walk(narrow, lines).csv("responses.csv.gz")
+    new = [name for name in stored() - before if name.startswith("responses-")]
+    assert len(new) == 2, "one α on two splits"
+    table = curves.csv("responses.csv.gz")
+    for split in ("dev", "test"):
+        ours = walked[(walked["alpha"] == 2) & (walked["split"] == split)]
+        theirs = table[(table["alpha"] == 2) & (table["split"] == split)]
+        assert ours["gold"].tolist() == theirs["gold"].tolist()
+
+
+def test_lines_of_several_seeds(store):
+    cfg = config.load("expo", "smoke", seeds=[3, 5, 7], line_seeds=2)
+    lines = expo.of_seeds(cfg, expo.recipes)
+    assert list(lines) == ["default", *cfg.recipes]
+    for name, by_seed in lines.items():
+        assert list(by_seed) == [3, 5], name
+        assert by_seed[3].end.key != by_seed[5].end.key
+    assert lines["default"][3].end.key == expo.recipes(cfg)["default"].end.key
+
+
+def test_losses_are_lines_of_their_own(store):
+    cfg = config.load("expo", "smoke", losses={"IPO": {"loss": "ipo", "beta": 0.2}})
+    lines = expo.losses(cfg, 0)
+    assert list(lines) == ["DPO", "IPO"]
+    settings = lines["IPO"].end.inputs["settings"]
+    assert (settings["loss"], settings["beta"]) == ("ipo", 0.2)
+
+
+def test_the_way_of_a_training_is_measured(store, cfg):
+    straight = expo.straightness(dataclasses.replace(cfg, checkpoints=2))
+    rows = straight.csv("way.csv.gz")
+    assert rows["way"].sum() > 0
+    assert 0 < rows["along"].sum() / rows["way"].sum() <= 1
+    folder = straight.inputs["end"].get()
+    assert (folder / "part1" / "model.safetensors").exists()
+
+
+def test_a_model_of_low_rank_keeps_less_and_can_be_walked_along(store, cfg):
+    some = dataclasses.replace(cfg, recipe_fraction=1.0, ranks=(1, 2))
+    lines = expo.low_ranks(some, 0)
+    assert list(lines) == ["whole", "rank 1", "rank 2"]
+    kept = [lines[name].end.get() for name in ("rank 1", "rank 2")]
+    shares = [
+        json.loads((folder / "manifest.json").read_text())["facts"]["kept"] for folder in kept
+    ]
+    assert 0 < shares[0] < shares[1] <= 1
+    by_seed = {name: {0: line} for name, line in lines.items()}
+    table = expo.walk(some, by_seed).csv("responses.csv.gz")
+    assert set(table["model"]) == {"SFT", *lines}
 
 
 def test_a_search_names_the_points_that_it_tried(curves):
@@ -272,7 +328,8 @@ def test_a_search_names_the_points_that_it_tried(curves):
 
 def test_no_text_and_no_token_of_the_data_set_is_frozen(curves):
     files = curves.manifest["files"]
-    assert set(files) == {"best.json", "facts.json", "points.json", "responses.csv.gz"}
+    tables = {"best.json", "facts.json", "points.json", "seconds.json", "responses.csv.gz"}
+    assert set(files) == tables
     for file in curves.get().glob("*.json"):
         assert "response_ids" not in file.read_text()
     frozen = artifacts.freeze(curves.key)
@@ -536,7 +593,7 @@ def test_a_training_is_not_cut_otherwise_than_its_reference_pass(change):
 
 def test_lines_share_what_is_already_trained():
     """No model of another notebook is trained again."""
-    cfg = config.load("expo", "cpu")
+    cfg = config.load("expo", "night")
     trained = {stages.aligned(cfg, fraction, seed).key for fraction, seed in expo.runs(cfg)}
     recipes = expo.recipes(cfg)
     ends = {line.end.key for line in recipes.values()}
