@@ -436,8 +436,8 @@ def test_where_other_alphas_were_sampled_the_caption_says_which():
 
 # ---- what running a notebook overwrites
 
-COPIED = "12_expo_interpolation"
-FIGURE = "expo_fig2_interpolation"  # which it draws
+COPIED = "34_wrpo_objectives"
+FIGURE = "wrpo_fig0d_objectives"  # which it draws
 
 
 @pytest.fixture

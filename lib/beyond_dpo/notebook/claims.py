@@ -286,7 +286,8 @@ def _shown(rows: list[dict]) -> pd.DataFrame:
     df = pd.DataFrame(rows)
     df["verdict"] = [_verdict_in_words(row) for row in rows]
     columns = [name for name in SHOWN if name in df and df[name].notna().any()]
-    return df[columns]
+    # "source" alone is a source of WRPO in notebooks' tables
+    return df[columns].rename(columns={"source": "paper_source"})
 
 
 def _verdict_in_words(row: dict) -> str:
@@ -369,7 +370,7 @@ def _best(by_profile: dict[str, dict]) -> dict | None:
 
 def counts(board: pd.DataFrame) -> str:
     """Return how many claims of each kind have which verdict, in one line."""
-    verdicts = board["verdict"].str.replace(r" \(.*", "", regex=True)
+    verdicts = board["verdict"].astype(str).str.replace(r" \(.*", "", regex=True)
     parts = []
     for kind, of_kind in verdicts.groupby(board["kind"], sort=False):
         numbers = of_kind.value_counts()
