@@ -377,6 +377,8 @@ def test_a_readme_without_a_place_for_the_table_is_refused(project):
         ("rises", stats.Estimate(-0.2, 0.5, 0.5, 2), "no"),
         ("more", stats.Estimate(-0.1, 0.2, 0.2, 2), "yes"),
         ("more", stats.Estimate(-5.0, 0.1, 0.1, 2), "no"),
+        ("more", 0.2, "yes"),  # without an interval
+        ("more", -0.1, "no"),
         ("printed", 5.83, "yes"),
         ("printed", 5.9, "no"),
     ],

@@ -449,7 +449,8 @@ def compared() -> pd.DataFrame:
     """Return every claim that was run on this machine beside its frozen result.
 
     agree: a number without an error of its own is within the claim's tolerance of the frozen one;
-    an effect has the frozen one's sign where that is told from 0, else the intervals overlap.
+    an effect has the frozen one's sign where that is told from 0 or one of the two has no
+    interval, else the intervals overlap.
     """
     frozen = _stored([paths.FROZEN / "claims"])
     own = _stored([paths.ARTIFACTS / "runs" / "claims"])
@@ -484,7 +485,8 @@ def agree(claim: Claim, frozen: dict, ours: dict) -> str:
         distance = abs(frozen["ours"] - ours["ours"])
         allowed = max(claim.tolerance, 1e-3 * abs(frozen["ours"]))
         return "yes" if distance <= allowed + ROUNDING else "no"
-    if frozen["verdict"] in TOLD_FROM_0:
+    no_interval = frozen["low"] is None or ours["low"] is None
+    if frozen["verdict"] in TOLD_FROM_0 or no_interval:
         return "yes" if frozen["ours"] * ours["ours"] > 0 else "no"
     overlap = ours["low"] <= frozen["high"] and frozen["low"] <= ours["high"]
     return "yes" if overlap else "no"
