@@ -19,7 +19,7 @@ READY = .venv/.ready
 RUN   = PATH="$$PWD/.venv/bin:$$PATH" $(PY)
 
 help:  ## print this list
-	@echo "usage: make <target> [PROFILE=smoke|cpu|gpu|paper] [NB=11] [PYTHON=python3.12] [TORCH_INDEX=<address>]"
+	@echo "usage: make <target> [PROFILE=smoke|cpu|night|gpu|paper] [NB=11] [PYTHON=python3.12] [TORCH_INDEX=<address>]"
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-10s %s\n", $$1, $$2 }'
 
 # What the compiling of DeepSpeed needs: installed before it, and left alone while it runs.
@@ -54,9 +54,9 @@ setup: $(READY)  ## create .venv from requirements/cpu.txt (2 to 4 minutes, once
 	@$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch .venv/.ready
 
-reproduce: $(READY)  ## compute every result anew, download what it needs, print the claims (NB=11: one notebook)
+reproduce: $(READY)  ## compute every result anew, print each claim beside the frozen one (NB=11: one notebook)
 	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run $${nb:---all} --profile $(PROFILE)
-	@$(RUN) -m beyond_dpo.notebook.report --local $(NB)
+	@$(RUN) -m beyond_dpo.notebook.claims --compare $(NB)
 
 # Two processes: most of the time goes to children that start up on one core. A file's tests stay together, they share
 # models; the longest files begin (tests/conftest.py).
@@ -84,7 +84,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 888
 
 render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
 	@COMPUTE=never $(RUN) -m beyond_dpo.notebook.run --all --in-place
-	@$(RUN) -m beyond_dpo.notebook.report --readme
+	@$(RUN) -m beyond_dpo.notebook.claims --readme
 
 # Cold, as `reproduce`: with COMPUTE=auto it would find the results that are frozen, and keep those.
 freeze: $(READY)  ## compute what is missing at profile cpu; copy small results into data/frozen, figures into figures

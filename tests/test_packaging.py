@@ -48,6 +48,7 @@ LIGHT = (
     "judging.ask",
     "judging.judge",
     "notebook.figures",
+    "notebook.claims",
     "notebook.report",
     "notebook.run",
 )
@@ -387,8 +388,8 @@ def test_make_prints_every_target():
         (["reproduce", "COMPUTE=auto"], "COMPUTE=auto"),
         (["smoke"], "-m beyond_dpo.notebook.run --all --profile smoke"),
         (["render"], "COMPUTE=never"),
-        (["reproduce"], "-m beyond_dpo.notebook.report --local"),
-        (["reproduce", "NB=11"], "-m beyond_dpo.notebook.report --local 11"),
+        (["reproduce"], "-m beyond_dpo.notebook.claims --compare"),
+        (["reproduce", "NB=11"], "-m beyond_dpo.notebook.claims --compare 11"),
         (["freeze"], "--profile cpu --freeze"),
         (["freeze"], "COMPUTE=cold"),  # with auto it would freeze once more what is frozen
         (["freeze", "COMPUTE=auto"], "COMPUTE=auto"),

@@ -608,7 +608,7 @@ OTHER_LOCALE = """
 import sys
 from pathlib import Path
 from beyond_dpo.machine import launch
-from beyond_dpo.notebook import report
+from beyond_dpo.notebook import claims
 from beyond_dpo.pipeline import config
 
 encoding = sys.stdout.encoding
@@ -622,7 +622,7 @@ except launch.JobFailed as failure:
 assert "\u03b1 \u597d" in (work / "job.log").read_text(encoding="utf-8")
 with launch.Worker("a_worker", {"start": 2}, work, desc="w") as worker:
     assert worker.call("size", text="\u03b1") == [1, "\u03b1"]
-report.main([])
+claims.main([])
 """
 
 
@@ -732,11 +732,11 @@ def test_help_says_what_a_module_is_for_and_starts_nothing(helped, module):
     assert "usage: " in said and len(said.split()) > 10 and not children
 
 
-def test_an_interrupted_report_is_one_line():
+def test_an_interrupted_scoreboard_is_one_line():
     code = "import os, runpy, signal\nfrom beyond_dpo import events\n"
     code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "events.printable = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
-    code += "runpy.run_module('beyond_dpo.notebook.report', run_name='__main__')"
+    code += "runpy.run_module('beyond_dpo.notebook.claims', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (
         done.returncode == 130

@@ -73,7 +73,7 @@ def wait_for(condition, seconds=20):
 
 DRAWN = """
 import matplotlib.pyplot as plt, pandas as pd
-from beyond_dpo.notebook import figures, report
+from beyond_dpo.notebook import claims, figures, report
 from beyond_dpo.pipeline.artifacts import Artifact
 figures.style()
 df = pd.DataFrame({"gamma": [0, 1, 2], "r": [0.1, 1, 0.7], "judge": "gold"})
@@ -86,6 +86,21 @@ path = figures.save(fig, "expo_fig2_x", data=df, keys=[made.key], stamp="profile
 
 
 CLAIM = """
-row = report.claim("it rises", 1, "Fig 2", (0.9, 0.8, 1.1))
-report.show(report.record("12_expo_drawn", [row], profile, keys=[made.key]), "claims")
+judged = claims.judge("12_expo_drawn", profile, {"rises": (0.9, 0.8, 1.1)}, keys=[made.key])
+report.show(judged, "claims")
 """
+
+
+WRITTEN = """
+12_expo_drawn:
+  rises: {words: it rises, kind: experiment, paper: 1, source: Fig 2, delta: 1}
+"""
+
+
+def cpu_notebook(project, *cells):
+    """Write notebook 12 and its claim. Its profile is cpu, as smoke draws elsewhere anyway."""
+    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", *cells)
+    path.write_text(path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu'))
+    (project / "data").mkdir()
+    (project / "data" / "claims.yaml").write_text(WRITTEN)
+    return path

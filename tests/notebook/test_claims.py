@@ -1,6 +1,9 @@
 """Verdicts by hand-computed cases, claims as written down, the scoreboard and the comparison."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from pydantic import ValidationError
 
 from beyond_dpo import stats
 from beyond_dpo.machine import paths
-from beyond_dpo.notebook import claims
+from beyond_dpo.notebook import claims, report
 
 NOTEBOOK = "11_expo_headline"
 ALL = claims.all_claims()
@@ -165,6 +168,63 @@ def test_at_most_eight_claims_are_headlines():
     assert 1 <= len(headlines) <= claims.MOST_HEADLINES
 
 
+def paper_of(notebook: str) -> dict:
+    """Return {id: what the paper has} of a notebook's claims."""
+    return {name: one.paper for name, one in ALL[notebook].items()}
+
+
+def test_off_the_shelf_gains_are_those_that_the_paper_prints():
+    table = report.published("expo_acl_table5").set_index("model")
+    paper = paper_of("18_expo_off_the_shelf")
+    assert paper["mean_lc"] == round(table["delta_lc"].mean(), 2)
+    assert paper["mean_wr"] == round(table["delta_wr"].mean(), 2)
+    assert paper["largest_lc"] == table["delta_lc"].max()
+    assert paper["largest_wr"] == table["delta_wr"].max()
+    for name, large, small in (("tulu2", "70b", "7b"), ("internlm2", "20b", "1.8b")):
+        ends = table.loc[[f"{name}-{small}", f"{name}-{large}"]]
+        for unit in ("wr", "lc"):
+            printed = ends[f"delta_{unit}"].diff().iloc[1]
+            assert paper[f"{name}_{unit}"] == pytest.approx(printed)
+
+
+def test_controlled_gains_are_those_that_the_paper_prints():
+    table = report.published("expo_acl_table2").set_index("row")
+    paper = paper_of("19_expo_controlled")
+    rows = {10: "DPO 10% steps", 20: "DPO 20% steps", 40: "DPO 40% steps", 100: "DPO 100% steps"}
+    for steps, row in rows.items():
+        for unit in ("wr", "lc"):
+            assert paper[f"{unit}_gain_{steps}"] == table.loc[f"{row} + ExPO", f"delta_{unit}"]
+
+
+def test_the_bandits_numbers_are_those_read_off_the_figures():
+    curves = report.published("mallows_fig8a_readoff").groupby("method")["reward"]
+    paper = paper_of("21_mallows_bandit_frontier")
+    best = curves.max()
+    assert paper["best"] == pytest.approx(best["MallowsPO-phi"] - best["DPO"])
+    arms = report.published("mallows_fig9_readoff").set_index(["method", "beta"])
+    arms = arms[["arm1", "arm2", "arm3"]]
+    paper = paper_of("22_mallows_bandit_training")
+    for beta, name in {0.05: "005", 0.1: "01"}.items():
+        apart = arms.loc[("MallowsPO-phi", beta)] - arms.loc[("DPO", beta)]
+        assert paper[f"best_arms_{name}"] == pytest.approx(apart["arm2"] + apart["arm3"])
+        assert paper[f"first_arm_{name}"] == pytest.approx(apart["arm1"])
+
+
+def test_the_rows_of_figure_10_are_those_that_the_paper_prints():
+    table = report.published("mallows_fig10_win_rates")
+    paper = paper_of("26_mallows_plug_in")
+    places = {
+        "Anthropic HH": "hh",
+        "Stanford Human Preferences": "shp",
+        "H4 Stack Exchange": "stack",
+    }
+    assert len(table) == 12
+    for row in table.itertuples():
+        letter = "phi" if "phi" in row.comparison else "theta"
+        name = f"{letter}_{places[row.dataset]}_{row.beta}".replace(".", "")
+        assert paper[name] == pytest.approx(row.win_rate_pct / 100 - 0.5)
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [
@@ -295,6 +355,14 @@ def test_the_readme_has_the_headlines_and_the_counts(project):
     assert not claims.update_readme(readme)
 
 
+def test_the_committed_readme_shows_the_frozen_scoreboard(tmp_path):
+    """The README was updated after the last freeze."""
+    text = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    copy = tmp_path / "README.md"
+    copy.write_text(text, encoding="utf-8")
+    assert not claims.update_readme(copy)
+
+
 def test_a_readme_without_a_place_for_the_table_is_refused(project):
     readme = project / "README.md"
     readme.write_text("nothing", encoding="utf-8")
@@ -309,6 +377,8 @@ def test_a_readme_without_a_place_for_the_table_is_refused(project):
         ("rises", stats.Estimate(-0.2, 0.5, 0.5, 2), "no"),
         ("more", stats.Estimate(-0.1, 0.2, 0.2, 2), "yes"),
         ("more", stats.Estimate(-5.0, 0.1, 0.1, 2), "no"),
+        ("more", 0.2, "yes"),  # without an interval
+        ("more", -0.1, "no"),
         ("printed", 5.83, "yes"),
         ("printed", 5.9, "no"),
     ],
@@ -333,3 +403,30 @@ def test_the_command_prints_the_board_and_the_comparison(project, capsys):
     claims.judge(NOTEBOOK, "cpu", {"rises": CLEAR})
     claims.main(["--compare", "11"])
     assert "yes" in capsys.readouterr().out
+
+
+def test_the_command_updates_the_readme(project, capsys):
+    (project / "README.md").write_text("<!-- scoreboard -->\n<!-- scoreboard -->\n")
+    claims.main(["--readme"])
+    assert capsys.readouterr().out.endswith("README.md updated\n")
+    claims.main(["--readme"])
+    assert capsys.readouterr().out.endswith("README.md was up to date\n")
+
+
+def test_a_scoreboard_that_has_no_place_says_so_in_one_line(project):
+    environment = os.environ | {"BEYOND_DPO_ROOT": str(project)}
+    command = [sys.executable, "-m", "beyond_dpo.notebook.claims"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert done.returncode == 1
+    assert done.stderr == "the output cannot be written: No space left on device\n"
+
+
+def test_a_table_leaves_out_what_no_claim_has(project):
+    """Exact numbers have neither interval nor trainings."""
+    df = claims.judge(NOTEBOOK, "cpu", {"printed": 5.8})
+    assert list(df.columns) == ["claim", "paper", "paper_source", "ours", "verdict"]
+    df = claims.judge(NOTEBOOK, "cpu", {"rises": CLEAR})
+    assert {"low", "high", "trainings"} <= set(df.columns)

@@ -11,7 +11,7 @@ import urllib.request
 import nbformat
 import psutil
 import pytest
-from projects import CLAIM, DRAWN, notebook, start, wait_for
+from projects import CLAIM, DRAWN, cpu_notebook, notebook, start, wait_for
 
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import plan, run
@@ -183,10 +183,7 @@ def test_in_place_and_freeze(project):
 
     The results behind them are in data/frozen.
     """
-    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", DRAWN, CLAIM)
-    path.write_text(
-        path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu')
-    )  # smoke draws elsewhere
+    path = cpu_notebook(project, DRAWN, CLAIM)
     before = nbformat.read(path, 4)
     written = []
     for _ in range(2):
@@ -221,8 +218,7 @@ def test_changed_parameters_leave_the_projects_figures_and_claims_alone(project)
 
     It is drawn and recorded under artifacts/, and never frozen.
     """
-    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", DRAWN, CLAIM)
-    path.write_text(path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu'))
+    cpu_notebook(project, DRAWN, CLAIM)
     assert start(project, "12", "-p", "seed=7").wait(60) == 0
     assert (
         not (project / "figures").exists()
@@ -479,19 +475,12 @@ def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
         lab.wait()
 
 
-def cpu_notebook(project, *cells):
-    """Write notebook 12 with profile cpu as its default: smoke draws elsewhere anyway."""
-    path = notebook(project / "notebooks" / "12_expo_drawn.ipynb", *cells)
-    path.write_text(path.read_text().replace('profile = \\"smoke', 'profile = \\"cpu'))
-    return path
-
-
 @pytest.mark.parametrize("mode", ["auto", "cold"])
 def test_a_run_that_is_not_to_be_committed_leaves_the_projects_figures_alone(project, mode):
     """`make reproduce` drew float32 over the committed figures, under the same stamp."""
     cpu_notebook(project, DRAWN, CLAIM)
     assert start(project, "12", COMPUTE=mode).wait(60) == 0
-    assert not (project / "figures").exists() and not (project / "data").exists()
+    assert not (project / "figures").exists() and not (project / "data/frozen").exists()
     assert (project / "artifacts/figures/expo_fig2_x.svg").is_file()
     assert (project / "artifacts/runs/claims/12_expo_drawn.cpu.json").is_file(), (
         "its claims are of the profile"

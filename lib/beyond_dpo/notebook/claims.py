@@ -286,7 +286,8 @@ def _shown(rows: list[dict]) -> pd.DataFrame:
     df = pd.DataFrame(rows)
     df["verdict"] = [_verdict_in_words(row) for row in rows]
     columns = [name for name in SHOWN if name in df and df[name].notna().any()]
-    return df[columns]
+    # "source" alone is a source of WRPO in notebooks' tables
+    return df[columns].rename(columns={"source": "paper_source"})
 
 
 def _verdict_in_words(row: dict) -> str:
@@ -369,7 +370,7 @@ def _best(by_profile: dict[str, dict]) -> dict | None:
 
 def counts(board: pd.DataFrame) -> str:
     """Return how many claims of each kind have which verdict, in one line."""
-    verdicts = board["verdict"].str.replace(r" \(.*", "", regex=True)
+    verdicts = board["verdict"].astype(str).str.replace(r" \(.*", "", regex=True)
     parts = []
     for kind, of_kind in verdicts.groupby(board["kind"], sort=False):
         numbers = of_kind.value_counts()
@@ -448,7 +449,8 @@ def compared() -> pd.DataFrame:
     """Return every claim that was run on this machine beside its frozen result.
 
     agree: a number without an error of its own is within the claim's tolerance of the frozen one;
-    an effect has the frozen one's sign where that is told from 0, else the intervals overlap.
+    an effect has the frozen one's sign where that is told from 0 or one of the two has no
+    interval, else the intervals overlap.
     """
     frozen = _stored([paths.FROZEN / "claims"])
     own = _stored([paths.ARTIFACTS / "runs" / "claims"])
@@ -483,7 +485,8 @@ def agree(claim: Claim, frozen: dict, ours: dict) -> str:
         distance = abs(frozen["ours"] - ours["ours"])
         allowed = max(claim.tolerance, 1e-3 * abs(frozen["ours"]))
         return "yes" if distance <= allowed + ROUNDING else "no"
-    if frozen["verdict"] in TOLD_FROM_0:
+    no_interval = frozen["low"] is None or ours["low"] is None
+    if frozen["verdict"] in TOLD_FROM_0 or no_interval:
         return "yes" if frozen["ours"] * ours["ours"] > 0 else "no"
     overlap = ours["low"] <= frozen["high"] and frozen["low"] <= ours["high"]
     return "yes" if overlap else "no"

@@ -159,7 +159,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("notebooks", nargs="*", help="number prefix, stem or path")
     add("--all", action="store_true", help="every notebook")
-    add("--profile", help="smoke, cpu, gpu or paper; short for -p profile=...")
+    add("--profile", help="smoke, cpu, night (ExPO), gpu or paper; short for -p profile=...")
     add(
         "-p",
         dest="given",
