@@ -3,7 +3,8 @@
 
 PYTHON  ?= python3
 PROFILE ?= cpu
-NB      ?=
+# What `reproduce` runs: the main results of the three papers, those that need no training first. NB=all: every notebook.
+NB      ?= 18 19 23 21 22 11 25 31
 COMPUTE ?= cold
 ROUNDS  ?= 2
 FAULTS_TO ?= artifacts/faults.json
@@ -54,9 +55,9 @@ setup: $(READY)  ## create .venv from requirements/cpu.txt (2 to 4 minutes, once
 	@$(PY) -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch .venv/.ready
 
-reproduce: $(READY)  ## compute every result anew, print each claim beside the frozen one (NB=11: one notebook)
-	@nb="$(NB)"; COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run $${nb:---all} --profile $(PROFILE)
-	@$(RUN) -m beyond_dpo.notebook.claims --compare $(NB)
+reproduce: $(READY)  ## compute the main results anew, each claim beside the frozen one (NB=11: one notebook, NB=all)
+	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run $(NB:all=--all) --profile $(PROFILE)
+	@$(RUN) -m beyond_dpo.notebook.claims --compare $(NB:all=)
 
 # Two processes: most of the time goes to children that start up on one core. A file's tests stay together, they share
 # models; the longest files begin (tests/conftest.py).
@@ -88,7 +89,7 @@ render: $(READY)  ## execute the committed notebooks in place and update the REA
 
 # Cold, as `reproduce`: with COMPUTE=auto it would find the results that are frozen, and keep those.
 freeze: $(READY)  ## compute what is missing at profile cpu; copy small results into data/frozen, figures into figures
-	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run --all --profile cpu --freeze
+	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run --all --freeze
 
 lint: $(READY)  ## check the style
 	@$(RUN) -m ruff check lib tests notebooks benchmarks

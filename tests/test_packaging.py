@@ -383,14 +383,15 @@ def test_make_prints_every_target():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["reproduce"], "--all} --profile cpu"),
-        (["reproduce", "NB=11", "PROFILE=gpu"], 'nb="11"; COMPUTE=cold'),
+        (["reproduce"], "notebook.run 18 19 23 21 22 11 25 31 --profile cpu"),
+        (["reproduce", "NB=all"], "notebook.run --all --profile cpu"),
+        (["reproduce", "NB=11", "PROFILE=gpu"], "notebook.run 11 --profile gpu"),
         (["reproduce", "COMPUTE=auto"], "COMPUTE=auto"),
         (["smoke"], "-m beyond_dpo.notebook.run --all --profile smoke"),
         (["render"], "COMPUTE=never"),
         (["reproduce"], "-m beyond_dpo.notebook.claims --compare"),
         (["reproduce", "NB=11"], "-m beyond_dpo.notebook.claims --compare 11"),
-        (["freeze"], "--profile cpu --freeze"),
+        (["freeze"], "notebook.run --all --freeze"),
         (["freeze"], "COMPUTE=cold"),  # with auto it would freeze once more what is frozen
         (["freeze", "COMPUTE=auto"], "COMPUTE=auto"),
         (["test"], "-m pytest"),
