@@ -305,7 +305,7 @@ def test_real_reviews_score_above_smollm2_and_that_above_spoiled_ones(tmp_path):
     facts = fit_reward.train_ngrams(texts, labels, tmp_path, held_out=measured, seed=0)
     assert facts["auc"] > 0.8
     reward = rewards.Ngrams(tmp_path)
-    models = continuations(target, held_out[:16], 50)
+    models = continuations(target, held_out[:8], 40)
     persons, modelled, broken = means_by_author(reward, held_out, models)
     assert persons > modelled > broken + 1
 

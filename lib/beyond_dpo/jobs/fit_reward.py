@@ -114,7 +114,7 @@ def train_classifier(
     weights, "fp32" is float32 throughout. The embeddings and the first `frozen` layers stay as they
     are: a third of the time for less than a point of accuracy. Texts are cut to max_tokens, or to
     what the encoder reads. lean: compute no state that the head does not read, which saves about a
-    third of the time; the gradients are the same, but dropout has other draws. held_out: the
+    sixth of the time; the gradients are the same, but dropout has other draws. held_out: the
     arguments of held_out_facts, whose facts are returned. tell: called with (steps done, steps in
     all).
     Raises ValueError for fewer texts than a batch, and for "bf16" on a CPU that would emulate it;
