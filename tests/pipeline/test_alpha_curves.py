@@ -10,17 +10,13 @@ ALPHAS = (0.0, 1.0, 2.0)
 PROMPTS = 4
 
 
-def logit(probability):
-    return np.log(probability / (1 - probability))
-
-
 def rows_of(fraction, seed, alpha, gold, reward, *, repetition=0.0, logratio=0.0):
     """Rows of both splits whose values are the same for every prompt."""
     rows = []
     for split in ("dev", "test"):
         for prompt in range(PROMPTS):
             row = {"split": split, "fraction": fraction, "seed": seed, "alpha": alpha}
-            row |= {"prompt": prompt, "sample": 0, "gold": logit(gold), "reward": reward}
+            row |= {"prompt": prompt, "sample": 0, "gold": gold, "reward": reward}
             row |= {"repetition": repetition, "length": 10 + alpha, "logratio": logratio}
             rows.append(row)
     return rows
@@ -84,7 +80,7 @@ def test_alpha_is_chosen_among_points_that_pass():
     assert ungated["alpha"][1.0, 0] == 2
 
 
-def test_gold_is_a_probability():
+def test_a_mean_over_trainings_by_hand():
     estimate = curves().estimate(curves().at(0.1, 1.0))
     assert estimate.value == pytest.approx(0.55)
     assert estimate.trainings == 2

@@ -48,7 +48,7 @@ class AlphaCurves:
 
     Args:
         table: a row a response, with the columns split ("dev", "test"), `label`, seed, alpha,
-            prompt and every measure. A "gold" in it is a logit, and here the probability σ(gold).
+            prompt and every measure.
         points: a row a point, with the same columns and "distinct_2".
         label: the column that tells the models apart.
         sft: its value for the SFT model, which has one row of points, at any α.
@@ -60,7 +60,6 @@ class AlphaCurves:
     def __init__(
         self, table: pd.DataFrame, points: pd.DataFrame, label: str, sft: Model, bootstrap_seed: int
     ):
-        table = table.assign(gold=1 / (1 + np.exp(-table["gold"])))
         self.label = label
         self.sft_label = sft
         self.bootstrap_seed = bootstrap_seed

@@ -108,14 +108,29 @@ def curves(cfg) -> Artifact:
         needs.check(cfg)
         table, facts = gather.scored(points, "α curves")
         gather.write(out, table, facts)
-        measured = AlphaCurves(table, pd.DataFrame(facts), "fraction", 0.0, bootstrap_seed=0)
-        chosen = measured.choices()[["fraction", "seed", "alpha"]]
+        sampled = AlphaCurves(table, pd.DataFrame(facts), "fraction", 0.0, bootstrap_seed=0)
+        chosen = sampled.choices()[["fraction", "seed", "alpha"]]
         gather.write_json(out / "best.json", chosen.to_dict("records"), indent=1)
         gather.write_json(out / "facts.json", _facts(cfg), indent=1)
         gather.write_json(out / "seconds.json", _seconds(cfg), indent=1)
 
     inputs = {"points": gather.scores_of(points)}
     return Artifact("curves", version=3, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def measured(cfg, points: Artifact, bootstrap_seed: int = 0) -> AlphaCurves:
+    """Return the α curves that curves() or walk() sampled, for estimates and tables.
+
+    A gold reward that labels have trained is a logit; here it is the probability, σ(gold), which a
+    few extreme responses do not decide. That of a published reward model stays as it is.
+    """
+    table = points.csv("responses.csv.gz")
+    if cfg.world.gold_rows:
+        table["gold"] = 1 / (1 + np.exp(-table["gold"]))
+    label = "fraction" if points.stage == "curves" else "model"
+    sft = table[label].iloc[0]  # the SFT model's points come first
+    facts = pd.DataFrame(points.json("points.json"))
+    return AlphaCurves(table, facts, label, sft, bootstrap_seed)
 
 
 def runs(cfg) -> list[tuple[float, int]]:
