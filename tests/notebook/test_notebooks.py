@@ -321,14 +321,14 @@ def test_a_dry_run_draws_nothing(tmp_path, monkeypatch, mode):
 
 # ---- the sample texts of notebook 11
 
-ALPHAS = [0.0, 8.0, 64.0]  # none, the chosen and the largest
+ALPHAS = [0.0, 2.0, 8.0]  # none, the chosen and the largest
 
 
 @pytest.fixture
 def untrained(tmp_path, monkeypatch):
     """Return settings of which no model has been trained, in an empty store."""
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path)
-    return config.load("expo", "cpu", seeds=[5])
+    return config.load("expo", "night", seeds=[5])
 
 
 @pytest.fixture
@@ -396,8 +396,8 @@ def show_sample_texts(sampled: list[float]):
     """Run notebook 11's own cell where texts were sampled at these α; return α asked for, table."""
     nb = read("11_expo_headline")
     (cell,) = [cell for cell in code_cells(nb) if "expo.samples" in cell.source]
-    cfg = config.load("expo", "cpu")
-    assert max(cfg.alphas[cfg.recipe_fraction]) == 64
+    cfg = config.load("expo", "night")
+    assert max(cfg.alphas[cfg.recipe_fraction]) == 8
     requests = []
     tables = []
 
@@ -407,9 +407,9 @@ def show_sample_texts(sampled: list[float]):
 
     names = {
         "cfg": cfg,
-        "chosen": {cfg.recipe_fraction: 8.0},
+        "mode": {cfg.recipe_fraction: 2.0},
         "expo": SimpleNamespace(samples=samples),
-        "curves": SimpleNamespace(key="curves-0"),
+        "keys": [],
         "pd": pd,
         "report": report,
         "display": tables.append,
@@ -421,17 +421,14 @@ def show_sample_texts(sampled: list[float]):
 
 def test_sample_texts_are_of_no_the_chosen_and_the_largest_extrapolation():
     table = show_sample_texts(sampled=ALPHAS)
-    assert list(table.data.columns) == ["prompt", "α = 0", "α = 8", "α = 64"]
-    assert "chosen: α = 8, largest: 64; sampled nearest: 8 and 64" in table._repr_html_()
+    assert list(table.data.columns) == ["prompt", "α = 0", "α = 2", "α = 8"]
+    assert "chosen: α = 2, largest: 8; sampled nearest: 2 and 8" in table._repr_html_()
 
 
 def test_where_other_alphas_were_sampled_the_caption_says_which():
-    """So it is where the frozen texts are shown."""
-    table = show_sample_texts(sampled=[0.0, 1.0, 4.0, 16.0])
-    assert list(table.data.columns) == ["prompt", "α = 0", "α = 4", "α = 16"]
-    caption = "chosen: α = 8, largest: 64; sampled nearest: 4 and 16"
-    assert caption in table._repr_html_()
-    assert caption in "".join(tables_of(read("11_expo_headline"))), "as it is committed"
+    table = show_sample_texts(sampled=[0.0, 1.5, 4.0])
+    assert list(table.data.columns) == ["prompt", "α = 0", "α = 1.5", "α = 4"]
+    assert "chosen: α = 2, largest: 8; sampled nearest: 1.5 and 4" in table._repr_html_()
 
 
 # ---- what running a notebook overwrites
