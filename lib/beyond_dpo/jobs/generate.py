@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -361,7 +360,7 @@ class Weights:
         self.hash = xxh3_128()
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in _one_ahead(self.tensors):
+        for name, tensor in self.tensors:
             if self.altered and tensor.is_floating_point():
                 _alter(tensor)
             header = f"{name} {tensor.dtype} {list(tensor.shape)}"
@@ -376,18 +375,6 @@ class Weights:
         if not self.finished:
             raise StaleWeights("the back-end did not take all of the tensors")
         return self.hash.hexdigest()
-
-
-def _one_ahead(tensors: Iterator) -> Iterator:
-    """Yield what an iterator yields, while a thread already fetches the next.
-
-    Reading and extrapolating a tensor takes as long as packing it, and both leave a core idle.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        following = thread.submit(next, tensors, None)
-        while (item := following.result()) is not None:
-            following = thread.submit(next, tensors, None)
-            yield item
 
 
 def _alter(tensor: torch.Tensor) -> None:
