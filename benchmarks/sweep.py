@@ -2,7 +2,8 @@
 
     python benchmarks/sweep.py
 
-What is timed is the start of an engine, swaps of its weights, and 64 responses.
+What is timed is the start of an engine, swaps of its weights, and 64 responses. Models and engine
+are float32, as in profile `cpu`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -22,18 +24,25 @@ from beyond_dpo import templates
 from beyond_dpo.machine import launch
 from beyond_dpo.pipeline import assets, config
 
+DTYPE = "float32"  # of the engine
 
-def write_aligned(sft: Path, aligned: Path) -> int:
-    """Copy a model with all weights moved a little; return the number of its tensors."""
-    aligned.mkdir()
-    for file in sft.iterdir():
-        (aligned / file.name).write_bytes(file.read_bytes())
+
+def write_models(sft: Path, aligned: Path) -> int:
+    """Write SmolLM2, and the same with all weights moved a little; return how many tensors it has.
+
+    Both are float32.
+    """
+    source = assets.model_dir("smollm2")
     generator = torch.Generator().manual_seed(0)
-    weights = load_file(sft / "model.safetensors")
-    for name, weight in weights.items():
-        noise = torch.randn(weight.shape, generator=generator).to(weight.dtype)
-        weights[name] = weight + 1e-3 * noise
-    save_file(weights, aligned / "model.safetensors", {"format": "pt"})
+    weights = {}
+    moved = {}
+    for name, weight in load_file(source / "model.safetensors").items():
+        weights[name] = weight.float()
+        noise = torch.randn(weight.shape, generator=generator)
+        moved[name] = weights[name] + 1e-3 * noise
+    for folder, tensors in ((sft, weights), (aligned, moved)):
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return len(weights)
 
 
@@ -79,18 +88,19 @@ def main() -> None:
         "--freeze", action="store_true", help="write data/frozen/benchmarks/sweep.json"
     )
     options = parser.parse_args()
-    sft = assets.model_dir("smollm2")
-    decoding = config.load("expo", "cpu").decoding
-    settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
+    decoding = dataclasses.asdict(config.load("expo", "cpu").decoding) | {"dtype": DTYPE}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        sft = work / "sft"
         aligned = work / "aligned"
-        tensors = write_aligned(sft, aligned)
+        tensors = write_models(sft, aligned)
+        settings = {"model": str(sft), "decoding": decoding}
         write_prompts(work / "prompts.json", sft)
         rounds = []
         for _ in range(options.rounds):
             rounds.append(measure_round(settings, sft, aligned, work))
-    report("sweep", {"model": "SmolLM2-135M", "tensors": tensors}, rounds, options.freeze)
+    settings = {"model": "SmolLM2-135M", "dtype": DTYPE, "tensors": tensors}
+    report("sweep", settings, rounds, options.freeze)
 
 
 if __name__ == "__main__":

@@ -248,6 +248,16 @@ def test_a_single_round_has_no_spread(measure):
     assert "2.50 [2.00, 3.00]" in line
 
 
+def test_a_bound_stands_beside_its_ratio_where_somebody_counted(measure):
+    rounds = [{"shared_pairs_8": 3.0, "alone_pairs_8": 2.0}]
+    content = {"benchmark": "shared_prompts", "rounds": rounds}
+    for row in measure.ROWS["shared_prompts"][1:]:
+        rounds[0].update({row.ours: 1.0, row.theirs: 1.0})
+    first, second, *_ = measure.compared(content | {"bounds": {"pairs_8": 1.25}})
+    assert first.endswith("| 1.50 (one round) | 1.25 |  |")
+    assert second.endswith("| 1.00 (one round) |  |  |")
+
+
 def test_a_readme_without_markers_gets_no_benchmarks(measure):
     with pytest.raises(ValueError, match="benchmarks --> once each"):
         measure.table("# no table")

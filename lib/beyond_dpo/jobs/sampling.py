@@ -11,8 +11,8 @@ def top_k_top_p(logits: Tensor, k: int, p: float) -> Tensor:
 
     logits: (rows, vocabulary), float, changed in place. k below 1 and p = 1 mean no limit. A token
     stays while the more likely ones of those k hold less than p. Equal logits stay or go together,
-    and the largest stays. The result is that of sorting each row, at a tenth of its time on a CPU
-    for |V| = 49,152.
+    and the largest stays. The result is that of sorting each row, at a fraction of its time on a
+    CPU.
     """
     vocabulary = logits.shape[-1]
     if 0 < k < vocabulary:
@@ -21,31 +21,42 @@ def top_k_top_p(logits: Tensor, k: int, p: float) -> Tensor:
         kept = vocabulary
     else:
         return logits
-    top = logits.topk(kept, dim=-1).values  # in falling order
+    # in falling order, one more than the k: where that equals the k-th, others may too
+    largest, tokens = logits.topk(min(kept + 1, vocabulary), dim=-1)
+    top = largest[:, :kept]
+    has_ties = kept < vocabulary and bool((largest[:, kept] == top[:, -1]).any())
+    ties = _equal_to_last(logits, top) if has_ties else 0
     if p < 1:
-        lowest = _lowest_of_mass(logits, top, p)
+        lowest = _lowest_of_mass(top, ties, p)
     else:
         lowest = top[:, -1:]
-    is_left_out = logits < lowest
-    return logits.masked_fill_(is_left_out, -float("inf"))
+    if has_ties:
+        is_left_out = logits < lowest
+        return logits.masked_fill_(is_left_out, -float("inf"))
+    # writing the few that stay takes half the time of comparing all
+    top = top.masked_fill(top < lowest, -float("inf"))
+    return logits.fill_(-float("inf")).scatter_(1, tokens[:, :kept], top)
 
 
-def _lowest_of_mass(logits: Tensor, top: Tensor, p: float) -> Tensor:
-    """Return the smallest logit of each row, (rows, 1), that the mass p still needs.
+def _equal_to_last(logits: Tensor, top: Tensor) -> Tensor:
+    """Return how many logits equal the k-th, yet are not among the k, (rows, 1).
 
-    top: (rows, k), the k largest logits in falling order. The mass is that of all logits which are
-    not below the k-th.
+    top: (rows, k), the k largest logits in falling order. Such ties are common in bfloat16.
     """
-    k = top.shape[-1]
-    largest = top[:, :1]
-    smallest = top[:, -1:]
-    mass = (top - largest).exp()
     # how many logits of each row are not below the k-th, in a third of the time of .sum(-1)
-    is_among = logits >= smallest
+    is_among = logits >= top[:, -1:]
     rows = is_among.nonzero()[:, 0]
     counts = torch.bincount(rows, minlength=len(logits))
-    # logits equal to the k-th, yet not among the k: common in bfloat16
-    ties = counts[:, None] - k
+    return counts[:, None] - top.shape[-1]
+
+
+def _lowest_of_mass(top: Tensor, ties: Tensor | int, p: float) -> Tensor:
+    """Return the smallest logit of each row, (rows, 1), that the mass p still needs.
+
+    top: (rows, k), the k largest logits in falling order. ties: how many more equal the k-th. The
+    mass is that of all these.
+    """
+    mass = (top - top[:, :1]).exp()
     mass_of_ties = ties * mass[:, -1:]
     total = mass.sum(-1, keepdim=True) + mass_of_ties
     mass_before = mass.cumsum(-1) - mass
