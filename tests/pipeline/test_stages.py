@@ -273,6 +273,26 @@ def test_a_walk_has_the_points_of_the_curves_and_those_between(curves, cfg):
         assert ours["gold"].tolist() == theirs["gold"].tolist()
 
 
+def test_steps_of_equal_length_have_the_alpha_that_makes_them_so(store, cfg):
+    """α ‖Δθ‖ of every line is a step times ‖Δθ‖ of the first."""
+    some = dataclasses.replace(cfg, recipe_fraction=1.0, pair_alphas=(0.0, 1.0), line_seeds=1)
+    lines = expo.of_seeds(some, expo.wrong_pairs)
+    walked = expo.equal_steps(some, lines)
+    rows = pd.DataFrame(walked.json("steps.json"))
+    assert len(rows) == 2 * len(lines)
+    moved = {}
+    for name, by_seed in lines.items():
+        line = by_seed[0]
+        change = expo.change(some, {name: (line.start, {name: line.end})})
+        moved[name] = (change.csv("movement.csv.gz")["change"] ** 2).sum() ** 0.5
+    first = moved["SFT → aligned from it"]
+    lengths = rows["own_alpha"] * rows["model"].map(moved)
+    assert lengths.tolist() == pytest.approx((rows["step"] * first).tolist(), rel=1e-4)
+    table = walked.csv("responses.csv.gz")
+    assert set(table["alpha"]) == {0, 1}
+    assert set(table["model"]) == {"SFT", *lines}
+
+
 def test_lines_of_several_seeds(store):
     cfg = config.load("expo", "smoke", seeds=[3, 5, 7], line_seeds=2)
     lines = expo.of_seeds(cfg, expo.recipes)

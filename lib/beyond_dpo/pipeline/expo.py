@@ -336,11 +336,7 @@ def walk(cfg, lines: dict[str, dict[int, Line]]) -> Artifact:
     the SFT model is "SFT". alpha_curves reads them.
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
-    points = []
-    for split in SPLITS:
-        columns = {"split": split, "model": "SFT", "seed": cfg.seeds[0], "alpha": 0.0}
-        scores = point(cfg, 0.0, cfg.seeds[0], 0.0, f"{split}_prompts")
-        points.append(gather.Point(columns, scores))
+    points = _sft_points(cfg)
     for name, by_seed in lines.items():
         for seed, line in by_seed.items():
             points += _walked(cfg, {"model": name, "seed": seed}, line)
@@ -354,6 +350,16 @@ def walk(cfg, lines: dict[str, dict[int, Line]]) -> Artifact:
     return Artifact("walk", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
+def _sft_points(cfg) -> list[gather.Point]:
+    """Return the SFT model on both splits, with which every walk begins."""
+    points = []
+    for split in SPLITS:
+        columns = {"split": split, "model": "SFT", "seed": cfg.seeds[0], "alpha": 0.0}
+        scores = point(cfg, 0.0, cfg.seeds[0], 0.0, f"{split}_prompts")
+        points.append(gather.Point(columns, scores))
+    return points
+
+
 def _walked(cfg, columns: dict, line: Line) -> list[gather.Point]:
     """Return the points of a line, at each of its α on both splits."""
     points = []
@@ -363,6 +369,60 @@ def _walked(cfg, columns: dict, line: Line) -> list[gather.Point]:
             scores = line.scores(cfg, alpha, f"{split}_prompts", samples)
             points.append(gather.Point({"split": split, **columns, "alpha": alpha}, scores))
     return points
+
+
+def equal_steps(cfg, lines: dict[str, dict[int, Line]]) -> Artifact:
+    """Walk along lines by steps that are equally long in the weights, whatever their ‖Δθ‖.
+
+    The files are those of walk(), where `alpha` counts steps past θ₁, each as long as ‖Δθ‖ of the
+    first line with the same seed, and `own_alpha` is the α of the line itself. The lines' own grids
+    are cfg.pair_alphas, the steps too. steps.json: the α of each line, seed and step.
+    """
+    first = next(iter(lines))
+    changes = {}
+    for seed in lines[first]:
+        comparisons = {}
+        for name, by_seed in lines.items():
+            comparisons[name] = (by_seed[seed].start, {name: by_seed[seed].end})
+        changes[str(seed)] = change(cfg, comparisons)
+
+    def make(out: Path) -> dict:
+        needs.check(cfg)
+        lengths = {seed: _lengths(artifact) for seed, artifact in changes.items()}
+        points = _sft_points(cfg)
+        rows = []
+        for name, by_seed in lines.items():
+            for seed, line in by_seed.items():
+                ratio = lengths[str(seed)][first] / lengths[str(seed)][name]
+                for step in cfg.pair_alphas:
+                    alpha = float(f"{step * ratio:.6g}")
+                    columns = {"model": name, "seed": seed, "own_alpha": alpha}
+                    placed = _walked(cfg, columns, replace(line, alphas=(alpha,)))
+                    points += [_renamed(point, step) for point in placed]
+                    rows.append({**columns, "step": step})
+        table, facts = gather.scored(points, "steps of equal length")
+        gather.write(out, table, facts)
+        gather.write_json(out / "steps.json", rows, indent=1)
+        return {"chosen_points": gather.keys(points)}
+
+    inputs = {"changes": changes, "steps": cfg.pair_alphas, "names": list(lines)}
+    inputs["samples"] = [cfg.dev_samples, cfg.test_samples]
+    inputs["texts"] = stages.texts(cfg.world)
+    return Artifact("equal-steps", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def _lengths(moved: Artifact) -> dict[str, float]:
+    """Return ‖Δθ‖ of each pair that change() has measured."""
+    table = moved.csv("movement.csv.gz")
+    squares = table["change"] ** 2
+    sums = squares.groupby(table["pair"]).sum()
+    return (sums**0.5).to_dict()
+
+
+def _renamed(point: gather.Point, step: float) -> gather.Point:
+    """Return a point whose place in the table is that of a step."""
+    columns = {**point.columns, "alpha": step}
+    return gather.Point(columns, point.scores)
 
 
 def _samples(cfg, split: str) -> int:
@@ -448,28 +508,30 @@ def data_quality(cfg, seed: int | None = None) -> dict[str, Line]:
     }
 
 
-def wrong_pairs(cfg) -> dict[str, Line]:
+def wrong_pairs(cfg, seed: int | None = None) -> dict[str, Line]:
     """Return a line from SFT to aligned, and lines that ExPO should not be applied to (v1 Fig. 7).
 
-    Those go through published models where the configuration names them. Raises ConfigError where
-    it starts from one finished SFT model and names none.
+    Those go through published models where the configuration names them. seed: of DPO, and of what
+    is fine-tuned beside the SFT model; None is the first. Raises ConfigError where it starts from
+    one finished SFT model and names none.
     """
+    seed = cfg.seeds[0] if seed is None else seed
     if not cfg.world.sft_rows and not cfg.wrong_pairs:
         raise config.ConfigError(
             f"profile {cfg.profile} starts from one finished SFT model: no other is there"
         )
     alphas = cfg.pair_alphas
     start = stages.sft(cfg)
-    align = partial(stages.aligned, cfg, cfg.recipe_fraction, cfg.seeds[0])
+    align = partial(stages.aligned, cfg, cfg.recipe_fraction, seed)
     lines = {"SFT → aligned from it": Line(start, align(), alphas)}
     if cfg.wrong_pairs:
         for name, pair in cfg.wrong_pairs.items():
             lines[name] = published(pair, alphas)
         return lines
     instruct = stages.model(cfg.world.target)
-    other = stages.sft(cfg, seed=1)
+    other = stages.sft(cfg, seed=seed + 1)
     other_aligned = align(start=other)
-    lines["instruct → SFT"] = Line(instruct, start, alphas)
+    lines["instruct → SFT"] = Line(instruct, stages.sft(cfg, seed=seed), alphas)
     lines["two SFT models of one start"] = Line(start, other, alphas)
     lines["two aligned models of different starts"] = Line(align(), other_aligned, alphas)
     return lines
