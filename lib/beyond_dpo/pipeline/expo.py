@@ -31,6 +31,7 @@ PROMPTS = (
 )
 SAMPLING_SEED = 2  # of responses that are judged
 SPLITS = ("dev", "test")
+FULL = "full DPO"  # on all pairs, as a line
 
 
 @dataclass(frozen=True)
@@ -453,6 +454,17 @@ def of_seeds(cfg, lines_of: Callable[..., dict[str, Line]]) -> dict[str, dict[in
         for name, line in lines_of(cfg, seed).items():
             lines.setdefault(name, {})[seed] = line
     return lines
+
+
+def with_full(cfg, lines: dict[str, dict[int, Line]]) -> dict[str, dict[int, Line]]:
+    """Return lines for walk() with that of DPO on all pairs at α = 0, whose gain is the unit.
+
+    Its name is FULL, and it is trained with the same seeds as the first of the lines.
+    """
+    seeds = next(iter(lines.values()))
+    most = cfg.fractions[-1]
+    full = {seed: _aligned_line(cfg, most, seed, (0.0,)) for seed in seeds}
+    return {**lines, FULL: full}
 
 
 def recipes(cfg, seed: int | None = None) -> dict[str, Line]:
