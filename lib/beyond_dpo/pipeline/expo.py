@@ -558,11 +558,12 @@ def published(pair: tuple[str, str], alphas: tuple) -> Line:
     return Line(stages.model(start), stages.model(end), alphas, target=end)
 
 
-def modules(cfg) -> dict[str, Line]:
+def modules(cfg, seed: int | None = None) -> dict[str, Line]:
     """Return lines on which all tensors, or a part of them, move past the aligned model.
 
-    The parts are attention, MLP, and each half of the layers.
+    The parts are attention, MLP, and each half of the layers. seed: None is the first.
     """
+    seed = cfg.seeds[0] if seed is None else seed
     half = cfg.layers // 2
     parts = {
         "attention": ("*.self_attn.*",),
@@ -570,7 +571,7 @@ def modules(cfg) -> dict[str, Line]:
         "first half of the layers": _layer_patterns(0, half),
         "second half of the layers": _layer_patterns(half, cfg.layers),
     }
-    line = _main_line(cfg, cfg.module_alphas)
+    line = _aligned_line(cfg, cfg.fractions[-1], seed, cfg.module_alphas)
     lines = {"all": line}
     for name, patterns in parts.items():
         lines[name] = replace(line, modules=patterns)
