@@ -97,6 +97,17 @@ def test_a_prediction_by_hand():
     assert bandit.predicted(world, [0.0, 0.5]) == pytest.approx([0, wanted], abs=1e-6)
 
 
+@pytest.mark.parametrize("strength", [-2.0, 0.0, 3.0])
+@pytest.mark.parametrize("distance", [0.0, 4.0])
+def test_the_slope_of_the_prediction_at_0(strength, distance):
+    """(1 - c²) (s / S + 1/2) with S = 2 m / sqrt(2), and c² = S² / (S² + 63 · 2 / 64)."""
+    world = bandit.World(strength, distance)
+    own = 2 * bandit.mean_of_best(5) / np.sqrt(2)
+    left = 1 - own**2 / (own**2 + 63 * 2 / 64)
+    slope = bandit.predicted(world, [1e-6])[0] / 1e-6
+    assert slope == pytest.approx(left * (strength / own + 0.5), abs=1e-4)
+
+
 # ---- against the losses
 
 
