@@ -237,8 +237,8 @@ class Wrpo(Judged, Paper):
     bandit_rising: FusionWeights = (0.1, 1.0)  # largest of those that rise from 0
     bandit_seeds: Annotated[int, Field(ge=2)] = 120
     # (strength, distance) of the sources for which one setting more is varied: how many prompts,
-    # the reward model's noise, and the KL (nats) at which methods are compared, of which 64 responses
-    # allow about 4
+    # the reward model's noise, and the KL (nats) at which methods are compared: sets of 64
+    # responses allow about 4
     bandit_varied: tuple[tuple[Strength, Distance], ...] = ((0.0, 0.0), (2.0, 0.0), (2.0, 3.0))
     bandit_prompts: tuple[AtLeastOne, ...] = (16, 256, 1024)
     bandit_noises: tuple[NotNegative, ...] = (0.0, 3.0)
