@@ -391,3 +391,48 @@ def test_discoveries_by_hand():
     """Of four p-values at 5 %: 0.01 ≤ 1/4 · 5 %, 0.02 ≤ 2/4 · 5 %, 0.04 > 3/4 · 5 %, 0.06 > 5 %."""
     assert stats.discoveries([0.04, 0.01, 0.06, 0.02]) == [False, True, False, True]
     assert stats.discoveries([]) == []
+
+
+# ---- ratios of means over simulations
+
+
+def test_a_ratio_of_means_by_hand():
+    """Means 3 and 2: the ratio 1.5, residuals (1 - 1.5, 5 - 4.5) / 2 of sd √2 / 4, error 1/4."""
+    estimate = stats.ratio_of_means([1.0, 5.0], [1.0, 3.0])
+    assert estimate.value == 1.5
+    assert estimate.between_trainings == pytest.approx(0.25)
+    assert estimate.between_units == 0
+    assert estimate.trainings == 2
+
+
+def test_over_ones_it_is_the_mean_with_the_t_interval():
+    from scipy.stats import ttest_1samp
+
+    values = normal(0, 12)
+    estimate = stats.ratio_of_means(values, np.ones(12))
+    low, high = ttest_1samp(values, 0).confidence_interval()
+    assert (estimate.low, estimate.high) == pytest.approx((low, high))
+
+
+def test_the_interval_of_a_ratio_covers_it():
+    inside = 0
+    for seed in range(300):
+        reference = 1 + 0.3 * normal(seed, 40)
+        values = 0.2 * reference + 0.1 * normal(1000 + seed, 40)
+        estimate = stats.ratio_of_means(values, reference)
+        inside += estimate.low < 0.2 < estimate.high
+    assert 0.91 < inside / 300 < 0.98
+
+
+@pytest.mark.parametrize(
+    "values, reference, message",
+    [
+        ([1.0], [1.0], "2 or more"),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], "shapes differ"),
+        ([1.0, 2.0], [-1.0, 1.0], "a mean of 0"),
+        ([1.0, NAN], [1.0, 1.0], "infs or NaNs"),
+    ],
+)
+def test_a_ratio_that_cannot_be_is_refused(values, reference, message):
+    with pytest.raises(ValueError, match=message):
+        stats.ratio_of_means(values, reference)

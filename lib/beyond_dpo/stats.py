@@ -214,6 +214,26 @@ def two_level_mean(values, *, seed: int, n_boot: int = 1000) -> Estimate:
     return two_level(measure, [values.shape[1]], seed=seed, n_boot=n_boot)
 
 
+def ratio_of_means(values, reference) -> Estimate:
+    """Estimate mean(values) / mean(reference) of simulations that are independent of each other.
+
+    Each is a training with units of its own, and has a value of both, (trainings,). The error is
+    that of values - ratio · reference, to first order. A reference of ones gives the mean of
+    values with the t interval. Raises ValueError for less than two, and for a reference of mean 0.
+    """
+    values, reference = _paired(values, reference)
+    trainings = len(values)
+    if trainings < 2:
+        raise ValueError(f"an interval needs 2 or more independent simulations: {trainings=}")
+    scale = reference.mean()
+    if scale == 0:
+        raise ValueError("the reference has a mean of 0")
+    ratio = values.mean() / scale
+    residuals = (values - ratio * reference) / scale
+    error = residuals.std(ddof=1) / np.sqrt(trainings)
+    return Estimate(float(ratio), float(error), 0.0, trainings)
+
+
 def discoveries(p_values: Iterable[float], rate: float = 1 - LEVEL) -> list[bool]:
     """Return which of several effects are told from 0 (Benjamini and Hochberg 1995).
 

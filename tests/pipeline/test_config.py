@@ -494,6 +494,9 @@ def test_frozen_settings_hold_only_where_results_are_read(mode, precision, monke
         ("mallows", {"betas": [0.0]}, r"betas\.0: .* greater than 0"),
         ("wrpo", {"objectives": {"ipo": {"beta": -1.0}}}, "objectives.ipo: beta: .* than 0"),
         ("wrpo", {"alphas": [1.1]}, r"alphas\.0: .* less than or equal to 1"),
+        ("wrpo", {"bandit_rising": [1.1]}, r"bandit_rising\.0: .* less than or equal to 1"),
+        ("wrpo", {"bandit_distances": [-1.0]}, r"bandit_distances\.0: .* than or equal to 0"),
+        ("wrpo", {"bandit_seeds": 1}, "bandit_seeds: .* than or equal to 2"),
         ("wrpo", {"sampling.max_tokens": 256}, "sampling.max_tokens=256 leaves no room"),
         ("wrpo", {"sft_share": 1.0}, "sft_share: .* less than 1"),
         ("expo", {"seeds": [2**32]}, r"seeds\.0: .* less than 4294967296"),
@@ -543,6 +546,7 @@ def test_numbers_out_of_range_are_refused_when_loaded(paper, changes, message):
         ("wrpo", {"sources": []}, "sources: .* at least 1 item"),
         ("wrpo", {"source_sets": [["human"], []]}, r"source_sets\.1: .* at least 1 item"),
         ("wrpo", {"alphas": []}, "alphas: .* at least 1 item"),
+        ("wrpo", {"bandit_alphas": []}, "bandit_alphas: .* at least 1 item"),
     ],
 )
 def test_lists_that_would_do_nothing_or_fail_late_are_refused_when_loaded(paper, changes, message):
@@ -614,6 +618,10 @@ MAY_BE_EMPTY = {
     "Wrpo.known_sources": "checked against the sources",
     "Wrpo.source_sets": "the sources alone",
     "Wrpo.objectives": "merged with those of the profile",
+    "Wrpo.bandit_varied": "the map alone",
+    "Wrpo.bandit_prompts": "not varied",
+    "Wrpo.bandit_noises": "not varied",
+    "Wrpo.bandit_kls": "not varied",
 }
 SETTINGS = [Train, Decoding, World, Needs, Expo, Mallows, Source, Wrpo]
 

@@ -1,5 +1,6 @@
 """WRPO: sources, what is chosen of their responses, the quadruples, and what is trained on them."""
 
+import dataclasses
 import gzip
 import json
 import re
@@ -818,3 +819,88 @@ def test_gemma_begins_with_bos(gemma):
 def test_gemma_brings_its_terms(gemma):
     files = {path.name for path in gemma.iterdir()}
     assert {"GEMMA_TERMS.html", "NOTICE.md"} <= files
+
+
+# --- the bandit of sources
+
+
+@pytest.fixture(scope="module")
+def small_bandit():
+    """Return settings of a map of two sources, one of which is varied in one way each."""
+    return config.load(
+        "wrpo",
+        "smoke",
+        bandit_strengths=[2.0],
+        bandit_distances=[0.0, 3.0],
+        bandit_alphas=[0.0, 0.1, 1.0],
+        bandit_rising=[0.1],
+        bandit_seeds=2,
+        bandit_varied=[[2.0, 0.0]],
+        bandit_prompts=[16],
+        bandit_noises=[0.0],
+        bandit_kls=[0.25],
+    )
+
+
+def test_the_bandit_has_a_row_for_each_cell_seed_and_method(store, small_bandit):
+    result = wrpo.fusion_bandit(small_bandit)
+    rises = result.csv("rises.csv.gz")
+    assert len(rises) == 5 * 2 * 6
+    place = ["strength", "distance", "prompts", "noise", "kl"]
+    cells = [list(cell) for cell in rises[place].drop_duplicates().to_numpy()]
+    assert cells == [
+        [2, 0, 64, 1, 1],
+        [2, 3, 64, 1, 1],
+        [2, 0, 16, 1, 1],
+        [2, 0, 64, 0, 1],
+        [2, 0, 64, 1, 0.25],
+    ]
+    assert set(rises["method"]) == {"constant", "rising", "better", "both"}
+    assert (rises["rise"] > 0).all()
+    sources_table = result.csv("sources.csv")
+    assert sources_table[place].to_numpy().tolist() == cells
+    assert sources_table["stronger"].iloc[0] == pytest.approx(2, abs=0.4)
+    assert sources_table["gap"].iloc[1] > sources_table["gap"].iloc[0] > 0
+
+
+def test_the_bandits_rises_are_those_of_its_core(store, small_bandit):
+    rises = wrpo.fusion_bandit(small_bandit).csv("rises.csv.gz")
+    first = rises[(rises["distance"] == 3) & (rises["seed"] == 1)]
+    drawn = wrpo.bandit.draw(wrpo.bandit.World(2.0, 3.0), 1)
+    schedule = wrpo.bandit.constant([0.0, 0.1, 1.0], wrpo.STEPS)
+    wanted = wrpo.bandit.at_kl(drawn.quadruples, schedule, drawn.test, kl=1.0, beta=wrpo.BETA)
+    measured = first[first["method"] == "constant"]
+    assert measured["alpha"].tolist() == [0, 0.1, 1]
+    assert measured["rise"].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_identities_of_the_bandit_hold_to_float_error():
+    differences = wrpo.bandit_identities()
+    assert set(differences) == {"own", "source", "same"}
+    assert max(differences.values()) < 1e-12
+
+
+def test_the_bandits_key_knows_its_settings_and_its_world(small_bandit):
+    key = wrpo.fusion_bandit(small_bandit).key
+    changes = {
+        "bandit_strengths": (1.0,),
+        "bandit_distances": (1.0,),
+        "bandit_alphas": (0.0, 0.2),
+        "bandit_rising": (0.2,),
+        "bandit_seeds": 3,
+        "bandit_varied": ((1.0, 0.0),),
+        "bandit_prompts": (32,),
+        "bandit_noises": (2.0,),
+        "bandit_kls": (2.0,),
+    }
+    for name, value in changes.items():
+        changed = dataclasses.replace(small_bandit, **{name: value})
+        assert wrpo.fusion_bandit(changed).key != key, name
+    fewer = dataclasses.replace(small_bandit, bandit_varied=())
+    assert len(wrpo.bandit_cells(fewer)) == 2
+
+
+def test_prompts_of_the_bandit_that_are_no_equal_batches_are_refused(small_bandit):
+    odd = dataclasses.replace(small_bandit, bandit_prompts=(40,))
+    with pytest.raises(config.ConfigError, match="bandit_prompts: 40 prompts are no 16 equal"):
+        wrpo.fusion_bandit(odd)

@@ -37,6 +37,9 @@ Recipe = Literal[
 Names = Annotated[tuple[str, ...], NotEmpty]
 Betas = Annotated[tuple[Positive, ...], NotEmpty]
 FusionWeights = Annotated[tuple[Share, ...], NotEmpty]
+# of a bandit's source, in standard deviations: how much stronger and how far away it is
+Strength = Annotated[float, Field(ge=-10, le=10)]
+Distance = Annotated[float, Field(ge=0, le=10)]
 Methods = Annotated[tuple[PairLosses, ...], NotEmpty]
 
 
@@ -227,3 +230,16 @@ class Wrpo(Judged, Paper):
     # largest fusion coefficients, dynamic and static
     alphas: FusionWeights = (0.1, 0.3, 0.5, 0.7, 1.0)
     test_samples: AtLeastOne = 1
+    # the bandit's sources: every pair of these
+    bandit_strengths: Annotated[tuple[Strength, ...], NotEmpty] = (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
+    bandit_distances: Annotated[tuple[Distance, ...], NotEmpty] = (0.0, 1.0, 2.0, 3.0, 4.0)
+    bandit_alphas: FusionWeights = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # constant
+    bandit_rising: FusionWeights = (0.1, 1.0)  # largest of those that rise from 0
+    bandit_seeds: Annotated[int, Field(ge=2)] = 120
+    # (strength, distance) of the sources for which one setting more is varied: how many prompts,
+    # the reward model's noise, and the KL (nats) at which methods are compared: sets of 64
+    # responses allow about 4
+    bandit_varied: tuple[tuple[Strength, Distance], ...] = ((0.0, 0.0), (2.0, 0.0), (2.0, 3.0))
+    bandit_prompts: tuple[AtLeastOne, ...] = (16, 256, 1024)
+    bandit_noises: tuple[NotNegative, ...] = (0.0, 3.0)
+    bandit_kls: tuple[Positive, ...] = (0.25, 2.0)

@@ -10,11 +10,14 @@ import itertools
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 
+from beyond_dpo import fusion_bandit as bandit
 from beyond_dpo import stats
 from beyond_dpo.jobs.settings import CLOCK
 from beyond_dpo.pipeline import config, gather, needs, sources, stages
@@ -26,6 +29,14 @@ OWN = (TARGET_CHOSEN, REJECTED)  # the target's own pair
 OFF_POLICY = (SOURCE_CHOSEN, REJECTED)  # the source's response against the target's worst
 NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
 FUSING = {"dpo": "wrpo", "ipo": "wrpo_ipo", "simpo": "wrpo_simpo"}
+
+# of the bandit, whose other settings are those of fusion_bandit.World and of the configuration
+BETA = 0.1
+STEPS = 16
+KL = 1.0  # nats, at which methods are compared where it is not varied
+RATE = 1.0  # learning rate at which identities are checked; the KL is then about 1
+CHECKED = bandit.World(strength=2.0, distance=3.0)
+CHECKS = 10  # seeds of it
 
 
 class Pool(NamedTuple):
@@ -638,3 +649,150 @@ def win_rate(
     ties = our_value == their_value
     share = wins + ties / 2
     return stats.mean_interval(share - 0.5, seed=seed, groups=both["prompt"])
+
+
+# --- the bandit of sources
+
+
+class Cell(NamedTuple):
+    """A world of the bandit, and the KL (nats) at which methods are compared in it."""
+
+    world: bandit.World
+    kl: float = KL
+
+    @property
+    def columns(self) -> dict:
+        """Its place in the table."""
+        names = ("strength", "distance", "prompts", "noise")
+        place = {name: getattr(self.world, name) for name in names}
+        return {**place, "kl": self.kl}
+
+
+def fusion_bandit(cfg) -> Artifact:
+    """Train WRPO and DPO in the fusion bandit, for every source, to an equal KL.
+
+    rises.csv.gz, a row a cell, seed and method: strength, distance, prompts, noise, kl, seed,
+    method (constant, rising: WRPO; better, both: hybrids by DPO), alpha, rise (of the expected true
+    reward over the reference, in sd of the target's reward). Constant α of 0 is DPO on the target's
+    own pairs, 1 is DPO on the source's.
+    sources.csv, a row a cell: stronger (true reward of y_ws less that of y_wt), gap (what y_ws is
+    less likely under the target than y_wt, nats) and preferred (how often the reward model prefers
+    y_ws); means over the seeds.
+    identities.json: as of bandit_identities().
+    Raises ConfigError for prompts that are no equal batches.
+    """
+    for prompts in cfg.bandit_prompts:
+        if prompts % STEPS:
+            raise config.ConfigError(
+                f"bandit_prompts: {prompts} prompts are no {STEPS} equal batches"
+            )
+    cells = bandit_cells(cfg)
+    constant = bandit.constant(cfg.bandit_alphas, STEPS)
+    rising = bandit.rising(cfg.bandit_rising, STEPS)
+    columns = [{"method": "constant", "alpha": alpha} for alpha in cfg.bandit_alphas]
+    columns += [{"method": "rising", "alpha": alpha} for alpha in cfg.bandit_rising]
+    columns += [{"method": "better"}, {"method": "both"}]
+    schedule = np.hstack([constant, rising])
+
+    def make(out: Path) -> None:
+        tables = []
+        of_sources = []
+        for cell in gather.watched(cells, "bandits"):
+            rises, source = _cell(cell, schedule, columns, cfg.bandit_seeds)
+            tables.append(rises)
+            of_sources.append(source)
+        table = pd.concat(tables, ignore_index=True)
+        gather.write_table(out / "rises.csv.gz", table.round(5))
+        gather.write_table(out / "sources.csv", pd.DataFrame(of_sources).round(4))
+        gather.write_json(out / "identities.json", bandit_identities(), indent=1)
+
+    inputs = {
+        "cells": [[asdict(cell.world), cell.kl] for cell in cells],
+        "constant": cfg.bandit_alphas,
+        "rising": cfg.bandit_rising,
+        "seeds": cfg.bandit_seeds,
+        "beta": BETA,
+        "steps": STEPS,
+    }
+    does = f"fusion bandit, in this process: {len(cells)} cells of {cfg.bandit_seeds} seeds"
+    return Artifact("fusion-bandit", version=1, inputs=inputs, make=make, does=does)
+
+
+def _cell(
+    cell: Cell, schedule: np.ndarray, columns: list[dict], seeds: int
+) -> tuple[pd.DataFrame, dict]:
+    """Return the rises of every seed and method in a cell, and what its source is like."""
+    rows = []
+    of_seeds = []
+    for seed in range(seeds):
+        drawn = bandit.draw(cell.world, seed)
+        source = {
+            "stronger": drawn.strength,
+            "gap": drawn.gap,
+            "preferred": drawn.source_is_better.mean(),
+        }
+        of_seeds.append(source)
+        rises = _rises(drawn, cell.kl, schedule)
+        for column, rise in zip(columns, rises, strict=True):
+            rows.append({**cell.columns, "seed": seed, **column, "rise": rise})
+    means = pd.DataFrame(of_seeds).mean().to_dict()
+    return pd.DataFrame(rows), {**cell.columns, **means}
+
+
+def bandit_cells(cfg) -> list[Cell]:
+    """Return the map of sources, and the cells in which one setting more is varied."""
+    cells = []
+    for strength, distance in itertools.product(cfg.bandit_strengths, cfg.bandit_distances):
+        cells.append(Cell(bandit.World(strength, distance)))
+    for strength, distance in cfg.bandit_varied:
+        world = bandit.World(strength, distance)
+        for prompts in cfg.bandit_prompts:
+            cells.append(Cell(replace(world, prompts=prompts)))
+        for noise in cfg.bandit_noises:
+            cells.append(Cell(replace(world, noise=noise)))
+        for kl in cfg.bandit_kls:
+            cells.append(Cell(world, kl))
+    return cells
+
+
+def _rises(drawn: bandit.Bandit, kl: float, alphas: np.ndarray) -> np.ndarray:
+    """Return the rise of WRPO with each column of alphas, and of the two hybrids."""
+    pairs_alpha = bandit.constant([0.0], STEPS)  # any α is DPO on pairs
+    rises = []
+    for quadruples, schedule in (
+        (drawn.quadruples, alphas),
+        (bandit.better(drawn), pairs_alpha),
+        (bandit.both(drawn), pairs_alpha),
+    ):
+        rises.append(bandit.at_kl(quadruples, schedule, drawn.test, kl=kl, beta=BETA))
+    return np.concatenate(rises)
+
+
+def bandit_identities() -> dict[str, float]:
+    """Return the largest difference of the rise of methods that should be one, at one rate.
+
+    own: WRPO at α = 0, DPO on (y_wt, y_l). source: at α = 1, DPO on (y_ws, y_l). same: at any α
+    where y_ws is y_wt, DPO. Of seeds of the world CHECKED.
+    """
+    differences = {"own": [], "source": [], "same": []}
+    for seed in range(CHECKS):
+        drawn = bandit.draw(CHECKED, seed)
+        quadruples = drawn.quadruples
+        own_pairs = bandit.pairs(quadruples.target, quadruples.rejected)
+        source_pairs = bandit.pairs(quadruples.source, quadruples.rejected)
+        dpo_own = _rise_at_rate(drawn, own_pairs, [0.5])
+        dpo_source = _rise_at_rate(drawn, source_pairs, [0.5])
+        first, last = _rise_at_rate(drawn, quadruples, [0.0, 1.0])
+        of_same = _rise_at_rate(drawn, own_pairs, [0.0, 0.1, 1.0])
+        differences["own"].append(abs(first - dpo_own).max())
+        differences["source"].append(abs(last - dpo_source).max())
+        differences["same"].append(abs(of_same - dpo_own).max())
+    return {name: float(max(values)) for name, values in differences.items()}
+
+
+def _rise_at_rate(drawn: bandit.Bandit, quadruples: bandit.Quadruples, alphas) -> np.ndarray:
+    rates = np.full(len(alphas), RATE)
+    schedule = bandit.constant(alphas, STEPS)
+    theta = bandit.train(quadruples, schedule, lrs=rates, beta=BETA)
+    rise, _ = bandit.measure(theta, drawn.test)
+    return rise
