@@ -391,3 +391,20 @@ def test_discoveries_by_hand():
     """Of four p-values at 5 %: 0.01 ≤ 1/4 · 5 %, 0.02 ≤ 2/4 · 5 %, 0.04 > 3/4 · 5 %, 0.06 > 5 %."""
     assert stats.discoveries([0.04, 0.01, 0.06, 0.02]) == [False, True, False, True]
     assert stats.discoveries([]) == []
+
+
+def test_mean_of_trainings_by_hand():
+    """Of 1, 2, 3: mean 2, standard error 1/√3, and the t quantile of two degrees of freedom."""
+    found = stats.mean_of_trainings([1, 2, 3])
+    assert found.value == 2
+    assert found.trainings == 3
+    assert found.between_trainings == pytest.approx(3**-0.5)
+    assert found.high - 2 == pytest.approx(4.302653 * 3**-0.5)
+    moved = stats.mean_of_trainings([11, 12, 13])
+    assert moved.low == pytest.approx(found.low + 10)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [[1.0, 2.0]], [1.0, np.nan]])
+def test_a_mean_of_trainings_needs_several_that_are_finite(values):
+    with pytest.raises(ValueError):
+        stats.mean_of_trainings(values)
