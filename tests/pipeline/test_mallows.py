@@ -128,6 +128,24 @@ def test_ahead_is_the_mean_over_the_seeds_of_a_cell(contextual_gains):
         mallows.ahead(contextual_gains, "DPO", **cell)
 
 
+def gains_of(means: list[float]) -> pd.DataFrame:
+    """Return the gains of four seeds that have these means over DPO at noise 0, 1 and 2."""
+    table = pd.DataFrame({"seed": range(4), "DPO": [1.0, 1.1, 1.2, 1.3]})
+    for quality, mean in zip(["true", "noise 1", "noise 2"], means, strict=True):
+        table[f"MallowsPO-θ, {quality}"] = table["DPO"] + mean
+    return table
+
+
+@pytest.mark.parametrize(
+    "means, noise",
+    [([0.03, 0.01, -0.03], 1.25), ([0.2, -0.2, 0.1], 0.5), ([-0.1, 0, 0], 0), ([0.3, 0.2, 0.1], 2)],
+)
+def test_break_even_by_hand(means, noise):
+    """Where the line between the last gain above 0 and the first below crosses 0."""
+    found = mallows.break_even(gains_of(means), "MallowsPO-θ", [1.0, 2.0], seed=0)
+    assert found == pytest.approx((noise, noise, noise))
+
+
 # --- the dispersion of prompts
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,11 +135,45 @@ def ahead(table: pd.DataFrame, learner: str, than: str = "DPO", **cell) -> stats
     table: gains.csv.gz of contextual(). cell: {column: value} that leaves one row a seed. Raises
     ValueError where it does not.
     """
+    rows = _rows_of(table, cell)
+    return stats.mean_of_trainings(rows[learner] - rows[than])
+
+
+def break_even(
+    table: pd.DataFrame, method: str, noises: Sequence[float], *, seed: int, **cell
+) -> stats.Interval:
+    """Return (noise, low, high) at which MallowsPO's mean gain over DPO falls below 0.
+
+    It is interpolated between two of the noises, of which 0 is the truth; it is the largest of them
+    where the gain stays above 0, and 0 where it is below from the start. Seeds are drawn anew,
+    where `seed` is that of the draws. table and cell are those of ahead().
+    """
+    rows = _rows_of(table, cell)
+    levels = [0.0, *noises]
+    learners = [f"{method}, true", *(f"{method}, noise {noise:g}" for noise in noises)]
+    gains = rows[learners].to_numpy() - rows[["DPO"]].to_numpy()
+
+    def crossing(draw: np.ndarray) -> float:
+        means = gains[draw].mean(0)
+        negative = np.flatnonzero(means < 0)
+        if not len(negative):
+            return levels[-1]
+        right = negative[0]
+        if right == 0:
+            return 0.0
+        share = means[right - 1] / (means[right - 1] - means[right])
+        return levels[right - 1] + share * (levels[right] - levels[right - 1])
+
+    return stats.interval(crossing, len(gains), seed)
+
+
+def _rows_of(table: pd.DataFrame, cell: Mapping) -> pd.DataFrame:
+    """Return the rows of a cell of contextual(), one of each seed."""
     for column, value in cell.items():
         table = table[table[column] == value]
     if table.empty or table["seed"].duplicated().any():
         raise ValueError(f"{cell} leaves {len(table)} rows, not one of each seed")
-    return stats.mean_of_trainings(table[learner] - table[than])
+    return table
 
 
 def _contextual_seeds(settings) -> range:
