@@ -2,8 +2,8 @@
 
 MallowsPO (arXiv 2405.14953) weights a pair by how much people agree in its context. The paper's own
 bandit has one context and a constant φ, so it cannot say when that pays. Here each context x has a
-central ranking μ0(·|x) of its arms and a dispersion φ(x); the reward of an arm is minus its rank
-(section 3.1), and what a policy earns, and its KL to the uniform reference, are sums, not samples.
+central ranking μ0(·|x) of its arms and a dispersion φ(x); the reward of an arm is minus its rank,
+and what a policy earns, and its KL to the uniform reference, are sums, not samples.
 
 What the contexts compete for is decided by the features ψ(x, y) of the policy
 
