@@ -436,3 +436,20 @@ def test_the_interval_of_a_ratio_covers_it():
 def test_a_ratio_that_cannot_be_is_refused(values, reference, message):
     with pytest.raises(ValueError, match=message):
         stats.ratio_of_means(values, reference)
+
+
+def test_mean_of_trainings_by_hand():
+    """Of 1, 2, 3: mean 2, standard error 1/√3, and the t quantile of two degrees of freedom."""
+    found = stats.mean_of_trainings([1, 2, 3])
+    assert found.value == 2
+    assert found.trainings == 3
+    assert found.between_trainings == pytest.approx(3**-0.5)
+    assert found.high - 2 == pytest.approx(4.302653 * 3**-0.5)
+    moved = stats.mean_of_trainings([11, 12, 13])
+    assert moved.low == pytest.approx(found.low + 10)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [[1.0, 2.0]], [1.0, np.nan]])
+def test_a_mean_of_trainings_needs_several_that_are_finite(values):
+    with pytest.raises(ValueError):
+        stats.mean_of_trainings(values)

@@ -234,6 +234,19 @@ def ratio_of_means(values, reference) -> Estimate:
     return Estimate(float(ratio), float(error), 0.0, trainings)
 
 
+def mean_of_trainings(values) -> Estimate:
+    """Estimate the mean of one value a training, (trainings,), with the t quantile of their number.
+
+    All of the error is between trainings: each is measured exactly. Adding a constant to the values
+    adds it to the mean and to the ends of the interval.
+    """
+    values = np.asarray_chkfinite(values, float)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"a mean of trainings needs a list of 2 or more, got {values.shape}")
+    error = values.std(ddof=1) / np.sqrt(len(values))
+    return Estimate(float(values.mean()), float(error), 0.0, len(values))
+
+
 def discoveries(p_values: Iterable[float], rate: float = 1 - LEVEL) -> list[bool]:
     """Return which of several effects are told from 0 (Benjamini and Hochberg 1995).
 

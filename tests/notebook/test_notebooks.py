@@ -270,7 +270,7 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     cells = [len(code_cells(read(path.stem))) for path in NOTEBOOKS]
     assert passed == sum(cells), "every code cell was compared"
     drawn = pictures(tmp_path / "figures")
-    assert len(drawn) == 33
+    assert len(drawn) == 36
     assert drawn == pictures(paths.FIGURES), "the same bytes"
 
 

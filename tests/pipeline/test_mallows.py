@@ -69,6 +69,83 @@ def test_the_drawn_link_is_the_loss():
     assert mallows.link(s, 0.3, 0.2) == pytest.approx(wanted.numpy(), rel=1e-6)
 
 
+# --- the contextual bandit
+
+
+@pytest.fixture(scope="module")
+def contextual_artifact(store):
+    artifact = mallows.contextual(SMOKE)
+    artifact.get()
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def contextual_gains(contextual_artifact):
+    return contextual_artifact.csv("gains.csv.gz")
+
+
+def test_every_contextual_bandit_is_measured_for_every_learner(contextual_gains):
+    """Three worlds of two spreads, two numbers of pairs, three of steps and three seeds.
+
+    The first world's end is measured at two other KL.
+    """
+    cells = ["world", "spread", "pairs", "steps", "kl", "seed"]
+    learners = contextual_gains.columns.drop(cells)
+    assert not contextual_gains.duplicated(cells).any()
+    assert len(contextual_gains) == 2 * 2 * 3 * (3 * 3 + 2)
+    assert contextual_gains["seed"].min() == 1000
+    assert len(learners) == 2 + 2 * 5
+    assert contextual_gains[learners].abs().max(axis=None) < 2  # of the best arm everywhere
+
+
+def test_without_spread_true_and_shuffled_weights_are_none(contextual_gains):
+    flat = contextual_gains[contextual_gains["spread"] == 0]
+    for quality in ("true", "shuffled"):
+        assert (flat[f"MallowsPO-θ, {quality}"] == flat["DPO"]).all()
+        assert (flat[f"MallowsPO-φ, {quality}"] == flat["MallowsPO-φ, constant"]).all()
+    assert (flat["MallowsPO-θ, noise 1"] != flat["DPO"]).any()
+
+
+def test_the_identities_of_the_contextual_bandit_hold(contextual_artifact):
+    missed = contextual_artifact.manifest["facts"]
+    assert set(missed) == {"constant_phi", "theta_finds", "phi_finds"}
+    assert max(missed.values()) < 1e-8
+
+
+def test_ahead_is_the_mean_over_the_seeds_of_a_cell(contextual_gains):
+    cell = {"world": "Mallows", "spread": 1, "pairs": 400, "steps": 100, "kl": 0.5}
+    found = mallows.ahead(contextual_gains, "MallowsPO-θ, true", **cell)
+    rows = contextual_gains
+    for column, value in cell.items():
+        rows = rows[rows[column] == value]
+    assert found.value == pytest.approx((rows["MallowsPO-θ, true"] - rows["DPO"]).mean())
+    assert found.trainings == 3
+    cell["world"] = "Borda"
+    with pytest.raises(ValueError, match="leaves 0 rows"):
+        mallows.ahead(contextual_gains, "DPO", **cell)
+    del cell["world"]
+    with pytest.raises(ValueError, match="not one of each seed"):
+        mallows.ahead(contextual_gains, "DPO", **cell)
+
+
+def gains_of(means: list[float]) -> pd.DataFrame:
+    """Return the gains of four seeds that have these means over DPO at noise 0, 1 and 2."""
+    table = pd.DataFrame({"seed": range(4), "DPO": [1.0, 1.1, 1.2, 1.3]})
+    for quality, mean in zip(["true", "noise 1", "noise 2"], means, strict=True):
+        table[f"MallowsPO-θ, {quality}"] = table["DPO"] + mean
+    return table
+
+
+@pytest.mark.parametrize(
+    "means, noise",
+    [([0.03, 0.01, -0.03], 1.25), ([0.2, -0.2, 0.1], 0.5), ([-0.1, 0, 0], 0), ([0.3, 0.2, 0.1], 2)],
+)
+def test_break_even_by_hand(means, noise):
+    """Where the line between the last gain above 0 and the first below crosses 0."""
+    found = mallows.break_even(gains_of(means), "MallowsPO-θ", [1.0, 2.0], seed=0)
+    assert found == pytest.approx((noise, noise, noise))
+
+
 # --- the dispersion of prompts
 
 

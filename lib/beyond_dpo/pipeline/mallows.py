@@ -1,12 +1,13 @@
-"""MallowsPO's experiments (arXiv 2405.14953): bandit, dispersion, controlled sentiment, plug-ins.
+"""MallowsPO's experiments (arXiv 2405.14953): bandits, dispersion, controlled sentiment, plug-ins.
 
 Each function returns an Artifact; nothing runs before its get().
 """
 
+import dataclasses
 import itertools
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,13 @@ NAMES = {
     "mallows_ipo": "MallowsIPO",
     "mallows_simpo": "MallowsSimPO",
 }
+# Contextual bandits: who prefers, and whether the contexts share the policy's parameters.
+CONTEXTUAL_WORLDS = {
+    "Mallows": ("mallows", True),
+    "Bradley–Terry": ("bradley_terry", True),
+    "Mallows, a table for each context": ("mallows", False),
+}
+CONTEXTUAL_PHI = 0.3  # of an identity that holds for any
 # the columns of two curves in a table of gap_at_equal()
 CurvePair = tuple[np.ndarray, np.ndarray]
 
@@ -92,6 +100,211 @@ def link(s, phi: float, epsilon: float) -> np.ndarray:
     differences = torch.as_tensor(np.asarray(s, dtype=float))
     dispersions = torch.full_like(differences, phi)
     return losses.mallows_link(differences, dispersions, epsilon).numpy()
+
+
+# --- the contextual bandit
+
+
+def contextual(cfg) -> Artifact:
+    """Train DPO and MallowsPO on contextual bandits whose dispersion is known.
+
+    gains.csv.gz, a row for each world, spread, pairs, steps, kl and seed: what each of
+    _learners() gains over the uniform policy, in ranks, at that KL (nats), with a column for each.
+    The facts hold three identities; see _identities().
+    """
+    settings = cfg.contextual
+    cells = list(itertools.product(CONTEXTUAL_WORLDS, settings.spreads, settings.pairs))
+
+    def make(out: Path) -> dict:
+        rows = []
+        for cell in gather.watched(cells, "contextual bandits"):
+            for seed in _contextual_seeds(settings):
+                rows += _gains(settings, *cell, seed)
+        table = pd.DataFrame(rows).round(3)  # a tenth of what one seed adds by chance
+        gather.write_table(out / "gains.csv.gz", table)
+        return _identities(settings)
+
+    does = f"bandits, in this process: {settings.seeds} worlds in each of {len(cells)} settings"
+    inputs = {"settings": dataclasses.asdict(settings)}
+    return Artifact("contextual", version=1, inputs=inputs, make=make, does=does)
+
+
+def ahead(table: pd.DataFrame, learner: str, than: str = "DPO", **cell) -> stats.Estimate:
+    """Return by how much a learner's gain is larger, the mean over the seeds of a cell.
+
+    table: gains.csv.gz of contextual(). cell: {column: value} that leaves one row a seed. Raises
+    ValueError where it does not.
+    """
+    rows = _rows_of(table, cell)
+    return stats.mean_of_trainings(rows[learner] - rows[than])
+
+
+def break_even(
+    table: pd.DataFrame, method: str, noises: Sequence[float], *, seed: int, **cell
+) -> stats.Interval:
+    """Return (noise, low, high) at which MallowsPO's mean gain over DPO falls below 0.
+
+    It is interpolated between two of the noises, of which 0 is the truth; it is the largest of them
+    where the gain stays above 0, and 0 where it is below from the start. Seeds are drawn anew,
+    where `seed` is that of the draws. table and cell are those of ahead().
+    """
+    rows = _rows_of(table, cell)
+    levels = [0.0, *noises]
+    learners = [f"{method}, true", *(f"{method}, noise {noise:g}" for noise in noises)]
+    gains = rows[learners].to_numpy() - rows[["DPO"]].to_numpy()
+
+    def crossing(draw: np.ndarray) -> float:
+        means = gains[draw].mean(0)
+        negative = np.flatnonzero(means < 0)
+        if not len(negative):
+            return levels[-1]
+        right = negative[0]
+        if right == 0:
+            return 0.0
+        share = means[right - 1] / (means[right - 1] - means[right])
+        return levels[right - 1] + share * (levels[right] - levels[right - 1])
+
+    return stats.interval(crossing, len(gains), seed)
+
+
+def _rows_of(table: pd.DataFrame, cell: Mapping) -> pd.DataFrame:
+    """Return the rows of a cell of contextual(), one of each seed."""
+    for column, value in cell.items():
+        table = table[table[column] == value]
+    if table.empty or table["seed"].duplicated().any():
+        raise ValueError(f"{cell} leaves {len(table)} rows, not one of each seed")
+    return table
+
+
+def _contextual_seeds(settings) -> range:
+    return range(settings.first_seed, settings.first_seed + settings.seeds)
+
+
+def _gains(settings, name: str, spread: float, pairs: int, seed: int) -> list[dict]:
+    """Return the rows of one world and its pairs."""
+    from beyond_dpo import contextual as bandit
+
+    people, shared = CONTEXTUAL_WORLDS[name]
+    world = _world(settings, spread, seed)
+    if not shared:
+        world = bandit.tables(world)
+    wins = bandit.draw_pairs(world, pairs, people=people, seed=seed)
+    ways = {}
+    for learner, (link, agreement) in _learners(settings, world.agreement, seed).items():
+        ways[learner] = bandit.descend(
+            world.features,
+            wins,
+            agreement,
+            link=link,
+            steps=max(settings.steps),
+            lr=settings.lr,
+        )
+    rows = []
+    for steps, kl in _policies(settings, name):
+        row = {
+            "world": name,
+            "spread": spread,
+            "pairs": pairs,
+            "steps": steps,
+            "kl": kl,
+            "seed": seed,
+        }
+        for learner, way in ways.items():
+            row[learner] = bandit.gain_at_kl(world.features, world.ranks, way[steps], kl)
+        rows.append(row)
+    return rows
+
+
+def _policies(settings, name: str) -> list[tuple[int, float]]:
+    """Return after how many steps and at which KL the policies of a world are measured."""
+    first_kl, *other_kls = settings.kls
+    policies = [(steps, first_kl) for steps in settings.steps]
+    if name == "Mallows":
+        policies += [(max(settings.steps), kl) for kl in other_kls]
+    return policies
+
+
+def _world(settings, spread: float, seed: int):
+    """Draw a world of the settings' size."""
+    from beyond_dpo import contextual as bandit
+
+    return bandit.draw_world(
+        settings.contexts, settings.arms, settings.dimensions, spread=spread, seed=seed
+    )
+
+
+def _learners(settings, truth: np.ndarray, seed: int) -> dict[str, tuple[str, np.ndarray]]:
+    """Return {learner: (link, weights)}: what each takes for -log φ.
+
+    "constant" is MallowsPO-φ that knows the mean alone; that of MallowsPO-θ would be DPO.
+    """
+    from beyond_dpo import contextual as bandit
+
+    constant = np.ones_like(truth)
+    known = {"true": truth}
+    for noise in settings.noises:
+        known[f"noise {noise:g}"] = bandit.estimate(truth, noise=noise, seed=seed)
+    known["shuffled"] = bandit.shuffle(truth, seed=seed)
+    learners = {
+        "DPO": ("logistic", constant),
+        "MallowsPO-φ, constant": ("mallows_phi", constant),
+    }
+    for method, link in {"MallowsPO-θ": "logistic", "MallowsPO-φ": "mallows_phi"}.items():
+        for quality, agreement in known.items():
+            learners[f"{method}, {quality}"] = (link, agreement)
+    return learners
+
+
+def _identities(settings) -> dict[str, float]:
+    """Return by how much three identities of the theory are missed at most.
+
+    constant_phi: with one φ everywhere, MallowsPO-θ with the paper's -2 log φ gains at equal KL
+    what DPO does (Proposition 4). theta_finds, phi_finds: with endless pairs of Bradley-Terry and
+    of Mallows people the gradient is 0 where the policy's rewards are minus the central ranks
+    (Theorem 1).
+    """
+    from beyond_dpo import contextual as bandit
+
+    missed = {"constant_phi": 0.0, "theta_finds": 0.0, "phi_finds": 0.0}
+    for seed in _contextual_seeds(settings):
+        flat = _world(settings, 0.0, seed)
+        gap = abs(_constant_phi_gap(settings, flat, seed))
+        missed["constant_phi"] = max(missed["constant_phi"], gap)
+        uneven = bandit.tables(_world(settings, max(settings.spreads), seed))
+        v = -uneven.ranks.ravel() / uneven.features.max()
+        fitting = {
+            "theta_finds": ("bradley_terry", "logistic"),
+            "phi_finds": ("mallows", "mallows_phi"),
+        }
+        for identity, (people, link) in fitting.items():
+            weights = bandit.chances(uneven, people)
+            _, gradient = bandit.expected_loss(
+                uneven.features, weights, uneven.agreement, v, link=link
+            )
+            largest = float(np.abs(gradient).max())
+            missed[identity] = max(missed[identity], largest)
+    return missed
+
+
+def _constant_phi_gap(settings, world, seed: int) -> float:
+    """Return what MallowsPO-θ gains over DPO where φ is the same everywhere."""
+    from beyond_dpo import contextual as bandit
+
+    wins = bandit.draw_pairs(world, min(settings.pairs), people="mallows", seed=seed)
+    gains = []
+    for factor in (1.0, -2 * np.log(CONTEXTUAL_PHI)):  # 1 is DPO
+        way = bandit.descend(
+            world.features,
+            wins,
+            np.full_like(world.agreement, factor),
+            link="logistic",
+            steps=max(settings.steps),
+            lr=settings.lr / factor**2,
+        )
+        gain = bandit.gain_at_kl(world.features, world.ranks, way[-1], settings.kls[0])
+        gains.append(gain)
+    dpo, theta = gains
+    return theta - dpo
 
 
 # --- the dispersion of prompts

@@ -36,6 +36,8 @@ Recipe = Literal[
 ]
 Names = Annotated[tuple[str, ...], NotEmpty]
 Betas = Annotated[tuple[Positive, ...], NotEmpty]
+NotNegatives = Annotated[tuple[NotNegative, ...], NotEmpty]
+Sizes = Annotated[tuple[AtLeastOne, ...], NotEmpty]
 FusionWeights = Annotated[tuple[Share, ...], NotEmpty]
 # of a bandit's source, in standard deviations: how much stronger and how far away it is
 Strength = Annotated[float, Field(ge=-10, le=10)]
@@ -172,6 +174,25 @@ class Expo(Judged, Lines):  # in this order, so that a table of settings lists t
 
 
 @dataclass(frozen=True, config=STRICT)
+class Contextual:
+    """Which contextual bandits are drawn, and who learns from them (beyond_dpo.contextual)."""
+
+    contexts: AtLeastOne = 16
+    arms: Annotated[int, Field(ge=2)] = 5
+    dimensions: AtLeastOne = 8  # of the policy that all contexts share
+    # standard deviations of log(-log φ) over the contexts
+    spreads: NotNegatives = (0.0, 0.2, 0.5, 1.0, 1.5)
+    pairs: Sizes = (100, 400, 1600)
+    noises: NotNegatives = (0.5, 1.0, 2.0)  # of the estimates of log(-log φ)
+    steps: Sizes = (1, 10, 100)  # after which policies are measured
+    lr: Positive = 0.3
+    # nats at which policies are compared: the first everywhere, the others in one world
+    kls: Betas = (0.5, 0.2, 0.8)
+    seeds: AtLeastOne = 100  # worlds with their pairs, the same for all methods
+    first_seed: Count = 1000
+
+
+@dataclass(frozen=True, config=STRICT)
 class Mallows(Judged, Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
@@ -193,6 +214,7 @@ class Mallows(Judged, Paper):
     rated_rows: AtLeastOne = 1000
     bandit_betas: Betas = ()
     bandit_steps: AtLeastOne = 500_000
+    contextual: Contextual = field(default_factory=Contextual)
 
 
 @dataclass(frozen=True, config=STRICT)
