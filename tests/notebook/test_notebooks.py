@@ -87,7 +87,7 @@ def test_there_are_notebooks():
     assert stems[0] == "00_start_here"
     assert "11_expo_headline" in stems
     assert "12_expo_interpolation" in stems
-    assert len(stems) == 23
+    assert len(stems) == 24
 
 
 # ---- house rules
