@@ -363,6 +363,11 @@ def test_the_committed_readme_shows_the_frozen_scoreboard(tmp_path):
     assert not claims.update_readme(copy)
 
 
+def test_what_float_arithmetic_leaves_over_is_shown_as_0():
+    assert claims._signed(-6.2e-16) == "0"
+    assert claims._signed(-0.0035) == "-0.0035"
+
+
 def test_a_readme_without_a_place_for_the_table_is_refused(project):
     readme = project / "README.md"
     readme.write_text("nothing", encoding="utf-8")

@@ -151,6 +151,15 @@ def test_a_model_without_one_of_its_points_is_refused():
         AlphaCurves(table, measured.points, "fraction", 0.0, bootstrap_seed=0)
 
 
+def test_the_summary_leaves_out_prompts_without_the_measure():
+    """The SFT model scores some of the prompts only: the others have no log-ratio."""
+    measured = curves()
+    measured.table.loc[measured.table["prompt"] >= 2, "logratio"] = np.nan
+    summary = measured.summary("logratio").set_index(["fraction", "alpha"])
+    assert summary["mean"][0.1, 1.0] == pytest.approx(2.0)
+    assert measured.kl(0.1)[0].tolist() == [1, 2, 3]
+
+
 def test_the_summary_says_where_the_gate_closes():
     summary = curves().summary("gold").set_index(["fraction", "alpha"])
     assert summary["mean"][1.0, 2.0] == pytest.approx(0.25)

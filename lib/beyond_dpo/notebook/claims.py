@@ -442,7 +442,9 @@ def _signed(value) -> str:
     """Return a number with its sign, a dash for a missing one, and a text as it is."""
     if isinstance(value, str):
         return value
-    return "–" if pd.isna(value) else f"{value:+.3g}"
+    if pd.isna(value):
+        return "–"
+    return "0" if abs(value) < ROUNDING else f"{value:+.3g}"
 
 
 def compared() -> pd.DataFrame:

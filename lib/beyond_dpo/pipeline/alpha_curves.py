@@ -249,11 +249,13 @@ class AlphaCurves:
     def summary(self, measure: str, split: str = "test") -> pd.DataFrame:
         """Return the mean of a measure at every point with its interval over trainings and prompts.
 
+        Prompts on which it was not measured, as the log-ratio is on some alone, are left out.
         passes: whether the point passes the gate in most trainings.
         """
         rows = []
         for model in self.models:
             values = self.values(model, measure, split)
+            values = values[:, :, np.isfinite(values).all((0, 1))]
             passing = self.gates(model).mean(0) > 0.5
             for place, alpha in enumerate(self.alphas[model]):
                 mean = stats.two_level_mean(values[:, place], seed=self.bootstrap_seed)
