@@ -9,10 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import nbformat
-import pandas as pd
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
@@ -21,7 +19,7 @@ from PIL import Image
 
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import plan, report
-from beyond_dpo.pipeline import assets, config, expo, stages
+from beyond_dpo.pipeline import assets
 
 NOTEBOOKS = sorted(paths.NOTEBOOKS.glob("*.ipynb"))
 OF_PAPERS = [path for path in NOTEBOOKS if path.stem[0] in "123"]
@@ -194,7 +192,7 @@ def test_in_committed_tables_numbers_stand_right_and_texts_left():
             assert style == alignment, heading
             assert {look.partition(";")[0] for look, _ in cells} == {alignment}, heading
             counts[alignment] += 1
-    assert len(tables) == 86
+    assert len(tables) == 101
     assert counts["text-align: left"] > 150
     assert counts["text-align: right"] > 250
 
@@ -270,7 +268,7 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     cells = [len(code_cells(read(path.stem))) for path in NOTEBOOKS]
     assert passed == sum(cells), "every code cell was compared"
     drawn = pictures(tmp_path / "figures")
-    assert len(drawn) == 36
+    assert len(drawn) == 38
     assert drawn == pictures(paths.FIGURES), "the same bytes"
 
 
@@ -317,118 +315,6 @@ def test_a_dry_run_draws_nothing(tmp_path, monkeypatch, mode):
     assert "figures.save" in code_cells(nb)[2].source
     plan.planned(nb, plan.parameters(nb, stem))
     assert not (tmp_path / "figures").exists()
-
-
-# ---- the sample texts of notebook 11
-
-ALPHAS = [0.0, 2.0, 8.0]  # none, the chosen and the largest
-
-
-@pytest.fixture
-def untrained(tmp_path, monkeypatch):
-    """Return settings of which no model has been trained, in an empty store."""
-    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path)
-    return config.load("expo", "night", seeds=[5])
-
-
-@pytest.fixture
-def trained(untrained, tmp_path):
-    """Return settings whose models are there, as far as folders tell, and no responses."""
-    sft = stages.sft(untrained)
-    aligned = stages.aligned(untrained, untrained.recipe_fraction, 5)
-    (tmp_path / sft.key).mkdir()
-    (tmp_path / aligned.key).mkdir()
-    return untrained
-
-
-@pytest.mark.parametrize("mode", ["auto", "never"])
-def test_sample_texts_are_frozen(tmp_path, monkeypatch, mode):
-    monkeypatch.setattr(paths, "ARTIFACTS", tmp_path)
-    monkeypatch.setenv("COMPUTE", mode)
-    frozen = expo.samples(config.load("expo", "cpu"), ALPHAS)
-    assert not frozen.missing()
-    assert (paths.FROZEN / frozen.key).is_dir()
-    texts = pd.DataFrame(frozen.json("texts.json"))
-    first = texts[texts["model"] == texts["model"][0]]
-    assert sorted(set(first["alpha"])) == [0, 1, 4, 16]
-    assert first["prompt"].nunique() == 5
-
-
-@pytest.mark.parametrize("mode", ["auto", "never"])
-def test_sample_texts_train_nothing(untrained, monkeypatch, mode):
-    monkeypatch.setenv("COMPUTE", mode)
-    assert expo.samples(untrained, ALPHAS) is None
-
-
-def test_sample_texts_are_not_sampled_where_nothing_may_be_computed(trained, monkeypatch):
-    monkeypatch.setenv("COMPUTE", "never")
-    assert expo.samples(trained, ALPHAS) is None
-
-
-def test_sample_texts_are_sampled_where_the_models_are_there(trained, monkeypatch):
-    """At three α, one response to each of five prompts."""
-    monkeypatch.setenv("COMPUTE", "auto")
-    missing = expo.samples(trained, ALPHAS).missing().values()
-    made = sorted(artifact.stage for artifact in missing)
-    assert made == ["own-prompts", "responses", "responses", "responses", "said"]
-    responses = [artifact for artifact in missing if artifact.stage == "responses"]
-    assert [artifact.recipe["inputs"]["alpha"] for artifact in responses] == ALPHAS
-
-
-class SampleTexts:
-    """Stand in for what expo.samples returns: a text of two models at each α."""
-
-    key = "said-0123456789abcdef"
-
-    def __init__(self, alphas):
-        self.alphas = alphas
-
-    def json(self, name):
-        rows = []
-        for model in ("first", "second"):
-            for alpha in self.alphas:
-                row = {"model": model, "alpha": alpha, "prompt": "My wife and I", "text": "left."}
-                rows.append(row)
-        return rows
-
-
-def show_sample_texts(sampled: list[float]):
-    """Run notebook 11's own cell where texts were sampled at these α; return α asked for, table."""
-    nb = read("11_expo_headline")
-    (cell,) = [cell for cell in code_cells(nb) if "expo.samples" in cell.source]
-    cfg = config.load("expo", "night")
-    assert max(cfg.alphas[cfg.recipe_fraction]) == 8
-    requests = []
-    tables = []
-
-    def samples(cfg, alphas):
-        requests.extend(alphas)
-        return SampleTexts(sampled)
-
-    names = {
-        "cfg": cfg,
-        "mode": {cfg.recipe_fraction: 2.0},
-        "expo": SimpleNamespace(samples=samples),
-        "keys": [],
-        "pd": pd,
-        "report": report,
-        "display": tables.append,
-    }
-    exec(cell.source, names)
-    assert requests == ALPHAS
-    return tables[0]
-
-
-def test_sample_texts_are_of_no_the_chosen_and_the_largest_extrapolation():
-    table = show_sample_texts(sampled=ALPHAS)
-    assert list(table.data.columns) == ["prompt", "α = 0", "α = 2", "α = 8"]
-    assert "chosen: α = 2, largest: 8; sampled nearest: 2 and 8" in table._repr_html_()
-
-
-def test_where_other_alphas_were_sampled_the_caption_says_which():
-    table = show_sample_texts(sampled=[0.0, 1.5, 4.0])
-    assert list(table.data.columns) == ["prompt", "α = 0", "α = 1.5", "α = 4"]
-    assert "chosen: α = 2, largest: 8; sampled nearest: 1.5 and 4" in table._repr_html_()
 
 
 # ---- what running a notebook overwrites

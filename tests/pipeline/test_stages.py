@@ -248,7 +248,7 @@ def test_the_reward_model_chooses_alpha_on_dev_prompts(curves):
 
 
 def test_training_and_search_have_their_seconds(curves):
-    (row,) = curves.json("seconds.json")
+    (row,) = curves.manifest["facts"]["seconds"]
     assert (row["fraction"], row["seed"]) == (1.0, 0)
     assert row["training"] > 0
     assert row["search"] > 0
@@ -348,8 +348,7 @@ def test_a_search_names_the_points_that_it_tried(curves):
 
 def test_no_text_and_no_token_of_the_data_set_is_frozen(curves):
     files = curves.manifest["files"]
-    tables = {"best.json", "facts.json", "points.json", "seconds.json", "responses.csv.gz"}
-    assert set(files) == tables
+    assert set(files) == {"best.json", "facts.json", "points.json", "responses.csv.gz"}
     for file in curves.get().glob("*.json"):
         assert "response_ids" not in file.read_text()
     frozen = artifacts.freeze(curves.key)
@@ -722,9 +721,10 @@ def test_the_dry_run_names_every_training_of_expos_notebooks(dry_run):
     assert count["16"] == sft + models
     assert count["90"] == sft + models
     assert count["12"] == sft + sum(fraction == 1 for fraction, _ in expo.runs(cfg))
-    assert count["13"] == sft + 2 + len(cfg.recipes)
-    assert count["14"] == sft + 3
-    assert count["15"] == (5 if sft else 2)
+    full = int(cfg.world.sft_at_alpha)  # full DPO, for the SFT model as its α = −1
+    assert count["13"] == sft + 1 + full + len(cfg.recipes)
+    assert count["14"] == sft + 2 + full
+    assert count["15"] == (4 if sft else 1) + full
     assert count["17"] == sft + len(cfg.fractions)
     for number in ("00", "18", "19"):
         assert count[number] == 0
@@ -850,7 +850,8 @@ def test_third_opinions_learn_from_half_a_without_what_gold_learns(jobs):
 
 
 def test_rewards_of_the_first_form_are_trained_as_they_were(jobs):
-    world = spoiled_world(spoiled=False, gold_model="words", reward_words=32)
+    first_form = {"spoiled": False, "gold_model": "words", "reward_model": "tiny-encoder"}
+    world = spoiled_world(**first_form, reward_words=32)
     for name in ("gold", "reward"):
         stages.reward(world, name).get()
     gold, reward = jobs
@@ -874,7 +875,8 @@ def test_judges_of_half_a_need_its_labels(jobs):
 
 def test_every_judge_of_a_spoiled_world_scores(store):
     """Gold is n-grams here, and the reward model the tiny encoder: both really trained."""
-    cfg = plain(world__spoiled=True, world__gold_model="ngrams", world__reward_words=48)
+    models = {"world__gold_model": "ngrams", "world__reward_model": "tiny-encoder"}
+    cfg = plain(world__spoiled=True, world__reward_words=48, **models)
     pool = samples_of(cfg, stages.sft(cfg), "dev_prompts", 1)
     scores = frame(stages.scores(cfg, pool, "dev_prompts"))
     assert {"gold", "reward", "words", "vader", "person", "ended"} < set(scores)
@@ -892,7 +894,7 @@ def test_a_finished_reward_model_has_nothing_to_train(store, tiny_reward):
     cfg = plain(world__reward_model=str(tiny_reward), world__reward_rows=0)
     reward = stages.reward(cfg.world, "reward")
     facts = reward.manifest["facts"]
-    assert set(facts) == {"held_out", "accuracy", "auc"}
+    assert set(facts) == {"held_out", "accuracy", "auc", "auc_spoiled"}
     assert facts["held_out"] > 10
     assert not list(reward.get().glob("*.safetensors")), "no copy of the model"
 

@@ -80,14 +80,19 @@ def _writes_date(folder: Path) -> bool:
 
 def pool(world: config.World, seed: int) -> str:
     """Return the split whose prompts a training with this seed learns from."""
-    number = seed % world.pools
+    number = seed % pools(world)
     return f"prompts_{number}" if number else "prompts"
+
+
+def pools(world: config.World) -> int:
+    """Return how many sets of prompts a world has to learn from: one, but of embedded data sets."""
+    return world.pools if world.dataset in EMBEDDED else 1
 
 
 def sizes(world: config.World) -> dict[str, int]:
     """Return how many prompts each split has, in the order of their reviews."""
     numbers = {name: getattr(world, name) for name in SPLITS}
-    for seed in range(1, world.pools):
+    for seed in range(1, pools(world)):
         numbers[pool(world, seed)] = world.prompts
     return numbers
 
@@ -99,10 +104,6 @@ def split(world: config.World, out: Path) -> dict:
     Raises ConfigError if the data set is too small for what `world` asks.
     """
     if world.dataset not in EMBEDDED:
-        if world.pools > 1:
-            raise config.ConfigError(
-                f"world.pools={world.pools}: only {' and '.join(EMBEDDED)} are split so"
-            )
         return preferences.split(world, out)
     if world.pairs == "given" or world.dev_dataset or world.test_dataset:
         raise config.ConfigError(

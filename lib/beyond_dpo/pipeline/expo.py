@@ -4,7 +4,6 @@ Each function returns an Artifact, or lines for sweep(); nothing runs before its
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -96,7 +95,8 @@ def curves(cfg) -> Artifact:
     responses.csv.gz: one line a response (split, fraction, seed, alpha, prompt, sample, every
     score, logratio in nats). points.json: distinct-2 of each (split, fraction, seed, alpha).
     best.json: the α of each run that the reward model chooses on dev prompts, among those that pass
-    the gate (alpha_curves). Fraction 0 is the SFT model. seconds.json: what it took.
+    the gate (alpha_curves). Fraction 0 is the SFT model. The facts say how many seconds each
+    training and search took.
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
     points = [_placed(cfg, split, 0.0, cfg.seeds[0], 0.0) for split in SPLITS]
@@ -105,7 +105,7 @@ def curves(cfg) -> Artifact:
             for split in SPLITS:
                 points.append(_placed(cfg, split, fraction, seed, alpha))
 
-    def make(out: Path) -> None:
+    def make(out: Path) -> dict:
         needs.check(cfg)
         table, facts = gather.scored(points, "α curves")
         gather.write(out, table, facts)
@@ -113,7 +113,7 @@ def curves(cfg) -> Artifact:
         chosen = sampled.choices()[["fraction", "seed", "alpha"]]
         gather.write_json(out / "best.json", chosen.to_dict("records"), indent=1)
         gather.write_json(out / "facts.json", _facts(cfg), indent=1)
-        gather.write_json(out / "seconds.json", _seconds(cfg), indent=1)
+        return {"seconds": _seconds(cfg)}
 
     inputs = {"points": gather.scores_of(points)}
     return Artifact("curves", version=3, inputs=inputs, make=make, hours=cfg.needs.hours)
@@ -470,16 +470,16 @@ def with_full(cfg, lines: dict[str, dict[int, Line]]) -> dict[str, dict[int, Lin
 def recipes(cfg, seed: int | None = None) -> dict[str, Line]:
     """Return the lines of models trained longer, faster, by other optimizers or with another β.
 
-    These are the rows of ACL Table 4 that cfg.recipes names, after the default. seed: None is the
-    first.
+    These are the rows of ACL Table 4 that cfg.recipes names, after the default; their epochs count
+    those of the default as one. seed: None is the first.
     """
     seed = cfg.seeds[0] if seed is None else seed
     lr = cfg.train.lr
     beta = cfg.train.beta
     changes = {
         "default": {},
-        "2 epochs": {"epochs": 2},
-        "3 epochs": {"epochs": 3},
+        "2 epochs": {"epochs": 2 * cfg.train.epochs},
+        "3 epochs": {"epochs": 3 * cfg.train.epochs},
         "learning rate × 2": {"lr": 2 * lr},
         "learning rate × 4": {"lr": 4 * lr},
         "AdaGrad": {"optimizer": "adagrad"},
@@ -751,27 +751,11 @@ def _own_prompts(cfg, reader: Artifact) -> Artifact:
     return Artifact("own-prompts", version=1, inputs=inputs, make=make)
 
 
-def samples(cfg, alphas: list[float]) -> Artifact | None:
-    """Return texts of one model of the curves at these α, or at others if only those were sampled.
+def told(cfg) -> Artifact:
+    """Sample texts of DPO on cfg.recipe_fraction of the pairs, at every α of its grid; first seed.
 
-    The model is DPO on cfg.recipe_fraction of the pairs, first seed; its name is the first in
-    texts.json. Nothing is trained for this: sampling takes the model itself, and one response to
-    each of PROMPTS at each α. Where the model is not there, said(cfg, wrong_pairs(cfg)) may hold
-    texts of its line. None where neither is there.
+    The file is that of said().
     """
     fraction = cfg.recipe_fraction
-    each_once = dict.fromkeys(alphas)
-    line = _aligned_line(cfg, fraction, cfg.seeds[0], tuple(each_once))
-    name = f"{fraction:.0%} of the pairs"
-    wanted = said(cfg, {name: line})
-    missing = {artifact.stage for artifact in wanted.missing().values()}
-    may_sample = os.environ.get("COMPUTE") != "never"
-    if not missing:
-        return wanted
-    if may_sample and missing <= {"own-prompts", "responses", "said"}:
-        return wanted
-    finished = not cfg.world.sft_rows
-    if finished and not cfg.wrong_pairs:
-        return None
-    other = said(cfg, wrong_pairs(cfg))
-    return None if other.missing() else other
+    line = _aligned_line(cfg, fraction, cfg.seeds[0], cfg.alphas[fraction])
+    return said(cfg, {f"{fraction:.0%} of the pairs": line})

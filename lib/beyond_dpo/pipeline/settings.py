@@ -64,7 +64,7 @@ class World:
     sft_tokens: AtLeastOne = 64
     prompts: Count = 0  # prompts that preference pairs are sampled for
     # disjoint sets of that many prompts: a training with seed s learns from the pairs of set s
-    # modulo their number
+    # modulo their number; data sets that are not embedded have one
     pools: AtLeastOne = 1
     dev_prompts: Count = 0
     test_prompts: Count = 0

@@ -74,8 +74,8 @@ def texts(world: config.World) -> Artifact:
         inputs["test_dataset"] = corpus.source(world.test_dataset)
     if world.pairs != "sampled":
         inputs["pairs"] = world.pairs
-    if world.pools > 1:
-        inputs["pools"] = world.pools
+    if corpus.pools(world) > 1:
+        inputs["pools"] = corpus.pools(world)
     inputs.update(corpus.rendering(world.target, world.template))
     if world.template == "chat" or world.dataset not in corpus.EMBEDDED:
         # The version of the tokens: responses have those that they have after their prompt. Texts
