@@ -221,7 +221,7 @@ def test_nbconvert_to_script_writes_a_python_file():
     body, resources = ScriptExporter().from_filename(str(notebook))
     assert resources["output_extension"] == ".py"
     ast.parse(body)
-    assert "curves = expo.curves(cfg)" in body
+    assert "expo.curves(cfg)" in body
 
 
 def test_opening_and_saving_in_jupyterlab_changes_nothing(path, nb):
