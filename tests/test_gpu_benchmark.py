@@ -14,6 +14,7 @@ import pytest
 
 from beyond_dpo.machine import paths
 from beyond_dpo.pipeline import config, expo
+from beyond_dpo.pipeline.artifacts import Artifact
 
 GPU = paths.ROOT / "benchmarks" / "gpu"
 RUN = GPU / "run.py"
@@ -321,6 +322,15 @@ def test_the_world_is_that_of_notebook_11_for_one_more_seed_at_a_time(modules, m
     assert expo.curves(cfg).key == expo.curves(profile).key
     assert cfg.needs.gpus == 0
     assert (cfg.train.launcher, cfg.train.checkpoint_every) == ("plain", 10**6)
+
+
+def test_the_world_computes_what_notebook_11_names(modules, monkeypatch):
+    """It called a function that was no longer there, and only a GPU would have told."""
+    world = modules("step_world")
+    got = []
+    monkeypatch.setattr(Artifact, "get", lambda result: got.append(result.key))
+    cfg = config.load("expo", "smoke")
+    assert world.compute(cfg) == got == [expo.curves(cfg).key, expo.told(cfg).key]
 
 
 def test_what_is_carried_is_locked_or_named_with_its_version(modules):

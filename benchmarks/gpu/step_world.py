@@ -91,16 +91,10 @@ def pack(keys: list[str], path: Path) -> int:
 
 def compute(cfg) -> list[str]:
     """Compute what notebook 11 shows; return the keys that --freeze would copy."""
-    curves = expo.curves(cfg)
-    curves.get()
-    best = curves.json("best.json")
-    chosen = {row["fraction"]: row["alpha"] for row in best if row["seed"] == cfg.seeds[0]}
-    share = cfg.recipe_fraction
-    told = expo.samples(cfg, [0.0, chosen[share], max(cfg.alphas[share])])
-    if told is None:
-        return [curves.key]
-    told.get()
-    return [curves.key, told.key]
+    results = [expo.curves(cfg), expo.told(cfg)]
+    for result in results:
+        result.get()
+    return [result.key for result in results]
 
 
 def listener(results: Results):
