@@ -10,7 +10,7 @@ than two units or groups, and for unequal shapes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -222,16 +222,12 @@ def ratio_of_means(values, reference) -> Estimate:
     values with the t interval. Raises ValueError for less than two, and for a reference of mean 0.
     """
     values, reference = _paired(values, reference)
-    trainings = len(values)
-    if trainings < 2:
-        raise ValueError(f"an interval needs 2 or more independent simulations: {trainings=}")
     scale = reference.mean()
     if scale == 0:
         raise ValueError("the reference has a mean of 0")
     ratio = values.mean() / scale
-    residuals = (values - ratio * reference) / scale
-    error = residuals.std(ddof=1) / np.sqrt(trainings)
-    return Estimate(float(ratio), float(error), 0.0, trainings)
+    residual = mean_of_trainings((values - ratio * reference) / scale)
+    return replace(residual, value=float(ratio))
 
 
 def mean_of_trainings(values) -> Estimate:

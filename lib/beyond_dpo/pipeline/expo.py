@@ -94,24 +94,19 @@ def curves(cfg) -> Artifact:
 
     responses.csv.gz: one line a response (split, fraction, seed, alpha, prompt, sample, every
     score, logratio in nats). points.json: distinct-2 of each (split, fraction, seed, alpha).
-    best.json: the α of each run that the reward model chooses on dev prompts, among those that pass
-    the gate (alpha_curves). Fraction 0 is the SFT model. The facts say how many seconds each
-    training and search took.
+    facts.json: what is known of the rewards and the pairs. Fraction 0 is the SFT model. The facts
+    of the manifest say how many seconds each training and search took.
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
-    points = [_placed(cfg, split, 0.0, cfg.seeds[0], 0.0) for split in SPLITS]
+    points = _sft_points(cfg, {"fraction": 0.0})
     for fraction, seed in runs(cfg):
-        for alpha in cfg.alphas[fraction]:
-            for split in SPLITS:
-                points.append(_placed(cfg, split, fraction, seed, alpha))
+        line = _aligned_line(cfg, fraction, seed, cfg.alphas[fraction])
+        points += _walked(cfg, {"fraction": fraction, "seed": seed}, line)
 
     def make(out: Path) -> dict:
         needs.check(cfg)
         table, facts = gather.scored(points, "α curves")
         gather.write(out, table, facts)
-        sampled = AlphaCurves(table, pd.DataFrame(facts), "fraction", 0.0, bootstrap_seed=0)
-        chosen = sampled.choices()[["fraction", "seed", "alpha"]]
-        gather.write_json(out / "best.json", chosen.to_dict("records"), indent=1)
         gather.write_json(out / "facts.json", _facts(cfg), indent=1)
         return {"seconds": _seconds(cfg)}
 
@@ -128,7 +123,7 @@ def measured(cfg, points: Artifact, bootstrap_seed: int = 0) -> AlphaCurves:
     table = points.csv("responses.csv.gz")
     if cfg.world.gold_rows:
         table["gold"] = 1 / (1 + np.exp(-table["gold"]))
-    label = "fraction" if points.stage == "curves" else "model"
+    label = "fraction" if "fraction" in table else "model"
     sft = table[label].iloc[0]  # the SFT model's points come first
     facts = pd.DataFrame(points.json("points.json"))
     return AlphaCurves(table, facts, label, sft, bootstrap_seed)
@@ -169,23 +164,11 @@ def _main_line(cfg, alphas: tuple = ()) -> Line:
     return _aligned_line(cfg, most, cfg.seeds[0], alphas)
 
 
-def _placed(cfg, split: str, fraction: float, seed: int, alpha: float) -> gather.Point:
-    """Return a point of the curves; split is "dev" or "test"."""
-    columns = {
-        "split": split,
-        "fraction": fraction,
-        "seed": seed,
-        "alpha": alpha,
-    }
-    scores = point(cfg, fraction, seed, alpha, f"{split}_prompts")
-    return gather.Point(columns, scores)
-
-
 def _facts(cfg) -> dict:
     """Return how well each reward does on labels that it never saw, and the facts of the pairs."""
-    measured = {name: stages.reward(cfg.world, name) for name in stages.judges(cfg.world)}
-    measured["pairs"] = stages.pairs(cfg)
-    return {name: artifact.manifest["facts"] for name, artifact in measured.items()}
+    results = {name: stages.reward(cfg.world, name) for name in stages.judges(cfg.world)}
+    results["pairs"] = stages.pairs(cfg)
+    return {name: artifact.manifest["facts"] for name, artifact in results.items()}
 
 
 def _seconds(cfg) -> list[dict]:
@@ -337,7 +320,7 @@ def walk(cfg, lines: dict[str, dict[int, Line]]) -> Artifact:
     the SFT model is "SFT". alpha_curves reads them.
     """
     config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
-    points = _sft_points(cfg)
+    points = _sft_points(cfg, {"model": "SFT"})
     for name, by_seed in lines.items():
         for seed, line in by_seed.items():
             points += _walked(cfg, {"model": name, "seed": seed}, line)
@@ -351,11 +334,11 @@ def walk(cfg, lines: dict[str, dict[int, Line]]) -> Artifact:
     return Artifact("walk", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
-def _sft_points(cfg) -> list[gather.Point]:
-    """Return the SFT model on both splits, with which every walk begins."""
+def _sft_points(cfg, name: dict) -> list[gather.Point]:
+    """Return the SFT model on both splits, with which every table begins; name: its column."""
     points = []
     for split in SPLITS:
-        columns = {"split": split, "model": "SFT", "seed": cfg.seeds[0], "alpha": 0.0}
+        columns = {"split": split, **name, "seed": cfg.seeds[0], "alpha": 0.0}
         scores = point(cfg, 0.0, cfg.seeds[0], 0.0, f"{split}_prompts")
         points.append(gather.Point(columns, scores))
     return points
@@ -390,7 +373,7 @@ def equal_steps(cfg, lines: dict[str, dict[int, Line]]) -> Artifact:
     def make(out: Path) -> dict:
         needs.check(cfg)
         lengths = {seed: _lengths(artifact) for seed, artifact in changes.items()}
-        points = _sft_points(cfg)
+        points = _sft_points(cfg, {"model": "SFT"})
         rows = []
         for name, by_seed in lines.items():
             for seed, line in by_seed.items():
