@@ -109,11 +109,14 @@ def finite(text: str) -> float:
 finite.__name__ = "finite number"  # what argparse calls it where it refuses one
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
-
-
 # ---- expo extrapolate
+
+
+def _size(size: int) -> str:
+    """Return a number of bytes as people say it."""
+    if size < 1e9:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.1f} GB"
 
 
 def _module_alpha(text: str) -> tuple[str, float]:
@@ -171,11 +174,9 @@ def _extrapolate(options: argparse.Namespace) -> None:
     settings = {"modules": dict(options.modules), "dtype": options.dtype}
     plan = extrapolate.plan(sft.folder, aligned.folder, outputs, **settings)
     text = (
-        f"reads {gigabytes(plan.read)} and writes {gigabytes(plan.written)} of "
-        f"{gigabytes(plan.free)} that are free: about {events.duration(plan.seconds)}, by a sample"
+        f"reads {_size(plan.read)} and writes {_size(plan.written)} of {_size(plan.free)} that are "
+        f"free, in about {events.duration(max(1, plan.seconds))} by a sample"
     )
-    if plan.written > plan.free:
-        raise CommandError(f"{text}: the disk has too little room")
     if options.dry_run:
         events.show(text)
     else:

@@ -287,7 +287,8 @@ def plan(
     """Say what extrapolate() would read and write with the same arguments, and how long it takes.
 
     The time is that of a sample: tensors of up to SAMPLE bytes are computed, written beside the
-    outputs and deleted. Raises as extrapolate() for what is wrong before weights are read.
+    outputs and deleted. Raises as extrapolate() for what is wrong before weights are read, and
+    OSError where the disk has no room for the outputs.
     """
     outputs = {float(alpha): Path(out).resolve() for alpha, out in outputs.items()}
     _require_new(list(outputs.values()))
@@ -295,6 +296,10 @@ def plan(
     parent = next(iter(outputs.values())).parent
     while not parent.exists():
         parent = parent.parent
+    written = len(outputs) * sum(shard.data_size for shard in work.shards.values())
+    free = shutil.disk_usage(parent).free
+    if written > free:
+        raise OSError(f"{parent} has {free} bytes free, {written} are to be written: make room")
     sample = _sample(work)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=parent, prefix=".expo-sample-") as folder:
@@ -305,8 +310,7 @@ def plan(
         with events.Bar(0, off_terminal=False) as bar:
             _write_tensors(sample, copies, dict.fromkeys(sample.shards, 0), bar)
     seconds = (time.perf_counter() - began) * work.size / max(sample.size, 1)
-    written = len(outputs) * sum(shard.data_size for shard in work.shards.values())
-    return Plan(work.size, written, shutil.disk_usage(parent).free, seconds)
+    return Plan(work.size, written, free, seconds)
 
 
 def _prepared(
