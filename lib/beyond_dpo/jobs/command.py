@@ -106,7 +106,8 @@ def _search(options: argparse.Namespace) -> None:
     reward_model = hub.locate(options.reward).folder
     extrapolate.check(sft, aligned)
     decoding = _decoding(options)
-    prompts = _prompts(options.prompts, options.template, templates.load_tokenizer(str(aligned)))
+    tokenizer = templates.load_tokenizer(str(aligned))
+    prompts = read_prompts(options.prompts, options.template, tokenizer)
     made_from = {
         "sft": _folder_digest(sft),
         "aligned": _folder_digest(aligned),
@@ -161,7 +162,7 @@ def _decoding(options: argparse.Namespace) -> Decoding:
     )
 
 
-def _prompts(file: Path, template: str | None, tokenizer) -> list:
+def read_prompts(file: Path, template: str | None, tokenizer) -> list:
     """Return the prompts of a file as search_alpha() takes them: texts, or turns for a chat model.
 
     Raises ValueError, which names the line, for what is neither.
@@ -200,7 +201,7 @@ def _prompt_of(line: str, where: str) -> str | list[dict]:
 
 def _reward(folder: Path, label: int | None) -> Callable[[list, list[str]], np.ndarray]:
     """Return a function from prompts and responses to rewards."""
-    model = rewards.load("classifier", folder=str(folder), label=label)
+    model = rewards.load("classifier", folder=str(folder.resolve()), label=label)
 
     def reward(prompts: list, responses: list[str]) -> np.ndarray:
         """Score the responses, as turns if the model reads those."""
