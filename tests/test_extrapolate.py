@@ -1104,6 +1104,20 @@ def test_a_plan_counts_bytes_and_leaves_nothing(big, tmp_path):
     assert names_in(tmp_path) == []
 
 
+def test_a_plan_clears_what_a_killed_one_left(pair, tmp_path, out):
+    """Its sample is a working folder as an extrapolation's, which the next run deletes."""
+
+    def killed() -> int:
+        module._write_tensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        module.plan(*pair, {0.5: out})
+        return 0
+
+    assert exit_code(fork(killed)) == -signal.SIGKILL
+    assert len(names_in(tmp_path)) == 3
+    module.plan(*pair, {0.5: out})
+    assert names_in(tmp_path) == ["aligned", "sft"]
+
+
 def test_a_plan_in_float32_writes_twice_the_bytes(pair, out):
     narrow = module.plan(*pair, {0.5: out})
     wide = module.plan(*pair, {0.5: out}, dtype="float32")

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -302,13 +301,12 @@ def plan(
         raise OSError(f"{parent} has {free} bytes free, {written} are to be written: make room")
     sample = _sample(work)
     began = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".expo-sample-") as folder:
-        copies = [Path(folder, str(number)) for number in range(len(outputs))]
+    with ExitStack() as stack:
+        copies = [_working_folder(parent / out.name, [], stack) for out in outputs.values()]
         for copy in copies:
-            copy.mkdir()
             _reserve_shards(copy, sample.shards, dict.fromkeys(sample.shards, 0))
-        with events.Bar(0, off_terminal=False) as bar:
-            _write_tensors(sample, copies, dict.fromkeys(sample.shards, 0), bar)
+        bar = stack.enter_context(events.Bar(0, off_terminal=False))
+        _write_tensors(sample, copies, dict.fromkeys(sample.shards, 0), bar)
     seconds = (time.perf_counter() - began) * work.size / max(sample.size, 1)
     return Plan(work.size, written, free, seconds)
 
