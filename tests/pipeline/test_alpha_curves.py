@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_dpo.pipeline.alpha_curves import AlphaCurves
+from beyond_dpo.pipeline.alpha_curves import AlphaCurves, passes_gate
 
 ALPHAS = (0.0, 1.0, 2.0)
 PROMPTS = 4
@@ -69,6 +69,25 @@ def test_the_gate_is_closed_by_few_distinct_bigrams():
     assert not low.gates(0.1).any()
     assert low.fails(0.1)
     assert not curves().fails(1.0)
+
+
+def test_the_gate_by_hand():
+    assert passes_gate(0.05, 0.4, 0.0, 0.8)
+    assert not passes_gate(0.051, 0.4, 0.0, 0.8)
+    assert not passes_gate(0.05, 0.39, 0.0, 0.8)
+    repetitions = np.array([0.3, 0.4])
+    assert passes_gate(repetitions, 0.5, 0.3, 1.0).tolist() == [True, False]
+
+
+def test_without_dev_prompts_the_gate_is_looked_at_where_all_is_judged():
+    whole = curves()
+    table = whole.table[whole.table["split"] == "test"]
+    points = whole.points[whole.points["split"] == "test"]
+    alone = AlphaCurves(table, points, "fraction", 0.0, bootstrap_seed=0, chooses_on="test")
+    assert alone.gates(1.0).tolist() == whole.gates(1.0).tolist()
+    assert alone.sizes == [PROMPTS, PROMPTS]
+    at = alone.estimate(alone.at(1.0, 1.0))
+    assert at.value == pytest.approx((0.75 + 0.65) / 2)
 
 
 def test_alpha_is_chosen_among_points_that_pass():
