@@ -185,3 +185,35 @@ def test_the_summary_says_where_the_gate_closes():
     assert not summary["passes"][1.0, 2.0]
     assert summary["passes"][1.0, 1.0]
     assert (summary["low"] <= summary["mean"]).all()
+
+
+def test_a_share_to_first_order_is_the_ratio_of_means_with_a_finite_error():
+    """Here trainings differ and prompts do not; the error is that of q − r·u over the unit."""
+    both = curves()
+    gain = both.at(1.0, 0.0) - both.sft()  # 0.4 and 0.3
+    small = both.at(0.1, 0.0) - both.sft()  # 0.1 and 0.1
+    ratio = 0.1 / 0.35
+    share = both.in_units_of(small, gain)
+    assert share.value == pytest.approx(ratio)
+    residuals = (np.array([0.1, 0.1]) - ratio * np.array([0.4, 0.3])) / 0.35
+    assert share.between_trainings == pytest.approx(residuals.std(ddof=1) / np.sqrt(2))
+    assert share.between_units == pytest.approx(0.0, abs=1e-9)
+    itself = both.in_units_of(gain, gain)
+    assert (itself.value, itself.between_trainings) == pytest.approx((1.0, 0.0))
+
+
+def test_a_unit_that_is_0_in_some_draws_of_prompts_leaves_a_finite_error():
+    rows = []
+    for model, golds in {"sft": [0, 0, 0, 0], "dpo": [0, 0, 0, 1], "wrpo": [0, 0, 1, 1]}.items():
+        for prompt, gold in enumerate(golds):
+            row = {"split": "test", "model": model, "seed": 0, "alpha": 0.0, "prompt": prompt}
+            rows.append({**row, "gold": gold, "reward": gold, "repetition": 0.0, "logratio": 1.0})
+    table = pd.DataFrame(rows)
+    points = table.drop_duplicates("model").assign(distinct_2=1.0)
+    few = AlphaCurves(table, points, "model", "sft", 0, chooses_on="test")
+    gain = few.at("dpo", 0.0) - few.sft()
+    share = few.in_units_of(few.at("wrpo", 0.0) - few.sft(), gain)
+    assert share.value == pytest.approx(2.0)
+    assert np.isfinite(share.between_units)
+    with pytest.raises(ValueError, match="mean of 0"):
+        few.in_units_of(gain, few.sft())

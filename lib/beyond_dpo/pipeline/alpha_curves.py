@@ -5,7 +5,7 @@ training and prompt by prompt (stats.two_level).
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -247,6 +247,26 @@ class AlphaCurves:
             return means[..., 0] / means[..., 1]
 
         return stats.two_level(measure, self.sizes, ratio, seed=self.bootstrap_seed)
+
+    def in_units_of(self, quantity: Quantity, unit: Quantity) -> stats.Estimate:
+        """Return the mean of a quantity over that of another, the error of both to first order.
+
+        As share(), for units that are not far from 0 in every draw of prompts: the error is that of
+        quantity − ratio · unit. Raises ValueError for a unit of mean 0.
+        """
+        mean_unit = self.estimate(unit).value
+        if mean_unit == 0:
+            raise ValueError("the unit has a mean of 0")
+        ratio = self.estimate(quantity).value / mean_unit
+        trainings = min(quantity.trainings, unit.trainings)
+
+        def residual(dev: np.ndarray, test: np.ndarray) -> np.ndarray:
+            above = quantity.of_draws(dev, test)[:, :trainings]
+            below = unit.of_draws(dev, test)[:, :trainings]
+            return (above - ratio * below) / mean_unit
+
+        error = self.estimate(Quantity(residual, trainings))
+        return replace(error, value=ratio)
 
     # ---- tables
 
