@@ -217,3 +217,22 @@ def test_a_unit_that_is_0_in_some_draws_of_prompts_leaves_a_finite_error():
     assert np.isfinite(share.between_units)
     with pytest.raises(ValueError, match="mean of 0"):
         few.in_units_of(gain, few.sft())
+
+
+def test_a_start_is_the_same_for_each_training_of_others():
+    whole = curves()
+    one = whole.table[(whole.table["fraction"] != 0.1) | (whole.table["seed"] == 0)]
+    one = one[(one["fraction"] != 0.1) | (one["alpha"] == 0)]
+    with_start = AlphaCurves(
+        one,
+        whole.points.merge(one[["fraction", "seed", "alpha"]].drop_duplicates()),
+        "fraction",
+        0.0,
+        bootstrap_seed=0,
+    )
+    lead = with_start.estimate(with_start.at(1.0, 0.0) - with_start.once(0.1))
+    assert lead.trainings == 2
+    assert lead.value == pytest.approx((0.7 + 0.6) / 2 - 0.4)
+    alone = with_start.estimate(with_start.at(1.0, 0.0) - with_start.at(0.1, 0.0))
+    assert alone.trainings == 1
+    assert with_start.estimate(with_start.sft()).value == pytest.approx(0.3)

@@ -139,7 +139,14 @@ class AlphaCurves:
 
     def sft(self, measure: str = "gold") -> Quantity:
         """Return a measure of the SFT model, the same for each training."""
-        values = self.values(self.sft_label, measure, "test")[0, 0]
+        return self.once(self.sft_label, measure)
+
+    def once(self, model: Model, measure: str = "gold") -> Quantity:
+        """Return a measure of a model that others start from, the same for each of their trainings.
+
+        It has one point.
+        """
+        values = self.values(model, measure, "test")[0, 0]
         most = max(len(self.seeds(model)) for model in self.models)
 
         def mean(_, test: np.ndarray) -> np.ndarray:
