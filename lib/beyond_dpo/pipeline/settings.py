@@ -268,7 +268,7 @@ class Wrpo(Judged, Paper):
     # sets of sources from which the target itself learns, each apart: what must a source be?
     compared: tuple[Names, ...] = ()
     compared_alphas: FusionWeights = (0.1, 0.5)  # largest fusion coefficients with each of them
-    learnt: AtLeastOne = 80  # prompts that a training learns from there, of its seed's pool
+    learnt: AtLeastOne = 64  # prompts that a training learns from there, of its seed's pool
     # a set is strong where its best beats the target's best by this, mean σ(gold), on dev prompts
     margin: Positive = 0.05
     # the bandit's sources: every pair of these
