@@ -42,6 +42,8 @@ FusionWeights = Annotated[tuple[Share, ...], NotEmpty]
 # of a bandit's source, in standard deviations: how much stronger and how far away it is
 Strength = Annotated[float, Field(ge=-10, le=10)]
 Distance = Annotated[float, Field(ge=0, le=10)]
+# α of a model's line beside the model itself, after its start at −1
+OnLine = Annotated[float, Field(gt=-1, le=8)]
 Methods = Annotated[tuple[PairLosses, ...], NotEmpty]
 
 
@@ -221,14 +223,17 @@ class Mallows(Judged, Paper):
 class Source:
     """Where some of the responses that WRPO learns from are taken."""
 
-    # human: how the reviewers themselves went on
-    kind: Literal["model", "endpoint", "recorded", "human"]
+    # human: how the reviewers themselves went on; target: the target itself; expo: the model that
+    # notebook 11 aligns on all pairs, pushed on to the largest α that passes the gate
+    kind: Literal["model", "endpoint", "recorded", "human", "target", "expo"]
     # a model's asset, folder or hub id; an endpoint's model name; a file of recorded answers
     ref: str = ""
     # address of an OpenAI-compatible endpoint (machine, never in a key), whose secret is
     # OPENAI_API_KEY
     url: str = ""
     ask: str = ""  # what a chat model is asked, with {prompt} in it; "" continues the text
+    samples: Count = 0  # responses per prompt of a model that is sampled, 0: world.samples
+    only: Literal["", "positive"] = ""  # of people: those whose review has this label; "": all
     terms: str = ""  # what a user should know before it is used
 
 
@@ -251,7 +256,21 @@ class Wrpo(Judged, Paper):
     objectives: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings
     # largest fusion coefficients, dynamic and static
     alphas: FusionWeights = (0.1, 0.3, 0.5, 0.7, 1.0)
+    ablation_seeds: AtLeastOne = 1  # how many of the seeds the ablations have
     test_samples: AtLeastOne = 1
+    # number of prompts that judge: the first ones of the world's last pool, from which then nobody
+    # may learn; 0: the world's test prompts judge
+    held_out: Count = 0
+    # number of prompts that judge whose responses the target scores too, for the KL; 0: all
+    kl_prompts: Count = 0
+    # further α of the line from the start through DPO, so that its reward is known at other KL
+    kl_alphas: tuple[OnLine, ...] = ()
+    # sets of sources from which the target itself learns, each apart: what must a source be?
+    compared: tuple[Names, ...] = ()
+    compared_alphas: FusionWeights = (0.1, 0.5)  # largest fusion coefficients with each of them
+    learnt: AtLeastOne = 64  # prompts that a training learns from there, of its seed's pool
+    # a set is strong where its best beats the target's best by this, mean σ(gold), on dev prompts
+    margin: Positive = 0.05
     # the bandit's sources: every pair of these
     bandit_strengths: Annotated[tuple[Strength, ...], NotEmpty] = (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
     bandit_distances: Annotated[tuple[Distance, ...], NotEmpty] = (0.0, 1.0, 2.0, 3.0, 4.0)

@@ -346,11 +346,25 @@ def responses(
         }
         return _sample(cfg, engine, swap, generate, out)
 
-    does = (
-        f"one {cfg.decoding.backend} engine over every α: "
-        "python -m beyond_dpo.jobs.generate --serve"
-    )
+    does = f"over every α: {sampling_in_words(cfg.decoding)}"
     return Artifact("responses", version=2, inputs=inputs, make=make, does=does)
+
+
+def sampling_in_words(decoding: config.Decoding) -> str:
+    """Return which engines sample, and the command that starts them."""
+    if not decoding.launcher:
+        engines = "one" if decoding.engines == 1 else str(decoding.engines)
+        number = "engine" if decoding.engines == 1 else "engines"
+        command = "python -m beyond_dpo.jobs.generate --serve"
+        return f"{engines} {decoding.backend} {number}: {command}"
+    command = launch.command(
+        "beyond_dpo.machine.spread",
+        Path("{job}"),
+        launcher=decoding.launcher,
+        processes=decoding.engines,
+    )
+    engines = f"{decoding.engines} {decoding.backend} engines"
+    return f"shards of {decoding.shard} prompts on {engines}: {' '.join(command)}"
 
 
 def _sample(cfg, engine: str, swap: dict, generate: dict, out: Path) -> dict:
