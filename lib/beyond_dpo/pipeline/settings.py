@@ -193,6 +193,24 @@ class Contextual:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Voters:
+    """Which pairs of rated sentences are voted on, and which linear models learn from the votes."""
+
+    pairs: AtLeastOne = 512  # that a language model learns from
+    dev: AtLeastOne = 1000  # sentences on which the linear model's penalty is chosen
+    test: AtLeastOne = 1000  # sentences on which scores are compared with the crowd
+    # of the other raters, who put the same sentence of an agreed pair first: at least
+    agreed: Share = 0.95
+    contested: Share = 0.6  # and of a contested pair: at most
+    gap: tuple[NotNegative, NotNegative] = (0.8, 1.2)  # of mean ratings, of pairs at equal gap
+    outer: PositiveShare = 0.25  # of those pairs, from each end of the agreement
+    linear_pairs: Sizes = (512, 2048)
+    shares: Fractions = (0.25, 0.5, 0.75)  # of contested pairs in the linear model's mixtures
+    penalties: Betas = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1)  # of the linear model's weights
+    linear_seeds: Annotated[int, Field(ge=2)] = 60
+
+
+@dataclass(frozen=True, config=STRICT)
 class Mallows(Judged, Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
@@ -215,6 +233,7 @@ class Mallows(Judged, Paper):
     bandit_betas: Betas = ()
     bandit_steps: AtLeastOne = 500_000
     contextual: Contextual = field(default_factory=Contextual)
+    voters: Voters = field(default_factory=Voters)
 
 
 @dataclass(frozen=True, config=STRICT)
