@@ -206,8 +206,8 @@ class Voters:
     outer: PositiveShare = 0.25  # of those pairs, from each end of the agreement
     linear_pairs: Sizes = (512, 2048)
     shares: Fractions = (0.25, 0.5, 0.75)  # of contested pairs in the linear model's mixtures
-    penalties: Betas = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1)  # of the linear model's weights
-    linear_seeds: Annotated[int, Field(ge=2)] = 60
+    penalties: Betas = (3e-4, 3e-3, 0.03, 0.3)  # of the linear model's weights
+    linear_seeds: Annotated[int, Field(ge=2)] = 40
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -9,7 +9,6 @@ Of two items Mallows' φ model has one distance, and the chance of the better on
 -log φ of a pair is the log-odds of the other raters' preference.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +34,10 @@ EQUAL_GAP = (
 KINDS = (MIXED, EQUAL_GAP)
 LINEAR = ("DPO", "MallowsPO-θ, true", "MallowsPO-θ, shuffled")  # what the linear model learns by
 LINEAR_ENTROPY = ("DPO", "MallowsPO-θ, entropy")
+# Settings that decide who is held out, which pairs there are, and what linear models learn.
+HELD_OUT = ("dev", "test")
+DRAWN = (*HELD_OUT, "agreed", "contested", "gap", "outer")
+FITTED = (*DRAWN, "linear_pairs", "shares", "penalties", "linear_seeds")
 
 
 class Votes(NamedTuple):
@@ -188,6 +191,11 @@ def drawn(counts: np.ndarray, kind: str, pairs: int, settings, generator, contes
 # --- sentences
 
 
+def _settings(cfg, names: tuple[str, ...]) -> dict:
+    """Return those of the voters' settings that a result depends on."""
+    return {name: getattr(cfg.voters, name) for name in names}
+
+
 class Split(NamedTuple):
     """Places of sentences: to vote on, to choose a penalty on, and to compare with the crowd."""
 
@@ -245,7 +253,7 @@ def held_out(cfg) -> Artifact:
     They are the same for all trainings: those of the split of the first seed.
     """
     said = _said(cfg)
-    inputs = {"said": said, "settings": dataclasses.asdict(cfg.voters), "seed": cfg.seeds[0]}
+    inputs = {"said": said, "seed": cfg.seeds[0], **_settings(cfg, HELD_OUT)}
 
     def make(out: Path) -> None:
         ratings = said.json("ratings.json")
@@ -265,8 +273,8 @@ def pairs(cfg, kind: str, seed: int) -> Artifact:
     """
     said = _said(cfg)
     settings = cfg.voters
-    inputs = {"said": said, "settings": dataclasses.asdict(settings), "kind": kind, "seed": seed}
-    inputs["split"] = cfg.seeds[0]
+    inputs = {"said": said, "kind": kind, "seed": seed, "split": cfg.seeds[0]}
+    inputs.update(_settings(cfg, (*DRAWN, "pairs")))
 
     def make(out: Path) -> None:
         ratings = said.json("ratings.json")
@@ -415,8 +423,7 @@ def linear(cfg, with_entropy: bool = False) -> Artifact:
     out anew. with_entropy: LINEAR_ENTROPY in place of LINEAR, for which the SFT model is needed.
     """
     settings = cfg.voters
-    inputs = {"source": corpus.source(cfg.rated), "kind": cfg.rated}
-    inputs["settings"] = dataclasses.asdict(settings)
+    inputs = {"source": corpus.source(cfg.rated), "kind": cfg.rated, **_settings(cfg, FITTED)}
     estimate = entropies(cfg) if with_entropy else None
     if with_entropy:
         inputs["entropies"] = estimate
