@@ -9,6 +9,7 @@ Of two items Mallows' φ model has one distance, and the chance of the better on
 -log φ of a pair is the log-odds of the other raters' preference.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ RATINGS = np.arange(-4, 5)  # from negative to positive
 ROUNDS = 20  # of random pairs among all sentences, from which the wanted ones are taken
 # What stands in front of a sentence, so that it is a response, and any language model has a score.
 PROMPT = "Somebody who has seen the film wrote:\n"
+STRATA = 4  # of the distance between means, in each of which pairs of both kinds are taken
 MIXED = "mixed"  # pairs that people agree on and pairs that they do not, in equal parts
 EQUAL_GAP = (
     "equal gap"  # pairs that are as far apart in the crowd's mean, of more or less agreement
@@ -154,19 +156,24 @@ def mixture(votes: Votes, pairs: int, contested: float, settings: Voters) -> Vot
 def equal_gap(votes: Votes, pairs: int, settings: Voters) -> Votes:
     """Return so many votes on pairs whose means are equally far apart: half with much agreement.
 
-    The means of the other raters differ by what settings.gap says. Of those pairs, settings.outer
-    with the most agreement and as many with the least are taken, the first of each. Raises
+    The means of the other raters differ by what settings.gap says. That range is cut into STRATA;
+    of the pairs in each, settings.outer with the most agreement and as many with the least are
+    taken, so that both halves are equally far apart. Of all these the first are taken. Raises
     ConfigError for too few.
     """
-    low, high = settings.gap
     distance = np.abs(votes.gap)
-    inside = np.flatnonzero((distance >= low) & (distance <= high))
-    size = int(settings.outer * len(inside))
-    by_agreement = inside[np.argsort(votes.agreement[inside], kind="stable")]
+    ends = np.linspace(*settings.gap, STRATA + 1)
+    least, most = [], []
+    for low, high in itertools.pairwise(ends):
+        inside = np.flatnonzero((distance >= low) & (distance < high))
+        size = int(settings.outer * len(inside))
+        by_agreement = inside[np.argsort(votes.agreement[inside], kind="stable")]
+        least.append(by_agreement[:size])
+        most.append(by_agreement[len(inside) - size :])
     half = pairs // 2
-    least = np.sort(by_agreement[:size])[:half]
-    most = np.sort(by_agreement[len(inside) - size :])[: pairs - half]
-    return _of_both(votes, most, least, pairs)
+    contested = np.sort(np.concatenate(least))[:half]
+    clear = np.sort(np.concatenate(most))[: pairs - half]
+    return _of_both(votes, clear, contested, pairs)
 
 
 def _of_both(votes: Votes, clear: np.ndarray, contested: np.ndarray, pairs: int) -> Votes:
