@@ -196,7 +196,7 @@ class Contextual:
 class Voters:
     """Which pairs of rated sentences are voted on, and which linear models learn from the votes."""
 
-    pairs: AtLeastOne = 512  # that a language model learns from
+    pairs: AtLeastOne = 256  # that a language model learns from
     dev: AtLeastOne = 1000  # sentences on which the linear model's penalty is chosen
     test: AtLeastOne = 1000  # sentences on which scores are compared with the crowd
     # of the other raters, who put the same sentence of an agreed pair first: at least
@@ -215,6 +215,12 @@ class Mallows(Judged, Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
     fraction: PositiveShare = 1.0  # of the pairs that every model is trained on
+    # of the responses that pairs are made of; None: as what is judged
+    sampling: Decoding | None = None
+    test_samples: AtLeastOne = 1  # responses to each prompt that is judged
+    table_seeds: AtLeastOne = 1  # how many of the seeds the plug-ins and the grid have
+    # dev prompts, on which nothing is chosen here, are judged beside the test prompts
+    judge_dev: bool = False
     # losses of the controlled-sentiment frontier
     methods: Methods = ("dpo", "mallows_theta", "mallows_phi")
     betas: Betas = ()  # of the frontier
@@ -233,6 +239,10 @@ class Mallows(Judged, Paper):
     bandit_betas: Betas = ()
     bandit_steps: AtLeastOne = 500_000
     contextual: Contextual = field(default_factory=Contextual)
+    # c of the prompts on which people agree, and of the others, where labels are σ(c · Δgold)
+    known: tuple[Positive, Positive] = (2.0, 0.1)
+    # places on the line from the SFT model to a trained one, for reward at equal KL; 0 is its end
+    known_alphas: Grid = (-0.5, -0.25, 0.0)
     voters: Voters = field(default_factory=Voters)
 
 

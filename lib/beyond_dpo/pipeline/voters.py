@@ -33,7 +33,11 @@ MIXED = "mixed"  # pairs that people agree on and pairs that they do not, in equ
 EQUAL_GAP = (
     "equal gap"  # pairs that are as far apart in the crowd's mean, of more or less agreement
 )
-KINDS = (MIXED, EQUAL_GAP)
+SAID = ("said",)  # the response of a row of one sentence
+LEARNERS = {
+    MIXED: tuple(weighted.LEARNERS),
+    EQUAL_GAP: ("DPO", "MallowsPO-θ, true", "MallowsPO-θ, entropy"),
+}
 LINEAR = ("DPO", "MallowsPO-θ, true", "MallowsPO-θ, shuffled")  # what the linear model learns by
 LINEAR_ENTROPY = ("DPO", "MallowsPO-θ, entropy")
 # Settings that decide who is held out, which pairs there are, and what linear models learn.
@@ -251,7 +255,7 @@ def _said(cfg) -> Artifact:
 
 def entropies(cfg) -> Artifact:
     """Pass the SFT model over every rated sentence, for the paper's estimate of dispersion."""
-    return stages.reference(cfg, rows=_said(cfg), names=("said",))
+    return stages.reference(cfg, rows=_said(cfg), names=SAID)
 
 
 def held_out(cfg) -> Artifact:
@@ -314,44 +318,48 @@ def _write_votes(out: Path, votes: Votes, rows: list[dict]) -> None:
 
 
 def learnt(cfg) -> Artifact:
-    """Train every learner on votes of each kind and seed, and score the held-out sentences.
+    """Train the LEARNERS of each kind of votes with each seed, and score the held-out sentences.
 
     scores.csv.gz, a row for each kind, seed and sentence: crowd (mean rating), and a column for
-    each of weighted.LEARNERS: the log-ratio to the SFT model (nats). votes.csv, a row a pair: kind,
-    seed, share, gap, agreement, entropy (the paper's estimate of its weight).
+    each learner, empty where a kind has it not: the log-ratio to the SFT model (nats).
+    votes.csv, a row a pair: kind, seed, share, gap, agreement, entropy (the paper's estimate of its
+    weight).
     """
-    rows = held_out(cfg)
+    sentences = held_out(cfg)
     start = stages.sft(cfg)
-    base = stages.reference(cfg, start, rows, ("said",))
-    scored: dict[tuple, dict[str, Artifact]] = {}
-    voted: dict[tuple, Artifact] = {}
-    for kind in KINDS:
-        for seed in cfg.seeds:
-            voted[kind, seed] = pairs(cfg, kind, seed)
-            models = {
-                n: weighted.trained(cfg, voted[kind, seed], n, seed) for n in weighted.LEARNERS
-            }
-            passes = {
-                n: stages.reference(cfg, model, rows, ("said",)) for n, model in models.items()
-            }
-            scored[kind, seed] = passes
-    passes_over_pairs = {cell: stages.reference(cfg, start, rows) for cell, rows in voted.items()}
+    base = stages.reference(cfg, start, sentences, SAID)
+    cells = [(kind, seed) for kind in LEARNERS for seed in cfg.seeds]
+    voted = {cell: pairs(cfg, *cell) for cell in cells}
+    estimated = {cell: stages.reference(cfg, start, voted[cell]) for cell in cells}
+    passes = {cell: _passes(cfg, cell, voted[cell], sentences) for cell in cells}
 
     def make(out: Path) -> None:
         needs.check(cfg)
-        gather.train([model for models in scored.values() for model in models.values()])
-        crowd = rows.json("crowd.json")
-        frames = []
-        for cell, passes in gather.watched(scored.items(), "held-out sentences scored"):
-            frames.append(_log_ratios(cell, passes, base, crowd))
-        gather.write_table(out / "scores.csv.gz", pd.concat(frames))
-        tables = [_votes_of(cell, voted[cell], passes_over_pairs[cell]) for cell in voted]
-        gather.write_table(out / "votes.csv", pd.concat(tables))
+        gather.train([one for by_learner in passes.values() for one in by_learner.values()])
+        crowd = sentences.json("crowd.json")
+        scores = []
+        votes = []
+        for cell in gather.watched(cells, "votes learnt and held-out sentences scored"):
+            scores.append(_log_ratios(cell, passes[cell], base, crowd))
+            votes.append(_votes_of(cell, voted[cell], estimated[cell]))
+        gather.write_table(out / "scores.csv.gz", pd.concat(scores))
+        gather.write_table(out / "votes.csv", pd.concat(votes))
 
-    inputs = {"base": base, "held_out": rows}
-    for (kind, seed), passes in scored.items():
-        inputs[f"{kind}, seed {seed}"] = {**passes, "votes": passes_over_pairs[kind, seed]}
+    inputs = {"base": base, "held_out": sentences}
+    for kind, seed in cells:
+        used = {**passes[kind, seed], "votes": estimated[kind, seed]}
+        inputs[f"{kind}, seed {seed}"] = used
     return Artifact("voters", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def _passes(cfg, cell: tuple, votes: Artifact, sentences: Artifact) -> dict[str, Artifact]:
+    """Return what each learner of one (kind, seed) says of the held-out sentences."""
+    kind, seed = cell
+    passes = {}
+    for name in LEARNERS[kind]:
+        model = weighted.trained(cfg, votes, name, seed)
+        passes[name] = stages.reference(cfg, model, sentences, SAID)
+    return passes
 
 
 def _log_ratios(cell: tuple, passes: dict[str, Artifact], base: Artifact, crowd) -> pd.DataFrame:

@@ -87,7 +87,7 @@ def trained(cfg, pairs: Artifact, name: str, seed: int) -> Artifact:
     start = stages.sft(cfg)
     return stages.training(
         cfg,
-        stages.changed(cfg.train, loss=learner.loss),
+        stages.changed(cfg.train, loss=learner.loss, parts=1),
         rows,
         "pairs.jsonl",
         stages.PAIR,
