@@ -48,6 +48,13 @@ def test_a_share_of_the_gain_by_hand():
         equal_kl.share_of_gain(curves(), PAIR, sft[:3], seed=0)
 
 
+def test_there_is_no_share_of_no_gain():
+    table = curves(0.0).assign(gold=0.5)
+    sft = pd.DataFrame({"prompt": range(4), "gold": 0.5})
+    with pytest.raises(ValueError, match="dpo gains nothing"):
+        equal_kl.share_of_gain(table, PAIR, sft, seed=0)
+
+
 def far_apart(table):
     table.loc[table["method"] == "theta", "logratio"] += 50
     return table

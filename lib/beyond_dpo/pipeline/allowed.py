@@ -1,9 +1,9 @@
 """How much MallowsPO could gain with weights as even as the paper's estimate gives them.
 
 The estimator's weights on film reviews lie close to 1. So close to DPO no method can be far ahead
-of it, whatever the truth is. How far is computed on contextual bandits (beyond_dpo.contextual), with
-exact rewards: the contexts' true -log φ has some spread, and MallowsPO-θ is given weights that are
-drawn from the estimator's own. They are dealt out in the order of the truth, against it, or in none.
+of it, whatever the truth is. How far is computed on contextual bandits (beyond_dpo.contextual) with
+exact rewards. The contexts' true -log φ has some spread, and MallowsPO-θ is given weights that are
+drawn from the estimator's own: dealt out in the order of the truth, against it, or in none.
 """
 
 import dataclasses

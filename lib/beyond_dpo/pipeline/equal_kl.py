@@ -72,8 +72,8 @@ def share_of_gain(
     """Return lead() as a share of what pair[1] gains on the SFT model at the same x.
 
     That is in the middle of the range of x that both reach, on their curve. sft: the responses of
-    the SFT model to the same prompts, with the columns "prompt" and y. Its other arguments, and
-    what it raises, are those of lead().
+    the SFT model to the same prompts, with the columns "prompt" and y. Its other arguments are
+    those of lead(). Raises ValueError as lead() does, and where pair[1] gains nothing.
     """
     values, curves = _tables(table, pair, by, x, y)
     start = sft.groupby("prompt")[y].mean().sort_index().to_numpy()
@@ -89,9 +89,13 @@ def share_of_gain(
         return np.stack(components, axis=1)
 
     def ratio(means: np.ndarray) -> np.ndarray:
-        return means[..., 0] / means[..., 1]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return means[..., 0] / means[..., 1]
 
-    return stats.two_level(measure, [values.shape[1]], ratio, seed=seed)
+    share = stats.two_level(measure, [values.shape[1]], ratio, seed=seed)
+    if not np.isfinite([share.value, share.low, share.high]).all():
+        raise ValueError(f"{pair[1]} gains nothing on the SFT model: there is no share of it")
+    return share
 
 
 def _tables(table: pd.DataFrame, pair: tuple, by: str, x: str, y: str) -> tuple:

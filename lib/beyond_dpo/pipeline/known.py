@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from beyond_dpo import stats
 from beyond_dpo.pipeline import config, equal_kl, gather, mallows, needs, stages, weighted
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import read_rows
@@ -21,6 +22,7 @@ FREE = "free"  # c is drawn, whatever the prompt
 TIED = "tied"  # c is large where the SFT model is surer than of half of the prompts
 KINDS = (FREE, TIED)
 SFT = "SFT"
+DPO = "DPO"
 SAMPLING_SEED = 2
 
 
@@ -173,3 +175,28 @@ def measured(cfg, points: Artifact) -> tuple[pd.DataFrame, pd.DataFrame]:
     table = table.merge(by_point[[*place, "passes"]], on=place)
     sft = table["method"] == SFT
     return table[~sft], table[sft]
+
+
+def ahead(
+    models: pd.DataFrame, sft: pd.DataFrame, kind: str, method: str, *, seed: int
+) -> stats.Estimate | None:
+    """Return by how much a method leads DPO at equal KL, as a share of what DPO gains.
+
+    Points that do not pass the gate are left out, unless is_open() says that too few would be left.
+    None where the two curves of a training share no range of KL, or DPO gains nothing. models and
+    sft are those of measured().
+    """
+    rows = models[models["kind"] == kind]
+    if is_open(models, kind, method):
+        rows = rows[rows["passes"]]
+    try:
+        return equal_kl.share_of_gain(rows, (method, DPO), sft, seed=seed)
+    except ValueError:
+        return None
+
+
+def is_open(models: pd.DataFrame, kind: str, method: str) -> bool:
+    """Return whether the trained models of a method and of DPO pass the gate in most trainings."""
+    ends = models[(models["kind"] == kind) & (models["place"] == models["place"].max())]
+    shares = ends.groupby("method")["passes"].mean()
+    return bool(shares[[method, DPO]].min() > 0.5)

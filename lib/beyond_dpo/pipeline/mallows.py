@@ -477,7 +477,7 @@ def plug_in(cfg) -> Artifact:
     """Judge plug-ins with and without weights, and a grid of β and learning rate.
 
     Table 1: the settings of cfg.plug_ins, on the world's own prompts and on those from elsewhere.
-    Table 6: DPO and MallowsPO-θ, on the world's own, and elsewhere where cfg.grid_elsewhere says it.
+    Table 6: DPO and MallowsPO-θ, on the world's own prompts, and elsewhere if cfg.grid_elsewhere.
     Both with the first cfg.table_seeds seeds.
     Raises ConfigError where there are neither.
     """

@@ -384,8 +384,10 @@ def _votes_of(cell: tuple, votes: Artifact, reference_pass: Artifact) -> pd.Data
     return table[["kind", "seed", "share", "gap", "agreement", "entropy"]]
 
 
-def ahead(table: pd.DataFrame, kind: str, learner: str, than: str = "DPO", *, seed: int):
-    """Return by how much a learner's scores correlate more with the crowd: a stats.Estimate.
+def ahead(
+    table: pd.DataFrame, kind: str, learner: str, than: str = "DPO", *, seed: int
+) -> stats.Estimate:
+    """Return by how much a learner's scores correlate more with the crowd than another's.
 
     Pearson's correlation over held-out sentences, and the mean of its difference over trainings.
     The sentences are drawn, the same for all trainings. table: scores.csv.gz of learnt().
@@ -401,8 +403,8 @@ def ahead(table: pd.DataFrame, kind: str, learner: str, than: str = "DPO", *, se
     return stats.two_level(measure, [crowd.shape[1]], seed=seed)
 
 
-def follows(table: pd.DataFrame, kind: str, learner: str, *, seed: int):
-    """Return a learner's own correlation with the crowd: a stats.Estimate; see ahead()."""
+def follows(table: pd.DataFrame, kind: str, learner: str, *, seed: int) -> stats.Estimate:
+    """Return a learner's own correlation with the crowd, as ahead() takes it."""
     rows = table[table["kind"] == kind]
     scores = _of_trainings(rows, learner)
     crowd = _of_trainings(rows, "crowd")
@@ -413,17 +415,35 @@ def follows(table: pd.DataFrame, kind: str, learner: str, *, seed: int):
     return stats.two_level(measure, [crowd.shape[1]], seed=seed)
 
 
+def estimate_follows(votes: pd.DataFrame, kind: str, *, seed: int) -> stats.Estimate:
+    """Return how well the paper's estimate follows the other raters' agreement.
+
+    It is Spearman's correlation over the pairs of a training, and its mean over trainings. votes:
+    votes.csv of learnt().
+    """
+    rows = votes[votes["kind"] == kind]
+    by_seed = [here for _, here in rows.groupby("seed")]
+    estimated = np.stack([here["entropy"].rank() for here in by_seed])
+    agreed = np.stack([here["agreement"].rank() for here in by_seed])
+
+    def measure(draws: np.ndarray) -> np.ndarray:
+        return _correlations(estimated[:, draws], agreed[:, draws]).T[..., np.newaxis]
+
+    return stats.two_level(measure, [estimated.shape[1]], seed=seed)
+
+
 def _of_trainings(rows: pd.DataFrame, column: str) -> np.ndarray:
     """Return a column as (trainings, sentences)."""
     return rows.pivot(index="seed", columns="sentence", values=column).to_numpy()
 
 
 def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return Pearson's correlation over the last axis."""
+    """Return Pearson's correlation over the last axis; 0 where one of the two is constant."""
     a = a - a.mean(-1, keepdims=True)
     b = b - b.mean(-1, keepdims=True)
     scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
-    return (a * b).sum(-1) / scale
+    products = (a * b).sum(-1)
+    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
 
 
 # --- a linear model, as the line that language models are compared with
@@ -561,3 +581,12 @@ def chosen_penalty(table: pd.DataFrame, **cell) -> pd.DataFrame:
         raise ValueError(f"no row of {cell}")
     best = table.groupby("penalty")["dev"].mean().idxmax()
     return table[table["penalty"] == best]
+
+
+def linear_ahead(table: pd.DataFrame, learner: str, than: str = "DPO", **cell) -> stats.Estimate:
+    """Return by how much a linear model's scores correlate more with the crowd than another's.
+
+    It is the mean over the splits of the sentences. table and cell are those of chosen_penalty().
+    """
+    rows = chosen_penalty(table, **cell)
+    return stats.mean_of_trainings(rows[learner] - rows[than])
