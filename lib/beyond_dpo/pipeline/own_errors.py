@@ -16,7 +16,7 @@ FIG10_PROMPTS = 150  # to which the percentages of Figure 10 fit; the number is 
 
 def independent(value: float, *errors: float) -> stats.Interval:
     """Return (value, low, high) of a difference of two numbers with these standard errors."""
-    width = ndtri(stats.HIGH_END) * np.hypot(*errors)
+    width = float(ndtri(stats.HIGH_END) * np.linalg.norm(errors))
     return value, value - width, value + width
 
 
@@ -41,7 +41,7 @@ def of_cells(leads) -> stats.Interval:
 def of_share(percent: float, prompts: int) -> stats.Interval:
     """Return (lead, low, high) of a win rate over 50 %, in points, on so many prompts."""
     share = percent / 100
-    return independent(percent - 50, 100 * np.sqrt(share * (1 - share) / prompts), 0.0)
+    return independent(percent - 50, 100 * np.sqrt(share * (1 - share) / prompts))
 
 
 def table(name: str, rows: dict[str, stats.Interval]) -> pd.DataFrame:
