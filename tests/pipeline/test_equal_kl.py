@@ -98,14 +98,15 @@ def simulated(generator, truth: float, concave: bool) -> pd.DataFrame:
     return pd.concat(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concave", [False, True])
 def test_the_interval_holds_the_truth_as_often_as_it_says(concave):
-    """95 % of simulated experiments, within the error of 150 of them; it is not needlessly wide."""
+    """95 % of simulated experiments, within the error of 100 of them; it is not needlessly wide."""
     generator = np.random.default_rng(0)
     held = []
     errors = []
     widths = []
-    for number in range(150):
+    for number in range(100):
         table = simulated(generator, 0.05, concave)
         found = equal_kl.lead(table, PAIR, seed=number)
         held.append(found.low <= 0.05 <= found.high)
