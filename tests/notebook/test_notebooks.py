@@ -85,7 +85,7 @@ def test_there_are_notebooks():
     assert stems[0] == "00_start_here"
     assert "11_expo_headline" in stems
     assert "12_expo_interpolation" in stems
-    assert len(stems) == 24
+    assert len(stems) == 25
 
 
 # ---- house rules
@@ -192,7 +192,7 @@ def test_in_committed_tables_numbers_stand_right_and_texts_left():
             assert style == alignment, heading
             assert {look.partition(";")[0] for look, _ in cells} == {alignment}, heading
             counts[alignment] += 1
-    assert len(tables) == 101
+    assert len(tables) == 105
     assert counts["text-align: left"] > 150
     assert counts["text-align: right"] > 250
 
@@ -268,7 +268,7 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     cells = [len(code_cells(read(path.stem))) for path in NOTEBOOKS]
     assert passed == sum(cells), "every code cell was compared"
     drawn = pictures(tmp_path / "figures")
-    assert len(drawn) == 38
+    assert len(drawn) == 39
     assert drawn == pictures(paths.FIGURES), "the same bytes"
 
 

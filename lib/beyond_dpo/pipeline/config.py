@@ -193,7 +193,7 @@ def _machine_settings(values: dict) -> dict:
         decoding.pop("launcher", None)
     settings = {"sft": training, "train": training}
     for name in ("decoding", "sampling"):
-        if name in values:
+        if values.get(name):
             settings[name] = decoding
     return settings
 

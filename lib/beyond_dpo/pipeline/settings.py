@@ -195,10 +195,34 @@ class Contextual:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Voters:
+    """Which pairs of rated sentences are voted on, and which linear models learn from the votes."""
+
+    pairs: AtLeastOne = 256  # that a language model learns from
+    dev: AtLeastOne = 1000  # sentences on which the linear model's penalty is chosen
+    test: AtLeastOne = 1000  # sentences on which scores are compared with the crowd
+    # of the other raters, who put the same sentence of an agreed pair first: at least
+    agreed: Share = 0.95
+    contested: Share = 0.6  # and of a contested pair: at most
+    gap: tuple[NotNegative, NotNegative] = (0.8, 1.2)  # of mean ratings, of pairs at equal gap
+    outer: PositiveShare = 0.25  # of those pairs, from each end of the agreement
+    linear_pairs: Sizes = (512, 2048)
+    shares: Fractions = (0.25, 0.5, 0.75)  # of contested pairs in the linear model's mixtures
+    penalties: Betas = (3e-4, 3e-3, 0.03, 0.3)  # of the linear model's weights
+    linear_seeds: Annotated[int, Field(ge=2)] = 40
+
+
+@dataclass(frozen=True, config=STRICT)
 class Mallows(Judged, Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
     fraction: PositiveShare = 1.0  # of the pairs that every model is trained on
+    # of the responses that pairs are made of; None: as what is judged
+    sampling: Decoding | None = None
+    test_samples: AtLeastOne = 1  # responses to each prompt that is judged
+    table_seeds: AtLeastOne = 1  # how many of the seeds the plug-ins and the grid have
+    # dev prompts, on which nothing is chosen here, are judged beside the test prompts
+    judge_dev: bool = False
     # losses of the controlled-sentiment frontier
     methods: Methods = ("dpo", "mallows_theta", "mallows_phi")
     betas: Betas = ()  # of the frontier
@@ -217,6 +241,11 @@ class Mallows(Judged, Paper):
     bandit_betas: Betas = ()
     bandit_steps: AtLeastOne = 500_000
     contextual: Contextual = field(default_factory=Contextual)
+    # c of the prompts on which people agree, and of the others, where labels are σ(c · Δgold)
+    known: tuple[Positive, Positive] = (2.0, 0.1)
+    # places on the line from the SFT model to a trained one, for reward at equal KL; 0 is its end
+    known_alphas: Grid = (-0.5, -0.25, 0.0)
+    voters: Voters = field(default_factory=Voters)
 
 
 @dataclass(frozen=True, config=STRICT)

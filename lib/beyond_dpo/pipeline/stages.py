@@ -544,8 +544,9 @@ def pairs(cfg, seed: int = 0) -> Artifact:
     require_samples(world)
     judge = oracle(world)
     split = corpus.pool(world, seed)
-    pool = responses(cfg, Weights(sft(cfg)), split, samples=world.samples, seed=1)
-    judged = scores(cfg, pool, split, judges=(judge,))
+    sampling = _of_pairs(cfg)
+    pool = responses(sampling, Weights(sft(cfg)), split, samples=world.samples, seed=1)
+    judged = scores(sampling, pool, split, judges=(judge,))
 
     def make(out: Path) -> dict:
         prompts = texts(world).json(f"{split}.json")
@@ -564,6 +565,12 @@ def pairs(cfg, seed: int = 0) -> Artifact:
         }
 
     return Artifact("pairs", version=1, inputs={"scores": judged}, make=make)
+
+
+def _of_pairs(cfg):
+    """Return the configuration with which the responses are sampled that pairs are made of."""
+    sampling = getattr(cfg, "sampling", None)
+    return replace(cfg, decoding=sampling) if sampling else cfg
 
 
 def _best_against_worst(
