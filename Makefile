@@ -85,6 +85,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 888
 
 render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
 	@COMPUTE=never $(RUN) -m beyond_dpo.notebook.run --all --in-place
+	@$(RUN) -m beyond_dpo.notebook.overview
 	@$(RUN) -m beyond_dpo.notebook.claims --readme
 
 # Cold, as `reproduce`: with COMPUTE=auto it would find the results that are frozen, and keep those.

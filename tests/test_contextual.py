@@ -302,6 +302,21 @@ def test_phi_link_is_that_of_the_losses(s, a):
 
 
 @each_link
+@pytest.mark.parametrize("phi", [0.05, 0.4, 0.97])
+def test_the_link_is_that_of_the_losses_and_odd_about_a_half(phi):
+    s = np.linspace(-4, 4, 41)
+    ours = contextual.link(s, phi, 0.1)
+    theirs = mallows_link(torch.tensor(s), torch.full((41,), phi, dtype=torch.float64), 0.1)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(ours + ours[::-1], 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("phi", "epsilon"), [(0.0, 0.1), (1.0, 0.1), (0.5, 0.0)])
+def test_a_link_out_of_range_is_refused(phi, epsilon):
+    with pytest.raises(ValueError):
+        contextual.link([0.5], phi, epsilon)
+
+
 def test_descent_lowers_the_loss(world, wins, link):
     way = contextual.descend(world.features, wins, world.agreement, link=link, steps=200, lr=0.05)
     ends = []

@@ -269,6 +269,29 @@ def expected_loss(
     return float(loss), gradient
 
 
+def link(s, phi: float, epsilon: float) -> np.ndarray:
+    """Return MallowsPO's φ link g(s), Eq. 9 of arXiv 2405.14953 with its cubic (section 3.4).
+
+    The same numbers as losses.mallows_link, without torch.
+
+    Args:
+        s: differences of rewards, of any shape.
+        phi: dispersion in (0, 1). epsilon: half width of the cubic, > 0.
+    Returns:
+        float64 in (0, 1), of the shape of s; g(-s) = 1 - g(s).
+    Raises:
+        ValueError: for a phi or an epsilon out of its range.
+    """
+    if not 0 < phi < 1:
+        raise ValueError(f"phi must be in (0, 1), got {phi!r}")
+    _require_positive(epsilon=epsilon)
+    agreement = -np.log(phi)
+    (a1,), (a3,) = _cubics(np.array([agreement]), epsilon)
+    s = np.asarray(s, dtype=float)
+    logs = [_log_link(value, agreement, a1, a3, epsilon)[0] for value in s.ravel()]
+    return np.exp(logs).reshape(s.shape)
+
+
 def _pairs(features, wins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each kind of pair: ψ(x, winner) - ψ(x, loser), x, and its share of the pairs."""
     features = np.asarray(features, dtype=float)
