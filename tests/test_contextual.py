@@ -301,7 +301,6 @@ def test_phi_link_is_that_of_the_losses(s, a):
     assert math.exp(-loss) == pytest.approx(float(g), rel=1e-6)
 
 
-@each_link
 @pytest.mark.parametrize("phi", [0.05, 0.4, 0.97])
 def test_the_link_is_that_of_the_losses_and_odd_about_a_half(phi):
     s = np.linspace(-4, 4, 41)
@@ -317,6 +316,7 @@ def test_a_link_out_of_range_is_refused(phi, epsilon):
         contextual.link([0.5], phi, epsilon)
 
 
+@each_link
 def test_descent_lowers_the_loss(world, wins, link):
     way = contextual.descend(world.features, wins, world.agreement, link=link, steps=200, lr=0.05)
     ends = []
