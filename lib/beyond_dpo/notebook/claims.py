@@ -538,7 +538,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", action="store_true", help="update the table in README.md")
     options = parser.parse_args(arguments)
     events.printable()
-    df = compared() if options.compare else _readable(scoreboard())
+    df = compared() if options.compare else readable(scoreboard())
     if options.notebooks:
         names = [name.removesuffix(".ipynb") for name in options.notebooks]
         wanted = [_is_named(stem, names) for stem in df["notebook"]]
@@ -557,7 +557,7 @@ def _is_named(stem: str, names: list[str]) -> bool:
     return any(stem == name or stem.startswith(f"{name}_") for name in names)
 
 
-def _readable(board: pd.DataFrame) -> pd.DataFrame:
+def readable(board: pd.DataFrame) -> pd.DataFrame:
     """Return a scoreboard of texts, with the interval behind our number."""
     ours = [_ours(row) for row in board.to_dict("records")]
     df = board.assign(ours=ours, paper=board["paper"].map(_signed))
