@@ -27,6 +27,7 @@ TARGETS = (
     "faults",
     "smoke",
     "lab",
+    "book",
     "render",
     "freeze",
     "lint",
@@ -48,7 +49,9 @@ LIGHT = (
     "judging.ask",
     "judging.judge",
     "notebook.figures",
+    "notebook.checking",
     "notebook.claims",
+    "notebook.overview",
     "notebook.report",
     "notebook.run",
 )
@@ -410,6 +413,9 @@ def test_make_prints_every_target():
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),
         (["lab"], "trusting the notebooks"),
+        (["render"], "-m beyond_dpo.notebook.overview"),
+        (["render"], "-m beyond_dpo.notebook.checking"),
+        (["book", "BOOK="], ".venv-book/bin/python docs/book/build.py --check"),
     ],
 )
 def test_makefile_commands(arguments, expected):

@@ -110,13 +110,14 @@ def prose(lines: list[str]) -> str:
     inside = False
     for line in lines:
         indented = line.startswith("    ")
-        if indented != inside and (line.strip() or not inside):
+        if line.strip() and indented != inside:
+            while out and not out[-1].strip():
+                out.pop()
             out += ["", "```text"] if indented else ["```", ""]
             inside = indented
         out.append(line.removeprefix("    ") if inside else plain(line))
-    if inside:
-        out.append("```")
-    return "\n".join(out).strip()
+    text = "\n".join(out).strip()
+    return f"{text}\n```" if inside else text
 
 
 def plain(line: str) -> str:
