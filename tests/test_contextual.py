@@ -5,11 +5,13 @@ import math
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from beyond_dpo import contextual
 from beyond_dpo.losses import mallows_link
+from beyond_dpo.pipeline import config, mallows
 
 PEOPLE = ["mallows", "bradley_terry"]
 # Two contexts of two arms and one parameter: it prefers the first arm in both.
@@ -402,6 +404,28 @@ def test_bad_input_is_refused(world, call):
 
 
 @pytest.mark.usefixtures("wins")
+def test_frontiers_without_spread_and_noise_are_those_of_dpo():
+    found = contextual.frontiers(spread=0, noise=0, kls=[0.2, 0.5], beta=1, seeds=[1, 2])
+    np.testing.assert_allclose(found["MallowsPO-θ"].gains, found["DPO"].gains, atol=1e-9)
+    assert found["MallowsPO-θ"].kl == pytest.approx(found["DPO"].kl)
+    nearer, further = found["DPO"].gains
+    assert 0 < nearer < further
+    smaller = contextual.frontiers(spread=0, noise=0, kls=[0.2], beta=0.5, seeds=[1, 2])
+    assert smaller["DPO"].kl > found["DPO"].kl
+
+
+def test_frontiers_are_what_notebook_27_has_frozen():
+    """The first of its worlds, with the true φ."""
+    cfg = config.load("mallows", "cpu")
+    table = mallows.contextual(cfg).csv("gains.csv.gz")
+    cell = {"world": "Mallows", "spread": 1.0, "pairs": 400, "steps": 100, "kl": 0.5}
+    first = table["seed"].min()
+    (row,) = table[(table[[*cell, "seed"]] == pd.Series(cell | {"seed": first})).all(axis=1)].index
+    found = contextual.frontiers(spread=1.0, noise=0, kls=[0.5], beta=1, seeds=[first])
+    for method, column in (("DPO", "DPO"), ("MallowsPO-θ", "MallowsPO-θ, true")):
+        assert found[method].gains[0] == pytest.approx(table.loc[row, column], abs=0.001)
+
+
 def test_time():
     """A hundred trainings of 100 steps may take a second of one core, five times what they need."""
     world = contextual.draw_world(16, 5, 8, spread=1, seed=0)
