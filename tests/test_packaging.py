@@ -32,6 +32,7 @@ TARGETS = (
     "faults",
     "smoke",
     "lab",
+    "book",
     "render",
     "freeze",
     "lint",
@@ -53,7 +54,9 @@ LIGHT = (
     "judging.ask",
     "judging.judge",
     "notebook.figures",
+    "notebook.checking",
     "notebook.claims",
+    "notebook.overview",
     "notebook.report",
     "notebook.run",
 )
@@ -236,10 +239,10 @@ def measure(monkeypatch):
     return importlib.import_module("measure")
 
 
-def test_the_readme_shows_the_frozen_benchmarks(measure):
+def test_the_page_of_speeds_shows_the_frozen_benchmarks(measure):
     for name in measure.ROWS:
         assert (measure.RESULTS / f"{name}.json").is_file()
-    text = read("README.md")
+    text = read("docs/performance.md")
     assert measure.table(text) == text
 
 
@@ -263,15 +266,15 @@ def test_a_bound_stands_beside_its_ratio_where_somebody_counted(measure):
     assert second.endswith("| 1.00 (one round) |  |  |")
 
 
-def test_a_readme_without_markers_gets_no_benchmarks(measure):
+def test_a_page_without_markers_gets_no_benchmarks(measure):
     with pytest.raises(ValueError, match="benchmarks --> once each"):
         measure.table("# no table")
 
 
-def test_the_readme_tells_the_frozen_faults():
+def test_the_page_of_faults_tells_the_frozen_ones():
     faults = json.loads((paths.FROZEN / "benchmarks" / "faults.json").read_text())
     sentence = f"Of {faults['tried']} faults tried {faults['survived']} were survived"
-    assert sentence in read("README.md")
+    assert sentence in read("docs/faults.md")
     assert faults["lost"] == 0
     assert faults["tried"] > 100
 
@@ -343,7 +346,7 @@ def quick(cfg):
 
 
 @pytest.mark.slow
-def test_the_readme_trains_on_your_own_data_as_printed(tiny, tmp_path, monkeypatch):
+def test_the_docs_train_on_your_own_data_as_printed(tiny, tmp_path, monkeypatch):
     """With tiny models and a small file of pairs in place of those it names, and fewer rows."""
     from beyond_dpo.machine import workers
     from beyond_dpo.pipeline import expo
@@ -357,7 +360,7 @@ def test_the_readme_trains_on_your_own_data_as_printed(tiny, tmp_path, monkeypat
         "5000": "16",
         "300": "4",
     }
-    (block,) = re.findall(r"```python\n([^`]*config\.load\([^`]*)```", read("README.md"))
+    (block,) = re.findall(r"```python\n([^`]*config\.load\([^`]*)```", read("docs/own_code.md"))
     for printed, ours in own.items():
         assert printed in block
         block = block.replace(printed, ours)
@@ -523,6 +526,9 @@ def test_make_prints_every_target():
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),
         (["lab"], "trusting the notebooks"),
+        (["render"], "-m beyond_dpo.notebook.overview"),
+        (["render"], "-m beyond_dpo.notebook.checking"),
+        (["book", "BOOK="], ".venv-book/bin/python docs/book/build.py --check"),
     ],
 )
 def test_makefile_commands(arguments, expected):

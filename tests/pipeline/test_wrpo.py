@@ -789,9 +789,9 @@ def test_an_unknown_source_is_refused():
         config.load("wrpo", "smoke", source_sets=[["chat"], ["humans", "chat"]])
 
 
-def test_the_readmes_sources_are_entries_of_a_profile():
-    readme = (paths.ROOT / "README.md").read_text()
-    block = re.search(r"```yaml\n(.*?)```", readme, re.S)[1]
+def test_the_docs_sources_are_entries_of_a_profile():
+    page = (paths.ROOT / "docs" / "own_code.md").read_text()
+    block = re.search(r"```yaml\n(.*?)```", page, re.S)[1]
     known = yaml.safe_load(block)["known_sources"]
     cfg = config.load("wrpo", "cpu", known_sources=known, sources=list(known))
     kinds = {source.kind for source in cfg.known_sources.values()}

@@ -92,14 +92,10 @@ def _bandit_runs(link: str, betas: tuple[float, ...], steps: int) -> pd.DataFram
 
 
 def link(s, phi: float, epsilon: float) -> np.ndarray:
-    """Return losses.mallows_link of an array s, for drawing."""
-    import torch
+    """Return losses.mallows_link of an array s, for drawing; it needs no torch."""
+    from beyond_dpo import contextual
 
-    from beyond_dpo import losses
-
-    differences = torch.as_tensor(np.asarray(s, dtype=float))
-    dispersions = torch.full_like(differences, phi)
-    return losses.mallows_link(differences, dispersions, epsilon).numpy()
+    return contextual.link(s, phi, epsilon)
 
 
 # --- the contextual bandit
