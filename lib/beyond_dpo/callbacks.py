@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from beyond_dpo import events, lora, templates
 from beyond_dpo.extrapolate import blend
-from beyond_dpo.search import Search, golden_section
+from beyond_dpo.search import Search, golden_section, require_search
 
 # How the paper samples (its penalties are not known to transformers).
 SAMPLING = {
@@ -56,8 +56,10 @@ class ExPOCallback(TrainerCallback):
         sampling: arguments of generate() besides SAMPLING, or in place of them.
         batch_size: prompts that are sampled together.
         seed: of sampling, the same at every α, and of the bootstrap.
-    Raises, when the training begins:
-        ValueError: no prompt, weights that are spread over processes (ZeRO-3, FSDP), an adapter
+    Raises:
+        ValueError: no prompt, or what golden_section() refuses.
+    and when the training begins:
+        ValueError: weights that are spread over processes (ZeRO-3, FSDP), an adapter
             that is no plain, new LoRA, or a full training that goes on from a checkpoint without
             `sft`: what it began with is then not known.
         FileExistsError: `out` holds something.
@@ -83,6 +85,7 @@ class ExPOCallback(TrainerCallback):
         self.prompts = list(prompts)
         if not self.prompts:
             raise ValueError("prompts is empty: give at least one, better fifty")
+        require_search(bracket, evaluations)
         self.reward = reward
         self.sft = sft
         self.out = out
@@ -278,9 +281,11 @@ class _AdapterLine:
 
     def begin(self) -> None:
         """Remember the scale of each layer."""
+        from peft.tuners.lora import LoraLayer
+
         self.scales = {}
         for layer in self.model.modules():
-            if "default" in getattr(layer, "scaling", ()):
+            if isinstance(layer, LoraLayer):
                 self.scales[layer] = layer.scaling["default"]
 
     def move(self, alpha: float) -> None:
