@@ -6,7 +6,10 @@ Every training here is a real one of TRL, of the tiny model or of SmolLM2.
 import copy
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,8 +21,14 @@ import peft
 from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import DPOConfig, DPOTrainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from beyond_dpo import dispersion, extrapolate, lora, scoring
@@ -43,6 +52,24 @@ LR = 0.03
 # Relative error of a float32 log-probability: each token's is a few products over 64 (hidden) and
 # 128 (MLP) numbers, whose errors of 2⁻²⁴ add up as √128.
 ROUNDED = math.sqrt(128) * 2**-24
+# Plain gradient descent in float32, over rows in their order.
+PLAIN = {
+    "per_device_train_batch_size": BATCH,
+    "num_train_epochs": 2,
+    "learning_rate": LR,
+    "beta": 0.5,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "train_sampling_strategy": "sequential",
+    "max_length": 40,
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": [],
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "disable_tqdm": True,
+}
 TEXTS = [
     "a good film with a slow start",
     "bad acting",
@@ -93,28 +120,10 @@ def triples(kind: str = "plain") -> Dataset:
 
 @pytest.fixture
 def settings(tmp_path):
-    """Return a maker of TRL's settings: float32, plain gradient descent, rows in their order."""
+    """Return a maker of TRL's settings, PLAIN but for what it is given."""
 
     def make(**changes) -> DPOConfig:
-        values = {
-            "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": BATCH,
-            "num_train_epochs": 2,
-            "learning_rate": LR,
-            "beta": 0.5,
-            "optim": "sgd",
-            "lr_scheduler_type": "constant",
-            "max_grad_norm": 0.0,
-            "train_sampling_strategy": "sequential",
-            "max_length": 40,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": [],
-            "save_strategy": "no",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-        }
-        return DPOConfig(**(values | changes))
+        return DPOConfig(**(PLAIN | {"output_dir": str(tmp_path / "out")} | changes))
 
     return make
 
@@ -652,6 +661,7 @@ SHARED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHARED)
 @pytest.mark.parametrize("way", ["initial", "precomputed", "adapter", "checkpointed", "eager"])
 def test_shared_prompts_change_nothing_but_the_work(name, way, tiny, tokenizer, settings):
@@ -700,7 +710,7 @@ def test_shared_prompts_are_computed_once(model, tokenizer, settings, monkeypatc
     assert set(seen) == {(BATCH, max(widths))}
 
 
-def test_what_shares_no_prompts_is_refused(model, tokenizer, settings):
+def test_what_shares_no_prompts_is_refused(tiny, model, tokenizer, settings):
     keywords = {"train_dataset": data_set(), "processing_class": tokenizer}
     with pytest.warns(FutureWarning, match="keep_end"):
         arguments = settings(truncation_mode="keep_end")
@@ -710,6 +720,9 @@ def test_what_shares_no_prompts_is_refused(model, tokenizer, settings):
     with pytest.raises(ValueError, match="cannot be shared in flex_attention: use sdpa or eager"):
         SharedDPO(model, args=settings(), **keywords)
     model.set_attn_implementation("sdpa")
+    soft = peft.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="cannot be shared with soft prompts"):
+        SharedDPO(load(tiny), args=settings(), peft_config=soft, **keywords)
     trainer = SharedDPO(model, args=settings(), **keywords)
     model.config.sliding_window = 8
     with pytest.raises(ValueError, match="longer than the model's attention window of 8 tokens"):
@@ -949,6 +962,34 @@ def test_expo_refuses_early_what_would_fail_late(tiny, model, tokenizer, setting
         expo(bracket=(1.0, 0.5))
 
 
+def test_expo_after_supervised_training(tiny, model, tokenizer, settings, tmp_path):
+    """With TRL's SFTTrainer; a plain Trainer without a tokenizer is refused."""
+    arguments = {"report_to": [], "use_cpu": True, "save_strategy": "no", "num_train_epochs": 1}
+    rows = data_set().map(lambda row: {"completion": row["chosen"]}, remove_columns=list(PAIR))
+    callback = expo()
+    SFTTrainer(
+        model,
+        args=SFTConfig(str(tmp_path), bf16=False, **arguments),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    ).train()
+    trained = tmp_path / "trained"
+    model.save_pretrained(trained)
+    saved = load_file(tmp_path / "expo" / "model.safetensors")
+    for name, tensor in extrapolate.tensors(tiny, trained, callback.search.alpha):
+        assert torch.equal(saved[name], tensor), name
+    rows = [{"input_ids": torch.tensor([5, 6, 7]), "labels": torch.tensor([5, 6, 7])}]
+    plain = Trainer(
+        model,
+        args=TrainingArguments(str(tmp_path / "plain"), **arguments),
+        train_dataset=rows,
+        callbacks=[expo()],
+    )
+    with pytest.raises(ValueError, match="ExPOCallback needs a tokenizer"):
+        plain.train()
+
+
 def test_expo_refuses_a_model_that_is_no_start(tiny, tokenizer, settings, tmp_path):
     wider = load(tiny)
     wider.resize_token_embeddings(600)
@@ -956,6 +997,60 @@ def test_expo_refuses_a_model_that_is_no_start(tiny, tokenizer, settings, tmp_pa
         dpo(load(tiny), tokenizer, settings(), expo(sft=wider)).train()
     with pytest.raises(ValueError, match="equals sft in all weights"):
         dpo(load(tiny), tokenizer, settings(learning_rate=0.0), expo(sft=tiny)).train()
+
+
+# ---- several processes
+
+
+def train_in_a_group(out: str) -> None:
+    """Train with estimated weights, and with ExPO at the end; the first process writes what came.
+
+    A step has four rows, whatever the number of processes.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    folder = assets.model_dir("tiny")
+    arguments = DPOConfig(
+        **{**PLAIN, "output_dir": out, "per_device_train_batch_size": BATCH // processes}
+    )
+    callback = expo()
+    trainer = MallowsDPOTrainer(
+        load(folder),
+        args=arguments,
+        train_dataset=data_set("chat"),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        callbacks=[callback],
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        result = {
+            "weights": list(trainer.train_dataset["mallows_weight"]),
+            "losses": column(trainer, "loss"),
+            "mean_weights": column(trainer, "weight"),
+            "tokens": column(trainer, "num_tokens"),
+            "rewards": [rewards.tolist() for rewards in callback.search.rewards.values()],
+            "processes": trainer.accelerator.num_processes,
+        }
+        paths.Path(out, "result.json").write_text(json.dumps(result))
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tmp_path):
+    """The same weights, losses and logs up to rounding, and one folder of ExPO's."""
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={processes}", __file__, str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads((out / "result.json").read_text()))
+        assert (out / "expo" / "expo.json").exists()
+    single, double = results
+    assert (single.pop("processes"), double.pop("processes")) == (1, 2)
+    assert np.std(single["weights"]) > 0.005
+    assert single.pop("rewards") == double.pop("rewards")
+    for name, values in single.items():
+        assert double[name] == pytest.approx(values, rel=1e-4), name
 
 
 # ---- a real model
@@ -1024,3 +1119,7 @@ def test_the_code_of_the_docs_runs(tiny, tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         exec(compile(block.replace(named, repr(str(tiny))), "docs/trl.md", "exec"), names)
+
+
+if __name__ == "__main__":
+    train_in_a_group(sys.argv[1])

@@ -59,7 +59,7 @@ class ExPOCallback(TrainerCallback):
     Raises:
         ValueError: no prompt, or what golden_section() refuses.
     and when the training begins:
-        ValueError: weights that are spread over processes (ZeRO-3, FSDP), an adapter
+        ValueError: no tokenizer, weights that are spread over processes (ZeRO-3, FSDP), an adapter
             that is no plain, new LoRA, or a full training that goes on from a checkpoint without
             `sft`: what it began with is then not known.
         FileExistsError: `out` holds something.
@@ -97,8 +97,10 @@ class ExPOCallback(TrainerCallback):
         self.seed = seed
         self.search: Search | None = None
 
-    def on_train_begin(self, args, state, control, *, model, **_):
+    def on_train_begin(self, args, state, control, *, model, processing_class, **_):
         """Refuse what could not be done at the end; take a copy of θ₀ if it is nowhere else."""
+        if processing_class is None:
+            raise ValueError("ExPOCallback needs a tokenizer: give the trainer a processing_class")
         if is_deepspeed_zero3_enabled() or args.fsdp:
             raise ValueError(
                 "ExPOCallback moves whole weights, and ZeRO-3 and FSDP spread them over processes: "

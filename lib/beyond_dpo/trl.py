@@ -24,7 +24,7 @@ except ImportError as error:
     raise ImportError("beyond_dpo.trl needs TRL: pip install beyond-dpo[trl]") from error
 
 from datasets import IterableDataset
-from transformers import AutoTokenizer
+from transformers import AutoProcessor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head, get_config_model_id, pad
 
@@ -127,8 +127,11 @@ class _OwnLossTrainer(DPOTrainer):
             args = DPOConfig(f"{model_name}-{self._name}")
         _require_own_loss(args, type(self).__name__)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(
-                model_id, trust_remote_code=args.trust_remote_code
+            model_options = args.model_init_kwargs or {}
+            processing_class = AutoProcessor.from_pretrained(
+                model_id,
+                revision=model_options.get("revision") if isinstance(model, str) else None,
+                trust_remote_code=args.trust_remote_code,
             )
         # TRL's collator is made in DPOTrainer's own __init__, and only for pairs.
         if data_collator is None:
@@ -145,11 +148,12 @@ class _OwnLossTrainer(DPOTrainer):
             raise ValueError(f"{type(self).__name__} takes texts, and no images")
 
     def _collator(self, args: DPOConfig, processing_class) -> DataCollatorForResponses:
-        if processing_class.pad_token is None:
-            processing_class.pad_token = processing_class.eos_token
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         return DataCollatorForResponses(
             names=self.responses,
-            pad_token_id=processing_class.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             max_length=args.max_length,
             truncation_mode=args.truncation_mode,
             pad_to_multiple_of=args.pad_to_multiple_of,
@@ -546,8 +550,9 @@ class SharedPrompts:
 
     Raises ValueError when the trainer is made for flash-attention or another attention that knows
     no such mask (sdpa and eager do), truncation_mode "keep_end", which cuts the prompts of one row
-    differently, and a model that scores packed responses otherwise than alone (ResponseScorer); in
-    training for a sequence longer than the model's attention window.
+    differently, soft prompts of PEFT, the auxiliary loss of a mixture of experts, and a model that
+    scores packed responses otherwise than alone (ResponseScorer); in training for a sequence longer
+    than the model's attention window.
     """
 
     def __init__(self, *arguments, **keywords):
@@ -557,6 +562,12 @@ class SharedPrompts:
         implementation = self.model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ValueError(f"prompts cannot be shared in {implementation}: use sdpa or eager")
+        adapter = getattr(self.model, "active_peft_config", None)
+        if self.aux_loss_enabled or getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                "prompts cannot be shared with soft prompts or a mixture's auxiliary loss "
+                "(router_aux_loss_coef=0 leaves that out)"
+            )
         scoring.ResponseScorer(self.model)  # which checks the model
 
     def compute_loss(self, model, inputs, *arguments, **keywords):
