@@ -389,7 +389,7 @@ def test_what_decides_the_comparison_is_in_its_key():
         "held_out": 5,
         "kl_prompts": 3,
         "kl_alphas": (1.0,),
-        "test_samples": 2,
+        "test_samples": 3,
         "objectives": {"dpo": {"beta": 0.2}},
     }
     for name, value in changes.items():

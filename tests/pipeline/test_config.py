@@ -383,7 +383,7 @@ def test_cpu_profiles_compute_in_float32(monkeypatch, paper, profile):
     monkeypatch.setenv("COMPUTE", "cold")
     cfg = load(paper, profile)
     assert {cfg.sft.precision, cfg.train.precision, cfg.world.precision} == {"fp32"}
-    samplings = [cfg.decoding, getattr(cfg, "sampling", cfg.decoding)]
+    samplings = [cfg.decoding, getattr(cfg, "sampling", None) or cfg.decoding]
     assert {decoding.dtype for decoding in samplings} == {"float32"}
 
 
