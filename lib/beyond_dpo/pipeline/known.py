@@ -234,12 +234,19 @@ def _gate(table: pd.DataFrame, records: list[dict]) -> pd.DataFrame:
     """Return POINT and "passes", a row a point; records: points.json, one a point and split."""
     wanted = [*POINT, "distinct_2"]
     facts = pd.DataFrame(records).reindex(columns=wanted)
-    distinct = facts.groupby(POINT, dropna=False)["distinct_2"].mean()
-    repetition = table.groupby(POINT, dropna=False)["repetition"].mean()
-    points = distinct.reset_index().merge(repetition.reset_index())
-    sft = points[points["method"] == SFT]
-    points["passes"] = equal_kl.passing(points, sft)
+    distinct = _means(facts, "distinct_2")
+    repetition = _means(table, "repetition")
+    points = distinct.merge(repetition)
+    is_sft = points["method"] == SFT
+    points["passes"] = equal_kl.passing(points, points[is_sft])
     return points[[*POINT, "passes"]]
+
+
+def _means(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the mean of a column at each point; the SFT model's point has no kind and seed."""
+    by_point = rows.groupby(POINT, dropna=False)
+    means = by_point[column].mean()
+    return means.reset_index()
 
 
 def ahead(

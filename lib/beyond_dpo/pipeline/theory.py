@@ -106,12 +106,15 @@ def _reward_or_kl(ranks: Prompts, phi: np.ndarray, beta: float) -> float:
     c = _dispersion(phi)
     rewards = -ranks.astype(float)
     with_kl_weight = optimum(rewards, beta * c)
-    with_reward = optimum(rewards / c[:, np.newaxis], beta)
+    divided_rewards = rewards / c[:, np.newaxis]
+    with_reward = optimum(divided_rewards, beta)
     optima_apart = _largest(with_kl_weight - with_reward)
 
-    logits = _by_pair(c) * beta * log_ratios(with_kl_weight)
+    ratios = log_ratios(with_kl_weight)
+    logits = _by_pair(c) * beta * ratios
+    implied = expit(logits)
     preferences = expit(gaps(ranks))
-    preferences_apart = _largest(expit(logits) - preferences)
+    preferences_apart = _largest(implied - preferences)
     return max(optima_apart, preferences_apart)
 
 
@@ -120,12 +123,14 @@ def _psi_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, float]
     rewards = -ranks.astype(float)
     best = optimum(rewards, beta)
 
-    by_logit = logit(theta_preferences(ranks, phi))
+    preferences = theta_preferences(ranks, phi)
+    by_logit = logit(preferences)
     weights = 1 / _dispersion(phi)
     theta = psi_optimum(by_logit, weights, beta)
 
     inverse = np.vectorize(phi_places)
-    by_places = inverse(phi_preferences(ranks, phi), _by_pair(phi))
+    preferences = phi_preferences(ranks, phi)
+    by_places = inverse(preferences, _by_pair(phi))
     same_weight = np.ones(len(phi))
     of_phi = psi_optimum(by_places, same_weight, beta)
     return {
@@ -137,12 +142,14 @@ def _psi_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, float]
 def _needs_weights(ranks: Prompts, phi: np.ndarray, beta: float) -> float:
     """Return the largest total variation between optima of one ranking, with one f for all."""
     same_ranks = np.broadcast_to(ranks[0], ranks.shape)
-    by_logit = logit(theta_preferences(same_ranks, phi))
+    preferences = theta_preferences(same_ranks, phi)
+    by_logit = logit(preferences)
     same_weight = np.ones(len(phi))
     optima = psi_optimum(by_logit, same_weight, beta)
-    differences = np.abs(optima[:, np.newaxis] - optima)
+    other_optima = optima[:, np.newaxis]
+    differences = np.abs(optima - other_optima)
     variations = differences.sum(2) / 2
-    return float(variations.max())
+    return _largest(variations)
 
 
 def losses_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, float]:
@@ -156,8 +163,10 @@ def losses_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, floa
     from beyond_dpo import losses
 
     some_rewards = ranks % 3 - 1.0
-    ratios = log_ratios(optimum(some_rewards, 1.0))
-    c_of_pairs = np.broadcast_to(_by_pair(_dispersion(phi)), ratios.shape)
+    policy = optimum(some_rewards, 1.0)
+    ratios = log_ratios(policy)
+    c_of_prompts = _by_pair(_dispersion(phi))
+    c_of_pairs = np.broadcast_to(c_of_prompts, ratios.shape)
     first = torch.from_numpy(ratios).flatten()
     second = torch.zeros_like(first)
     c = torch.from_numpy(c_of_pairs.copy()).flatten()
@@ -170,15 +179,18 @@ def losses_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, floa
     by_phi, *_ = losses.mallows_phi(first, second, phi_of_pairs, beta=beta, epsilon=0.1)
     link = losses.mallows_link(logits / c, phi_of_pairs, 0.1)
     linked = -torch.log(link)
+    theta_apart = theta - dpo
+    phi_apart = by_phi - linked
     return {
-        "theta_is_dpo": _largest((theta - dpo).numpy()),
-        "phi_is_dpo": _largest((by_phi - linked).numpy()),
+        "theta_is_dpo": _largest(theta_apart.numpy()),
+        "phi_is_dpo": _largest(phi_apart.numpy()),
     }
 
 
 def _dispersion(phi: np.ndarray) -> np.ndarray:
     """Return c = -2 log φ."""
-    return -2 * np.log(phi)
+    log_phi = np.log(phi)
+    return -2 * log_phi
 
 
 def _by_pair(values: np.ndarray) -> np.ndarray:

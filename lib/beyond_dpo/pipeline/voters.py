@@ -111,7 +111,9 @@ def vote(counts: np.ndarray, first: np.ndarray, second: np.ndarray, generator) -
     first_mean = _mean_rating(first_others)
     second_mean = _mean_rating(second_others)
     gap = first_mean - second_mean
-    raters = np.minimum(first_others.sum(1), second_others.sum(1))
+    first_raters = first_others.sum(1)
+    second_raters = second_others.sum(1)
+    raters = np.minimum(first_raters, second_raters)
     return Votes(
         chosen=np.where(first_wins, first, second),
         rejected=np.where(first_wins, second, first),
@@ -528,7 +530,9 @@ def _mean_correlation(a: np.ndarray, b: np.ndarray, seed: int) -> stats.Estimate
     """Return Pearson's correlation over units, a mean over trainings; (trainings, units) each."""
 
     def measure(draws: np.ndarray) -> np.ndarray:
-        correlations = _correlations(a[:, draws], b[:, draws])
+        drawn_a = a[:, draws]
+        drawn_b = b[:, draws]
+        correlations = _correlations(drawn_a, drawn_b)
         return correlations.T[..., np.newaxis]
 
     units = a.shape[1]
@@ -666,7 +670,9 @@ def _linear_correlations(data: _Data, votes: Votes, weights: dict, penalty: floa
 
 def _follow_crowd(scores: np.ndarray, crowd: np.ndarray, places: np.ndarray) -> float:
     """Return the correlation of scores with the crowd on the sentences at these places."""
-    correlation = _correlations(scores[places], crowd[places])
+    scores_there = scores[places]
+    crowd_there = crowd[places]
+    correlation = _correlations(scores_there, crowd_there)
     return float(correlation)
 
 
@@ -727,9 +733,11 @@ def _loss(differences, weights: np.ndarray, penalty: float, pairs: int) -> Calla
     def function(v: np.ndarray) -> tuple[float, np.ndarray]:
         logits = weights * (differences @ v)
         losses = np.logaddexp(0, -logits)
-        shrinkage = penalty / 2 * (v @ v)
+        square = v @ v
+        shrinkage = penalty / 2 * square
         value = losses.mean() + shrinkage
-        pull = weights * expit(-logits) / pairs
+        chance_wrong = expit(-logits)
+        pull = weights * chance_wrong / pairs
         gradient = penalty * v - transposed @ pull
         return value, gradient
 
