@@ -30,9 +30,7 @@ ROUNDS = 20  # of random pairs among all sentences, from which the wanted ones a
 PROMPT = "Somebody who has seen the film wrote:\n"
 STRATA = 4  # of the distance between means, in each of which pairs of both kinds are taken
 MIXED = "mixed"  # pairs that people agree on and pairs that they do not, in equal parts
-EQUAL_GAP = (
-    "equal gap"  # pairs that are as far apart in the crowd's mean, of more or less agreement
-)
+EQUAL_GAP = "equal gap"  # pairs as far apart in the crowd's mean, of more or less agreement
 SAID = ("said",)  # the response of a row of one sentence
 LEARNERS = {
     MIXED: tuple(weighted.LEARNERS),
