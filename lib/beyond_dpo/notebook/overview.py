@@ -67,6 +67,7 @@ def extrapolation(df: pd.DataFrame, ax) -> None:
     ax.set(
         title="ExPO: extrapolate\n(SmolLM2-135M, film reviews)",
         xlabel="α, beyond the aligned model",
+        ylim=(0, 1),  # bands of three trainings may be wider
     )
 
 
