@@ -298,15 +298,21 @@ def project(folders):
     return folders
 
 
+@pytest.fixture(scope="session")
+def shared_workers():
+    """Let modules with a store share the processes that they start, each of which takes seconds."""
+    yield
+    workers.close()
+
+
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
+def store(tmp_path_factory, shared_workers):
     """Let a module's tests share one empty store of results."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("store")
         patch.setattr(paths, "ARTIFACTS", folder / "artifacts")
         patch.setattr(paths, "FROZEN", folder / "frozen")
         yield folder
-        workers.close()
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,14 @@ import json
 import math
 import os
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from beyond_dpo import precision, rewards, templates
 from beyond_dpo.jobs import fit_reward
@@ -943,6 +945,7 @@ def answers(tmp_path_factory) -> Path:
 
 def files_of(answers: Path) -> dict[str, str]:
     return {
+        "target": str(assets.model_dir("tiny")),
         "prompts": str(answers / "prompts.json"),
         "responses": str(answers / "responses.jsonl"),
     }
@@ -989,7 +992,7 @@ def scored(answers, bag, tmp_path_factory) -> Path:
         "vader": {"kind": "vader"},
     }
     files = files_of(answers)
-    settings = {"target": str(assets.model_dir("tiny")), "precision": "fp32"}
+    settings = {"precision": "fp32"}
     with launch.Worker("beyond_dpo.jobs.score", settings, folder / "log", desc="score") as worker:
         out = str(folder / "scores.jsonl")
         facts = worker.call("score", rewards=recipes, **files, out=out, reference_prompts=5)
@@ -1076,7 +1079,7 @@ def test_a_reward_does_not_depend_on_the_others(scored):
 
 @pytest.fixture
 def scorer():
-    return Scorer(str(assets.model_dir("tiny")), "fp32")
+    return Scorer("fp32")
 
 
 @pytest.fixture
@@ -1140,10 +1143,29 @@ def test_a_response_has_ended_if_its_last_token_is_an_end_token(answers, scorer,
     files = files_of(answers) | {"responses": str(tmp_path / "responses.jsonl")}
     out = tmp_path / "scores.jsonl"
     scorer.score({}, **files, out=str(out))
-    assert templates.model_end_tokens(scorer.target) == [1]
+    assert templates.model_end_tokens(files["target"]) == [1]
     ended = column(read_lines(out), "ended")
     assert [i for i, value in enumerate(ended) if not value] == [0, 1, 7]
     assert set(ended) == {True, False}
+
+
+def test_one_process_scores_for_several_sft_models(answers, scorer, tiny, tmp_path):
+    """Each call's logp_sft is that of the model it names, whatever was asked before."""
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    tensors = load_file(other / "model.safetensors")
+    halved = {name: tensor / 2 for name, tensor in tensors.items()}
+    save_file(halved, other / "model.safetensors", metadata={"format": "pt"})
+    logps = []
+    for number, folder in enumerate([tiny, other, tiny]):
+        files = files_of(answers) | {"target": str(folder)}
+        out = tmp_path / f"{number}.jsonl"
+        scorer.score({}, **files, out=str(out), reference_prompts=2)
+        table = read_lines(out)
+        logps.append([row["logp_sft"] for row in table if row["logp_sft"] is not None])
+    assert logps[0] == logps[2]
+    assert len(logps[0]) == len(logps[1]) > 0
+    assert all(first != second for first, second in zip(logps[0], logps[1], strict=True))
 
 
 def test_a_reward_is_loaded_once(answers, bag, scorer, tmp_path):

@@ -18,9 +18,7 @@ that learning from one response moves similar ones, on prompts that were not tra
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.integrate import quad
 from scipy.special import expit, log_expit, logsumexp
-from scipy.stats import norm
 
 REWARD, STYLE = 0, 1  # features
 CLOSE = 1e-5  # how close log KL comes to what is asked
@@ -399,6 +397,8 @@ def predicted(world: World, alphas) -> np.ndarray:
 
 def mean_of_best(samples: int) -> float:
     """Return the expectation of the largest of so many standard normals."""
+    from scipy.integrate import quad
+    from scipy.stats import norm
 
     def density(x: float) -> float:
         return samples * x * norm.pdf(x) * norm.cdf(x) ** (samples - 1)

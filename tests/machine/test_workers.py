@@ -15,6 +15,7 @@ from beyond_dpo.rows import write_rows
 
 @pytest.fixture
 def job(tmp_path, monkeypatch, tiny, rows):
+    workers.close()  # those of other modules
     monkeypatch.setattr(paths, "ARTIFACTS", tmp_path / "artifacts")
     write_rows(tmp_path / "rows.jsonl", rows)
     limits = {"max_prompt": 16, "max_length": 64}

@@ -13,19 +13,20 @@ from beyond_dpo.rewards import chat, distinct_n, load, repetition
 class Scorer:
     """Score response files with named rewards, and with the log-probability by the SFT model."""
 
-    def __init__(self, target: str, precision: str = "bf16"):
-        """Take the SFT model's folder, and the precision of its pass.
+    def __init__(self, precision: str = "bf16"):
+        """Take the precision of the SFT models' passes.
 
         Raises ValueError for "bf16" on a CPU that would emulate it.
         """
         require_precision(precision)
-        self.target = target
         self.precision = precision
-        self._reference = None  # the SFT model, once it is needed
+        self._reference = None  # the SFT model that was needed last
+        self._reference_folder = ""
 
     def score(
         self,
         rewards: dict,
+        target: str,
         prompts: str,
         responses: str,
         out: str,
@@ -41,7 +42,8 @@ class Scorer:
 
         rewards: name -> {"kind": one of rewards.KINDS, …its arguments}. A reward reads prompt and
         response together, as its training texts are whole openings; a finished one with a chat
-        template reads turns where the prompts have a "text" (one user's, or turns). logp is the
+        template reads turns where the prompts have a "text" (one user's, or turns).
+        target: the SFT model's folder. The calls of one process may name several. logp is the
         response file's. logp_sft is given for the first `reference_prompts` prompts (else null):
         logp − logp_sft estimates the KL to the SFT model in nats.
         shard, rank, world: as for Engine.generate(). Returns {"distinct_2"} of all responses
@@ -56,7 +58,7 @@ class Scorer:
         files = shards.parts(out, len(prompt_rows), shard)
         for number in shards.left(files, rank, world):
             shard_rows = [row for row in response_rows if shard_of[row["id"]] == number]
-            entries = self._scored(rewards, prompt_rows, shard_rows, referenced)
+            entries = self._scored(target, rewards, prompt_rows, shard_rows, referenced)
             lines = [json.dumps(entry) + "\n" for entry in entries]
             write_file(files[number], "".join(lines))
         if world > 1:
@@ -66,13 +68,13 @@ class Scorer:
         return {"distinct_2": round(distinct_n(token_lists), 4)}
 
     def _scored(
-        self, rewards: dict, prompt_rows: dict, rows: list[dict], referenced: set
+        self, target: str, rewards: dict, prompt_rows: dict, rows: list[dict], referenced: set
     ) -> list[dict]:
         """Return the entry of each response; prompt_rows: by id, referenced: ids with logp_sft."""
-        tokenizer = templates.load_tokenizer(self.target)
+        tokenizer = templates.load_tokenizer(target)
         values = _rewards_of(rewards, tokenizer, prompt_rows, rows)
-        logps_sft = self._logps_sft(tokenizer, prompt_rows, rows, referenced)
-        ends = templates.model_end_tokens(self.target)
+        logps_sft = self._logps_sft(target, prompt_rows, rows, referenced)
+        ends = templates.model_end_tokens(target)
         entries = []
         for i, row in enumerate(rows):
             response = row["response_ids"]
@@ -87,7 +89,7 @@ class Scorer:
         return entries
 
     def _logps_sft(
-        self, tokenizer, prompt_rows: dict, rows: list[dict], referenced: set
+        self, target: str, prompt_rows: dict, rows: list[dict], referenced: set
     ) -> dict[int, float]:
         """Return {place in rows: log-probability by the SFT model} of the referenced responses."""
         pairs = {}
@@ -101,10 +103,14 @@ class Scorer:
                 }
         if not pairs:
             return {}
-        if self._reference is None:
-            self._reference = scoring.load_scorer(self.target, self.precision)
+        if self._reference_folder != target:
+            self._reference = None  # there may be no room for two
+            self._reference_folder = ""
+            self._reference = scoring.load_scorer(target, self.precision)
+            self._reference_folder = target
+        pad_id = templates.load_tokenizer(target).pad_token_id
         scores = scoring.score_rows(
-            self._reference, list(pairs.values()), ["response"], pad_id=tokenizer.pad_token_id
+            self._reference, list(pairs.values()), ["response"], pad_id=pad_id
         )
         logps = scores["logps"][:, 0].tolist()
         return dict(zip(pairs, logps, strict=True))

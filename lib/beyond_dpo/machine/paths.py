@@ -1,7 +1,9 @@
-"""Absolute paths of the project, so that the working directory never matters."""
+"""Absolute paths of the project, so that the working directory never matters, and its YAML."""
 
 import os
 from pathlib import Path
+
+import yaml
 
 
 def _folder(variable: str, default: Path) -> Path:
@@ -24,3 +26,12 @@ FROZEN = DATA / "frozen"  # small measured results, committed
 ARTIFACTS = _folder("BEYOND_DPO_ARTIFACTS", ROOT / "artifacts")  # everything computed, git-ignored
 # Downloaded archives and converted models.
 CACHE = _folder("BEYOND_DPO_CACHE", Path("~/.cache/beyond_dpo"))
+
+
+def read_yaml(path: Path):
+    """Return the content of a YAML file, by the parser in C where PyYAML has it.
+
+    It takes a tenth of the time, and settings are read at each start.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import pandas as pd
-import yaml
 from pydantic import Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
@@ -105,7 +104,7 @@ def all_claims(path: Path | None = None) -> dict[str, dict[str, Claim]]:
     Raises ValueError for a claim that is not as `Claim` says.
     """
     path = path or paths.ROOT / "data" / "claims.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = paths.read_yaml(path)
     adapter = TypeAdapter(Claim)
     claims = {}
     for notebook, entries in content.items():

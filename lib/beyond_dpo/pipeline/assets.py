@@ -20,8 +20,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from beyond_dpo import events, hub
 from beyond_dpo.files import share_weights
 from beyond_dpo.machine import launch, paths
@@ -63,8 +61,7 @@ class Asset:
 
 def _own_yaml(name: str) -> dict:
     """Return the content of a YAML file beside this one."""
-    file = Path(__file__).with_name(name)
-    return yaml.safe_load(file.read_text(encoding="utf-8"))
+    return paths.read_yaml(Path(__file__).with_name(name))
 
 
 ASSETS = {name: Asset(**pin) for name, pin in _own_yaml("assets.yaml").items()}

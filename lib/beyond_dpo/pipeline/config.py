@@ -11,7 +11,6 @@ from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from beyond_dpo.jobs.settings import (
@@ -22,7 +21,7 @@ from beyond_dpo.jobs.settings import (
     Train,
     check_batch,
 )
-from beyond_dpo.machine import cluster
+from beyond_dpo.machine import cluster, paths
 from beyond_dpo.pipeline.settings import Expo, Mallows, Needs, Source, World, Wrpo
 from beyond_dpo.rows import FUSED
 
@@ -163,7 +162,7 @@ def _profile(paper: str, profile: str, experiment: str, frozen: bool) -> dict:
         raise ConfigError(_unknown("profile", profile, PROFILES))
     folder = Path(__file__).parent / "profiles"
     file = folder / f"{paper}.yaml"
-    layers = yaml.safe_load(file.read_text(encoding="utf-8"))
+    layers = paths.read_yaml(file)
     experiments = [""]
     for name in layers:
         _, slash, own_name = name.partition("/")

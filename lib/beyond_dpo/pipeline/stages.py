@@ -465,13 +465,14 @@ def scores(
         folders = {name: str(artifact.get()) for name, artifact in trained.items()}
         call = {
             "rewards": {name: _judge(world, name, folders) for name in names},
+            "target": str(start.get()),
             "prompts": str(prompts.get() / f"{split}.json"),
             "responses": str(sampled.get() / "responses.jsonl"),
             "out": str(out / "scores.jsonl"),
             "reference_prompts": kl_prompts,
             "shard": cfg.decoding.shard,
         }
-        settings = {"target": str(start.get()), "precision": world.precision}
+        settings = {"precision": world.precision}
         return _score(cfg, settings, call, out)
 
     inputs = {
