@@ -41,6 +41,7 @@ NOT_RUN = {
     "pytest": "is this suite",
     "COMPUTE=never PYTHONPATH=lib python -m jupyterlab": "opens a server; its notebooks run below",
     "!git clone": "of Colab",
+    "!grep": "of Colab",
     "%pip install": "of Colab",
     "import os, sys": "of Colab",
     "os.environ": "of Colab",
@@ -206,6 +207,24 @@ def test_a_claim_without_a_frozen_file_is_named(monkeypatch):
 def test_a_page_without_markers_gets_no_tables():
     with pytest.raises(ValueError, match="<!-- manifest -->"):
         checking.with_tables("# no table")
+
+
+@pytest.mark.parametrize("file", ["Containerfile", ".github/workflows/book.yml"])
+def test_what_could_not_be_run_names_what_is_there(file):
+    """The targets of make, and what the container file copies one by one."""
+    text = re.sub(r"^ *#.*$", "", text_of(ROOT / file), flags=re.MULTILINE)
+    targets = re.findall(r"\bmake\W+([a-z]+)\b", re.sub(r"apt-get[^\n]*\n[^\n]*", "", text))
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:.*## ", text_of(ROOT / "Makefile"), re.MULTILINE), target
+    for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        for name in line.split():
+            assert (ROOT / name).exists(), name
+
+
+def test_binder_starts_what_it_can_execute():
+    for name in ("postBuild", "start"):
+        assert os.access(ROOT / "binder" / name, os.X_OK)
 
 
 # ---- without torch
