@@ -198,6 +198,16 @@ def test_manifest_and_tables_are_up_to_date():
     assert checking.with_tables(page) == page
 
 
+def test_a_notebook_that_states_no_time_has_that_of_its_trainings():
+    (curves,) = paths.FROZEN.glob("curves-*/manifest.json")
+    rows = json.loads(text_of(curves))["facts"]["seconds"]
+    minutes = sum(row["training"] + row["search"] for row in rows) // 60
+    assert len(rows) > 10
+    expected = f"{minutes // 60:.0f} h {minutes % 60:.0f} min for trainings and searches alone"
+    assert checking.recorded_time("11_expo_headline") == expected
+    assert checking.recorded_time("18_expo_off_the_shelf") == checking.NOT_TIMED
+
+
 def test_a_claim_without_a_frozen_file_is_named(monkeypatch):
     monkeypatch.setattr(checking, "stored", lambda notebook: [])
     with pytest.raises(ValueError, match="beats_full_20"):
