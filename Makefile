@@ -14,7 +14,8 @@ TORCH_INDEX ?=
 # Options for JupyterLab, for `make lab`.
 LAB     ?=
 
-# The repository's address on GitHub, for the book's buttons for Binder and Colab.
+# The repository's address on GitHub, such as https://github.com/OWNER/NAME. This is the one place where it is set: the
+# book's buttons for Binder and Colab, and what its pages call OWNER/NAME, come from here.
 REPOSITORY ?=
 
 PY    = .venv/bin/python

@@ -1,9 +1,11 @@
 """The book: API pages from docstrings, the scoreboard's table, and the whole site."""
 
 import importlib
+import runpy
 import subprocess
 
 import pytest
+import yaml
 
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import claims
@@ -91,6 +93,29 @@ def test_the_scoreboard_has_every_claim_and_a_menu_of_each_kind(book):
 def test_every_notebook_of_a_paper_has_a_short_title(book):
     build, _ = book
     assert len(build.short_titles()) == len(list(paths.NOTEBOOKS.glob("[123]*.ipynb"))) > 20
+
+
+@pytest.mark.parametrize("ending", ["", "/", ".git"])
+def test_the_repositorys_address_is_put_into_the_pages(book, ending):
+    build, _ = book
+    page = (paths.ROOT / "docs" / "jupyter.md").read_text(encoding="utf-8")
+    assert page.count(build.UNKNOWN) == 2
+    assert build.with_address(page, "") == page
+    known = build.with_address(page, f"https://github.com/someone/beyond-dpo{ending}")
+    assert "https://mybinder.org/v2/gh/someone/beyond-dpo/HEAD?" in known
+    assert "git clone --depth 1 https://github.com/someone/beyond-dpo beyond-dpo\n" in known
+    assert build.UNKNOWN not in known
+
+
+def test_the_buttons_point_to_the_branch_that_is_published(monkeypatch):
+    """Not to the theme's own default, master: Binder and Colab found nothing there."""
+    monkeypatch.setenv("BEYOND_DPO_ROOT", str(paths.ROOT))
+    monkeypatch.setenv("REPOSITORY", "https://github.com/someone/beyond-dpo")
+    options = runpy.run_path(str(BOOK / "conf.py"))["html_theme_options"]
+    file = paths.ROOT / ".github" / "workflows" / "book.yml"
+    workflow = yaml.safe_load(file.read_text(encoding="utf-8"))
+    on = workflow[True]  # YAML reads the key `on` so
+    assert on["push"]["branches"] == [options["repository_branch"]]
 
 
 @pytest.mark.slow

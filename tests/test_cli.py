@@ -113,6 +113,8 @@ def test_help_has_examples(name, capsys):
         ("extrapolate sft aligned out --alpha 1 --modules *=inf", "PATTERN=ALPHA value: '*=inf'"),
         ("extrapolate sft aligned out --alpha 1 --dtype int8", "'int8'"),
         ("search sft aligned --prompts f", "--reward"),
+        ("search s a --prompts f --reward r --samples 0", "whole number from 1 value: '0'"),
+        ("search s a --prompts f --reward r --evaluations 3", "whole number from 4 value: '3'"),
         ("card", "OUT"),
     ],
 )
@@ -207,7 +209,7 @@ def test_an_output_of_another_dtype_loads(models):
     [
         ("", ("--modules", "*.experts.*=1"), "module pattern '*.experts.*' decides no tensor"),
         ("", ("--modules", "re:(=1"), "missing ), unterminated subpattern"),
-        ("full", (), "out is not a new or empty folder for one alpha"),
+        ("full", (), "out is no new or empty folder"),
         ("architecture", (), "model_type in config.json is 'llama' in sft and 'gpt2' in aligned"),
     ],
 )
@@ -551,13 +553,14 @@ def search(*more: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     "fault, complaint",
     [
-        ("no prompts", "No such file or directory: 'prompts.txt'"),
+        ("no prompts", "expo: prompts.txt: No such file or directory"),
         ("empty prompts", "prompts is empty"),
         ("no reward", "no such folder: reward-model"),
         ("reward without a head", "reward-model"),
         ("other architecture", "model_type in config.json is 'llama' in sft and 'gpt2'"),
         ("bracket", "need 0 <= low < high"),
         ("damaged table", "search.json is not JSON"),
+        ("out is a file", "expo: prompts.txt: File exists"),
     ],
 )
 def test_a_search_that_cannot_be_is_one_line(searched, capsys, fault, complaint):
@@ -576,6 +579,8 @@ def test_a_search_that_cannot_be_is_one_line(searched, capsys, fault, complaint)
         Path("aligned/config.json").write_text(json.dumps(settings | {"model_type": "gpt2"}))
     if fault == "bracket":
         more = ("--bracket", "2", "1")
+    if fault == "out is a file":
+        more = ("--out", "prompts.txt")
     if fault == "damaged table":
         Path("expo-search").mkdir()
         Path("expo-search/search.json").write_text("{")

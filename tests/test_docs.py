@@ -41,6 +41,7 @@ NOT_RUN = {
     "pytest": "is this suite",
     "COMPUTE=never PYTHONPATH=lib python -m jupyterlab": "opens a server; its notebooks run below",
     "!git clone": "of Colab",
+    "!grep": "of Colab",
     "%pip install": "of Colab",
     "import os, sys": "of Colab",
     "os.environ": "of Colab",
@@ -197,6 +198,16 @@ def test_manifest_and_tables_are_up_to_date():
     assert checking.with_tables(page) == page
 
 
+def test_a_notebook_that_states_no_time_has_that_of_its_trainings():
+    (curves,) = paths.FROZEN.glob("curves-*/manifest.json")
+    rows = json.loads(text_of(curves))["facts"]["seconds"]
+    minutes = sum(row["training"] + row["search"] for row in rows) // 60
+    assert len(rows) > 10
+    expected = f"{minutes // 60:.0f} h {minutes % 60:.0f} min for trainings and searches alone"
+    assert checking.recorded_time("11_expo_headline") == expected
+    assert checking.recorded_time("18_expo_off_the_shelf") == checking.NOT_TIMED
+
+
 def test_a_claim_without_a_frozen_file_is_named(monkeypatch):
     monkeypatch.setattr(checking, "stored", lambda notebook: [])
     with pytest.raises(ValueError, match="beats_full_20"):
@@ -206,6 +217,24 @@ def test_a_claim_without_a_frozen_file_is_named(monkeypatch):
 def test_a_page_without_markers_gets_no_tables():
     with pytest.raises(ValueError, match="<!-- manifest -->"):
         checking.with_tables("# no table")
+
+
+@pytest.mark.parametrize("file", ["Containerfile", ".github/workflows/book.yml"])
+def test_what_could_not_be_run_names_what_is_there(file):
+    """The targets of make, and what the container file copies one by one."""
+    text = re.sub(r"^ *#.*$", "", text_of(ROOT / file), flags=re.MULTILINE)
+    targets = re.findall(r"\bmake\W+([a-z]+)\b", re.sub(r"apt-get[^\n]*\n[^\n]*", "", text))
+    assert targets
+    for target in targets:
+        assert re.search(rf"^{target}:.*## ", text_of(ROOT / "Makefile"), re.MULTILINE), target
+    for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        for name in line.split():
+            assert (ROOT / name).exists(), name
+
+
+def test_binder_starts_what_it_can_execute():
+    for name in ("postBuild", "start"):
+        assert os.access(ROOT / "binder" / name, os.X_OK)
 
 
 # ---- without torch

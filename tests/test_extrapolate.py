@@ -1131,7 +1131,7 @@ def test_a_plan_refuses_what_an_extrapolation_would(pair, out, change):
         with pytest.raises(ValueError, match="decides no tensor"):
             module.plan(*pair, {0.5: out}, modules={"nothing": 1.0})
     else:
-        with pytest.raises(FileExistsError, match="not a new or empty folder"):
+        with pytest.raises(FileExistsError, match="no new or empty folder"):
             module.plan(*pair, {0.5: pair[1]})
 
 

@@ -171,3 +171,23 @@ def test_one_call_searches_two_models(tiny, moved, monkeypatch, capsys):
         assert prompts == ["The film"] * 3 + ["A story of"] * 3
         counts = [response.count("e") for _, response in batch]
         assert rewards.tolist() == [np.mean(counts[:3]), np.mean(counts[3:])]
+
+
+@pytest.mark.slow
+def test_a_reward_that_is_not_finite_is_not_kept(tiny, moved):
+    """Else the next search would find it, and end by it without sampling anything."""
+    kept = []
+    decoding = config.Decoding(
+        backend="transformers", max_tokens=2, max_model_len=64, dtype="float32"
+    )
+    with pytest.raises(ValueError, match="prompt 0 at α=0.0 is not finite"):
+        search_alpha(
+            tiny,
+            moved,
+            ["The film"],
+            lambda prompts, responses: [np.nan],
+            bracket=(0.0, 8.0),
+            decoding=decoding,
+            on_evaluated=lambda *evaluated: kept.append(evaluated),
+        )
+    assert not kept

@@ -31,6 +31,8 @@ PAGES = ("CHANGELOG.md", "CONTRIBUTING.md", "recipes/README.md", "benchmarks/gpu
 LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 NOTEBOOK = re.compile(r"\[(\d\d) ([^\]]+)\]\((\d\d_\w+)\.ipynb\)")
 BADGE = re.compile(r"^\[!\[.*\n", re.MULTILINE)
+# What the pages call the repository while nobody says where it is (REPOSITORY in the Makefile).
+UNKNOWN = "OWNER/NAME"
 PAPERS = {"1": "ExPO", "2": "MallowsPO", "3": "WRPO"}  # by the first digit of a notebook
 # The pages of the book after the notebooks; those that are not there are left out.
 CHAPTERS = {
@@ -86,10 +88,22 @@ def assemble() -> None:
 
 def copy(page: Path) -> None:
     """Copy a page to its place among the sources, and the files that it links to."""
+    text = page.read_text(encoding="utf-8")
     target = SOURCE / page.relative_to(ROOT)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(page, target)
+    write(target, with_address(text, os.environ.get("REPOSITORY", "")))
     copy_linked(page)
+
+
+def with_address(text: str, repository: str) -> str:
+    """Return a page with the repository's owner and name, if its address is known.
+
+    Args:
+        repository: such as https://github.com/owner/name, or "".
+    """
+    if not repository:
+        return text
+    *_, owner, name = repository.rstrip("/").removesuffix(".git").split("/")
+    return text.replace(UNKNOWN, f"{owner}/{name}")
 
 
 def copy_linked(page: Path) -> None:

@@ -46,6 +46,7 @@ REPOSITORY = os.environ.get("REPOSITORY", "")
 if REPOSITORY:
     html_theme_options |= {
         "repository_url": REPOSITORY,
+        "repository_branch": "main",  # the theme's own default is master
         "use_repository_button": True,
         "launch_buttons": {
             "binderhub_url": "https://mybinder.org",

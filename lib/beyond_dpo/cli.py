@@ -62,8 +62,11 @@ def main(argv: Sequence[str] | None, commands: Sequence[Command]) -> int:
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message without its line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return an error's message without its line breaks, and without its number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        text = f"{error.filename}: {error.strerror}"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _parser(commands: Sequence[Command]) -> argparse.ArgumentParser:
@@ -107,6 +110,19 @@ def finite(text: str) -> float:
 
 
 finite.__name__ = "finite number"  # what argparse calls it where it refuses one
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """Return a function that reads a whole number of the command line, `least` or more."""
+
+    def read(text: str) -> int:
+        number = int(text)
+        if number < least:
+            raise ValueError
+        return number
+
+    read.__name__ = f"whole number from {least}"
+    return read
 
 
 # ---- expo extrapolate

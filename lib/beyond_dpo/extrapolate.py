@@ -720,8 +720,8 @@ def _shard_files(folder: Path) -> list[Path]:
     weight_map = load_json(folder / INDEX).get("weight_map")
     if weight_map is None:
         raise ValueError(
-            f"no {SINGLE} or index in {folder}: convert .bin, .pt (never loaded); adapters: "
-            "lora.scaled()"
+            f"no {SINGLE} or index in {folder}: convert .bin and .pt, which are never loaded; "
+            "an adapter is merged, or scaled by beyond_dpo.lora.scaled()"
         )
     names = {Path(shard).name for shard in weight_map.values()}
     return sorted(folder / name for name in names or {SINGLE})
@@ -935,11 +935,11 @@ def _compute_at(
 def _require_new(outs: list[Path]) -> None:
     """Raise FileExistsError for a folder that is in use, or that two alphas share."""
     for out in outs:
-        shared = outs.count(out) > 1
-        used = out.exists() and (not out.is_dir() or any(out.iterdir()))
-        if shared or used:
+        if outs.count(out) > 1:
+            raise FileExistsError(f"{out} is given for two alphas: give each a folder of its own")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(
-                f"{out} is not a new or empty folder for one alpha: delete it or choose another"
+                f"{out} is no new or empty folder: delete it or choose another one"
             )
 
 

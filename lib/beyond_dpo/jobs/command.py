@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from beyond_dpo import cli, events, extrapolate, hub, rewards, templates
+from beyond_dpo import cli, events, extrapolate, hub, rewards, search, templates
 from beyond_dpo.files import write_file
 from beyond_dpo.machine import launch
 
@@ -67,7 +67,7 @@ def _add_judged(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--reward-label",
-        type=int,
+        type=cli.at_least(0),
         metavar="N",
         help="which of its labels counts, from 0",
     )
@@ -84,16 +84,14 @@ def _add_effort(parser: argparse.ArgumentParser) -> None:
         help="smallest and largest α (default 0 2)",
     )
     add = parser.add_argument
-    add("--evaluations", type=int, default=8, metavar="N", help="how many α at most (default 8)")
-    add("--samples", type=int, default=1, metavar="N", help="responses to a prompt (default 1)")
-    add("--max-tokens", type=int, default=512, metavar="N", help="of a response (default 512)")
-    add(
-        "--max-model-len",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="tokens of prompt and response (default 2048)",
-    )
+    for name, least, default, text in (
+        ("--evaluations", 4, 8, "how many α at most, 4 or more"),
+        ("--samples", 1, 1, "responses to a prompt"),
+        ("--max-tokens", 1, 512, "of a response"),
+        ("--max-model-len", 1, 2048, "tokens of prompt and response"),
+    ):
+        help_text = f"{text} (default {default})"
+        add(name, type=cli.at_least(least), default=default, metavar="N", help=help_text)
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +120,8 @@ def _search(options: argparse.Namespace) -> None:
     """Search the best α; show and keep what is evaluated."""
     from beyond_dpo.jobs.search_alpha import search_alpha
 
+    # Before models are fetched and read, which takes minutes.
+    search.require_search(tuple(options.bracket), options.evaluations)
     sft = hub.locate(options.sft).folder
     aligned = hub.locate(options.aligned).folder
     reward_model = hub.locate(options.reward).folder
@@ -259,7 +259,8 @@ class Table:
     """What a search has evaluated: shown, and kept in a folder from one run to the next.
 
     search.json holds the rewards and responses of each α, and what they were made from; search.csv
-    the table of their means. Raises ValueError for a folder of another search.
+    the table of their means. Raises ValueError for a folder of another search, OSError for one that
+    cannot be made.
     """
 
     def __init__(self, folder: Path, made_from: dict):
@@ -267,6 +268,7 @@ class Table:
         self.csv_file = folder / "search.csv"
         self.made_from = made_from
         self.points: dict[float, dict] = {}  # {α: {"rewards", "responses"}}
+        folder.mkdir(parents=True, exist_ok=True)  # so that it fails now if it cannot be written
         kept = extrapolate.load_json(self.file)
         if not kept:
             return

@@ -100,7 +100,8 @@ def search_alpha(
             responses = sample(alpha)
             scores = np.asarray(reward(sampled_prompts, responses))
             rewards = scores.reshape(len(prompts), samples).mean(1)
-            if on_evaluated is not None:
+            # What is not finite ends the search, and is not kept for the next one.
+            if on_evaluated is not None and np.isfinite(rewards).all():
                 on_evaluated(alpha, rewards, responses)
             return rewards
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
+from beyond_dpo import events
 from beyond_dpo.files import write_file
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import claims
@@ -167,14 +168,33 @@ def _profile(notebook: str) -> str:
 
 
 def time_of(notebook: str) -> str:
-    """Return the time that a notebook states under its title, or that it states none."""
+    """Return the time that a notebook states under its title, or else what its results tell."""
     path = paths.NOTEBOOKS / f"{notebook}.ipynb"
     first_cell = _read_json(path)["cells"][0]
     text = "".join(first_cell["source"])
     stated = TIME.search(text)
     if stated is None:
-        return NOT_TIMED
+        return recorded_time(notebook)
     return stated[0]
+
+
+def recorded_time(notebook: str) -> str:
+    """Return how long the trainings and searches behind a notebook's figures took.
+
+    Frozen α curves keep these seconds; a notebook without such curves is not timed.
+    """
+    keys = set()
+    for figure in figures_of(notebook):
+        record = _read_json(paths.FIGURES / f"{figure}.json")
+        keys |= set(record["keys"])
+    seconds = 0.0
+    for key in keys:
+        facts = _read_json(paths.FROZEN / key / "manifest.json").get("facts", {})
+        for row in facts.get("seconds", []):
+            seconds += row["training"] + row["search"]
+    if not seconds:
+        return NOT_TIMED
+    return f"{events.duration(seconds)} for trainings and searches alone"
 
 
 def figures_of(notebook: str) -> list[str]:
