@@ -22,6 +22,15 @@ CHOOSES = "reward"  # the measure by which an α is chosen: the reward model
 Model = Hashable  # a value of the table's column that tells the models apart
 
 
+def passes(repetition, distinct, repetition_of_sft: float, distinct_of_sft: float):
+    """Return whether points pass the gate: arrays of bool, in the shape of the first two.
+
+    repetition: share of repeated trigrams, mean of the responses; distinct: distinct-2 of a point.
+    """
+    repeats_little = repetition <= repetition_of_sft + MORE_REPETITION
+    return repeats_little & (distinct >= LEAST_DISTINCT * distinct_of_sft)
+
+
 @dataclass(frozen=True)
 class Quantity:
     """A number of each training, which depends on the prompts that are drawn.
@@ -107,9 +116,8 @@ class AlphaCurves:
     def _passes(self, model: Model) -> np.ndarray:
         repetition = self.values(model, "repetition", "dev").mean(-1)
         of_sft = self.values(self.sft_label, "repetition", "dev").mean()
-        distinct = self._distinct(model)
-        least = LEAST_DISTINCT * self._distinct(self.sft_label).item()
-        return (repetition <= of_sft + MORE_REPETITION) & (distinct >= least)
+        distinct_of_sft = self._distinct(self.sft_label).item()
+        return passes(repetition, self._distinct(model), of_sft, distinct_of_sft)
 
     def _distinct(self, model: Model) -> np.ndarray:
         """Return the distinct bigrams of each point on dev prompts, (trainings, α)."""
