@@ -504,20 +504,19 @@ def losses(cfg, seed: int) -> dict[str, Line]:
     return lines
 
 
-def data_quality(cfg, seed: int | None = None) -> dict[str, Line]:
+def data_quality(cfg, seed: int) -> dict[str, Line]:
     """Return the lines of models trained on random pairs, and on those with long chosen responses.
 
-    These are the rows of ACL Table 3. seed: None is the first. Raises ConfigError without an α grid
-    for this fraction.
+    These are the rows of ACL Table 3, "10%, random" and so on. Raises ConfigError for a fraction
+    without an α grid.
     """
-    seed = cfg.seeds[0] if seed is None else seed
-    fraction = cfg.quality_fraction
-    config.check_grid(cfg, fraction)
-    align = partial(_aligned_line, cfg, fraction, seed, cfg.alphas[fraction])
-    return {
-        "random": align(),
-        "length-biased": align(longest=True),
-    }
+    lines = {}
+    for fraction in cfg.quality_fractions:
+        config.check_grid(cfg, fraction)
+        align = partial(_aligned_line, cfg, fraction, seed, cfg.alphas[fraction])
+        lines[f"{fraction:.0%}, random"] = align()
+        lines[f"{fraction:.0%}, length-biased"] = align(longest=True)
+    return lines
 
 
 def wrong_pairs(cfg, seed: int | None = None) -> dict[str, Line]:
