@@ -645,7 +645,10 @@ def test_lines_share_what_is_already_trained():
     ends = {line.end.key for line in recipes.values()}
     assert len(ends) == len(recipes) == 9
     assert recipes["default"].end.key in trained
-    assert expo.data_quality(cfg)["random"].end.key in trained
+    quality = expo.data_quality(cfg, cfg.seeds[0])
+    assert len(quality) == 2 * len(cfg.quality_fractions) == 6
+    for name, line in quality.items():
+        assert (line.end.key in trained) == name.endswith("random"), name
 
 
 def test_no_line_has_one_model_at_both_ends():
