@@ -14,8 +14,12 @@ TORCH_INDEX ?=
 # Options for JupyterLab, for `make lab`.
 LAB     ?=
 
+# The repository's address on GitHub, for the book's buttons for Binder and Colab.
+REPOSITORY ?=
+
 PY    = .venv/bin/python
 READY = .venv/.ready
+BOOK  = .venv-book/.ready
 # DeepSpeed looks for ninja on PATH, and children look for python: both must be the environment's.
 RUN   = PATH="$$PWD/.venv/bin:$$PATH" $(PY)
 
@@ -83,20 +87,32 @@ lab: $(READY)  ## open the notebooks in JupyterLab (LAB="--ip 0.0.0.0 --port 888
 	  JUPYTER_PATH="$$prefix/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" \
 	  $(RUN) -m jupyterlab $$root $(LAB) notebooks/00_start_here.ipynb
 
-render: $(READY)  ## execute the committed notebooks in place and update the README, from committed results alone
+# An environment of its own: Sphinx asks for versions of packages that the notebooks pin.
+.venv-book/.ready: docs/book/requirements.txt
+	@$(PYTHON) -m venv .venv-book
+	@.venv-book/bin/python -m pip install -qq -r docs/book/requirements.txt
+	@touch .venv-book/.ready
+
+book: $(BOOK)  ## build the notebooks and pages as a static site in build/book/html (nothing is executed)
+	@REPOSITORY=$(REPOSITORY) .venv-book/bin/python docs/book/build.py
+	@REPOSITORY=$(REPOSITORY) .venv-book/bin/python docs/book/build.py --check
+
+render: $(READY)  ## execute the committed notebooks in place, then update README and docs, from committed results alone
 	@COMPUTE=never $(RUN) -m beyond_dpo.notebook.run --all --in-place
+	@$(RUN) -m beyond_dpo.notebook.overview
 	@$(RUN) -m beyond_dpo.notebook.claims --readme
+	@$(RUN) -m beyond_dpo.notebook.checking
 
 # Cold, as `reproduce`: with COMPUTE=auto it would find the results that are frozen, and keep those.
 freeze: $(READY)  ## compute what is missing at profile cpu; copy small results into data/frozen, figures into figures
 	@COMPUTE=$(COMPUTE) $(RUN) -m beyond_dpo.notebook.run --all --freeze
 
 lint: $(READY)  ## check the style
-	@$(RUN) -m ruff check lib tests notebooks benchmarks
-	@$(RUN) -m ruff format --check -q lib tests benchmarks
+	@$(RUN) -m ruff check lib tests notebooks benchmarks docs
+	@$(RUN) -m ruff format --check -q lib tests benchmarks docs
 
-clean:  ## delete computed results (artifacts/) and caches; downloads, data/frozen and .venv stay
+clean:  ## delete computed results (artifacts/) and caches; downloads, data/frozen, .venv and .venv-book stay
 	@rm -rf artifacts .pytest_cache .ruff_cache build lib/*.egg-info notebooks/.ipynb_checkpoints
 	@find lib tests -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce test faults smoke lab render freeze lint clean
+.PHONY: help setup reproduce test faults smoke lab book render freeze lint clean

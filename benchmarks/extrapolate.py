@@ -88,7 +88,8 @@ def write_checkpoint(folder: Path, seed: int, layers: int) -> None:
 
 def ours(sft: Path, aligned: Path, out: Path, alphas) -> dict:
     """Write all α in one run of our command; return its seconds and peak."""
-    command = [sys.executable, "-m", "beyond_dpo.extrapolate", sft, aligned, out]
+    command = [sys.executable, "-m", "beyond_dpo.jobs.command", "extrapolate"]
+    command += [sft, aligned, out]
     for alpha in alphas:
         command += ["--alpha", alpha]
     measured = run(command)

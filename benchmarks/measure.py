@@ -17,10 +17,11 @@ from beyond_dpo.machine import paths
 from beyond_dpo.pipeline import artifacts
 
 RESULTS = paths.FROZEN / "benchmarks"
+PAGE = paths.ROOT / "docs" / "performance.md"  # which holds the table
 
 
 class Comparison(NamedTuple):
-    """A row of the README's table: our number, whom it is compared with, theirs, the ratio's goal.
+    """A row of the table of speeds: our number, whom it is compared with, theirs, the ratio's goal.
 
     `ours` and `theirs` are names of numbers in a round. `bound` is one of the file's bounds: what
     the ratio would be if speed were nothing but the number of matrix products.
@@ -192,15 +193,14 @@ def report(name: str, settings: dict, rounds: list[dict], freeze: bool) -> None:
     """Print the rounds and what they compare.
 
     Args:
-        freeze: keep the rounds in data/frozen and renew the README's table.
+        freeze: keep the rounds in data/frozen and renew the table in docs/performance.md.
     """
     content = {"benchmark": name, **settings, **artifacts.environment(), "rounds": rounds}
     print(json.dumps(content, indent=1))
     print("\n".join(compared(content)))
     if freeze:
         write_file(RESULTS / f"{name}.json", json.dumps(content, indent=1) + "\n")
-        readme = paths.ROOT / "README.md"
-        write_file(readme, table(readme.read_text()))
+        write_file(PAGE, table(PAGE.read_text()))
 
 
 def compared(content: dict) -> list[str]:
@@ -235,8 +235,8 @@ def bound_of(comparison: Comparison, content: dict) -> str:
     return f"{bound:.2f}" if bound else ""
 
 
-def table(readme: str) -> str:
-    """Return the README's text with the table of all frozen benchmarks between its markers."""
+def table(page: str) -> str:
+    """Return a page with the table of all frozen benchmarks between its markers."""
     lines = [
         "| what | ours | against | theirs | ours ÷ theirs [rounds] | by products | goal |",
         "|---|---|---|---|---|---|---|",
@@ -247,8 +247,8 @@ def table(readme: str) -> str:
             lines += compared(json.loads(path.read_text()))
     start = "<!-- benchmarks -->"
     end = "<!-- /benchmarks -->"
-    if not readme.count(start) == readme.count(end) == 1:
-        raise ValueError(f"README.md needs {start} and {end} once each, around the table")
-    before, _, rest = readme.partition(start)
+    if not page.count(start) == page.count(end) == 1:
+        raise ValueError(f"{PAGE.name} needs {start} and {end} once each, around the table")
+    before, _, rest = page.partition(start)
     _, _, after = rest.partition(end)
     return "\n".join([before + start, *lines, end]) + after

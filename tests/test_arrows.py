@@ -28,6 +28,7 @@ FILES = sorted(path for path in LIB.rglob("*.py") if path.name != "__init__.py")
 CORE = sorted(path.stem for path in LIB.glob("*.py") if path.name != "__init__.py")
 # the modules of the core that need numba, and so the extra [repro]
 COMPILED = ("bandit", "contextual")
+TRAINERS = ("trl",)  # that of the extra [trl]
 
 
 def name_of(path):
@@ -122,8 +123,8 @@ def python(code):
 
 @pytest.mark.slow
 def test_the_core_needs_no_heavy_package():
-    """With all of them blocked each module of the core can be imported, but the compiled one."""
-    names = [name for name in CORE if name not in COMPILED]
+    """With all of them blocked each module of the core can be imported, but those of an extra."""
+    names = [name for name in CORE if name not in COMPILED + TRAINERS]
     code = f"""
 import importlib, sys
 # an import of None fails as that of a package that is not there

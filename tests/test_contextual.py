@@ -5,11 +5,13 @@ import math
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from beyond_dpo import contextual
 from beyond_dpo.losses import mallows_link
+from beyond_dpo.pipeline import config, mallows
 
 PEOPLE = ["mallows", "bradley_terry"]
 # Two contexts of two arms and one parameter: it prefers the first arm in both.
@@ -301,6 +303,21 @@ def test_phi_link_is_that_of_the_losses(s, a):
     assert math.exp(-loss) == pytest.approx(float(g), rel=1e-6)
 
 
+@pytest.mark.parametrize("phi", [0.05, 0.4, 0.97])
+def test_the_link_is_that_of_the_losses_and_odd_about_a_half(phi):
+    s = np.linspace(-4, 4, 41)
+    ours = contextual.link(s, phi, 0.1)
+    theirs = mallows_link(torch.tensor(s), torch.full((41,), phi, dtype=torch.float64), 0.1)
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-12)
+    np.testing.assert_allclose(ours + ours[::-1], 1, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("phi", "epsilon"), [(0.0, 0.1), (1.0, 0.1), (0.5, 0.0)])
+def test_a_link_out_of_range_is_refused(phi, epsilon):
+    with pytest.raises(ValueError):
+        contextual.link([0.5], phi, epsilon)
+
+
 @each_link
 def test_descent_lowers_the_loss(world, wins, link):
     way = contextual.descend(world.features, wins, world.agreement, link=link, steps=200, lr=0.05)
@@ -387,6 +404,28 @@ def test_bad_input_is_refused(world, call):
 
 
 @pytest.mark.usefixtures("wins")
+def test_frontiers_without_spread_and_noise_are_those_of_dpo():
+    found = contextual.frontiers(spread=0, noise=0, kls=[0.2, 0.5], beta=1, seeds=[1, 2])
+    np.testing.assert_allclose(found["MallowsPO-θ"].gains, found["DPO"].gains, atol=1e-9)
+    assert found["MallowsPO-θ"].kl == pytest.approx(found["DPO"].kl)
+    nearer, further = found["DPO"].gains
+    assert 0 < nearer < further
+    smaller = contextual.frontiers(spread=0, noise=0, kls=[0.2], beta=0.5, seeds=[1, 2])
+    assert smaller["DPO"].kl > found["DPO"].kl
+
+
+def test_frontiers_are_what_notebook_27_has_frozen():
+    """The first of its worlds, with the true φ."""
+    cfg = config.load("mallows", "cpu")
+    table = mallows.contextual(cfg).csv("gains.csv.gz")
+    cell = {"world": "Mallows", "spread": 1.0, "pairs": 400, "steps": 100, "kl": 0.5}
+    first = table["seed"].min()
+    (row,) = table[(table[[*cell, "seed"]] == pd.Series(cell | {"seed": first})).all(axis=1)].index
+    found = contextual.frontiers(spread=1.0, noise=0, kls=[0.5], beta=1, seeds=[first])
+    for method, column in (("DPO", "DPO"), ("MallowsPO-θ", "MallowsPO-θ, true")):
+        assert found[method].gains[0] == pytest.approx(table.loc[row, column], abs=0.001)
+
+
 def test_time():
     """A hundred trainings of 100 steps may take a second of one core, five times what they need."""
     world = contextual.draw_world(16, 5, 8, spread=1, seed=0)

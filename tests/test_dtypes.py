@@ -131,8 +131,8 @@ def test_a_dtype_has_torchs_names():
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # to import it is an error
-from beyond_dpo import extrapolate
-extrapolate.main(sys.argv[1:])
+from beyond_dpo.jobs import command
+sys.exit(command.main(["extrapolate", *sys.argv[1:]]))
 """
 
 

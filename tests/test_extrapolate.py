@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import runpy
 import shutil
 import signal
 import subprocess
@@ -843,9 +842,10 @@ def save_sparse(folder: Path, first_value: bytes) -> Path:
 
 
 MEASURED = """if True:
-    import resource, runpy, numpy, safetensors, tqdm
+    import resource, sys, numpy, safetensors, tqdm
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    runpy.run_module("beyond_dpo.extrapolate", run_name="__main__")  # what python -m does
+    from beyond_dpo.jobs import command
+    assert command.main(sys.argv[1:]) == 0
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
@@ -853,7 +853,7 @@ MEASURED = """if True:
 def test_memory_is_bounded(big, out):
     """A 400 MB model takes less than 100 MB beyond the imports, in a process of its own."""
     sft, aligned = big
-    arguments = [sft, aligned, out, "--alpha", "0.5"]
+    arguments = ["extrapolate", sft, aligned, out, "--alpha", "0.5"]
     command = [sys.executable, "-c", MEASURED, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -1032,57 +1032,116 @@ def test_file_size_limit_leaves_nothing(tmp_path, out):
     assert names_in(tmp_path) == ["aligned", "sft"]
 
 
-# ---- command line
+# ---- another dtype than the aligned model's
 
 
-def run_command_line(pair, out: Path, *arguments: str) -> None:
-    sft, aligned = pair
-    module.main([str(sft), str(aligned), str(out), *arguments])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alpha", [0.5, 0.0, -1.0])
+def test_weights_are_written_in_the_dtype_that_is_asked_for(tmp_path, out, dtype, stored, alpha):
+    """As blend() computes them in float32, rounded once; integers stay what they are."""
+    sft = weights(0, stored)
+    aligned = weights(1, stored)
+    folders = [save(tmp_path / "sft", sft, shards=2), save(tmp_path / "aligned", aligned, shards=3)]
+    extrapolate(*folders, {alpha: out}, dtype=dtype)
+    expected = {}
+    for name, tensor in aligned.items():
+        if tensor.is_floating_point():
+            exact = blend(sft[name].float(), tensor.float(), alpha)
+            expected[name] = exact.to(getattr(torch, dtype))
+        else:
+            expected[name] = tensor
+    assert same(load(out), expected)
+    assert read_json(out / "config.json")["dtype"] == dtype
+    assert read_json(out / "expo.json")["dtype"] == dtype
+    sizes = [tensor.nbytes for tensor in expected.values()]
+    assert read_json(out / INDEX)["metadata"]["total_size"] == sum(sizes)
 
 
-def test_command_line_of_one_alpha(pair, out, capsys):
-    run_command_line(pair, out, "--alpha", "0.5", "--module", "*.q.weight=2")
-    assert capsys.readouterr().out == f"{out}\n"
-    facts = read_json(out / "expo.json")
-    assert facts["modules"] == {"*.q.weight": 2.0}
+def test_what_is_computed_from_the_config_keeps_its_dtype(tmp_path, out):
+    """Rotary frequencies lose their meaning in bfloat16."""
+    name = "model.rotary_emb.inv_freq"
+    frequencies = {name: torch.linspace(0, 1, 5)}
+    folders = save_pair(tmp_path, weights(0) | frequencies, weights(1) | frequencies)
+    extrapolate(*folders, {0.5: out}, dtype="float16")
+    assert same_bits(load(out)[name], frequencies[name])
 
 
-def test_command_line_of_several_alphas(pair, out, capsys):
-    run_command_line(pair, out, "--alpha", "0.5", "--alpha", "-1", "--alpha", "1e-3")
-    folders = [out / "alpha=0.5", out / "alpha=-1", out / "alpha=0.001"]
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [str(folder) for folder in folders]
-    assert same(load(folders[0]), dict(tensors(*pair, 0.5)))
+def test_a_step_below_bfloat16s_rounding_is_kept_in_float32(tmp_path, out):
+    """What --dtype is for: at α = 0.3 a bfloat16 output is the aligned model itself."""
+    sft = {"w": torch.full((4,), 1.0, dtype=torch.bfloat16)}
+    aligned = {"w": torch.full((4,), 1.0078125, dtype=torch.bfloat16)}  # the next number
+    folders = save_pair(tmp_path, sft, aligned)
+    extrapolate(*folders, {0.3: out})
+    assert same_bits(load(out)["w"], aligned["w"])
+    extrapolate(*folders, {0.3: tmp_path / "wide"}, dtype="float32")
+    expected = torch.full((4,), 1.0078125 + 0.3 * 0.0078125)
+    torch.testing.assert_close(load(tmp_path / "wide")["w"], expected)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--alpha", "nan"],
-        ["--alpha", "1", "--module", "*"],
-        ["--alpha", "1", "--module", "re:(=1"],
-    ],
-)
-def test_command_line_says_what_is_wrong(pair, out, arguments):
-    with pytest.raises(SystemExit, match="error: "):
-        run_command_line(pair, out, *arguments)
+def test_a_dtype_that_is_too_narrow_is_refused(tmp_path, out):
+    sft = {"w": torch.zeros(4)}
+    aligned = {"w": torch.full((4,), 1e5)}
+    folders = save_pair(tmp_path, sft, aligned)
+    with pytest.raises(ValueError, match="w leaves the range of torch.float16 at alpha=0.5"):
+        extrapolate(*folders, {0.5: out}, dtype="float16")
+    with pytest.raises(ValueError, match="float32, float16, bfloat16, not in 'int8'"):
+        extrapolate(*folders, {0.5: out}, dtype="int8")
+    assert names_in(tmp_path) == ["aligned", "sft"]
 
 
-def test_command_line_names_a_folder_that_is_in_use(pair):
-    _, aligned = pair
-    with pytest.raises(SystemExit, match="error: .*aligned"):
-        run_command_line(pair, aligned, "--alpha", "1")
+# ---- what it will take
 
 
-@pytest.mark.parametrize("name", ["extrapolate", "jobs.generate"])
-def test_help_is_shown_and_starts_nothing(name, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [name, "--help"])
-    # As in a process of its own.
-    monkeypatch.delitem(sys.modules, f"beyond_dpo.{name}", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"beyond_dpo.{name}", run_name="__main__")
-    assert ended.value.code == 0
-    assert f"usage: python -m beyond_dpo.{name}" in capsys.readouterr().out
+def test_a_plan_counts_bytes_and_leaves_nothing(big, tmp_path):
+    outputs = {0.3: tmp_path / "new" / "a", 0.5: tmp_path / "new" / "b"}
+    plan = module.plan(*big, outputs)
+    bytes_of_one = sum(map(sum, SHARD_SIZES)) << 20
+    assert plan.read == 2 * bytes_of_one
+    assert plan.written == 2 * bytes_of_one
+    assert plan.free > plan.written
+    assert 0 < plan.seconds < 600
+    assert names_in(tmp_path) == []
+
+
+def test_a_plan_clears_what_a_killed_one_left(pair, tmp_path, out):
+    """Its sample is a working folder as an extrapolation's, which the next run deletes."""
+
+    def killed() -> int:
+        module._write_tensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        module.plan(*pair, {0.5: out})
+        return 0
+
+    assert exit_code(fork(killed)) == -signal.SIGKILL
+    assert len(names_in(tmp_path)) == 3
+    module.plan(*pair, {0.5: out})
+    assert names_in(tmp_path) == ["aligned", "sft"]
+
+
+def test_a_plan_in_float32_writes_twice_the_bytes(pair, out):
+    narrow = module.plan(*pair, {0.5: out})
+    wide = module.plan(*pair, {0.5: out}, dtype="float32")
+    integers = 16  # bytes, of model.steps
+    assert wide.written - integers == 2 * (narrow.written - integers)
+
+
+@pytest.mark.parametrize("change", ["modules", "out"])
+def test_a_plan_refuses_what_an_extrapolation_would(pair, out, change):
+    if change == "modules":
+        with pytest.raises(ValueError, match="decides no tensor"):
+            module.plan(*pair, {0.5: out}, modules={"nothing": 1.0})
+    else:
+        with pytest.raises(FileExistsError, match="not a new or empty folder"):
+            module.plan(*pair, {0.5: pair[1]})
+
+
+def test_a_plan_sees_that_a_disk_is_too_small(pair, tmp_path, small_disk):
+    outputs = {0.1 * i: small_disk / str(i) for i in range(1, 3000)}
+    with pytest.raises(OSError, match="bytes free, .* are to be written"):
+        module.plan(*pair, outputs)
+
+
+# ---- what is said meanwhile
 
 
 def stderr_of_a_run(pair, out: Path, monkeypatch, reading_end: int, writing_end: int) -> bytes:
@@ -1133,44 +1192,6 @@ def test_without_a_bar_one_line_says_what_takes_long(pair, out, monkeypatch, cap
     extrapolate(*pair, {0.5: out})
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"extrapolating {pair[1]} to 1 α, ")
-
-
-ON_A_TERMINAL = """
-import sys
-from beyond_dpo import extrapolate as module
-sys.stderr.isatty = lambda: True
-module.main(sys.argv[1:])
-"""
-
-
-def test_a_full_disk_behind_the_bar_ends_no_work(pair, out):
-    """A terminal that is gone, or a full disk: tqdm's own error came through."""
-    command = [sys.executable, "-c", ON_A_TERMINAL, *map(str, pair), str(out), "--alpha", "0.5"]
-    environment = dict(os.environ)
-    environment.pop("TQDM_DISABLE", None)
-    with open("/dev/full", "wb") as full:
-        done = subprocess.run(
-            command, env=environment, stdout=subprocess.PIPE, stderr=full, text=True
-        )
-    assert done.returncode == 0
-    assert done.stdout == f"{out}\n"
-
-
-INTERRUPTED = """
-import os, signal
-from beyond_dpo import extrapolate as module
-signal.signal(signal.SIGINT, signal.default_int_handler)
-module.extrapolate = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
-module.main(['sft', 'aligned', 'out', '--alpha', '1'])
-"""
-
-
-def test_an_interrupted_extrapolation_is_one_line():
-    command = [sys.executable, "-c", INTERRUPTED]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 130
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("interrupted; ")
 
 
 # ---- models of transformers

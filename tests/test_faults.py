@@ -495,7 +495,8 @@ def test_an_extrapolation_killed_at_any_moment_ends_the_same(tmp_path, fault):
     aligned = tmp_path / "aligned"
     save_random_model(sft, generator)
     save_random_model(aligned, generator)
-    extrapolation = [sys.executable, "-m", "beyond_dpo.extrapolate", sft, aligned]
+    expo = [sys.executable, "-m", "beyond_dpo.jobs.command"]
+    extrapolation = [*expo, "extrapolate", sft, aligned]
 
     calm = [*extrapolation, tmp_path / "calm", "--alpha", "0.5"]
     began = time.monotonic()

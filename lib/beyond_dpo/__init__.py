@@ -1,3 +1,3 @@
 """Beyond DPO: ExPO, MallowsPO and WRPO reproduced, one claim per notebook."""
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"

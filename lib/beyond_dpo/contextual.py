@@ -269,6 +269,29 @@ def expected_loss(
     return float(loss), gradient
 
 
+def link(s, phi: float, epsilon: float) -> np.ndarray:
+    """Return MallowsPO's φ link g(s), Eq. 9 of arXiv 2405.14953 with its cubic (section 3.4).
+
+    The same numbers as losses.mallows_link, without torch.
+
+    Args:
+        s: differences of rewards, of any shape.
+        phi: dispersion in (0, 1). epsilon: half width of the cubic, > 0.
+    Returns:
+        float64 in (0, 1), of the shape of s; g(-s) = 1 - g(s).
+    Raises:
+        ValueError: for a phi or an epsilon out of its range.
+    """
+    if not 0 < phi < 1:
+        raise ValueError(f"phi must be in (0, 1), got {phi!r}")
+    _require_positive(epsilon=epsilon)
+    agreement = -np.log(phi)
+    (a1,), (a3,) = _cubics(np.array([agreement]), epsilon)
+    s = np.asarray(s, dtype=float)
+    logs = [_log_link(value, agreement, a1, a3, epsilon)[0] for value in s.ravel()]
+    return np.exp(logs).reshape(s.shape)
+
+
 def _pairs(features, wins) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return of each kind of pair: ψ(x, winner) - ψ(x, loser), x, and its share of the pairs."""
     features = np.asarray(features, dtype=float)
@@ -482,3 +505,63 @@ def _at_beta(scores, ranks, kl):
         else:
             high = middle
     return gain
+
+
+# ---- both together, for a first look
+
+
+class Frontier(NamedTuple):
+    """What a method earns, means over worlds."""
+
+    gains: np.ndarray  # (kls,) float64: over the uniform policy, in ranks, at each KL
+    kl: float  # nats, of its policy at one β
+
+
+def frontiers(
+    *,
+    spread: float,
+    noise: float,
+    kls,
+    beta: float,
+    pairs: int = 400,
+    steps: int = 100,
+    lr: float = 0.3,
+    contexts: int = 16,
+    arms: int = 5,
+    dimensions: int = 8,
+    seeds=range(1000, 1100),
+) -> dict[str, Frontier]:
+    """Train DPO and MallowsPO in many worlds; return what each earns at equal KL.
+
+    By itself in the worlds of notebook 27.
+
+    Args:
+        spread: standard deviation of log(-log φ) over the contexts, >= 0.
+        noise: standard deviation of the error of the estimate of log(-log φ), >= 0.
+        kls: nats, at which the methods are compared.
+        beta: > 0, of the policies whose KL is returned.
+        seeds: of the worlds.
+    Returns:
+        {method: Frontier} of DPO, MallowsPO-θ and MallowsPO-φ.
+    Raises:
+        ValueError: as draw_world, draw_pairs, estimate, descend and gain_at_kl.
+
+    Without spread and noise MallowsPO-θ is DPO.
+    """
+    _require_positive(beta=beta)
+    links = {"DPO": "logistic", "MallowsPO-θ": "logistic", "MallowsPO-φ": "mallows_phi"}
+    gains: dict[str, list] = {method: [] for method in links}
+    reached: dict[str, list] = {method: [] for method in links}
+    for seed in seeds:
+        world = draw_world(contexts, arms, dimensions, spread=spread, seed=seed)
+        wins = draw_pairs(world, pairs, people="mallows", seed=seed)
+        told = estimate(world.agreement, noise=noise, seed=seed)
+        for method, link in links.items():
+            weights = np.ones(contexts) if method == "DPO" else told
+            v = descend(world.features, wins, weights, link=link, steps=steps, lr=lr)[-1]
+            gains[method].append([gain_at_kl(world.features, world.ranks, v, kl) for kl in kls])
+            reached[method].append(measure(policy(world.features, v / beta), world.ranks)[1])
+    return {
+        method: Frontier(np.mean(gains[method], axis=0), float(np.mean(reached[method])))
+        for method in links
+    }

@@ -6,14 +6,11 @@ of up to 8 threads needs about 6 MB, however large the model is. Whole tensors a
 they are asked for, one by one (tensors()). What is written is computed by numpy (dtypes): only
 blend() and tensors() import torch.
 
-From the command line:
-
-    python -m beyond_dpo.extrapolate SFT ALIGNED OUT --alpha 0.3 --alpha 0.5 --module '*.mlp.*=0.1'
+From the command line: `expo extrapolate` (cli).
 """
 
 from __future__ import annotations
 
-import argparse
 import errno
 import fcntl
 import glob
@@ -22,12 +19,14 @@ import math
 import os
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
@@ -94,6 +93,9 @@ NOT_COPIED = (
 )
 EQUAL = "every tensor in {1} equals the one in {0}: there is no direction to follow"
 UNKNOWN_DIGEST = "-" * 32  # as long as the digest that will take its place
+# What weights can be written in, other than the aligned model's own.
+WRITABLE = {dtype.name: code for code, dtype in DTYPES.items() if code in ("F32", "F16", "BF16")}
+SAMPLE = 64 << 20  # bytes that are read, at most, to see how long a whole model will take
 
 
 class IncompatibleModels(ValueError):
@@ -107,6 +109,20 @@ class Shard:
     file: Path
     header: dict  # the JSON in front of its tensors
     data_start: int  # the byte where the header ends and the tensors begin
+
+    @property
+    def entries(self) -> dict[str, dict]:
+        """What the header says of each tensor."""
+        return {name: entry for name, entry in self.header.items() if name != "__metadata__"}
+
+    @property
+    def data_size(self) -> int:
+        """The bytes of all tensors together."""
+        return max((entry["data_offsets"][1] for entry in self.entries.values()), default=0)
+
+    def data_offset(self, name: str) -> int:
+        """A tensor's first byte, counted from data_start."""
+        return self.header[name]["data_offsets"][0]
 
 
 @dataclass(frozen=True)
@@ -136,6 +152,30 @@ class TensorPair(NamedTuple):
 
     sft: StoredTensor
     aligned: StoredTensor
+
+
+class _Work(NamedTuple):
+    """What is to be computed, and how it will lie in the files of each output."""
+
+    pairs: list[TensorPair]
+    alphas: dict[str, list[float]]  # of each tensor, one for each output
+    shards: dict[Path, Shard]  # as they will be written, by the aligned model's file
+    code: str | None  # of the floats that are written, as in DTYPES; None: each as it is
+
+    @property
+    def size(self) -> int:
+        """The bytes that are read."""
+        return sum(pair.sft.size + pair.aligned.size for pair in self.pairs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extrapolation reads and writes, and about how long it takes."""
+
+    read: int  # bytes of both models
+    written: int  # bytes of all outputs
+    free: int  # bytes on the disk that they go to
+    seconds: float  # by a sample that was just computed and written there
 
 
 class _Written(NamedTuple):
@@ -182,6 +222,8 @@ def extrapolate(
     outputs: dict[float, str | Path],
     *,
     modules: dict[str, float] | None = None,
+    dtype: str | None = None,
+    names: dict[str, str] | None = None,
 ) -> dict[float, dict]:
     """Write theta_aligned + alpha * (theta_aligned - theta_sft) for each {alpha: folder}.
 
@@ -195,40 +237,114 @@ def extrapolate(
         outputs: {alpha: new or empty folder}.
         modules: {pattern of tensor names: alpha of their own}. A pattern is one of fnmatch, or
             "re:" and a regular expression; the first match wins.
+        dtype: float32, float16 or bfloat16, of the weights that are written; default each as in the
+            aligned model. float32 keeps a step that is below the rounding of bfloat16.
+        names: more for expo.json, such as what the models are called.
     Returns:
         {alpha: content of its expo.json}.
     Raises:
-        IncompatibleModels, ValueError: as check() and module_alphas(); or a tensor holds or becomes
-            NaN or infinite, which the error names. Infinities that both models hold are copied.
+        IncompatibleModels, ValueError: as check() and module_alphas(); an unknown dtype; or a
+            tensor holds or becomes NaN or infinite, which the error names. Infinities that both
+            models hold are copied.
         OSError: an output folder is in use, or a disk is full.
     """
-    modules = modules or {}
     outputs = {float(alpha): Path(out).resolve() for alpha, out in outputs.items()}
     _require_new(list(outputs.values()))
-    pairs = check(sft, aligned)
-    alphas = module_alphas(pairs, list(outputs), modules)
+    work = _prepared(sft, aligned, list(outputs), modules or {}, dtype)
     small_files = _small_files(Path(aligned))
-    shards = {pair.aligned.file: pair.aligned.shard for pair in pairs}
-    facts = {alpha: _new_facts(alpha, modules) for alpha in outputs}
-    data_starts = _data_starts(shards, list(facts.values()))
+    facts = {alpha: _new_facts(alpha, modules or {}, dtype, names or {}) for alpha in outputs}
+    data_starts = _data_starts(work.shards, list(facts.values()))
     # Leaving the stack deletes every working folder that was not renamed, whatever happened.
     with ExitStack() as stack:
         folders = [_working_folder(out, small_files, stack) for out in outputs.values()]
         for folder in folders:
-            _reserve_shards(folder, shards, data_starts)
-        size = sum(pair.sft.size + pair.aligned.size for pair in pairs)
-        text = f"extrapolating {aligned} to {len(folders)} α, {size / 1e9:.1f} GB to read"
-        bar = stack.enter_context(_progress(size, text))
-        written = _write_tensors(pairs, alphas, folders, data_starts, bar)
+            _reserve_shards(folder, work.shards, data_starts)
+            if dtype is not None:
+                _tell_dtype(folder, dtype, work.shards)
+        text = f"extrapolating {aligned} to {len(folders)} α, {work.size / 1e9:.1f} GB to read"
+        bar = stack.enter_context(_progress(work.size, text))
+        written = _write_tensors(work, folders, data_starts, bar)
         if not any(tensor.differs for tensor in written):
             raise IncompatibleModels(EQUAL.format(sft, aligned))
-        digests = _model_digests(pairs, written)
+        digests = _model_digests(work.pairs, written)
         for folder, fact in zip(folders, facts.values(), strict=True):
             fact.update(digests)
-            _write_facts(folder, fact, shards, data_starts)
+            _write_facts(folder, fact, work.shards, data_starts)
         for folder, out in zip(folders, outputs.values(), strict=True):
             _publish(folder, out)
     return facts
+
+
+def plan(
+    sft: str | Path,
+    aligned: str | Path,
+    outputs: dict[float, str | Path],
+    *,
+    modules: dict[str, float] | None = None,
+    dtype: str | None = None,
+) -> Plan:
+    """Say what extrapolate() would read and write with the same arguments, and how long it takes.
+
+    The time is that of a sample: tensors of up to SAMPLE bytes are computed, written beside the
+    outputs and deleted. Raises as extrapolate() for what is wrong before weights are read, and
+    OSError where the disk has no room for the outputs.
+    """
+    outputs = {float(alpha): Path(out).resolve() for alpha, out in outputs.items()}
+    _require_new(list(outputs.values()))
+    work = _prepared(sft, aligned, list(outputs), modules or {}, dtype)
+    parent = next(iter(outputs.values())).parent
+    while not parent.exists():
+        parent = parent.parent
+    written = len(outputs) * sum(shard.data_size for shard in work.shards.values())
+    free = shutil.disk_usage(parent).free
+    if written > free:
+        raise OSError(f"{parent} has {free} bytes free, {written} are to be written: make room")
+    sample = _sample(work)
+    began = time.perf_counter()
+    with ExitStack() as stack:
+        copies = [_working_folder(parent / out.name, [], stack) for out in outputs.values()]
+        for copy in copies:
+            _reserve_shards(copy, sample.shards, dict.fromkeys(sample.shards, 0))
+        bar = stack.enter_context(events.Bar(0, off_terminal=False))
+        _write_tensors(sample, copies, dict.fromkeys(sample.shards, 0), bar)
+    seconds = (time.perf_counter() - began) * work.size / max(sample.size, 1)
+    return Plan(work.size, written, free, seconds)
+
+
+def _prepared(
+    sft: str | Path,
+    aligned: str | Path,
+    alphas: list[float],
+    modules: dict[str, float],
+    dtype: str | None,
+) -> _Work:
+    """Check what can be checked before weights are read; return the work that is to be done."""
+    if dtype is not None and dtype not in WRITABLE:
+        raise ValueError(f"weights are written in {', '.join(WRITABLE)}, not in {dtype!r}")
+    code = WRITABLE.get(dtype)
+    pairs = check(sft, aligned)
+    shards = {pair.aligned.file: pair.aligned.shard for pair in pairs}
+    if code is not None:
+        shards = _laid_out(pairs, code)
+    return _Work(pairs, module_alphas(pairs, alphas, modules), shards, code)
+
+
+def _sample(work: _Work) -> _Work:
+    """Return a part of the work: tensors of at most SAMPLE bytes, or the smallest if all exceed it.
+
+    Large tensors come first, as most of a model's bytes are in its large tensors.
+    """
+    pairs = []
+    size = 0
+    largest_first = sorted(work.pairs, key=lambda pair: pair.aligned.size, reverse=True)
+    for pair in largest_first:
+        bytes_read = pair.sft.size + pair.aligned.size
+        if size + bytes_read <= SAMPLE:
+            pairs.append(pair)
+            size += bytes_read
+    if not size:
+        pairs = largest_first[-1:]
+    return work._replace(pairs=pairs, shards=_laid_out(pairs, work.code))
 
 
 def tensors(
@@ -287,26 +403,42 @@ def check(sft: str | Path, aligned: str | Path | None) -> list[TensorPair]:
     aligned = Path(aligned)
     sft_tensors = _stored_tensors(sft)
     aligned_tensors = _stored_tensors(aligned)
-    if sft.samefile(aligned):
-        raise IncompatibleModels(EQUAL.format(sft, aligned))
-    _check_structure(sft, aligned)
-    _check_vocabulary(sft, aligned)
+    for difference in _differences(sft, aligned, sft_tensors, aligned_tensors):
+        raise IncompatibleModels(difference)
     pairs = []
     for name, aligned_tensor in aligned_tensors.items():
         if derived(aligned_tensor):
             sft_tensor = aligned_tensor
-        elif name in sft_tensors:
-            sft_tensor = sft_tensors[name]
         else:
-            sft_tensor = _tied_tensor(name, aligned_tensors, sft_tensors)
-        _require_equal(f"tensor {name}", _kind(sft_tensor), aligned_tensor.kind, sft, aligned)
+            sft_tensor = _counterpart(name, aligned_tensors, sft_tensors)
         pairs.append(TensorPair(sft_tensor, aligned_tensor))
-    for name, sft_tensor in sft_tensors.items():
-        if name in aligned_tensors or derived(sft_tensor):
-            continue
-        tied = _tied_tensor(name, sft_tensors, aligned_tensors)
-        _require_equal(f"tensor {name}", sft_tensor.kind, _kind(tied), sft, aligned)
     return pairs
+
+
+def differences(sft: str | Path, aligned: str | Path) -> Iterator[str]:
+    """Return an iterator over all for which check() refuses two models, in words.
+
+    Raises ValueError for a folder that cannot be read.
+    """
+    sft = Path(sft)
+    aligned = Path(aligned)
+    return _differences(sft, aligned, _stored_tensors(sft), _stored_tensors(aligned))
+
+
+def _differences(
+    sft: Path,
+    aligned: Path,
+    sft_tensors: dict[str, StoredTensor],
+    aligned_tensors: dict[str, StoredTensor],
+) -> Iterator[str]:
+    if sft.samefile(aligned):
+        yield EQUAL.format(sft, aligned)
+        return
+    compared = [_compared_structure(sft, aligned), _compared_vocabulary(sft, aligned)]
+    compared.append(_compared_tensors(sft_tensors, aligned_tensors))
+    for what, sft_value, aligned_value in chain(*compared):
+        if sft_value != aligned_value:
+            yield f"{what} is {sft_value!r} in {sft} and {aligned_value!r} in {aligned}"
 
 
 def _paired_with_themselves(folder: Path) -> list[TensorPair]:
@@ -316,18 +448,21 @@ def _paired_with_themselves(folder: Path) -> list[TensorPair]:
     return [TensorPair(tensor, tensor) for tensor in stored.values()]
 
 
-def _check_structure(sft: Path, aligned: Path) -> None:
-    """Raise IncompatibleModels if the two config.json describe models of different structure."""
+# What two models must agree in: what it is, the SFT model's value, the aligned model's.
+Compared = tuple[str, object, object]
+
+
+def _compared_structure(sft: Path, aligned: Path) -> Iterator[Compared]:
+    """Yield the settings of the two config.json that say how a model is built."""
     sft_settings = _text_settings(sft)
     aligned_settings = _text_settings(aligned)
     for key in STRUCTURE:
         if key in sft_settings and key in aligned_settings:
-            what = f"{key} in config.json"
-            _require_equal(what, sft_settings[key], aligned_settings[key], sft, aligned)
+            yield f"{key} in config.json", sft_settings[key], aligned_settings[key]
 
 
-def _check_vocabulary(sft: Path, aligned: Path) -> None:
-    """Raise IncompatibleModels if a token has another meaning in the one model than in the other.
+def _compared_vocabulary(sft: Path, aligned: Path) -> Iterator[Compared]:
+    """Yield the tokens of both models.
 
     A file of tokens that only one of the two has is not compared.
     """
@@ -340,21 +475,33 @@ def _check_vocabulary(sft: Path, aligned: Path) -> None:
             continue
         for token_id in sorted(sft_tokens.keys() | aligned_tokens.keys()):
             what = f"token {token_id} of {file}"
-            sft_token = sft_tokens.get(token_id)
-            _require_equal(what, sft_token, aligned_tokens.get(token_id), sft, aligned)
+            yield what, sft_tokens.get(token_id), aligned_tokens.get(token_id)
+
+
+def _compared_tensors(
+    sft_tensors: dict[str, StoredTensor], aligned_tensors: dict[str, StoredTensor]
+) -> Iterator[Compared]:
+    """Yield the kinds of all tensors but those that are derived()."""
+    for name, aligned_tensor in aligned_tensors.items():
+        if not derived(aligned_tensor):
+            sft_tensor = _counterpart(name, aligned_tensors, sft_tensors)
+            yield f"tensor {name}", _kind(sft_tensor), aligned_tensor.kind
+    for name, sft_tensor in sft_tensors.items():
+        if name not in aligned_tensors and not derived(sft_tensor):
+            tied = _tied_tensor(name, sft_tensors, aligned_tensors)
+            yield f"tensor {name}", sft_tensor.kind, _kind(tied)
+
+
+def _counterpart(
+    name: str, owner: dict[str, StoredTensor], other: dict[str, StoredTensor]
+) -> StoredTensor | None:
+    """Return the tensor of `other` that belongs to `name` of `owner`, None if there is none."""
+    return other.get(name) or _tied_tensor(name, owner, other)
 
 
 def _have_same_bytes(left: Path, right: Path) -> bool:
     """Return whether both files are there and equal."""
     return left.is_file() and right.is_file() and left.read_bytes() == right.read_bytes()
-
-
-def _require_equal(what: str, sft_value, aligned_value, sft: Path, aligned: Path) -> None:
-    """Raise IncompatibleModels unless the two models agree in a value."""
-    if sft_value != aligned_value:
-        raise IncompatibleModels(
-            f"{what} is {sft_value!r} in {sft} and {aligned_value!r} in {aligned}"
-        )
 
 
 def _kind(tensor: StoredTensor | None) -> str:
@@ -550,7 +697,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     stored = {}
     for file in files:
         shard = _read_shard(file)
-        entries = {name: entry for name, entry in shard.header.items() if name != "__metadata__"}
+        entries = shard.entries
         for name in sorted(entries, key=lambda name: entries[name]["data_offsets"]):
             entry = entries[name]
             dtype = DTYPES.get(entry["dtype"])
@@ -617,7 +764,7 @@ def _small_files(aligned: Path) -> list[Path]:
 class _Block:
     """Buffers for a block of one tensor, which are used again for the tensor's next block.
 
-    If both models are in bfloat16, the float32 buffers hold the even elements before the odd ones.
+    If all is in bfloat16, the float32 buffers hold the even elements before the odd ones.
     """
 
     sft: np.ndarray  # as it is stored
@@ -626,24 +773,23 @@ class _Block:
     delta: np.ndarray  # aligned - SFT in float32
     step: np.ndarray  # what is being computed, in float32
     work: np.ndarray  # of the same size in uint32
-    results: list[np.ndarray]  # one for each alpha, in the aligned model's dtype
-    split: bool  # whether both models are in bfloat16
+    results: list[np.ndarray]  # one for each alpha, as it is written
+    split: bool  # whether both models are in bfloat16, and the results
     differs: bool = False  # whether the two models differ in this block or in one before it
 
     @classmethod
-    def empty(cls, pair: TensorPair, alphas: int, size: int) -> Self:
-        """Return buffers of `size` elements with that number of results."""
-        stored = pair.aligned.dtype.numpy
+    def empty(cls, pair: TensorPair, alphas: int, size: int, written: Dtype) -> Self:
+        """Return buffers of `size` elements with that number of results of a dtype."""
         theta, delta, step = np.empty((3, size), np.float32)
         return cls(
             sft=np.empty(size, pair.sft.dtype.numpy),
-            aligned=np.empty(size, stored),
+            aligned=np.empty(size, pair.aligned.dtype.numpy),
             theta=theta,
             delta=delta,
             step=step,
             work=np.empty(size, np.uint32),
-            results=[np.empty(size, stored) for _ in range(alphas)],
-            split=pair.sft.dtype == pair.aligned.dtype == dtypes.BFLOAT16,
+            results=[np.empty(size, written.numpy) for _ in range(alphas)],
+            split=pair.sft.dtype == pair.aligned.dtype == written == dtypes.BFLOAT16,
         )
 
     def first(self, size: int) -> Self:
@@ -674,14 +820,16 @@ class _Block:
             dtypes.narrow(self.step, dtype, result, self.work)
 
 
-def _blocks(pair: TensorPair, alphas: list[float]) -> Iterator[_Block]:
+def _blocks(pair: TensorPair, alphas: list[float], code: str | None = None) -> Iterator[_Block]:
     """Yield the blocks of a tensor, each with its results; the next block overwrites the buffers.
 
+    code: of the floats that are written, None for the aligned tensor's own.
     Raises ValueError for NaN, for infinities that only one model holds, for a result beyond the
     range of its dtype, and for a file that was cut off in the meantime.
     """
     remaining = math.prod(pair.aligned.shape)
-    block = _Block.empty(pair, len(alphas), min(BLOCK, remaining))
+    written = DTYPES[_written_code(pair.aligned, code)]
+    block = _Block.empty(pair, len(alphas), min(BLOCK, remaining), written)
     # The files are read, not mapped: mapped pages count as this process's memory, and a failing
     # disk would be a signal, not an error.
     with open(pair.sft.file, "rb") as sft_file, open(pair.aligned.file, "rb") as aligned_file:
@@ -696,7 +844,7 @@ def _blocks(pair: TensorPair, alphas: list[float]) -> Iterator[_Block]:
                     f"{pair.sft.file} or {pair.aligned.file} became shorter while "
                     f"{pair.aligned.name} was read"
                 )
-            _compute(block, pair, alphas)
+            _compute(block, pair, alphas, written)
             yield block
 
 
@@ -711,7 +859,7 @@ def _bytes(block: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(all="ignore")  # NaN and infinite results are looked for
-def _compute(block: _Block, pair: TensorPair, alphas: list[float]) -> None:
+def _compute(block: _Block, pair: TensorPair, alphas: list[float], written: Dtype) -> None:
     """Compute a block's results from its stored values; raises as _blocks()."""
     if not pair.aligned.dtype.is_floating_point:
         for result in block.results:
@@ -719,7 +867,7 @@ def _compute(block: _Block, pair: TensorPair, alphas: list[float]) -> None:
         return
     _subtract(block, pair)
     for alpha, result in zip(alphas, block.results, strict=True):
-        _compute_at(block, alpha, result, pair)
+        _compute_at(block, alpha, result, pair, written)
 
 
 def _subtract(block: _Block, pair: TensorPair) -> None:
@@ -754,26 +902,30 @@ def _equal_infinities(block: _Block, pair: TensorPair) -> np.ndarray:
     return sft_infinite & aligned_infinite & (sft_negative == aligned_negative)
 
 
-def _compute_at(block: _Block, alpha: float, result: np.ndarray, pair: TensorPair) -> None:
+def _compute_at(
+    block: _Block, alpha: float, result: np.ndarray, pair: TensorPair, written: Dtype
+) -> None:
     """Compute a block at one alpha as blend() does, but without new memory."""
-    dtype = pair.aligned.dtype
-    if alpha == 0:
+    if alpha == 0 and pair.aligned.dtype == written:
         np.copyto(result, block.aligned)
-    elif alpha == -1 and pair.sft.dtype == dtype:
+    elif alpha == -1 and pair.sft.dtype == written:
         np.copyto(result, block.sft)
     else:
-        if alpha == -1:
+        if alpha == 0:
+            np.copyto(block.step, block.theta)
+        elif alpha == -1:
             block.widen(block.sft, pair.sft.dtype, block.step)
         else:
             np.multiply(block.delta, np.float32(alpha), out=block.step)
             block.step += block.theta
-        block.narrow_step(dtype, result)
-    if dtypes.all_finite(result, dtype):
+        block.narrow_step(written, result)
+    if dtypes.all_finite(result, written):
         return
-    finite = dtypes.are_finite(result, dtype) | dtypes.are_infinite(block.aligned, dtype)
+    was_infinite = dtypes.are_infinite(block.aligned, pair.aligned.dtype)
+    finite = dtypes.are_finite(result, written) | was_infinite
     if not finite.all():
         raise ValueError(
-            f"{pair.aligned.name} leaves the range of {dtype} at alpha={alpha}: use a smaller one"
+            f"{pair.aligned.name} leaves the range of {written} at alpha={alpha}: use a smaller one"
         )
 
 
@@ -858,10 +1010,61 @@ def _reserve_shards(folder: Path, shards: dict[Path, Shard], data_starts: dict[P
     The headers are written last: a file that is half written never loads.
     """
     for file, shard in shards.items():
-        data_size = file.stat().st_size - shard.data_start
+        size = data_starts[file] + shard.data_size
         with open(folder / file.name, "xb") as opened:
-            if hasattr(os, "posix_fallocate"):  # not on macOS
-                os.posix_fallocate(opened.fileno(), 0, data_starts[file] + data_size)
+            if hasattr(os, "posix_fallocate") and size:  # not on macOS
+                os.posix_fallocate(opened.fileno(), 0, size)
+
+
+def _written_code(tensor: StoredTensor, code: str | None) -> str:
+    """Return the code of DTYPES that a tensor is written in; only weights take another one."""
+    own = tensor.shard.header[tensor.name]["dtype"]
+    if code is None or derived(tensor) or not tensor.dtype.is_floating_point:
+        return own
+    return code
+
+
+def _laid_out(pairs: list[TensorPair], code: str | None) -> dict[Path, Shard]:
+    """Return the shards that hold the aligned tensors of these pairs, written in a dtype.
+
+    Tensors keep the order of the aligned model's files.
+    """
+    tensors_of: dict[Path, list[StoredTensor]] = {}
+    for pair in sorted(pairs, key=lambda pair: pair.aligned.data_offset):
+        tensors_of.setdefault(pair.aligned.file, []).append(pair.aligned)
+    shards = {}
+    for file, stored in tensors_of.items():
+        header = {"__metadata__": stored[0].shard.header.get("__metadata__", {})}
+        start = 0
+        for tensor in stored:
+            written = _written_code(tensor, code)
+            end = start + math.prod(tensor.shape) * DTYPES[written].numpy.itemsize
+            offsets = [start, end]
+            header[tensor.name] = {
+                "dtype": written,
+                "shape": tensor.shape,
+                "data_offsets": offsets,
+            }
+            start = end
+        shards[file] = Shard(file, header, data_start=0)
+    return shards
+
+
+def _tell_dtype(folder: Path, dtype: str, shards: dict[Path, Shard]) -> None:
+    """Say in a folder's config.json and index of shards which dtype the weights are written in."""
+    settings = load_json(folder / "config.json")
+    for part in (settings, settings.get("text_config") or {}):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = dtype
+    if "torch_dtype" not in settings:
+        settings["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    index = load_json(folder / INDEX)
+    if index:
+        size = sum(shard.data_size for shard in shards.values())
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": size}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -876,18 +1079,17 @@ def _progress(size: int, text: str) -> Iterator[events.Bar]:
 
 
 def _write_tensors(
-    pairs: list[TensorPair],
-    alphas: dict[str, list[float]],
-    folders: list[Path],
-    data_starts: dict[Path, int],
-    bar: events.Bar,
+    work: _Work, folders: list[Path], data_starts: dict[Path, int], bar: events.Bar
 ) -> list[_Written]:
     """Write all tensors into the shards of each folder, and wait until these are on the disk."""
+    pairs = work.pairs
 
     def write(pair: TensorPair) -> _Written:
         file = pair.aligned.file
+        name = pair.aligned.name
         copies = [folder / file.name for folder in folders]
-        return _write_tensor(pair, alphas[pair.aligned.name], copies, data_starts[file])
+        place = data_starts[file] + work.shards[file].data_offset(name)
+        return _write_tensor(pair, work.alphas[name], copies, place, work.code)
 
     unfinished = Counter(pair.aligned.file for pair in pairs)
     written = []
@@ -912,17 +1114,17 @@ def _write_tensors(
 
 
 def _write_tensor(
-    pair: TensorPair, alphas: list[float], copies: list[Path], data_start: int
+    pair: TensorPair, alphas: list[float], copies: list[Path], place: int, code: str | None
 ) -> _Written:
-    """Write a tensor at each alpha into its copy of the shard, whose data begins at data_start."""
+    """Write a tensor at each alpha into its copy of the shard, from the byte `place` on."""
     sft_digest = _new_digest()
     aligned_digest = _new_digest()
     differs = False
     with ExitStack() as stack:
         opened = [stack.enter_context(open(copy, "r+b")) for copy in copies]
         for file in opened:
-            file.seek(data_start + pair.aligned.data_offset)
-        for block in _blocks(pair, alphas):
+            file.seek(place)
+        for block in _blocks(pair, alphas, code):
             sft_digest.update(_bytes(block.sft))
             aligned_digest.update(_bytes(block.aligned))
             for file, result in zip(opened, block.results, strict=True):
@@ -964,14 +1166,19 @@ def _digest_of(rows: set[str]) -> str:
     return digest.hexdigest()
 
 
-def _new_facts(alpha: float, modules: dict[str, float]) -> dict:
+def _new_facts(
+    alpha: float, modules: dict[str, float], dtype: str | None, names: dict[str, str]
+) -> dict:
     """Return how an output is made, before the digests of the models are known."""
-    return {
+    facts = {
         "alpha": alpha,
         "modules": dict(modules),
         "sft_xxh3": UNKNOWN_DIGEST,
         "aligned_xxh3": UNKNOWN_DIGEST,
     }
+    if dtype is not None:
+        facts["dtype"] = dtype
+    return facts | names
 
 
 def _write_facts(
@@ -1021,47 +1228,3 @@ def _publish(folder: Path, out: Path) -> None:
             f"another run has written {out} meanwhile: this result is dropped"
         ) from error
     sync(out.parent)
-
-
-# ---- command line
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run extrapolate() from the command line; several --alpha write OUT/alpha=<a>."""
-    summary = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="python -m beyond_dpo.extrapolate", description=summary)
-    parser.add_argument("sft", type=Path)
-    parser.add_argument("aligned", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--alpha", type=float, action="append", required=True, help="may be repeated"
-    )
-    parser.add_argument(
-        "--module", action="append", default=[], metavar="PATTERN=ALPHA", help="may be repeated"
-    )
-    args = parser.parse_args(argv)
-    if len(args.alpha) == 1:
-        outputs = {args.alpha[0]: args.out}
-    else:
-        outputs = {a: args.out / f"alpha={str(a).removesuffix('.0')}" for a in args.alpha}
-    try:
-        extrapolate(args.sft, args.aligned, outputs, modules=_parse_modules(args.module))
-    except (ValueError, OSError, re.error) as error:
-        raise SystemExit(f"error: {error}") from None
-    except KeyboardInterrupt:
-        events.say("interrupted; nothing half written stays, the same command begins again")
-        raise SystemExit(130) from None
-    events.show("\n".join(map(str, outputs.values())))
-
-
-def _parse_modules(arguments: list[str]) -> dict[str, float]:
-    """Return {pattern: alpha} of arguments PATTERN=ALPHA; raise ValueError for another form."""
-    modules = {}
-    for argument in arguments:
-        pattern, _, alpha = argument.rpartition("=")
-        modules[pattern] = float(alpha)
-    return modules
-
-
-if __name__ == "__main__":
-    main()

@@ -98,16 +98,24 @@ def scaled(adapter: str | Path, outputs: dict[float, str | Path]) -> None:
 
 
 def read_settings(adapter: Path) -> dict:
-    """Return the settings of an adapter, which must be a plain LoRA.
-
-    A plain LoRA is θ₀ + s·BA, with θ₀ the base model as it is. Raises ValueError for another kind
-    (LoHa, IA3, …), for one that adds more than s·BA (DoRA, biases, …), and for one whose start has
-    changed θ₀ (PiSSA, OLoRA, …): for those (1 + α)·s would not be ExPO. A setting that is not known
-    here counts as one that adds something.
-    """
+    """Return the settings of an adapter's folder; raise ValueError as require_plain()."""
     from beyond_dpo import extrapolate
 
     settings = extrapolate.load_json(adapter / CONFIG)
+    require_plain(settings, str(adapter))
+    return settings
+
+
+def require_plain(settings: dict, adapter: str) -> None:
+    """Raise ValueError unless the settings are those of a plain LoRA.
+
+    A plain LoRA is θ₀ + s·BA, with θ₀ the base model as it is. Refused are another kind (LoHa,
+    IA3, …), one that adds more than s·BA (DoRA, biases, …), and one whose start has changed θ₀
+    (PiSSA, OLoRA, …): for those (1 + α)·s would not be ExPO. A setting that is not known here
+    counts as one that adds something.
+
+    adapter: how errors name it.
+    """
     kind = settings.get("peft_type")
     if kind != "LORA" or not isinstance(settings.get("r"), int) or "lora_alpha" not in settings:
         raise ValueError(
@@ -126,7 +134,6 @@ def read_settings(adapter: Path) -> dict:
             "once more with peft's "
             f"path_initial_model_for_weight_conversion, which makes it a plain LoRA, or {INSTEAD}"
         )
-    return settings
 
 
 def scale(settings: dict) -> float:

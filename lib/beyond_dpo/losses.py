@@ -491,7 +491,12 @@ class Loss:
     needs_weights: bool = False
 
 
-PAIRS = (("chosen", "rejected"), ("source_chosen", "rejected"), ("target_chosen", "rejected"))
+PAIRS = (
+    ("chosen", "rejected"),
+    ("source_chosen", "rejected"),
+    ("target_chosen", "rejected"),
+    ("source_chosen", "source_rejected"),
+)
 TRIPLE = (FUSED,)
 LOSSES: dict[str, Loss] = {
     "dpo": Loss(

@@ -47,11 +47,8 @@ def golden_section(
     Raises:
         ValueError: a bad bracket, too few evaluations, or rewards that are not finite.
     """
+    require_search(bracket, evaluations)
     low, high = bracket
-    if not (0 <= low < high < math.inf) or evaluations < 4:
-        raise ValueError(
-            f"need 0 <= low < high and at least 4 evaluations, got {bracket} and {evaluations}"
-        )
     rewards: dict[float, np.ndarray] = {}
 
     def mean_reward(log_point: float) -> float:
@@ -72,6 +69,15 @@ def golden_section(
         else:
             a = left
     return choose(rewards, seed)
+
+
+def require_search(bracket: tuple[float, float], evaluations: int) -> None:
+    """Raise ValueError for a bracket or a number of evaluations that cannot be searched with."""
+    low, high = bracket
+    if not (0 <= low < high < math.inf) or evaluations < 4:
+        raise ValueError(
+            f"need 0 <= low < high and at least 4 evaluations, got {bracket} and {evaluations}"
+        )
 
 
 def _finite(values, alpha: float) -> np.ndarray:

@@ -10,7 +10,9 @@ import itertools
 import json
 import math
 import os
+import runpy
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -990,3 +992,13 @@ def test_a_gpu_samples_as_many_requests_together_as_their_tokens_allow(device, l
 
 if __name__ == "__main__":
     launch.serve(Sabotaged)
+
+
+def test_help_is_shown_and_starts_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate", "--help"])
+    # As in a process of its own.
+    monkeypatch.delitem(sys.modules, "beyond_dpo.jobs.generate", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("beyond_dpo.jobs.generate", run_name="__main__")
+    assert ended.value.code == 0
+    assert "usage: python -m beyond_dpo.jobs.generate" in capsys.readouterr().out

@@ -108,6 +108,7 @@ def folder(tiny, rows, good, tmp_path_factory):
     write_rows(folder / "rows.jsonl", [no_answer, *rows, no_prompt])
     write_rows(folder / "empty.jsonl", [no_answer, no_prompt])
     write_rows(folder / "fused.jsonl", with_source(rows))
+    write_rows(folder / "weighted.jsonl", with_weights(rows))
     write_reference(folder, tiny, "rows.jsonl", PAIR, "reference")
     write_reference(folder, tiny, "fused.jsonl", config.FUSED, "fused_reference")
     save_broken_model(tiny, good, folder / "broken")
@@ -115,6 +116,11 @@ def folder(tiny, rows, good, tmp_path_factory):
     python_path = [str(Path(__file__).parent), os.environ["PYTHONPATH"]]
     os.environ["PYTHONPATH"] = os.pathsep.join(python_path)
     return folder
+
+
+def with_weights(rows):
+    """Return rows that bring weights along, from 0.25 to 3."""
+    return [{**row, "weight": 0.25 * (i + 1)} for i, row in enumerate(rows)]
 
 
 def with_source(rows):
@@ -229,6 +235,8 @@ def single(folder, tiny):
         "step4": {"checkpoint_every": 4},
     }
     jobs = [a_job(folder, name, tiny, **change) for name, change in changes.items()]
+    for name in ("mallows_theta", "mallows_phi"):
+        jobs.append(a_job(folder, f"{name}_own", tiny, "weighted.jsonl", **PAIRS[name]))
     # once more, after their checkpoints were spoilt
     jobs.append(a_job(folder, "step4", tiny, checkpoint_every=4) | {"spoil": "damaged"})
     jobs.append(a_job(folder, "step2", tiny, checkpoint_every=2) | {"spoil": "foreign"})
@@ -530,6 +538,39 @@ def test_training_is_a_plain_torch_loop(single, tiny, rows, good, name):
     for wrong in faults(settings):
         _, other = by_hand(tiny, rows, entropies, **wrong)
         assert difference(trained, other, settings["lr"]) > ROUNDED, wrong
+
+
+@pytest.mark.parametrize("name", ["mallows_theta", "mallows_phi"])
+def test_weights_that_rows_bring_along_take_the_place_of_the_estimate(single, good, name):
+    """At step 0 all losses are ln 2, whatever the weights; the gradient of θ is in proportion."""
+    own = losses(single, f"{name}_own")
+    estimated = losses(single, name)
+    assert own[0] == pytest.approx(estimated[0], abs=1e-5)
+    assert own[1:] != pytest.approx(estimated[1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("bad", [0, -1.0, float("inf"), float("nan"), "1", True, None])
+def test_a_weight_that_is_none_is_refused_with_its_row(folder, good, bad):
+    rows = with_weights(good)
+    rows[3]["weight"] = bad
+    with pytest.raises(ValueError, match=f"row {rows[3]['id']}: a weight must be positive"):
+        read_weights(folder, rows)
+
+
+def read_weights(folder, rows):
+    """Return the weights of rows as the job reads them, of a loss that needs some."""
+    scores = train._read_reference(str(folder / "reference"), rows, PAIR, "mallows_theta")
+    return [scores.dispersion_weights[row["id"]] for row in rows]
+
+
+def test_weights_of_rows_are_taken_as_they_are_and_all_or_none(folder, good):
+    rows = with_weights(good)
+    assert read_weights(folder, rows) == [row["weight"] for row in rows]
+    estimated = read_weights(folder, good)
+    assert sum(estimated) / len(estimated) == pytest.approx(1)
+    del rows[5]["weight"]
+    with pytest.raises(ValueError, match=f"row {rows[5]['id']}: a weight"):
+        read_weights(folder, rows)
 
 
 @pytest.mark.parametrize("name", FUSED)

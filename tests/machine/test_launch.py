@@ -722,7 +722,7 @@ def helped():
 
 
 def test_modules_with_a_command_line_are_known():
-    assert len(MODULES) == 11, MODULES
+    assert len(MODULES) == 13, MODULES
 
 
 @pytest.mark.parametrize("module", MODULES)

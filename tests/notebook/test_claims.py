@@ -258,7 +258,14 @@ def project(tmp_path, monkeypatch):
     """A project with three claims, and empty stores."""
     entries = {
         "rises": {"kind": "experiment", "words": "it rises", "paper": 1, "delta": 1},
-        "more": {"kind": "beyond", "words": "more", "delta": 1, "headline": "More of it"},
+        "more": {
+            "kind": "beyond",
+            "words": "more",
+            "delta": 1,
+            "headline": "More of it",
+            "headline_unit": "of it",
+            "headline_percent": True,
+        },
         "printed": {"kind": "recomputed", "words": "as printed", "paper": 5.8, "tolerance": 0.05},
     }
     (tmp_path / "data").mkdir()
@@ -349,7 +356,9 @@ def test_the_readme_has_the_headlines_and_the_counts(project):
     freeze("night")
     assert claims.update_readme(readme)
     text = readme.read_text(encoding="utf-8")
-    assert "| [More of it](notebooks/11_expo_headline.ipynb) | +0.5 [" in text
+    assert "| More of it | +50 % [" in text
+    assert "] of it | beyond | 5 | inconclusive" in text
+    assert "| [11](notebooks/11_expo_headline.ipynb), `night` |" in text
     assert "it rises" not in text
     assert "All 3 claims, by kind: experiment: 1 reproduced; beyond: 1 inconclusive" in text
     assert not claims.update_readme(readme)
@@ -361,6 +370,20 @@ def test_the_committed_readme_shows_the_frozen_scoreboard(tmp_path):
     copy = tmp_path / "README.md"
     copy.write_text(text, encoding="utf-8")
     assert not claims.update_readme(copy)
+
+
+@pytest.mark.parametrize(
+    "value, percent, expected",
+    [
+        (0.1634, True, "+16"),
+        (-0.0035, True, "0"),
+        (-0.0873, True, "−9"),
+        (0.161, False, "+0.16"),
+        (-0.001, False, "0.00"),
+    ],
+)
+def test_numbers_of_the_readme_have_few_digits_and_a_sign(value, percent, expected):
+    assert claims._rounded(value, percent) == expected
 
 
 def test_what_float_arithmetic_leaves_over_is_shown_as_0():

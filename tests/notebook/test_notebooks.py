@@ -85,7 +85,7 @@ def test_there_are_notebooks():
     assert stems[0] == "00_start_here"
     assert "11_expo_headline" in stems
     assert "12_expo_interpolation" in stems
-    assert len(stems) == 24
+    assert len(stems) == 25
 
 
 # ---- house rules
@@ -192,7 +192,7 @@ def test_in_committed_tables_numbers_stand_right_and_texts_left():
             assert style == alignment, heading
             assert {look.partition(";")[0] for look, _ in cells} == {alignment}, heading
             counts[alignment] += 1
-    assert len(tables) == 101
+    assert len(tables) == 107
     assert counts["text-align: left"] > 150
     assert counts["text-align: right"] > 250
 
@@ -268,7 +268,7 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     cells = [len(code_cells(read(path.stem))) for path in NOTEBOOKS]
     assert passed == sum(cells), "every code cell was compared"
     drawn = pictures(tmp_path / "figures")
-    assert len(drawn) == 38
+    assert len(drawn) == 39
     assert drawn == pictures(paths.FIGURES), "the same bytes"
 
 
@@ -430,7 +430,7 @@ def test_a_cold_run_by_hand_overwrites_no_committed_figure(project, environment)
     assert "float32" not in record["stamp"], "no model computed it"
 
 
-# ---- the README
+# ---- the examples of docs/own_code.md
 
 
 def save_causal_model(folder, noise: float) -> None:
@@ -458,8 +458,8 @@ def save_reward_model(folder) -> None:
 
 
 @pytest.fixture
-def readme_models(tmp_path, monkeypatch):
-    """Go to a folder that holds the models of the README's examples; return their names there."""
+def example_models(tmp_path, monkeypatch):
+    """Go to a folder that holds the models of the examples; return their names there."""
     save_causal_model(tmp_path / "sft", 0.0)
     save_causal_model(tmp_path / "aligned", 0.01)
     save_reward_model(tmp_path / "reward")
@@ -467,33 +467,33 @@ def readme_models(tmp_path, monkeypatch):
     return {"sft_folder": "sft", "aligned_folder": "aligned", "reward_folder": "reward"}
 
 
-def readme_blocks():
-    """Return the Python blocks of the README."""
-    readme = (paths.ROOT / "README.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+def examples():
+    """Return the Python blocks of docs/own_code.md."""
+    page = (paths.ROOT / "docs" / "own_code.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) == 8
     return blocks
 
 
 @pytest.mark.slow
-def test_readme_examples_run(tmp_path, readme_models):
-    """Each Python block of the README, on two tiny models and a tiny reward model."""
-    for block in readme_blocks():
-        exec(block, dict(readme_models))
+def test_the_examples_run(tmp_path, example_models):
+    """Each Python block, on two tiny models and a tiny reward model."""
+    for block in examples():
+        exec(block, dict(example_models))
     assert (tmp_path / "out/alpha-0.5/model.safetensors").exists()
 
 
 @pytest.mark.slow
-def test_readme_examples_of_the_core_need_no_heavy_package(tmp_path, readme_models):
+def test_the_examples_of_the_core_need_no_heavy_package(tmp_path, example_models):
     """Losses, dispersion, extrapolation and rewards, where the packages of [repro] are missing."""
     above_the_core = ("beyond_dpo.pipeline", "beyond_dpo.judging", "beyond_dpo.jobs")
-    core = [b for b in readme_blocks() if not any(folder in b for folder in above_the_core)]
+    core = [b for b in examples() if not any(folder in b for folder in above_the_core)]
     assert len(core) == 5
     # an import of None fails as that of a package that is not there
     missing = "import sys\nsys.modules.update(dict.fromkeys({}))\n".format(
         ["deepspeed", "vllm", "datasets", "pandas", "papermill", "sklearn", "matplotlib"]
     )
-    models = "".join(f"{name} = {folder!r}\n" for name, folder in readme_models.items())
+    models = "".join(f"{name} = {folder!r}\n" for name, folder in example_models.items())
     code = missing + models + "\n".join(core)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

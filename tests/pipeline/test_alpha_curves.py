@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from beyond_dpo.pipeline.alpha_curves import AlphaCurves
+from beyond_dpo.pipeline.alpha_curves import AlphaCurves, passes_gate
 
 ALPHAS = (0.0, 1.0, 2.0)
 PROMPTS = 4
@@ -69,6 +69,25 @@ def test_the_gate_is_closed_by_few_distinct_bigrams():
     assert not low.gates(0.1).any()
     assert low.fails(0.1)
     assert not curves().fails(1.0)
+
+
+def test_the_gate_by_hand():
+    assert passes_gate(0.05, 0.4, 0.0, 0.8)
+    assert not passes_gate(0.051, 0.4, 0.0, 0.8)
+    assert not passes_gate(0.05, 0.39, 0.0, 0.8)
+    repetitions = np.array([0.3, 0.4])
+    assert passes_gate(repetitions, 0.5, 0.3, 1.0).tolist() == [True, False]
+
+
+def test_without_dev_prompts_the_gate_is_looked_at_where_all_is_judged():
+    whole = curves()
+    table = whole.table[whole.table["split"] == "test"]
+    points = whole.points[whole.points["split"] == "test"]
+    alone = AlphaCurves(table, points, "fraction", 0.0, bootstrap_seed=0, chooses_on="test")
+    assert alone.gates(1.0).tolist() == whole.gates(1.0).tolist()
+    assert alone.sizes == [PROMPTS, PROMPTS]
+    at = alone.estimate(alone.at(1.0, 1.0))
+    assert at.value == pytest.approx((0.75 + 0.65) / 2)
 
 
 def test_alpha_is_chosen_among_points_that_pass():
@@ -166,3 +185,54 @@ def test_the_summary_says_where_the_gate_closes():
     assert not summary["passes"][1.0, 2.0]
     assert summary["passes"][1.0, 1.0]
     assert (summary["low"] <= summary["mean"]).all()
+
+
+def test_a_share_to_first_order_is_the_ratio_of_means_with_a_finite_error():
+    """Here trainings differ and prompts do not; the error is that of q − r·u over the unit."""
+    both = curves()
+    gain = both.at(1.0, 0.0) - both.sft()  # 0.4 and 0.3
+    small = both.at(0.1, 0.0) - both.sft()  # 0.1 and 0.1
+    ratio = 0.1 / 0.35
+    share = both.in_units_of(small, gain)
+    assert share.value == pytest.approx(ratio)
+    residuals = (np.array([0.1, 0.1]) - ratio * np.array([0.4, 0.3])) / 0.35
+    assert share.between_trainings == pytest.approx(residuals.std(ddof=1) / np.sqrt(2))
+    assert share.between_units == pytest.approx(0.0, abs=1e-9)
+    itself = both.in_units_of(gain, gain)
+    assert (itself.value, itself.between_trainings) == pytest.approx((1.0, 0.0))
+
+
+def test_a_unit_that_is_0_in_some_draws_of_prompts_leaves_a_finite_error():
+    rows = []
+    for model, golds in {"sft": [0, 0, 0, 0], "dpo": [0, 0, 0, 1], "wrpo": [0, 0, 1, 1]}.items():
+        for prompt, gold in enumerate(golds):
+            row = {"split": "test", "model": model, "seed": 0, "alpha": 0.0, "prompt": prompt}
+            rows.append({**row, "gold": gold, "reward": gold, "repetition": 0.0, "logratio": 1.0})
+    table = pd.DataFrame(rows)
+    points = table.drop_duplicates("model").assign(distinct_2=1.0)
+    few = AlphaCurves(table, points, "model", "sft", 0, chooses_on="test")
+    gain = few.at("dpo", 0.0) - few.sft()
+    share = few.in_units_of(few.at("wrpo", 0.0) - few.sft(), gain)
+    assert share.value == pytest.approx(2.0)
+    assert np.isfinite(share.between_units)
+    with pytest.raises(ValueError, match="mean of 0"):
+        few.in_units_of(gain, few.sft())
+
+
+def test_a_start_is_the_same_for_each_training_of_others():
+    whole = curves()
+    one = whole.table[(whole.table["fraction"] != 0.1) | (whole.table["seed"] == 0)]
+    one = one[(one["fraction"] != 0.1) | (one["alpha"] == 0)]
+    with_start = AlphaCurves(
+        one,
+        whole.points.merge(one[["fraction", "seed", "alpha"]].drop_duplicates()),
+        "fraction",
+        0.0,
+        bootstrap_seed=0,
+    )
+    lead = with_start.estimate(with_start.at(1.0, 0.0) - with_start.once(0.1))
+    assert lead.trainings == 2
+    assert lead.value == pytest.approx((0.7 + 0.6) / 2 - 0.4)
+    alone = with_start.estimate(with_start.at(1.0, 0.0) - with_start.at(0.1, 0.0))
+    assert alone.trainings == 1
+    assert with_start.estimate(with_start.sft()).value == pytest.approx(0.3)

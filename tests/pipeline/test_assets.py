@@ -23,6 +23,7 @@ import pytest
 from huggingface_hub import constants as hub
 from safetensors.numpy import save
 
+from beyond_dpo.hub import FILES
 from beyond_dpo.machine import paths
 from beyond_dpo.pipeline import artifacts, assets, corpus, stages
 from beyond_dpo.pipeline.assets import ASSETS, AssetError
@@ -282,8 +283,8 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_pickled_weights_are_not_fetched_from_the_hub():
-    assert len(assets.HUB_FILES) == 6
-    for pattern in assets.HUB_FILES:
+    assert len(FILES) == 6
+    for pattern in FILES:
         assert not re.search(r"bin|pt|pkl|\*$", pattern)
 
 

@@ -131,7 +131,7 @@ def test_the_machine_of_a_sampling_is_in_no_key():
 
 
 def test_there_are_claims():
-    assert len(CLAIMS) == 22
+    assert len(CLAIMS) == 23
 
 
 @pytest.mark.slow

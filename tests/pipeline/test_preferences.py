@@ -1209,13 +1209,15 @@ def test_a_date_is_in_the_key_only_where_a_template_writes_it(dated, undated):
 def test_a_date_is_in_the_key_of_what_a_chat_model_is_asked(dated):
     chat = config.Source(kind="model", ref=dated, ask="{prompt}")
     plain = config.Source(kind="model", ref=dated)
-    assert sources._put(WRPO, chat).inputs["date"] == "2024-07-26"
-    assert "date" not in sources._put(WRPO, plain).inputs
+    asked = sources.Asked(stages.texts(WRPO.world), "prompts")
+    assert sources._put(WRPO, chat, asked).inputs["date"] == "2024-07-26"
+    assert "date" not in sources._put(WRPO, plain, asked).inputs
 
 
 def test_present_keys_hold_no_date():
     texts = stages.texts(SMOKE.world).inputs
-    prompts = sources._put(WRPO, WRPO.known_sources["chat"]).inputs
+    asked = sources.Asked(stages.texts(WRPO.world), "prompts")
+    prompts = sources._put(WRPO, WRPO.known_sources["chat"], asked).inputs
     for inputs in (texts, prompts):
         assert not {"date", "tokens"} & inputs.keys()
 

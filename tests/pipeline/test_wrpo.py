@@ -119,7 +119,7 @@ def test_people_go_on_with_their_own_review(store, prompts, reviews, tokenizer):
 
 
 def test_a_chat_model_goes_on_where_the_text_stands(store, wording, tokenizer):
-    asked = sources._put(SMOKE, SMOKE.known_sources["chat"])
+    asked = sources._put(SMOKE, SMOKE.known_sources["chat"], sources.every_prompt(SMOKE))
     for row, text in zip(asked.json("prompts.json"), wording, strict=True):
         wanted = f"<s><|user|> Go on with this film review: {text}</s><|assistant|> {text}"
         assert tokenizer.decode(row["prompt_ids"]) == wanted
@@ -136,7 +136,9 @@ def test_a_chat_model_is_asked_a_chats_prompt_as_it_is(store, tokenizer):
     """The prompt's tokens hold the template's words too: a source must not see them."""
     cfg = in_chat(kind="model", ref="tiny", ask="{prompt}")
     prompts = stages.texts(cfg.world).json("prompts.json")
-    asked = sources._put(cfg, cfg.known_sources["one"]).json("prompts.json")
+    asked = sources._put(cfg, cfg.known_sources["one"], sources.every_prompt(cfg)).json(
+        "prompts.json"
+    )
     for row, prompt in zip(asked, prompts, strict=True):
         wanted = f"<s><|user|> {prompt['text']}</s><|assistant|>"
         assert tokenizer.decode(row["prompt_ids"]) == wanted
@@ -162,7 +164,7 @@ def test_a_source_is_not_asked_the_same_of_every_prompt(store, kind, ask):
 def test_braces_around_a_prompt_are_text(store, wording, tokenizer):
     front = 'Reply as JSON {"text": ...} {0} {{x}}: '
     source = config.Source(kind="model", ref="tiny", ask=front + "{prompt}")
-    asked = sources._put(SMOKE, source).json("prompts.json")
+    asked = sources._put(SMOKE, source, sources.every_prompt(SMOKE)).json("prompts.json")
     for row, text in zip(asked, wording, strict=True):
         assert sources.asking(source, text) == front + text
         wanted = f"<s><|user|> {front}{text}</s><|assistant|> {text}"
@@ -787,13 +789,13 @@ def test_an_unknown_source_is_refused():
         config.load("wrpo", "smoke", source_sets=[["chat"], ["humans", "chat"]])
 
 
-def test_the_readmes_sources_are_entries_of_a_profile():
-    readme = (paths.ROOT / "README.md").read_text()
-    block = re.search(r"```yaml\n(.*?)```", readme, re.S)[1]
+def test_the_docs_sources_are_entries_of_a_profile():
+    page = (paths.ROOT / "docs" / "own_code.md").read_text()
+    block = re.search(r"```yaml\n(.*?)```", page, re.S)[1]
     known = yaml.safe_load(block)["known_sources"]
     cfg = config.load("wrpo", "cpu", known_sources=known, sources=list(known))
     kinds = {source.kind for source in cfg.known_sources.values()}
-    assert kinds == {"model", "endpoint", "recorded", "human"}
+    assert kinds == {"model", "endpoint", "recorded", "human", "target", "expo"}
     assert sources.shown(cfg)["source"].tolist() == ["mine", "served", "kept"]
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ def search_alpha(
     decoding: Decoding | None = None,
     samples: int = 1,
     seed: int = 0,
+    known: dict[float, list[float]] | None = None,
+    on_evaluated: Callable[[float, np.ndarray, list[str]], None] | None = None,
 ) -> Search:
     """Search the α of θ₁ + α(θ₁ − θ₀) with the highest mean reward.
 
@@ -44,6 +48,9 @@ def search_alpha(
             512 tokens.
         samples: responses per prompt.
         seed: of sampling and bootstrap.
+        known: {α: a reward per prompt} of an earlier search with the same arguments but for bracket
+            and evaluations; those α are not sampled again.
+        on_evaluated: called with (α, rewards, responses) after each α that was sampled.
     Returns:
         a Search. Evaluating one more α does not change the rewards of the others.
     Raises:
@@ -62,23 +69,34 @@ def search_alpha(
         f"searching α: at most {evaluations} values, {len(sampled_prompts)} responses at each"
     )
     settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
-    with tempfile.TemporaryDirectory() as folder:
+    known = known or {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         work = Path(folder)
         prompts_file = work / "prompts.json"
         prompts_file.write_text(json.dumps(prompt_rows), encoding="utf-8")
-        with launch.Worker("beyond_dpo.jobs.generate", settings, work, desc="search") as engine:
 
-            def evaluate(alpha: float) -> np.ndarray:
-                """Return the mean reward of each prompt's responses at α."""
-                out = work / f"{alpha:g}.jsonl"
-                files = {"prompts": str(prompts_file), "out": str(out)}
-                engine.call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
-                engine.call("generate", **files, samples=samples, seed=seed)
-                responses = _responses(tokenizer, out)
-                scores = np.asarray(reward(sampled_prompts, responses))
-                return scores.reshape(len(prompts), samples).mean(1)
+        @cache
+        def engine() -> launch.Worker:
+            """Start the engine when the first α needs it."""
+            module = "beyond_dpo.jobs.generate"
+            return stack.enter_context(launch.Worker(module, settings, work, desc="search"))
 
-            return golden_section(evaluate, bracket, evaluations, seed=seed)
+        def evaluate(alpha: float) -> np.ndarray:
+            """Return the mean reward of each prompt's responses at α."""
+            if alpha in known:
+                return np.asarray(known[alpha])
+            out = work / f"{alpha:g}.jsonl"
+            files = {"prompts": str(prompts_file), "out": str(out)}
+            engine().call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
+            engine().call("generate", **files, samples=samples, seed=seed)
+            responses = _responses(tokenizer, out)
+            scores = np.asarray(reward(sampled_prompts, responses))
+            rewards = scores.reshape(len(prompts), samples).mean(1)
+            if on_evaluated is not None:
+                on_evaluated(alpha, rewards, responses)
+            return rewards
+
+        return golden_section(evaluate, bracket, evaluations, seed=seed)
 
 
 def _prompt_rows(tokenizer, prompts: list) -> list[dict]:

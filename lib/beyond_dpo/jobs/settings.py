@@ -73,7 +73,7 @@ class Train:
     max_prompt: AtLeastOne = 64  # tokens kept of a prompt (its end)
     max_length: AtLeastOne = 128  # tokens kept of prompt and response together
     precision: Precision = "bf16"  # bf16 is autocast over float32 master weights
-    # small Δθ vanish in bf16 rounding, see README "known differences"
+    # small Δθ vanish in bf16 rounding, see docs/differences.md
     save_dtype: Dtype = "float32"
     parts: AtLeastOne = 1  # equal parts of the training, after each of which the model is saved
     zero: Annotated[int, Field(ge=0, le=3)] = 0  # DeepSpeed ZeRO stage (machine, never in a key)

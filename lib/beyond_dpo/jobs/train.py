@@ -3,7 +3,8 @@
 It reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*, so `deepspeed`, `torchrun`, `srun` and plain
 python start it alike. The job file holds: model, rows, names, reference (or null), limits, seed,
 out, and as "settings" the fields of settings.Train.
-Supervised fine-tuning is the loss "sft" on rows with one response.
+Supervised fine-tuning is the loss "sft" on rows with one response. Rows may bring MallowsPO's
+weights along, a "weight" each; else they are estimated from the reference's entropies.
 
 Into `out` go log.jsonl (a line for each optimizer step), facts.json, checkpoints to resume from,
 and the model. The file checkpoints/finished appears last.
@@ -399,9 +400,28 @@ def _read_reference(path: str, rows: list[dict], names: list[str], loss: str) ->
     logps = dict(zip(ids, scores["logps"], strict=True))
     if loss == "sft" or not LOSSES[loss].needs_weights:
         return ReferenceScores(logps, None)
-    chosen_entropies, rejected_entropies = scores["entropies"].T
-    weights, _ = dispersion.weights(chosen_entropies, rejected_entropies, ids)
+    weights = _own_weights(rows)
+    if weights is None:
+        chosen_entropies, rejected_entropies = scores["entropies"].T
+        weights, _ = dispersion.weights(chosen_entropies, rejected_entropies, ids)
     return ReferenceScores(logps, dict(zip(ids, weights, strict=True)))
+
+
+def _own_weights(rows: list[dict]) -> list[float] | None:
+    """Return the "weight" of each row, in place of the estimate; None if no row has one.
+
+    Raises ValueError where some rows have none, and for one that is not positive and finite.
+    """
+    if not any("weight" in row for row in rows):
+        return None
+    weights = []
+    for row in rows:
+        weight = row.get("weight")
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < math.inf:
+            raise ValueError(f"row {row['id']}: a weight must be positive and finite: {weight!r}")
+        weights.append(float(weight))
+    return weights
 
 
 def _start_engine(job: Job, rank: int, processes: int) -> Run:

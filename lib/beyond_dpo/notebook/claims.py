@@ -74,6 +74,8 @@ class Claim:
     samples: int = 0  # responses to each prompt, as planned
     gate: bool = False  # whether it counts only where the responses pass the gate (EVIDENCE)
     headline: str = ""  # its words in the README, for the few that stand there
+    headline_unit: str = ""  # what stands behind our number there
+    headline_percent: bool = False  # our number is a share, and shown as percent
     changed: tuple[str, ...] = ()  # what was changed after the first commit, and why
 
     def __post_init__(self):
@@ -407,23 +409,53 @@ def update_readme(path: Path | None = None) -> bool:
 
 def _findings(board: pd.DataFrame) -> list[str]:
     """Return the lines of the README's table, and of the counts below it."""
-    lines = ["| finding | ours [95 % interval] | trainings | verdict |", "|---|---|---|---|"]
+    lines = [
+        "| finding | ours [95 % interval] | kind | trainings | verdict | from |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in board.to_dict("records"):
-        notebook = row["notebook"]
-        words = of(notebook)[row["id"]].headline
-        if words:
-            trainings = _count(row["trainings"])
-            cells = [
-                f"[{words}](notebooks/{notebook}.ipynb)",
-                _ours(row),
-                trainings,
-                row["verdict"],
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+        claim = of(row["notebook"])[row["id"]]
+        if claim.headline:
+            lines.append(_finding(claim, row))
     headlines = len(lines) - 2
     if headlines > MOST_HEADLINES:
         raise ValueError(f"{headlines} claims have a headline; at most {MOST_HEADLINES} fit")
     return [*lines, "", f"All {len(board)} claims, by kind: {counts(board)}."]
+
+
+def _finding(claim: Claim, row: dict) -> str:
+    """Return a row of the README's table; its last cell leads to the notebook."""
+    number, _, _ = claim.notebook.partition("_")
+    cells = [
+        claim.headline,
+        _in_plain_words(claim, row),
+        row["kind"],
+        _count(row["trainings"]),
+        row["verdict"],
+        f"[{number}](notebooks/{claim.notebook}.ipynb), `{row['profile']}`",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _in_plain_words(claim: Claim, row: dict) -> str:
+    """Return our number for a reader: rounded, with its interval and its unit."""
+    if pd.isna(row["ours"]):
+        return "–"
+    text = _rounded(row["ours"], claim.headline_percent)
+    if claim.headline_percent:
+        text += " %"
+    if not pd.isna(row["low"]):
+        ends = [_rounded(row[end], claim.headline_percent) for end in ("low", "high")]
+        text += f" [{', '.join(ends)}]"
+    return f"{text} {claim.headline_unit}".strip()
+
+
+def _rounded(value: float, percent: bool) -> str:
+    """Return a number with its sign and two decimals, or a share as whole percent."""
+    text = f"{100 * value:+.0f}" if percent else f"{value:+.2f}"
+    if float(text) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
 
 
 def _ours(row: dict) -> str:
@@ -506,7 +538,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--readme", action="store_true", help="update the table in README.md")
     options = parser.parse_args(arguments)
     events.printable()
-    df = compared() if options.compare else _readable(scoreboard())
+    df = compared() if options.compare else readable(scoreboard())
     if options.notebooks:
         names = [name.removesuffix(".ipynb") for name in options.notebooks]
         wanted = [_is_named(stem, names) for stem in df["notebook"]]
@@ -525,7 +557,7 @@ def _is_named(stem: str, names: list[str]) -> bool:
     return any(stem == name or stem.startswith(f"{name}_") for name in names)
 
 
-def _readable(board: pd.DataFrame) -> pd.DataFrame:
+def readable(board: pd.DataFrame) -> pd.DataFrame:
     """Return a scoreboard of texts, with the interval behind our number."""
     ours = [_ours(row) for row in board.to_dict("records")]
     df = board.assign(ours=ours, paper=board["paper"].map(_signed))

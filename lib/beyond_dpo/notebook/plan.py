@@ -19,7 +19,7 @@ from beyond_dpo.machine import paths
 from beyond_dpo.pipeline import artifacts, config, needs
 
 # Recomputed from published tables, replayed or exact: seconds each, without any model.
-QUICK = ("18", "19", "21", "22", "23")
+QUICK = ("18", "19", "20", "21", "22", "23")
 
 
 class Refused(ValueError):

@@ -5,7 +5,7 @@ training and prompt by prompt (stats.two_level).
 """
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -18,17 +18,17 @@ from beyond_dpo import stats
 MORE_REPETITION = 0.05
 LEAST_DISTINCT = 0.5
 CHOOSES = "reward"  # the measure by which an α is chosen: the reward model
-
 Model = Hashable  # a value of the table's column that tells the models apart
 
 
-def passes(repetition, distinct, repetition_of_sft: float, distinct_of_sft: float):
-    """Return whether points pass the gate: arrays of bool, in the shape of the first two.
+def passes_gate(repetition, distinct, sft_repetition, sft_distinct):
+    """Return whether responses are such that a reward means something; numbers or arrays.
 
-    repetition: share of repeated trigrams, mean of the responses; distinct: distinct-2 of a point.
+    repetition: mean share of repeated trigrams. distinct: share of distinct bigrams. Both also of
+    the SFT model, on the same prompts.
     """
-    repeats_little = repetition <= repetition_of_sft + MORE_REPETITION
-    return repeats_little & (distinct >= LEAST_DISTINCT * distinct_of_sft)
+    repeats_little = repetition <= sft_repetition + MORE_REPETITION
+    return repeats_little & (distinct >= LEAST_DISTINCT * sft_distinct)
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,22 @@ class AlphaCurves:
         label: the column that tells the models apart.
         sft: its value for the SFT model, which has one row of points, at any α.
         bootstrap_seed: of all intervals.
+        chooses_on: the split on which α is chosen and the gate is looked at; "test" where nothing
+            is chosen and there are no dev prompts.
     Raises:
         ValueError: for a model without a point of one of its seeds.
     """
 
     def __init__(
-        self, table: pd.DataFrame, points: pd.DataFrame, label: str, sft: Model, bootstrap_seed: int
+        self,
+        table: pd.DataFrame,
+        points: pd.DataFrame,
+        label: str,
+        sft: Model,
+        bootstrap_seed: int,
+        chooses_on: str = "dev",
     ):
+        self.chooses_on = chooses_on
         self.label = label
         self.sft_label = sft
         self.bootstrap_seed = bootstrap_seed
@@ -79,10 +88,10 @@ class AlphaCurves:
         self.table = table
         self.points = points
         self.sizes = [
-            table[table["split"] == split]["prompt"].nunique() for split in ("dev", "test")
+            table[table["split"] == split]["prompt"].nunique() for split in (chooses_on, "test")
         ]
         self._gates = {model: self._passes(model) for model in self.models}
-        self._rewards = {model: self.values(model, CHOOSES, "dev") for model in self.models}
+        self._rewards = {model: self.values(model, CHOOSES, chooses_on) for model in self.models}
 
     # ---- arrays
 
@@ -100,7 +109,7 @@ class AlphaCurves:
         return means.sort_index().to_numpy().reshape(seeds, alphas, prompts)
 
     def gates(self, model: Model) -> np.ndarray:
-        """Return which points of a model pass the gate on dev prompts, (trainings, α)."""
+        """Return which points of a model pass the gate, (trainings, α)."""
         return self._gates[model]
 
     def fails(self, model: Model) -> bool:
@@ -114,22 +123,30 @@ class AlphaCurves:
         return means.sort_index().to_numpy().reshape(-1, len(self.alphas[model]))
 
     def _passes(self, model: Model) -> np.ndarray:
-        repetition = self.values(model, "repetition", "dev").mean(-1)
-        of_sft = self.values(self.sft_label, "repetition", "dev").mean()
+        repetition = self.values(model, "repetition", self.chooses_on).mean(-1)
+        of_sft = self.values(self.sft_label, "repetition", self.chooses_on).mean()
+        distinct = self._distinct(model)
         distinct_of_sft = self._distinct(self.sft_label).item()
-        return passes(repetition, self._distinct(model), of_sft, distinct_of_sft)
+        return passes_gate(repetition, distinct, of_sft, distinct_of_sft)
 
     def _distinct(self, model: Model) -> np.ndarray:
-        """Return the distinct bigrams of each point on dev prompts, (trainings, α)."""
+        """Return the distinct bigrams of each point, (trainings, α)."""
         points = self.points
-        rows = points[(points[self.label] == model) & (points["split"] == "dev")]
+        rows = points[(points[self.label] == model) & (points["split"] == self.chooses_on)]
         return rows.pivot(index="seed", columns="alpha", values="distinct_2").to_numpy()
 
     # ---- quantities
 
     def sft(self, measure: str = "gold") -> Quantity:
         """Return a measure of the SFT model, the same for each training."""
-        values = self.values(self.sft_label, measure, "test")[0, 0]
+        return self.once(self.sft_label, measure)
+
+    def once(self, model: Model, measure: str = "gold") -> Quantity:
+        """Return a measure of a model that others start from, the same for each of their trainings.
+
+        It has one point.
+        """
+        values = self.values(model, measure, "test")[0, 0]
         most = max(len(self.seeds(model)) for model in self.models)
 
         def mean(_, test: np.ndarray) -> np.ndarray:
@@ -237,6 +254,26 @@ class AlphaCurves:
             return means[..., 0] / means[..., 1]
 
         return stats.two_level(measure, self.sizes, ratio, seed=self.bootstrap_seed)
+
+    def in_units_of(self, quantity: Quantity, unit: Quantity) -> stats.Estimate:
+        """Return the mean of a quantity over that of another, the error of both to first order.
+
+        As share(), for units that are not far from 0 in every draw of prompts: the error is that of
+        quantity − ratio · unit. Raises ValueError for a unit of mean 0.
+        """
+        mean_unit = self.estimate(unit).value
+        if mean_unit == 0:
+            raise ValueError("the unit has a mean of 0")
+        ratio = self.estimate(quantity).value / mean_unit
+        trainings = min(quantity.trainings, unit.trainings)
+
+        def residual(dev: np.ndarray, test: np.ndarray) -> np.ndarray:
+            above = quantity.of_draws(dev, test)[:, :trainings]
+            below = unit.of_draws(dev, test)[:, :trainings]
+            return (above - ratio * below) / mean_unit
+
+        error = self.estimate(Quantity(residual, trainings))
+        return replace(error, value=ratio)
 
     # ---- tables
 

@@ -22,20 +22,12 @@ from pathlib import Path
 
 import yaml
 
-from beyond_dpo import events
+from beyond_dpo import events, hub
 from beyond_dpo.files import share_weights
 from beyond_dpo.machine import launch, paths
 from beyond_dpo.pipeline import artifacts
 
 log = logging.getLogger("beyond_dpo")
-HUB_FILES = [  # no pickle
-    "model*.safetensors",
-    "*.json",
-    "*.txt",
-    "tokenizer.model",
-    "*.jinja",
-    "*.py",
-]
 TINY = 2  # raise it when the tiny models below change
 CHAT_TEMPLATE = (  # of the tiny models
     "{{ bos_token }}{% for m in messages %}"
@@ -210,19 +202,13 @@ def tokenizer_dir(ref: str) -> Path:
 
 def _snapshot(ref: str) -> Path:
     """Return the folder in the hub's cache of a model on the hub, downloaded if missing."""
-    import huggingface_hub
-
     repo, commit = resolve(ref).values()
     try:
-        with events.slow(f"fetching {repo} from the hub"):
-            folder = huggingface_hub.snapshot_download(
-                repo, revision=commit, allow_patterns=HUB_FILES
-            )
+        return hub.fetch(repo, commit)
     except Exception as error:  # the hub's client has many, none of which says what to do
         raise AssetError(
             f"{ref}: cannot be fetched from the hub ({error}); give a local folder"
         ) from error
-    return Path(folder)
 
 
 def _complaint(folder: Path) -> str:
@@ -368,8 +354,8 @@ def _hub(ref: str) -> dict:
 
     try:
         with events.slow(f"asking the hub for {repo}"):
-            hub = huggingface_hub.HfApi()
-            commit = hub.repo_info(repo, revision=revision, repo_type=kind).sha
+            api = huggingface_hub.HfApi()
+            commit = api.repo_info(repo, revision=revision, repo_type=kind).sha
     except Exception as error:
         advice = f"give {repo}@<40-digit commit>, or a local folder (none has this name here)"
         raise AssetError(f"{ref}: the hub cannot be asked ({error}); {advice}") from error

@@ -193,7 +193,7 @@ def _machine_settings(values: dict) -> dict:
         decoding.pop("launcher", None)
     settings = {"sft": training, "train": training}
     for name in ("decoding", "sampling"):
-        if name in values:
+        if values.get(name):
             settings[name] = decoding
     return settings
 
@@ -240,7 +240,7 @@ def _check_names(config, schema, overrides: dict) -> None:
 
 def _check_sources(config: Wrpo) -> None:
     """Raise ConfigError for a source that is named and not known."""
-    for names in (config.sources, *config.source_sets):
+    for names in (config.sources, *config.source_sets, *config.compared):
         for name in names:
             if name not in config.known_sources:
                 raise ConfigError(_unknown("source", name, config.known_sources))
@@ -266,9 +266,27 @@ def _check_settings(config) -> None:
             "train.lora_rank"
         )
     _check_reward_model(config.world)
+    if isinstance(config, Wrpo) and config.held_out:
+        _check_held_out(config)
     if config.world.pairs == "sampled":
         require_prompts(config.world, "prompts", *_judged_on(config))
     _check_losses(config)
+
+
+def _check_held_out(config: Wrpo) -> None:
+    """Raise ConfigError for prompts that judge and are learnt from, or are more than there are."""
+    world = config.world
+    last = world.pools - 1
+    learners = [seed for seed in (0, *config.seeds) if seed % world.pools == last]
+    if learners:
+        raise ConfigError(
+            f"held_out={config.held_out} takes the last of world.pools={world.pools}, from which a "
+            f"training with seed {learners[0]} learns: use more pools, or other seeds"
+        )
+    if config.held_out > world.prompts:
+        raise ConfigError(
+            f"held_out={config.held_out}, but a pool has world.prompts={world.prompts}"
+        )
 
 
 def _check_reward_model(world: World) -> None:

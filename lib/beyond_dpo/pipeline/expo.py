@@ -14,8 +14,8 @@ import pandas as pd
 
 from beyond_dpo import search, templates
 from beyond_dpo.files import write_file
-from beyond_dpo.pipeline import alpha_curves, config, corpus, gather, needs, stages
-from beyond_dpo.pipeline.alpha_curves import AlphaCurves
+from beyond_dpo.pipeline import config, corpus, gather, needs, stages
+from beyond_dpo.pipeline.alpha_curves import AlphaCurves, passes_gate
 from beyond_dpo.pipeline.artifacts import Artifact
 
 # θ₀ and the models θ₁ that it is compared with, by name
@@ -200,6 +200,39 @@ def tried(cfg) -> Artifact:
     return sweep(cfg, lines)
 
 
+def largest_passing(cfg, fraction: float, seed: int) -> Artifact:
+    """Find the largest α of a fraction's grid at which its model passes the gate on dev prompts.
+
+    alpha.json: alpha, and all that pass. Its get() raises ConfigError where none does.
+    """
+    config.require_prompts(cfg.world, "dev_prompts")
+    sft_scores = point(cfg, 0.0, seed, 0.0, "dev_prompts")
+    points = [gather.Point({"model": "SFT", "alpha": 0.0}, sft_scores)]
+    for alpha in cfg.alphas[fraction]:
+        scores = point(cfg, fraction, seed, alpha, "dev_prompts")
+        points.append(gather.Point({"model": "aligned", "alpha": alpha}, scores))
+
+    def make(out: Path) -> None:
+        table, facts = gather.scored(points, "the gate of the source")
+        repetition = table.groupby(["model", "alpha"])["repetition"].mean()
+        distinct = pd.DataFrame(facts).set_index(["model", "alpha"])["distinct_2"]
+        of_sft = ("SFT", 0.0)
+        passing = []
+        for alpha in sorted(cfg.alphas[fraction]):
+            at = ("aligned", alpha)
+            if passes_gate(repetition[at], distinct[at], repetition[of_sft], distinct[of_sft]):
+                passing.append(alpha)
+        if not passing:
+            raise config.ConfigError(
+                f"DPO on {fraction:.0%} of the pairs passes the gate at no α of "
+                f"{cfg.alphas[fraction]}: use a smaller train.lr"
+            )
+        gather.write_json(out / "alpha.json", {"alpha": passing[-1], "passing": passing})
+
+    inputs = {"points": gather.scores_of(points), "alphas": cfg.alphas[fraction]}
+    return Artifact("largest-passing", version=1, inputs=inputs, make=make)
+
+
 def searched(cfg) -> Artifact:
     """Search α by golden section for several trainings of every fraction, in its grid's bracket.
 
@@ -268,7 +301,7 @@ def _passes(cfg, fraction: float, seed: int, alpha: float) -> bool:
     """Return whether a point passes the gate on dev prompts."""
     here = _repetition(point(cfg, fraction, seed, alpha, "dev_prompts"))
     of_sft = _repetition(point(cfg, 0.0, seed, 0.0, "dev_prompts"))
-    return bool(alpha_curves.passes(*here, *of_sft))
+    return bool(passes_gate(*here, *of_sft))
 
 
 def _repetition(scores: Artifact) -> tuple[float, float]:

@@ -92,14 +92,10 @@ def _bandit_runs(link: str, betas: tuple[float, ...], steps: int) -> pd.DataFram
 
 
 def link(s, phi: float, epsilon: float) -> np.ndarray:
-    """Return losses.mallows_link of an array s, for drawing."""
-    import torch
+    """Return losses.mallows_link of an array s, for drawing; it needs no torch."""
+    from beyond_dpo import contextual
 
-    from beyond_dpo import losses
-
-    differences = torch.as_tensor(np.asarray(s, dtype=float))
-    dispersions = torch.full_like(differences, phi)
-    return losses.mallows_link(differences, dispersions, epsilon).numpy()
+    return contextual.link(s, phi, epsilon)
 
 
 # --- the contextual bandit
@@ -118,7 +114,7 @@ def contextual(cfg) -> Artifact:
     def make(out: Path) -> dict:
         rows = []
         for cell in gather.watched(cells, "contextual bandits"):
-            for seed in _contextual_seeds(settings):
+            for seed in contextual_seeds(settings):
                 rows += _gains(settings, *cell, seed)
         table = pd.DataFrame(rows).round(3)  # a tenth of what one seed adds by chance
         gather.write_table(out / "gains.csv.gz", table)
@@ -176,7 +172,8 @@ def _rows_of(table: pd.DataFrame, cell: Mapping) -> pd.DataFrame:
     return table
 
 
-def _contextual_seeds(settings) -> range:
+def contextual_seeds(settings) -> range:
+    """Return the seeds of the worlds, which all methods share."""
     return range(settings.first_seed, settings.first_seed + settings.seeds)
 
 
@@ -266,7 +263,7 @@ def _identities(settings) -> dict[str, float]:
     from beyond_dpo import contextual as bandit
 
     missed = {"constant_phi": 0.0, "theta_finds": 0.0, "phi_finds": 0.0}
-    for seed in _contextual_seeds(settings):
+    for seed in contextual_seeds(settings):
         flat = _world(settings, 0.0, seed)
         gap = abs(_constant_phi_gap(settings, flat, seed))
         missed["constant_phi"] = max(missed["constant_phi"], gap)
@@ -462,28 +459,37 @@ def frontier(cfg) -> Artifact:
             "lr": cfg.train.lr,
             "seed": seed,
         }
-        for part in parts:
-            runs.append(Run(settings, part=part))
+        for part, split in itertools.product(parts, judged_splits(cfg)):
+            runs.append(Run(settings, split, part=part))
     return judged(cfg, runs)
+
+
+def judged_splits(cfg) -> list[str]:
+    """Return the splits of the world whose prompts are judged; on none of them is a choice made."""
+    return ["test_prompts", "dev_prompts"] if cfg.judge_dev else ["test_prompts"]
 
 
 def plug_in(cfg) -> Artifact:
     """Judge plug-ins with and without weights, and a grid of β and learning rate.
 
-    Table 1: the settings of cfg.plug_ins, on test prompts and on those from elsewhere. Table 6: DPO
-    and MallowsPO-θ, on test prompts, and elsewhere where cfg.grid_elsewhere says so.
+    Table 1: the settings of cfg.plug_ins, on the world's own prompts and on those from elsewhere.
+    Table 6: DPO and MallowsPO-θ, on the world's own prompts, and elsewhere if cfg.grid_elsewhere.
+    Both with the first cfg.table_seeds seeds.
     Raises ConfigError where there are neither.
     """
     if not cfg.plug_ins and not cfg.grid_betas:
         raise config.ConfigError(
             "plug_ins and grid_betas are empty: nothing would be trained; set one of them"
         )
-    plugs = _plug_in_settings(cfg)
-    cells = _grid_settings(cfg)
-    everywhere = {"test_prompts": None}
+    plugs = []
+    cells = []
+    for seed in cfg.seeds[: cfg.table_seeds]:
+        plugs += _plug_in_settings(cfg, seed)
+        cells += _grid_settings(cfg, seed)
+    own_prompts = dict.fromkeys(judged_splits(cfg))
+    everywhere = dict(own_prompts)
     for source in cfg.elsewhere:
         everywhere[source] = elsewhere(cfg, source)
-    own_prompts = {"test_prompts": None}
     runs = _runs_on(plugs, everywhere)
     runs += _runs_on(cells, everywhere if cfg.grid_elsewhere else own_prompts)
     return judged(cfg, _each_once(runs))
@@ -493,20 +499,20 @@ def plug_in_models(cfg) -> dict[str, stages.Weights]:
     """Return the models of Table 1 by name: every plug-in, without weights and with them."""
     start = stages.sft(cfg)
     models = {}
-    for settings in _plug_in_settings(cfg):
+    for settings in _plug_in_settings(cfg, cfg.seeds[0]):
         name = NAMES[settings["loss"]]
         models[name] = stages.Weights(start, stages.aligned(cfg, cfg.fraction, **settings))
     return models
 
 
-def _plug_in_settings(cfg) -> list[dict]:
-    """Return the settings of every plug-in, without weights and with them."""
+def _plug_in_settings(cfg, seed: int) -> list[dict]:
+    """Return the settings of every plug-in with a seed, without weights and with them."""
     trainings = []
     for loss, settings in cfg.plug_ins.items():
         for name in (loss, WEIGHTED[loss]):
             training = {
                 "loss": name,
-                "seed": cfg.seeds[0],
+                "seed": seed,
                 "lr": cfg.train.lr,
                 **settings,
             }
@@ -514,13 +520,13 @@ def _plug_in_settings(cfg) -> list[dict]:
     return trainings
 
 
-def _grid_settings(cfg) -> list[dict]:
-    """Return the settings of every cell of the grid of β and learning rate."""
+def _grid_settings(cfg, seed: int) -> list[dict]:
+    """Return the settings of every cell of the grid of β and learning rate with a seed."""
     cells = []
     for loss, beta, lr in itertools.product(cfg.grid_methods, cfg.grid_betas, cfg.grid_lrs):
         settings = {
             "loss": loss,
-            "seed": cfg.seeds[0],
+            "seed": seed,
             "lr": lr,
             "beta": beta,
         }
@@ -574,7 +580,7 @@ def _point(cfg, run: Run, weights: stages.Weights) -> gather.Point:
         weights,
         run.split,
         prompts=run.prompts,
-        samples=1,
+        samples=cfg.test_samples,
         seed=2,
     )
     scores = stages.scores(

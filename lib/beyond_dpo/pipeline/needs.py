@@ -63,7 +63,7 @@ def _emulates_bf16(cfg) -> bool:
 
 def _asks_for_bf16(cfg) -> bool:
     precisions = (cfg.sft.precision, cfg.train.precision, cfg.world.precision)
-    samplings = (cfg.decoding, getattr(cfg, "sampling", cfg.decoding))
+    samplings = (cfg.decoding, getattr(cfg, "sampling", None) or cfg.decoding)
     dtypes = [decoding.dtype for decoding in samplings]
     return "bf16" in precisions or "bfloat16" in dtypes
 

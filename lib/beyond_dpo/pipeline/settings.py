@@ -42,6 +42,8 @@ FusionWeights = Annotated[tuple[Share, ...], NotEmpty]
 # of a bandit's source, in standard deviations: how much stronger and how far away it is
 Strength = Annotated[float, Field(ge=-10, le=10)]
 Distance = Annotated[float, Field(ge=0, le=10)]
+# α of a model's line beside the model itself, after its start at −1
+OnLine = Annotated[float, Field(gt=-1, le=8)]
 Methods = Annotated[tuple[PairLosses, ...], NotEmpty]
 
 
@@ -193,10 +195,34 @@ class Contextual:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Voters:
+    """Which pairs of rated sentences are voted on, and which linear models learn from the votes."""
+
+    pairs: AtLeastOne = 256  # that a language model learns from
+    dev: AtLeastOne = 1000  # sentences on which the linear model's penalty is chosen
+    test: AtLeastOne = 1000  # sentences on which scores are compared with the crowd
+    # of the other raters, who put the same sentence of an agreed pair first: at least
+    agreed: Share = 0.95
+    contested: Share = 0.6  # and of a contested pair: at most
+    gap: tuple[NotNegative, NotNegative] = (0.8, 1.2)  # of mean ratings, of pairs at equal gap
+    outer: PositiveShare = 0.25  # of those pairs, from each end of the agreement
+    linear_pairs: Sizes = (512, 2048)
+    shares: Fractions = (0.25, 0.5, 0.75)  # of contested pairs in the linear model's mixtures
+    penalties: Betas = (3e-4, 3e-3, 0.03, 0.3)  # of the linear model's weights
+    linear_seeds: Annotated[int, Field(ge=2)] = 40
+
+
+@dataclass(frozen=True, config=STRICT)
 class Mallows(Judged, Paper):
     """Settings of the MallowsPO experiments (arXiv 2405.14953)."""
 
     fraction: PositiveShare = 1.0  # of the pairs that every model is trained on
+    # of the responses that pairs are made of; None: as what is judged
+    sampling: Decoding | None = None
+    test_samples: AtLeastOne = 1  # responses to each prompt that is judged
+    table_seeds: AtLeastOne = 1  # how many of the seeds the plug-ins and the grid have
+    # dev prompts, on which nothing is chosen here, are judged beside the test prompts
+    judge_dev: bool = False
     # losses of the controlled-sentiment frontier
     methods: Methods = ("dpo", "mallows_theta", "mallows_phi")
     betas: Betas = ()  # of the frontier
@@ -215,20 +241,28 @@ class Mallows(Judged, Paper):
     bandit_betas: Betas = ()
     bandit_steps: AtLeastOne = 500_000
     contextual: Contextual = field(default_factory=Contextual)
+    # c of the prompts on which people agree, and of the others, where labels are σ(c · Δgold)
+    known: tuple[Positive, Positive] = (2.0, 0.1)
+    # places on the line from the SFT model to a trained one, for reward at equal KL; 0 is its end
+    known_alphas: Grid = (-0.5, -0.25, 0.0)
+    voters: Voters = field(default_factory=Voters)
 
 
 @dataclass(frozen=True, config=STRICT)
 class Source:
     """Where some of the responses that WRPO learns from are taken."""
 
-    # human: how the reviewers themselves went on
-    kind: Literal["model", "endpoint", "recorded", "human"]
+    # human: how the reviewers themselves went on; target: the target itself; expo: the model that
+    # notebook 11 aligns on all pairs, pushed on to the largest α that passes the gate
+    kind: Literal["model", "endpoint", "recorded", "human", "target", "expo"]
     # a model's asset, folder or hub id; an endpoint's model name; a file of recorded answers
     ref: str = ""
     # address of an OpenAI-compatible endpoint (machine, never in a key), whose secret is
     # OPENAI_API_KEY
     url: str = ""
     ask: str = ""  # what a chat model is asked, with {prompt} in it; "" continues the text
+    samples: Count = 0  # responses per prompt of a model that is sampled, 0: world.samples
+    only: Literal["", "positive"] = ""  # of people: those whose review has this label; "": all
     terms: str = ""  # what a user should know before it is used
 
 
@@ -251,7 +285,21 @@ class Wrpo(Judged, Paper):
     objectives: dict[str, dict[str, float]] = field(default_factory=dict)  # loss -> its settings
     # largest fusion coefficients, dynamic and static
     alphas: FusionWeights = (0.1, 0.3, 0.5, 0.7, 1.0)
+    ablation_seeds: AtLeastOne = 1  # how many of the seeds the ablations have
     test_samples: AtLeastOne = 1
+    # number of prompts that judge: the first ones of the world's last pool, from which then nobody
+    # may learn; 0: the world's test prompts judge
+    held_out: Count = 0
+    # number of prompts that judge whose responses the target scores too, for the KL; 0: all
+    kl_prompts: Count = 0
+    # further α of the line from the start through DPO, so that its reward is known at other KL
+    kl_alphas: tuple[OnLine, ...] = ()
+    # sets of sources from which the target itself learns, each apart: what must a source be?
+    compared: tuple[Names, ...] = ()
+    compared_alphas: FusionWeights = (0.1, 0.5)  # largest fusion coefficients with each of them
+    learnt: AtLeastOne = 64  # prompts that a training learns from there, of its seed's pool
+    # a set is strong where its best beats the target's best by this, mean σ(gold), on dev prompts
+    margin: Positive = 0.05
     # the bandit's sources: every pair of these
     bandit_strengths: Annotated[tuple[Strength, ...], NotEmpty] = (-1.0, 0.0, 1.0, 2.0, 3.0, 4.0)
     bandit_distances: Annotated[tuple[Distance, ...], NotEmpty] = (0.0, 1.0, 2.0, 3.0, 4.0)

@@ -7,6 +7,7 @@ or hub id; an OpenAI-compatible endpoint; a file of recorded answers; or the rev
 import gzip
 import json
 import logging
+import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
@@ -16,10 +17,23 @@ from typing import NamedTuple
 import pandas as pd
 
 from beyond_dpo import templates
-from beyond_dpo.pipeline import assets, config, corpus, endpoint, openings, preferences, stages
+from beyond_dpo.pipeline import (
+    assets,
+    config,
+    corpus,
+    endpoint,
+    expo,
+    openings,
+    preferences,
+    stages,
+)
 from beyond_dpo.pipeline.artifacts import Artifact
 
 log = logging.getLogger("beyond_dpo")
+SEED = 1  # of the responses that are learnt from
+OWN_SEED = 3  # of the target's as a source, which are others than those that it is paired with
+EXPO_SEED = 0  # of the training that an "expo" source is
+POSITIVE = 1  # label of a review
 
 
 class Answer(NamedTuple):
@@ -30,6 +44,17 @@ class Answer(NamedTuple):
 
 
 Answers = dict[str, list[Answer]]  # by a prompt's id, or by its text
+
+
+class Asked(NamedTuple):
+    """Hold the prompts that are put to models: the split of a result."""
+
+    prompts: Artifact
+    split: str
+
+    def rows(self) -> list[dict]:
+        """Return the prompts."""
+        return self.prompts.json(f"{self.split}.json")
 
 
 class Sampled(NamedTuple):
@@ -56,8 +81,8 @@ def sampling(cfg):
     return replace(cfg, decoding=cfg.sampling)
 
 
-def answers(cfg, name: str) -> Artifact:
-    """Collect a source's responses to all prompts, in the target's tokens.
+def answers(cfg, name: str, asked: Asked | None = None) -> Artifact:
+    """Collect a source's responses to prompts, in the target's tokens; asked: None is all of them.
 
     They are in responses.jsonl, with lines as of stages.responses, and are cut after
     cfg.sampling.max_tokens. Those without a word are left out. So are those that the target's chat
@@ -68,28 +93,16 @@ def answers(cfg, name: str) -> Artifact:
     """
     source = cfg.known_sources[name]
     check(name, source)
-    texts = stages.texts(cfg.world)
-    inputs = {
-        "kind": source.kind,
-        "texts": texts,
-        "max_tokens": cfg.sampling.max_tokens,
-    }
-    if cfg.world.target not in assets.BUILDERS:  # to those a text alone is the same tokens
-        inputs["tokens"] = 2  # of responses: those that they have after other text
-    sampled = None
-    if source.kind == "model":
-        sampled = _sample(cfg, source)
-        inputs["said"] = sampled.responses
-    elif source.kind == "recorded":
-        inputs["file"] = assets.resolve(source.ref)
-    elif source.kind == "endpoint":
-        inputs["model"] = source.ref
-        inputs["ask"] = source.ask
-        inputs["samples"] = cfg.world.samples
-        inputs["sampling"] = cfg.sampling.recipe()
+    asked = asked or every_prompt(cfg)
+    if source.kind == "target":
+        return own(cfg, stages.Weights(stages.sft(cfg)), asked, source.samples, seed=OWN_SEED)
+    if source.kind == "expo":
+        return _pushed_on(cfg, source, asked)
+    sampled = _sample(cfg, source, asked) if source.kind == "model" else None
+    inputs = _inputs(cfg, source, asked, sampled)
 
     def make(out: Path) -> dict:
-        rows = texts.json("prompts.json")
+        rows = asked.rows()
         by_id, short = _collect(cfg, source, sampled, rows, out)
         lines, refused = _encoded(cfg, rows, by_id)
         if not lines:
@@ -99,23 +112,104 @@ def answers(cfg, name: str) -> Artifact:
                 file.write(json.dumps(line) + "\n")
         return _facts(rows, lines, refused, short)
 
-    does = f"source {name}: {source.kind} {source.ref}"
+    does = _in_words(cfg, name)
     return Artifact("answers", version=1, inputs=inputs, make=make, does=does)
 
 
-def _sample(cfg, source: config.Source) -> Sampled:
-    """Sample responses of a source that is a model of its own."""
-    prompts = _put(cfg, source)
-    responses = stages.responses(
+def every_prompt(cfg) -> Asked:
+    """Return the prompts of the world's first pool."""
+    return Asked(stages.texts(cfg.world), "prompts")
+
+
+def own(cfg, weights: stages.Weights, asked: Asked, samples: int = 0, seed: int = SEED) -> Artifact:
+    """Sample responses as training data are sampled; samples: 0 is world.samples."""
+    return stages.responses(
         sampling(cfg),
-        stages.Weights(stages.model(source.ref)),
-        "prompts",
-        prompts=prompts,
-        samples=cfg.world.samples,
-        seed=1,
+        weights,
+        asked.split,
+        prompts=asked.prompts,
+        samples=samples or cfg.world.samples,
+        seed=seed,
         engine="sample",
     )
-    return Sampled(prompts, responses)
+
+
+def _pushed_on(cfg, source: config.Source, asked: Asked) -> Artifact:
+    """Sample the model that ExPO pushes on (arXiv 2404.16792): responses.jsonl.
+
+    It is DPO on all pairs as notebook 11 trains it, at the largest α of its grid that passes the
+    gate. The facts say which α that is.
+    """
+    teacher = config.load("expo", cfg.profile, seeds=[EXPO_SEED])
+    teacher = replace(teacher, world=cfg.world, sft=cfg.sft)
+    most = teacher.fractions[-1]
+    aligned = stages.aligned(teacher, most, EXPO_SEED)
+    chosen = expo.largest_passing(teacher, most, EXPO_SEED)
+    samples = source.samples or cfg.world.samples
+
+    def make(out: Path) -> dict:
+        alpha = chosen.json("alpha.json")["alpha"]
+        weights = stages.Weights(stages.sft(cfg), aligned, alpha)
+        said = own(cfg, weights, asked, samples)
+        shutil.copyfile(said.get() / "responses.jsonl", out / "responses.jsonl")
+        return {"alpha": alpha, "key": said.key}
+
+    inputs = {
+        "aligned": aligned,
+        "alpha": chosen,
+        "prompts": asked.prompts,
+        "split": asked.split,
+        "samples": samples,
+        "seed": SEED,
+        "sampling": cfg.sampling.recipe(),
+    }
+    does = f"source: DPO on all pairs, pushed on by ExPO: {stages.sampling_in_words(cfg.sampling)}"
+    return Artifact("pushed-on", version=1, inputs=inputs, make=make, does=does)
+
+
+def _inputs(cfg, source: config.Source, asked: Asked, sampled: Sampled | None) -> dict:
+    """Return what decides a source's answers, for its key."""
+    inputs = {
+        "kind": source.kind,
+        "texts": asked.prompts,
+        "max_tokens": cfg.sampling.max_tokens,
+    }
+    if asked.split != "prompts":
+        inputs["split"] = asked.split
+    if cfg.world.target not in assets.BUILDERS:  # to those a text alone is the same tokens
+        inputs["tokens"] = 2  # of responses: those that they have after other text
+    if source.only:
+        inputs["only"] = source.only
+    if sampled is not None:
+        inputs["said"] = sampled.responses
+    elif source.kind == "recorded":
+        inputs["file"] = assets.resolve(source.ref)
+    elif source.kind == "endpoint":
+        inputs["model"] = source.ref
+        inputs["ask"] = source.ask
+        inputs["samples"] = source.samples or cfg.world.samples
+        inputs["sampling"] = cfg.sampling.recipe()
+    return inputs
+
+
+def _in_words(cfg, name: str) -> str:
+    """Return what a source is, and the command that samples it or would serve it."""
+    source = cfg.known_sources[name]
+    words = f"source {name}: {source.kind} {source.ref}".rstrip()
+    if source.kind == "model":
+        return f"{words}: {stages.sampling_in_words(cfg.sampling)}"
+    if source.kind == "endpoint":
+        where = source.url or "the client's default address"
+        return f"{words} at {where}; to serve it there: vllm serve {source.ref}"
+    return words
+
+
+def _sample(cfg, source: config.Source, asked: Asked) -> Sampled:
+    """Sample responses of a source that is a model of its own."""
+    prompts = _put(cfg, source, asked)
+    weights = stages.Weights(stages.model(source.ref))
+    put = Asked(prompts, "prompts")
+    return Sampled(prompts, own(cfg, weights, put, source.samples))
 
 
 def _collect(
@@ -123,7 +217,7 @@ def _collect(
 ) -> tuple[Answers, int]:
     """Return a source's answers by the prompts' ids, and how many of those asked for lack."""
     if source.kind == "human":
-        return _written(cfg, rows), 0
+        return _written(cfg, rows, source.only), 0
     if sampled is not None:
         prompts = sampled.prompts.json("prompts.json")
         model = assets.tokenizer_dir(source.ref)
@@ -222,19 +316,18 @@ def _wording(row: dict, tokenizer) -> str:
     return preferences.dialogue(prompt)
 
 
-def _put(cfg, source: config.Source) -> Artifact:
+def _put(cfg, source: config.Source, asked: Asked) -> Artifact:
     """Put the prompts to a source's model, in its own tokens: prompts.json.
 
     A text to go on with stands again where the chat model's answer begins, so that it goes on right
     there.
     """
-    texts = stages.texts(cfg.world)
     is_plain = cfg.world.template == "plain"
 
     def make(out: Path) -> None:
         target_tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
         source_tokenizer = templates.load_tokenizer(assets.tokenizer_dir(source.ref))
-        rows = texts.json("prompts.json")
+        rows = asked.rows()
         for row in rows:
             text = _wording(row, target_tokenizer)
             if source.ask:
@@ -247,11 +340,13 @@ def _put(cfg, source: config.Source) -> Artifact:
         (out / "prompts.json").write_text(json.dumps(rows), encoding="utf-8")
 
     inputs = {
-        "texts": texts,
+        "texts": asked.prompts,
         "tokenizer": assets.resolve(source.ref),
         "ask": source.ask,
         "plain": is_plain,
     }
+    if asked.split != "prompts":
+        inputs["split"] = asked.split
     if source.ask:
         inputs.update(corpus.rendering(source.ref, "chat"))
         if source.ref not in assets.BUILDERS:
@@ -280,10 +375,11 @@ def _decoded(model: Path, prompts: list[dict], responses: Artifact) -> Answers:
     return by_id
 
 
-def _written(cfg, prompts: list[dict]) -> Answers:
+def _written(cfg, prompts: list[dict], only: str) -> Answers:
     """Return how the reviewers went on, by the prompts' ids.
 
     That is whole sentences that fit with an end token, or else the beginning of the first one.
+    only: "positive" leaves out whoever did not like the film.
     """
     tokenizer = templates.load_tokenizer(assets.tokenizer_dir(cfg.world.target))
     _, reviews, _ = corpus.shuffled(cfg.world.dataset)
@@ -291,7 +387,9 @@ def _written(cfg, prompts: list[dict]) -> Answers:
     by_id = {}
     for row in prompts:
         number = int(row["id"][1:])
-        review, _ = reviews[number]
+        review, label = reviews[number]
+        if only and label != POSITIVE:
+            continue
         begun = row["prompt_ids"]
         if is_chat:  # without the template's words
             begun = templates.render(tokenizer, row["text"], "plain")
@@ -393,7 +491,7 @@ def _replies(cfg, source: config.Source, texts: Iterable[str], out: Path) -> tup
     and returns fewer, is asked again for those that lack; what it does not answer then is counted,
     and warned of. Raises EndpointError where no reply holds a word; then none is kept.
     """
-    samples = cfg.world.samples
+    samples = source.samples or cfg.world.samples
     server = endpoint.Endpoint(source.ref, source.url)
     folder = out / "checkpoints"
     by_text: Answers = {text: [] for text in texts}

@@ -346,11 +346,25 @@ def responses(
         }
         return _sample(cfg, engine, swap, generate, out)
 
-    does = (
-        f"one {cfg.decoding.backend} engine over every α: "
-        "python -m beyond_dpo.jobs.generate --serve"
-    )
+    does = f"over every α: {sampling_in_words(cfg.decoding)}"
     return Artifact("responses", version=2, inputs=inputs, make=make, does=does)
+
+
+def sampling_in_words(decoding: config.Decoding) -> str:
+    """Return which engines sample, and the command that starts them."""
+    if not decoding.launcher:
+        engines = "one" if decoding.engines == 1 else str(decoding.engines)
+        number = "engine" if decoding.engines == 1 else "engines"
+        command = "python -m beyond_dpo.jobs.generate --serve"
+        return f"{engines} {decoding.backend} {number}: {command}"
+    command = launch.command(
+        "beyond_dpo.machine.spread",
+        Path("{job}"),
+        launcher=decoding.launcher,
+        processes=decoding.engines,
+    )
+    engines = f"{decoding.engines} {decoding.backend} engines"
+    return f"shards of {decoding.shard} prompts on {engines}: {' '.join(command)}"
 
 
 def _sample(cfg, engine: str, swap: dict, generate: dict, out: Path) -> dict:
@@ -530,8 +544,9 @@ def pairs(cfg, seed: int = 0) -> Artifact:
     require_samples(world)
     judge = oracle(world)
     split = corpus.pool(world, seed)
-    pool = responses(cfg, Weights(sft(cfg)), split, samples=world.samples, seed=1)
-    judged = scores(cfg, pool, split, judges=(judge,))
+    sampling = _of_pairs(cfg)
+    pool = responses(sampling, Weights(sft(cfg)), split, samples=world.samples, seed=1)
+    judged = scores(sampling, pool, split, judges=(judge,))
 
     def make(out: Path) -> dict:
         prompts = texts(world).json(f"{split}.json")
@@ -550,6 +565,12 @@ def pairs(cfg, seed: int = 0) -> Artifact:
         }
 
     return Artifact("pairs", version=1, inputs={"scores": judged}, make=make)
+
+
+def _of_pairs(cfg):
+    """Return the configuration with which the responses are sampled that pairs are made of."""
+    sampling = getattr(cfg, "sampling", None)
+    return replace(cfg, decoding=sampling) if sampling else cfg
 
 
 def _best_against_worst(

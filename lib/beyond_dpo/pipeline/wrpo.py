@@ -3,10 +3,14 @@
 prompts -> answers of each source -> scores -> y_ws, the best -> on a third of the prompts
         Target-SFT learns to say it -> on the rest Target-SFT's own best and worst, y_wt and y_l,
         stand beside it -> training -> judged
+What a source must be is asked of the target itself, without Target-SFT:
+
+prompts -> the target's best and worst, and the best of each set of sources -> training -> judged
 Each function returns an Artifact; nothing runs before its get().
 """
 
 import itertools
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,13 +24,18 @@ import pandas as pd
 from beyond_dpo import fusion_bandit as bandit
 from beyond_dpo import stats
 from beyond_dpo.jobs.settings import CLOCK
-from beyond_dpo.pipeline import config, gather, needs, sources, stages
+from beyond_dpo.pipeline import config, corpus, gather, needs, sources, stages
+from beyond_dpo.pipeline.alpha_curves import AlphaCurves
 from beyond_dpo.pipeline.artifacts import Artifact
 from beyond_dpo.rows import epoch_order, read_rows, write_rows
 
 SOURCE_CHOSEN, TARGET_CHOSEN, REJECTED = config.FUSED  # y_ws, y_wt, y_l
 OWN = (TARGET_CHOSEN, REJECTED)  # the target's own pair
 OFF_POLICY = (SOURCE_CHOSEN, REJECTED)  # the source's response against the target's worst
+SOURCE_REJECTED = "source_rejected"  # the worst of the source that has the best, as in FuseChat-3.0
+SAME_SOURCE = (SOURCE_CHOSEN, SOURCE_REJECTED)
+TARGET = "Target"
+DPO = "DPO on own pairs"
 NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
 FUSING = {"dpo": "wrpo", "ipo": "wrpo_ipo", "simpo": "wrpo_simpo"}
 
@@ -99,12 +108,13 @@ def fusion(cfg, names: Sequence[str]) -> Artifact:
     return Artifact("fusion", version=1, inputs=inputs, make=make)
 
 
-def _source_pools(cfg, names: Sequence[str]) -> dict[str, Pool]:
-    """Return the pool of each source."""
+def _source_pools(cfg, names: Sequence[str], asked: sources.Asked | None = None) -> dict[str, Pool]:
+    """Return the pool of each source; asked: None is every prompt."""
+    asked = asked or sources.every_prompt(cfg)
     pools = {}
     for name in names:
-        answers = sources.answers(cfg, name)
-        pools[name] = Pool(answers, scored(cfg, answers))
+        answers = sources.answers(cfg, name, asked)
+        pools[name] = Pool(answers, scored(cfg, answers, asked.split, asked.prompts))
     return pools
 
 
@@ -167,10 +177,13 @@ def best_and_worst(group: pd.DataFrame | None, seed: str) -> tuple | None:
 
 
 def target_sft(cfg, names: Sequence[str]) -> Artifact:
-    """Fine-tune the target on the sources' best responses to the first third: Target-SFT."""
+    """Fine-tune the target on the sources' best responses to the first third: Target-SFT.
+
+    It is trained as the SFT model, but on whole responses.
+    """
     return stages.training(
         cfg,
-        cfg.sft,
+        replace(cfg.sft, max_length=cfg.train.max_length),
         fusion(cfg, names),
         "sft.jsonl",
         [SOURCE_CHOSEN],
@@ -187,16 +200,13 @@ def own(cfg, model: Artifact) -> Pool:
     weights = stages.Weights(start)
     if model.key != start.key:
         weights = stages.Weights(start, model)
-    sampled = stages.responses(
-        sources.sampling(cfg),
-        weights,
-        "rest",
-        prompts=prompts,
-        samples=cfg.world.samples,
-        seed=1,
-        engine="sample",
-    )
-    return Pool(sampled, scored(cfg, sampled, "rest", prompts))
+    return _own_pool(cfg, weights, sources.Asked(prompts, "rest"))
+
+
+def _own_pool(cfg, weights: stages.Weights, asked: sources.Asked) -> Pool:
+    """Sample a model's own responses, and score them."""
+    sampled = sources.own(cfg, weights, asked)
+    return Pool(sampled, scored(cfg, sampled, asked.split, asked.prompts))
 
 
 def quadruples(cfg, names: Sequence[str], model: Artifact) -> Artifact:
@@ -220,18 +230,22 @@ def quadruples(cfg, names: Sequence[str], model: Artifact) -> Artifact:
                 responses = {**row["responses"], **pair}
                 rows.append({**row, "responses": responses})
         if not rows:
-            raise config.ConfigError(
-                f"the reward model {cfg.world.reward_model} finds for none of {len(prompts)} "
-                "prompts a best response of the sources, and a best and a worst of the model's own "
-                f"{cfg.world.samples} (they score alike, or are empty): use another reward model, "
-                "more prompts, or a higher sampling.temperature"
-            )
+            raise _no_pair(cfg, len(prompts), "a best response of the sources, and ")
         write_rows(out / "pairs.jsonl", rows)
         dropped = len(prompts) - len(rows)
         return {"quadruples": len(rows), "dropped": dropped}
 
     inputs = {"scores": judged, "fusion": best}
     return Artifact("quadruples", version=1, inputs=inputs, make=make)
+
+
+def _no_pair(cfg, prompts: int, beside: str = "") -> config.ConfigError:
+    """Return the error that a model's own responses have no preference; beside: what else lacks."""
+    return config.ConfigError(
+        f"the reward model {cfg.world.reward_model} finds for none of {prompts} prompts {beside}"
+        f"a best and a worst of the model's own {cfg.world.samples} (they score alike, or are "
+        "empty): use another reward model, more prompts, or a higher sampling.temperature"
+    )
 
 
 def _own_pairs(table: pd.DataFrame, prompts: list[dict]) -> dict[str, dict]:
@@ -365,15 +379,21 @@ def fused(
 def main_result(cfg) -> Artifact:
     """Judge Table 1's own rows.
 
-    These are the target, the baselines trained from it, and what starts from Target-SFT.
+    These are the target, the baselines trained from it, and what starts from Target-SFT. The line
+    from Target-SFT through its DPO model has further points, with their "alpha".
     """
     points = [
         _target_point(cfg, {"model": "Target", "seed": 0}),
         _point(cfg, {"model": "Target-SFT", "seed": 0}, target_sft(cfg, cfg.sources)),
     ]
     for seed in cfg.seeds:
-        for name, model in _main_trainings(cfg, seed).items():
+        trainings = _main_trainings(cfg, seed)
+        for name, model in trainings.items():
             points.append(_point(cfg, {"model": name, "seed": seed}, model))
+        own_dpo = "Target-SFT-DPO"
+        line = {"model": own_dpo, "seed": seed}
+        start = target_sft(cfg, cfg.sources)
+        points += _line(cfg, line, start, trainings[own_dpo])
     return gather.judged(cfg, points)
 
 
@@ -432,38 +452,40 @@ def weighted(cfg) -> Artifact:
 
 
 def by_sources(cfg) -> Artifact:
-    """Judge Target-SFT, and WRPO from it, for every choice of sources; first seed."""
-    seed = cfg.seeds[0]
+    """Judge Target-SFT, and WRPO from it, for every choice of sources; seeds of the ablations."""
     choices = {}
     for names in (*cfg.source_sets, cfg.sources):
         choices[" + ".join(names)] = names
     points = []
     for choice, names in choices.items():
-        models = {
-            "Target-SFT": target_sft(cfg, names),
-            "Target-SFT-WRPO": fused(cfg, names=names, seed=seed),
-        }
-        for name, model in models.items():
-            columns = {"sources": choice, "model": name, "seed": seed}
-            points.append(_point(cfg, columns, model))
+        first = cfg.seeds[0]
+        start = {"sources": choice, "model": "Target-SFT", "seed": first}
+        points.append(_point(cfg, start, target_sft(cfg, names)))
+        for seed in _ablated(cfg):
+            columns = {"sources": choice, "model": "Target-SFT-WRPO", "seed": seed}
+            points.append(_point(cfg, columns, fused(cfg, names=names, seed=seed)))
     return gather.judged(cfg, points)
 
 
-def by_objective(cfg) -> Artifact:
-    """Judge WRPO in the forms of DPO, IPO and SimPO beside each of these alone; first seed.
+def _ablated(cfg) -> tuple[int, ...]:
+    """Return the seeds of the ablations."""
+    return cfg.seeds[: cfg.ablation_seeds]
 
-    Alone they learn from the target's own pairs.
+
+def by_objective(cfg) -> Artifact:
+    """Judge WRPO in the forms of DPO, IPO and SimPO beside each of these alone.
+
+    Alone they learn from the target's own pairs. Seeds of the ablations.
     """
-    seed = cfg.seeds[0]
-    models = {"Target-SFT": target_sft(cfg, cfg.sources)}
-    for loss, settings in cfg.objectives.items():
-        name = NAMES[loss]
-        models[name] = trained(cfg, loss, seed=seed, **settings)
-        models[f"WRPO-{name}"] = fused(cfg, loss, seed=seed)
-    points = []
-    for name, model in models.items():
-        columns = {"model": name, "seed": seed}
-        points.append(_point(cfg, columns, model))
+    start = {"model": "Target-SFT", "seed": cfg.seeds[0]}
+    points = [_point(cfg, start, target_sft(cfg, cfg.sources))]
+    for seed in _ablated(cfg):
+        for loss, settings in cfg.objectives.items():
+            name = NAMES[loss]
+            alone = trained(cfg, loss, seed=seed, **settings)
+            points.append(_point(cfg, {"model": name, "seed": seed}, alone))
+            both = fused(cfg, loss, seed=seed)
+            points.append(_point(cfg, {"model": f"WRPO-{name}", "seed": seed}, both))
     return gather.judged(cfg, points)
 
 
@@ -480,16 +502,345 @@ def _target_point(cfg, columns: dict) -> gather.Point:
     return _scored_point(cfg, columns, weights)
 
 
+def _line(cfg, columns: dict, start: Artifact, model: Artifact) -> list[gather.Point]:
+    """Return the points of the line from `start` through a model that lie beside the model."""
+    points = []
+    for alpha in cfg.kl_alphas:
+        weights = stages.Weights(start, model, alpha)
+        points.append(_scored_point(cfg, {**columns, "alpha": alpha}, weights))
+    return points
+
+
 def _scored_point(cfg, columns: dict, weights: stages.Weights) -> gather.Point:
-    """Sample responses to the test prompts and score them.
+    """Sample responses to the prompts that judge, and score them.
 
     Raises ConfigError for a world without test prompts.
     """
-    split = "test_prompts"
-    config.require_prompts(cfg.world, split)
-    sampled = stages.responses(cfg, weights, split, samples=cfg.test_samples, seed=2)
-    scores = stages.scores(cfg, sampled, split, kl_prompts=cfg.world.test_prompts)
+    config.require_prompts(cfg.world, "test_prompts")
+    asked = judged_on(cfg)
+    sampled = stages.responses(
+        cfg, weights, asked.split, prompts=asked.prompts, samples=cfg.test_samples, seed=2
+    )
+    every_prompt = cfg.held_out or cfg.world.test_prompts
+    kl_prompts = cfg.kl_prompts or every_prompt
+    scores = stages.scores(cfg, sampled, asked.split, kl_prompts=kl_prompts, prompts=asked.prompts)
     return gather.Point(columns, scores)
+
+
+def judged_on(cfg) -> sources.Asked:
+    """Return the prompts that judge: those held out of the last pool, or the world's own."""
+    if not cfg.held_out:
+        return sources.Asked(stages.texts(cfg.world), "test_prompts")
+    last = corpus.pool(cfg.world, cfg.world.pools - 1)
+    return _first_prompts(cfg, last, cfg.held_out)
+
+
+def _first_prompts(cfg, split: str, number: int) -> sources.Asked:
+    """Return the first prompts of a split."""
+    texts = stages.texts(cfg.world)
+
+    def make(out: Path) -> None:
+        prompts = texts.json(f"{split}.json")
+        gather.write_json(out / "prompts.json", prompts[:number])
+
+    inputs = {"texts": texts, "split": split, "number": number}
+    first = Artifact("first-prompts", version=1, inputs=inputs, make=make)
+    return sources.Asked(first, "prompts")
+
+
+# --- what a source must be
+
+
+def own_pairs(cfg, seed: int) -> Artifact:
+    """Pair the target's own best and worst response to each prompt of a training: pairs.jsonl.
+
+    Raises ConfigError for a single sample; its get() does where no prompt has both.
+    """
+    stages.require_samples(cfg.world)
+    asked = block(cfg, seed)
+    pool = _own_pool(cfg, stages.Weights(stages.sft(cfg)), asked)
+
+    def make(out: Path) -> dict:
+        prompts = asked.rows()
+        pairs = _own_pairs(_table(*pool), prompts)
+        if not pairs:
+            raise _no_pair(cfg, len(prompts))
+        rows = [{**row, "responses": pairs[row["id"]]} for row in prompts if row["id"] in pairs]
+        write_rows(out / "pairs.jsonl", rows)
+        return {"pairs": len(rows), "dropped": len(prompts) - len(rows)}
+
+    inputs = {"scores": pool.scores}
+    return Artifact("own-pairs", version=1, inputs=inputs, make=make)
+
+
+def block(cfg, seed: int) -> sources.Asked:
+    """Return the prompts that a training with this seed learns from: the first ones of its pool."""
+    return _first_prompts(cfg, corpus.pool(cfg.world, seed), cfg.learnt)
+
+
+def fused_pairs(cfg, names: Sequence[str], seed: int) -> Artifact:
+    """Set the best response of the named sources beside each of the target's own pairs.
+
+    pairs.jsonl, of the same prompts whatever the sources: where these say nothing, the target's own
+    best stands in for theirs, and WRPO is DPO. The fourth response, "source_rejected", is the worst
+    of the source that has the best, or the target's where that one has no worse.
+    """
+    pairs = own_pairs(cfg, seed)
+    pools = _source_pools(cfg, sorted(names), block(cfg, seed))
+
+    def make(out: Path) -> dict:
+        answers = dict(iter(_tables(pools).groupby("id")))
+        rows = []
+        wins = Counter()
+        for row in read_rows(pairs.get() / "pairs.jsonl"):
+            responses, source = _beside(row, answers.get(row["id"]))
+            rows.append({**row, "responses": responses})
+            wins[source] += 1
+        write_rows(out / "pairs.jsonl", rows)
+        return {"wins": wins}
+
+    inputs = {"pairs": pairs, "scores": _scores_of(pools)}
+    return Artifact("fused-pairs", version=1, inputs=inputs, make=make)
+
+
+def _beside(row: dict, answers: pd.DataFrame | None) -> tuple[dict, str]:
+    """Return the four responses of a prompt, and whose the first is.
+
+    row: with the target's own pair. answers: those of the sources, None if there are none.
+    """
+    own_best = row["responses"][TARGET_CHOSEN]
+    own_worst = row["responses"][REJECTED]
+    ends = best_and_worst(answers, row["id"])
+    if ends is None:
+        return {SOURCE_CHOSEN: own_best, **row["responses"], SOURCE_REJECTED: own_worst}, TARGET
+    best = answers.loc[ends[0]]
+    of_same = answers[answers["source"] == best["source"]]
+    worst = own_worst
+    ends = best_and_worst(of_same, row["id"])
+    if ends is not None and of_same.loc[ends[1], "reward"] < best["reward"]:
+        worst = of_same.loc[ends[1], "response_ids"]
+    best_ids = best["response_ids"]
+    return {SOURCE_CHOSEN: best_ids, **row["responses"], SOURCE_REJECTED: worst}, best["source"]
+
+
+def compared(cfg) -> Artifact:
+    """Judge DPO on the target's own pairs, and WRPO with each set of sources, from the target.
+
+    model: Target, DPO (on the line through it, at each α of cfg.kl_alphas too), a set and its
+    largest α (set_name()), or the best against the worst of the same source, of the first set.
+    Raises ConfigError for a configuration that compares no sources.
+    """
+    require_compared(cfg)
+    start = stages.sft(cfg)
+    at_start = stages.sft_weights(cfg.world, start, _own_training(cfg, cfg.seeds[0]))
+    points = [_scored_point(cfg, {"model": TARGET, "seed": cfg.seeds[0]}, at_start)]
+    for seed in cfg.seeds:
+        dpo = _own_training(cfg, seed)
+        points.append(_point(cfg, {"model": DPO, "seed": seed}, dpo))
+        points += _line(cfg, {"model": DPO, "seed": seed}, start, dpo)
+        for name, model in _taught(cfg, seed).items():
+            points.append(_point(cfg, {"model": name, "seed": seed}, model))
+    return gather.judged(cfg, points)
+
+
+def require_compared(cfg) -> None:
+    """Raise ConfigError for a configuration that compares no sources."""
+    if not cfg.compared:
+        raise config.ConfigError(
+            f"compared is empty at profile {cfg.profile} (in data/frozen's world too: use "
+            "COMPUTE=cold at cpu): name sets of sources, as [[many], [positive]]"
+        )
+
+
+def set_name(names: Sequence[str], alpha: float | None = None) -> str:
+    """Return what a set of sources is called in tables; alpha: with what share it is fused."""
+    name = " + ".join(names)
+    return name if alpha is None else f"{name}, α to {alpha:g}"
+
+
+def same_source_name(names: Sequence[str]) -> str:
+    """Return what DPO on the best and worst response of the same source is called in tables."""
+    return f"{set_name(names)}, best and worst"
+
+
+def _own_training(cfg, seed: int) -> Artifact:
+    """Train the target by DPO on its own pairs."""
+    rows = own_pairs(cfg, seed)
+    settings = stages.changed(cfg.train, loss="dpo", **cfg.objectives["dpo"])
+    return _from_target(cfg, settings, rows, OWN, OWN, seed, DPO)
+
+
+def _taught(cfg, seed: int) -> dict[str, Artifact]:
+    """Return the trainings of the target with each set of sources, by name."""
+    four = (*config.FUSED, SOURCE_REJECTED)
+    beta = cfg.objectives["dpo"]
+    trainings = {}
+    for names in cfg.compared:
+        rows = fused_pairs(cfg, names, seed)
+        for alpha in cfg.compared_alphas:
+            name = set_name(names, alpha)
+            settings = stages.changed(cfg.train, loss="wrpo", alpha=alpha, **beta)
+            trainings[name] = _from_target(
+                cfg, settings, rows, config.FUSED, four, seed, f"WRPO, {name}"
+            )
+    first = cfg.compared[0]
+    rows = fused_pairs(cfg, first, seed)
+    settings = stages.changed(cfg.train, loss="dpo", **beta)
+    name = same_source_name(first)
+    trainings[name] = _from_target(cfg, settings, rows, SAME_SOURCE, four, seed, f"DPO, {name}")
+    return trainings
+
+
+def _from_target(
+    cfg,
+    settings: config.Train,
+    rows: Artifact,
+    responses: Sequence[str],
+    scored_responses: Sequence[str],
+    seed: int,
+    desc: str,
+) -> Artifact:
+    """Train the target on responses of rows; one reference pass has all that the rows hold."""
+    start = stages.sft(cfg)
+    return stages.training(
+        cfg,
+        settings,
+        rows,
+        "pairs.jsonl",
+        responses,
+        base=start,
+        reference_pass=stages.reference(cfg, start, rows, scored_responses),
+        seed=seed,
+        desc=f"{desc}, seed {seed}",
+    )
+
+
+def strength(cfg) -> Artifact:
+    """Measure how strong each set of sources is, and how far away, on the world's dev prompts.
+
+    best.csv: a row a set and prompt: sources (Target: its own), prompt, gold, reward, length,
+    repetition, nats (mean log-probability of a token under the target), of the response that the
+    reward model likes best. facts.json: what is known of each source's answers.
+    Raises ConfigError as compared() does.
+    """
+    require_compared(cfg)
+    config.require_prompts(cfg.world, "dev_prompts")
+    asked = sources.Asked(stages.texts(cfg.world), "dev_prompts")
+    own_words = _own_pool(cfg, stages.Weights(stages.sft(cfg)), asked)
+    pools = {TARGET: {TARGET: own_words}}
+    for names in cfg.compared:
+        pools[set_name(names)] = _source_pools(cfg, sorted(names), asked)
+    scores = {name: _scores_of_best(cfg, of_set, asked) for name, of_set in pools.items()}
+
+    def make(out: Path) -> None:
+        needs.check(cfg)
+        tables = []
+        for name, judged in scores.items():
+            table = gather.read_lines(judged, "scores.jsonl")
+            tables.append(table.assign(sources=name))
+        table = _strengths(pd.concat(tables, ignore_index=True))
+        gather.write_table(out / "best.csv", table.round(5))
+        facts = {}
+        for of_set in pools.values():
+            for name, pool in of_set.items():
+                facts[name] = pool.responses.manifest["facts"]
+        gather.write_json(out / "facts.json", facts, indent=1)
+
+    inputs = {"scores": scores}
+    return Artifact("strength", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def _scores_of_best(cfg, pools: dict[str, Pool], asked: sources.Asked) -> Artifact:
+    """Score the best response to each prompt by all rewards, and by the target itself."""
+
+    def make(out: Path) -> None:
+        rows = _best_of_sources(_tables(pools), asked.rows())
+        with open(out / "responses.jsonl", "w", encoding="utf-8") as file:
+            for row in rows:
+                ids = row["responses"][SOURCE_CHOSEN]
+                line = {"id": row["id"], "sample": 0, "response_ids": ids, "logp": None}
+                file.write(json.dumps(line) + "\n")
+
+    inputs = {"scores": _scores_of(pools), "prompts": asked.prompts, "split": asked.split}
+    best = Artifact("best-answers", version=1, inputs=inputs, make=make)
+    number = cfg.world.dev_prompts
+    return stages.scores(cfg, best, asked.split, kl_prompts=number, prompts=asked.prompts)
+
+
+def _strengths(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of strength(); prompts are numbered, the same for all sets."""
+    numbers, _ = pd.factorize(table["id"])
+    if "gold" not in table:
+        table["gold"] = table["reward"]
+    nats = table["logp_sft"] / table["length"]
+    table = table.assign(prompt=numbers, nats=nats)
+    return table[["sources", "prompt", "gold", "reward", "length", "repetition", "nats"]]
+
+
+def manipulation(cfg, best: pd.DataFrame, bootstrap_seed: int = 0) -> pd.DataFrame:
+    """Return how much stronger each set's best is than the target's best, and whether it is tested.
+
+    best: of strength(). A row a set: sources, prompts (that it answers), stronger (mean σ(gold),
+    paired by prompt) with low and high, by_reward (of the reward model, logits), further (nats a
+    token that its best is less likely under the target), testable: the mean is at least cfg.margin
+    and its interval lies above 0.
+    """
+    if cfg.world.gold_rows:
+        best = best.assign(gold=1 / (1 + np.exp(-best["gold"])))
+    by_prompt = best.set_index(["sources", "prompt"])
+    own_best = by_prompt.loc[TARGET]
+    rows = []
+    for names in cfg.compared:
+        name = set_name(names)
+        theirs = by_prompt.loc[name]
+        both = theirs.merge(own_best, on="prompt", suffixes=("", "_own"))
+        value, low, high = stats.paired_interval(
+            both["gold"], both["gold_own"], seed=bootstrap_seed
+        )
+        row = {"sources": name, "prompts": len(both), "stronger": value, "low": low, "high": high}
+        row["by_reward"] = (both["reward"] - both["reward_own"]).mean()
+        row["further"] = (both["nats_own"] - both["nats"]).mean()
+        rows.append({**row, "testable": bool(value >= cfg.margin and low > 0)})
+    return pd.DataFrame(rows)
+
+
+def measured(
+    cfg,
+    judged: Artifact,
+    *,
+    sft: str = TARGET,
+    lines: dict[str, str] | None = None,
+    bootstrap_seed: int = 0,
+) -> AlphaCurves:
+    """Return judged models, for estimates over trainings and prompts.
+
+    sft: the model that all are compared with, and by which the gate goes; it is trained once.
+    lines: model -> the model that its line starts from, which is its point at α = −1.
+    Models of several choices of sources are called "model · sources".
+    A gold reward that labels have trained is a logit; here it is σ(gold), as in expo.measured().
+    """
+    table = judged.csv("responses.csv.gz")
+    if cfg.world.gold_rows:
+        table["gold"] = 1 / (1 + np.exp(-table["gold"]))
+    points = pd.DataFrame(judged.json("points.json"))
+    table = _placed(table, lines or {})
+    points = _placed(points, lines or {})
+    return AlphaCurves(table, points, "model", sft, bootstrap_seed, chooses_on="test")
+
+
+def _placed(table: pd.DataFrame, lines: dict[str, str]) -> pd.DataFrame:
+    """Return rows of responses or of points with the columns that AlphaCurves reads."""
+    if "alpha" not in table:
+        table = table.assign(alpha=0.0)
+    if "sources" in table:
+        table = table.assign(model=table["model"] + " · " + table["sources"])
+    table = table.fillna({"alpha": 0.0})
+    parts = [table]
+    for model, start in lines.items():
+        at_start = table[table["model"] == start]
+        for seed in table[table["model"] == model]["seed"].unique():
+            parts.append(at_start.assign(model=model, seed=seed, alpha=-1.0))
+    return pd.concat(parts, ignore_index=True).assign(split="test")
 
 
 # --- what sources say, and what the training does
