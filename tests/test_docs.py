@@ -235,7 +235,7 @@ sys.meta_path.insert(0, Absent())
 from pathlib import Path
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
-for path in sorted(Path({notebooks!r}).glob("*.ipynb")):
+for path in map(Path, {notebooks!r}):
     shell.reset()
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
@@ -246,22 +246,30 @@ for path in sorted(Path({notebooks!r}).glob("*.ipynb")):
 """
 
 
+# Notebook 23 computes MallowsPO's propositions with the losses themselves.
+WITH_TORCH = {"23_mallows_links"}
+
+
 @pytest.mark.slow
-def test_every_notebook_draws_from_frozen_results_without_torch(tmp_path):
+def test_every_other_notebook_draws_from_frozen_results_without_torch(tmp_path):
     """And its figures are the committed ones."""
+    notebooks = [
+        path for path in sorted(paths.NOTEBOOKS.glob("*.ipynb")) if path.stem not in WITH_TORCH
+    ]
+    assert len(notebooks) == len(list(paths.NOTEBOOKS.glob("*.ipynb"))) - 1
     environment = os.environ | {
         "COMPUTE": "never",
         "PYTHONPATH": str(ROOT / "lib"),
         "BEYOND_DPO_FIGURES": str(tmp_path / "figures"),
         "BEYOND_DPO_ARTIFACTS": str(tmp_path / "artifacts"),
     }
-    code = LIGHT.format(heavy=list(HEAVY), notebooks=str(paths.NOTEBOOKS))
+    code = LIGHT.format(heavy=list(HEAVY), notebooks=[str(path) for path in notebooks])
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     read = re.findall(r"^read (\S+)$", done.stdout, re.MULTILINE)
-    assert read == [path.stem for path in sorted(paths.NOTEBOOKS.glob("*.ipynb"))]
+    assert read == [path.stem for path in notebooks]
     drawn = sorted((tmp_path / "figures").glob("*.svg"))
     assert len(drawn) > 30
     for path in drawn:

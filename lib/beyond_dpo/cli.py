@@ -231,15 +231,25 @@ def _norms(rows: list[dict], each: bool) -> Iterator[str]:
     """Yield the lines of the table of norms; without `each` the layers of a module are one line."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
-        name = row["tensor"] if each else re.sub(r"\.\d+(?=\.)", ".*", row["tensor"])
+        name = row["tensor"]
+        if not each:
+            name = re.sub(r"\.\d+(?=\.)", ".*", name)  # the number of the layer
         groups.setdefault(name, []).append(row)
-    width = max(len(name) for name in groups)
-    yield f"{'module':{width}}  {'tensors':>7} {'‖θ₀‖':>10} {'‖θ₁ − θ₀‖':>10} {'share':>9}"
+    width = max(map(len, groups))
+    headings = ["module".ljust(width), "tensors".rjust(8)]
+    headings += [text.rjust(10) for text in ("‖θ₀‖", "‖θ₁ − θ₀‖", "share")]
+    yield " ".join(headings)
     for name, members in [*groups.items(), ("all", rows)]:
-        weight = math.hypot(*(row["weight"] for row in members))
-        moved = math.hypot(*(row["change"] for row in members))
-        share = f"{moved / weight:.3%}" if weight else "–"
-        yield f"{name:{width}}  {len(members):>7} {weight:>10.4g} {moved:>10.4g} {share:>9}"
+        yield " ".join([name.ljust(width), *_norm_cells(members)])
+
+
+def _norm_cells(rows: list[dict]) -> list[str]:
+    """Return the cells of a line of the table of norms: how many tensors, norms, share moved."""
+    weight = math.hypot(*[row["weight"] for row in rows])
+    moved = math.hypot(*[row["change"] for row in rows])
+    share = f"{moved / weight:.3%}" if weight else "–"
+    norms = [f"{norm:.4g}" for norm in (weight, moved)]
+    return [str(len(rows)).rjust(8), *[cell.rjust(10) for cell in (*norms, share)]]
 
 
 def _remarks(sft: Path, aligned: Path) -> Iterator[str]:
@@ -372,10 +382,9 @@ def _push(out: Path, repository: str) -> str:
             repo_id=repository, folder_path=out, commit_message="Extrapolated by expo (beyond-dpo)"
         )
     except Exception as error:  # the hub's client has many, none of which says what to do
-        first_line, _, _ = str(error).partition("\n")
+        reason = hub.first_line(error)
         raise CommandError(
-            f"{repository} cannot be written on the hub ({first_line}); `hf auth login` gives a "
-            "token"
+            f"{repository} cannot be written on the hub ({reason}); `hf auth login` gives a token"
         ) from error
     return str(address)
 

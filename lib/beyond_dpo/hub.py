@@ -37,6 +37,12 @@ def fetch(repo: str, revision: str | None = None) -> Path:
     return Path(folder)
 
 
+def first_line(error: Exception) -> str:
+    """Return what an error of the hub's client says first; advice of many lines may follow."""
+    text, _, _ = str(error).partition("\n")
+    return text
+
+
 def locate(model: str) -> Model:
     """Return a model that is named by its folder or by its hub id, org/name@revision.
 
@@ -52,9 +58,8 @@ def locate(model: str) -> Model:
     try:
         folder = fetch(repo, revision)
     except Exception as error:  # the hub's client has many, none of which says what to do
-        first_line, _, _ = str(error).partition("\n")
         raise ValueError(
-            f"{model} is no folder here, and cannot be had from the hub ({first_line}); give a "
-            "folder, or log in with `hf auth login` if the model is gated"
+            f"{model} is no folder here, and cannot be had from the hub ({first_line(error)}); "
+            "give a folder, or log in with `hf auth login` if the model is gated"
         ) from error
     return Model(folder, f"{repo}@{folder.name}")  # a snapshot is named after its commit

@@ -269,7 +269,9 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     assert passed == sum(cells), "every code cell was compared"
     drawn = pictures(tmp_path / "figures")
     assert len(drawn) == 39
-    assert drawn == pictures(paths.FIGURES), "the same bytes"
+    committed = pictures(paths.FIGURES)
+    del committed["overview.svg"]  # drawn from other figures' numbers, by no notebook
+    assert drawn == committed, "the same bytes"
 
 
 def pictures(folder) -> dict[str, bytes]:

@@ -766,14 +766,17 @@ def test_the_dry_run_names_every_training_of_wrpos_notebooks(dry_run):
     cfg = config.load("wrpo", profile)
     count = trainings(lines)
     start = int(cfg.world.sft_rows > 0) + 1  # SFT, where it is trained here, and Target-SFT
+    kinds = {cfg.known_sources[source].kind for source in cfg.sources}
+    start += "expo" in kinds  # the model that ExPO pushes on
     seeds = len(cfg.seeds)
     losses = len(cfg.objectives)
     source_sets = {*cfg.source_sets, cfg.sources}
     larger_alphas = [alpha for alpha in cfg.alphas if alpha > 0.1]
     assert count["31"] == start + seeds * (losses + 2)
     assert count["32"] == start + 2 + 2 * len(cfg.alphas)
-    assert count["33"] == start - 1 + 2 * len(source_sets)
-    assert count["34"] == start + 2 * losses
+    seeds_of_ablations = min(seeds, cfg.ablation_seeds)
+    assert count["33"] == start - 1 + (1 + seeds_of_ablations) * len(source_sets)
+    assert count["34"] == start + 2 * losses * seeds_of_ablations
     assert count["35"] == start + 2 * seeds + len(larger_alphas)
 
 

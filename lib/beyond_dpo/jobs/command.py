@@ -37,23 +37,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
     cli.add_models(parser)
-    add = parser.add_argument
-    add(
+    _add_judged(parser)
+    _add_effort(parser)
+    _add_sampling(parser)
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("expo-search"),
+        metavar="FOLDER",
+        help="of what is evaluated; the same command goes on from there (default expo-search)",
+    )
+
+
+def _add_judged(parser: argparse.ArgumentParser) -> None:
+    """Add what is answered, and by what the answers are judged."""
+    parser.add_argument(
         "--prompts",
         type=Path,
         required=True,
         metavar="F",
         help='what is answered: .jsonl of texts, turns or {"prompt": either}; else a text a line',
     )
-    add(
+    parser.add_argument(
         "--reward",
         required=True,
         metavar="MODEL",
         help="a sequence-classification model: a folder or a hub id. It reads chat turns if it has "
         "a chat template, else prompt and response as one text",
     )
-    add("--reward-label", type=int, metavar="N", help="which of its labels counts, from 0")
-    add(
+    parser.add_argument(
+        "--reward-label",
+        type=int,
+        metavar="N",
+        help="which of its labels counts, from 0",
+    )
+
+
+def _add_effort(parser: argparse.ArgumentParser) -> None:
+    """Add where is searched, and with how much."""
+    parser.add_argument(
         "--bracket",
         type=cli.finite,
         nargs=2,
@@ -61,6 +83,7 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         metavar=("LOW", "HIGH"),
         help="smallest and largest α (default 0 2)",
     )
+    add = parser.add_argument
     add("--evaluations", type=int, default=8, metavar="N", help="how many α at most (default 8)")
     add("--samples", type=int, default=1, metavar="N", help="responses to a prompt (default 1)")
     add("--max-tokens", type=int, default=512, metavar="N", help="of a response (default 512)")
@@ -71,6 +94,11 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens of prompt and response (default 2048)",
     )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add how responses are sampled."""
+    add = parser.add_argument
     add("--seed", type=int, default=0, metavar="N", help="of sampling (default 0)")
     add(
         "--template",
@@ -87,13 +115,6 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of sampling (default bfloat16 on a GPU, else float32)",
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("expo-search"),
-        metavar="FOLDER",
-        help="of what is evaluated; the same command goes on from there (default expo-search)",
     )
 
 

@@ -17,6 +17,12 @@ from beyond_dpo.machine import launch
 from beyond_dpo.search import Search, golden_section
 
 
+def _default_decoding() -> Decoding:
+    """Return how the paper samples, in the numbers that this machine computes."""
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return Decoding(max_tokens=512, max_model_len=2048, dtype=dtype)
+
+
 def search_alpha(
     sft,
     aligned,
@@ -57,9 +63,7 @@ def search_alpha(
         ValueError: a bad bracket, no prompt, or rewards that are not finite.
         launch.JobFailed: from the engine, as extrapolate.check() for models that do not fit.
     """
-    if decoding is None:
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        decoding = Decoding(max_tokens=512, max_model_len=2048, dtype=dtype)
+    decoding = decoding or _default_decoding()
     tokenizer = templates.load_tokenizer(str(aligned))
     prompt_rows = _prompt_rows(tokenizer, prompts)
     if not prompt_rows:
@@ -81,15 +85,19 @@ def search_alpha(
             module = "beyond_dpo.jobs.generate"
             return stack.enter_context(launch.Worker(module, settings, work, desc="search"))
 
-        def evaluate(alpha: float) -> np.ndarray:
-            """Return the mean reward of each prompt's responses at α."""
-            if alpha in known:
-                return np.asarray(known[alpha])
+        def sample(alpha: float) -> list[str]:
+            """Return the responses at α."""
             out = work / f"{alpha:g}.jsonl"
             files = {"prompts": str(prompts_file), "out": str(out)}
             engine().call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
             engine().call("generate", **files, samples=samples, seed=seed)
-            responses = _responses(tokenizer, out)
+            return _responses(tokenizer, out)
+
+        def evaluate(alpha: float) -> np.ndarray:
+            """Return the mean reward of each prompt's responses at α."""
+            if alpha in known:
+                return np.asarray(known[alpha])
+            responses = sample(alpha)
             scores = np.asarray(reward(sampled_prompts, responses))
             rewards = scores.reshape(len(prompts), samples).mean(1)
             if on_evaluated is not None:

@@ -71,57 +71,117 @@ def manifest() -> list[dict]:
     Raises ValueError for a claim that no file holds.
     """
     entries = []
-    held = set()
     for notebook in claims.all_claims():
-        common = {"command": command(notebook), "time": time_of(notebook)}
-        for figure in figures_of(notebook):
-            comment = f"drawn by notebooks/{notebook}.ipynb"
-            entries.append({"file": f"figures/{figure}.svg", "comment": comment, **common})
-        for path in stored(notebook):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            ids = [row["id"] for row in content["claims"]]
-            held |= {(notebook, name) for name in ids}
-            file = path.relative_to(paths.ROOT).as_posix()
-            comment = "claims of data/claims.yaml, with numbers and verdicts"
-            entries.append({"file": file, "comment": comment, **common, "claims": ids})
-    missing = set(_all_ids()) - held
+        entries += _figure_entries(notebook)
+        entries += _claim_entries(notebook)
+    missing = _all_ids() - _held_ids()
     if missing:
         raise ValueError(f"no frozen file holds {sorted(missing)}")
     return entries
 
 
-def _all_ids() -> list[tuple[str, str]]:
+def _figure_entries(notebook: str) -> list[dict]:
+    """Return an entry for each figure that a notebook draws."""
+    entries = []
+    for figure in figures_of(notebook):
+        entry = {
+            "file": f"figures/{figure}.svg",
+            "comment": f"drawn by notebooks/{notebook}.ipynb",
+            "command": command(notebook),
+            "time": time_of(notebook),
+        }
+        entries.append(entry)
+    return entries
+
+
+def _claim_entries(notebook: str) -> list[dict]:
+    """Return an entry for each file of a notebook's frozen claims."""
+    entries = []
+    for path in stored(notebook):
+        file = path.relative_to(paths.ROOT)
+        entry = {
+            "file": file.as_posix(),
+            "comment": "claims of data/claims.yaml, with numbers and verdicts",
+            "command": command(notebook),
+            "time": time_of(notebook),
+            "claims": _ids_in(path),
+        }
+        entries.append(entry)
+    return entries
+
+
+def _ids_in(path: Path) -> list[str]:
+    """Return the ids of the claims that a frozen file holds."""
+    content = _read_json(path)
+    return [claim["id"] for claim in content["claims"]]
+
+
+def _held_ids() -> set[tuple[str, str]]:
+    """Return (notebook, id) of every claim that some frozen file holds."""
+    held = set()
+    for notebook in claims.all_claims():
+        for path in stored(notebook):
+            for name in _ids_in(path):
+                held.add((notebook, name))
+    return held
+
+
+def _all_ids() -> set[tuple[str, str]]:
     """Return (notebook, id) of every claim."""
-    return [(notebook, name) for notebook, of in claims.all_claims().items() for name in of]
+    ids = set()
+    for notebook, claims_of_notebook in claims.all_claims().items():
+        for name in claims_of_notebook:
+            ids.add((notebook, name))
+    return ids
+
+
+def _read_json(path: Path) -> dict:
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text)
 
 
 def stored(notebook: str) -> list[Path]:
     """Return the files of a notebook's frozen claims, one for each profile."""
-    return sorted((paths.FROZEN / "claims").glob(f"{notebook}.*.json"))
+    folder = paths.FROZEN / "claims"
+    files = folder.glob(f"{notebook}.*.json")
+    return sorted(files)
 
 
 def command(notebook: str) -> str:
     """Return what computes a notebook's results anew, at the profile of its frozen claims."""
     number, _, _ = notebook.partition("_")
-    profiles = [path.suffixes[0].removeprefix(".") for path in stored(notebook)]
-    profile = next((name for name in claims.PROFILES if name in profiles), "cpu")
-    change = "" if profile == "cpu" else f" PROFILE={profile}"
-    return f"make reproduce NB={number}{change}"
+    reproduce = f"make reproduce NB={number}"
+    profile = _profile(notebook)
+    if profile == "cpu":
+        return reproduce
+    return f"{reproduce} PROFILE={profile}"
+
+
+def _profile(notebook: str) -> str:
+    """Return the first of claims.PROFILES with which a notebook's claims are frozen, or "cpu"."""
+    stored_names = [path.name for path in stored(notebook)]
+    for profile in claims.PROFILES:
+        if f"{notebook}.{profile}.json" in stored_names:
+            return profile
+    return "cpu"
 
 
 def time_of(notebook: str) -> str:
     """Return the time that a notebook states under its title, or that it states none."""
     path = paths.NOTEBOOKS / f"{notebook}.ipynb"
-    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
-    stated = TIME.search("".join(first["source"]))
-    return stated[0] if stated else NOT_TIMED
+    first_cell = _read_json(path)["cells"][0]
+    text = "".join(first_cell["source"])
+    stated = TIME.search(text)
+    if stated is None:
+        return NOT_TIMED
+    return stated[0]
 
 
 def figures_of(notebook: str) -> list[str]:
     """Return the names of the committed figures that a notebook draws."""
     names = []
     for path in sorted(paths.FIGURES.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = _read_json(path)
         if record.get("notebook") == notebook:
             names.append(path.stem)
     return names
@@ -129,13 +189,18 @@ def figures_of(notebook: str) -> list[str]:
 
 def codecheck() -> str:
     """Return the text of codecheck.yml."""
-    citation = yaml.safe_load((paths.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    path = paths.ROOT / "CITATION.cff"
+    citation = yaml.safe_load(path.read_text(encoding="utf-8"))
     content = {
         "version": SPEC,
-        "paper": {"title": citation["title"], "reference": "CITATION.cff"},
+        "paper": {
+            "title": citation["title"],
+            "reference": path.name,
+        },
         "manifest": manifest(),
     }
-    return HEAD + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return HEAD + text
 
 
 # ---- the tables of docs/checking.md
@@ -147,17 +212,25 @@ def manifest_table() -> list[str]:
         "| notebook | claims | command | time, as it states | figures |",
         "|---|---|---|---|---|",
     ]
-    for notebook, of in claims.all_claims().items():
+    for notebook, claims_of_notebook in claims.all_claims().items():
         number, _, _ = notebook.partition("_")
-        links = [f"[{place}](../figures/{name}.svg)" for place, name in _numbered(notebook)]
-        link = f"[{number}](../notebooks/{notebook}.ipynb)"
-        cells = [link, str(len(of)), f"`{command(notebook)}`", time_of(notebook), " ".join(links)]
+        cells = [
+            f"[{number}](../notebooks/{notebook}.ipynb)",
+            str(len(claims_of_notebook)),
+            f"`{command(notebook)}`",
+            time_of(notebook),
+            _figure_links(notebook),
+        ]
         lines.append(_line(cells))
     return lines
 
 
-def _numbered(notebook: str) -> list[tuple[int, str]]:
-    return list(enumerate(figures_of(notebook), start=1))
+def _figure_links(notebook: str) -> str:
+    """Return numbered links to the figures that a notebook draws."""
+    links = []
+    for number, figure in enumerate(figures_of(notebook), start=1):
+        links.append(f"[{number}](../figures/{figure}.svg)")
+    return " ".join(links)
 
 
 def licence_table() -> list[str]:
@@ -166,9 +239,14 @@ def licence_table() -> list[str]:
     for name, asset in assets.ASSETS.items():
         if "-part" in name:  # the rest of the file that stands above it
             continue
-        fetched = "only where it is named" if asset.opt_in else "when first needed"
-        origin = f"`{asset.package}` {asset.version}"
-        lines.append(_line([name, asset.what, origin, asset.licence, fetched]))
+        cells = [
+            name,
+            asset.what,
+            f"`{asset.package}` {asset.version}",
+            asset.licence,
+            "only where it is named" if asset.opt_in else "when first needed",
+        ]
+        lines.append(_line(cells))
     return lines
 
 
@@ -176,7 +254,10 @@ def hub_table() -> list[str]:
     """Return a line of Markdown for each model and data set that profiles name by hub id."""
     lines = ["| hub id | commit |", "|---|---|"]
     for name, commit in assets.REVISIONS.items():
-        lines.append(_line([f"`{name}`", f"`{commit[:12]}`" if commit else "not pinned"]))
+        shown = "not pinned"
+        if commit:
+            shown = f"`{commit[:12]}`"
+        lines.append(_line([f"`{name}`", shown]))
     return lines
 
 
@@ -184,19 +265,30 @@ def searched_table() -> list[str]:
     """Return a line of Markdown for each setting of which several values were tried."""
     lines = ["| paper | what | values | number |", "|---|---|---|---|"]
     for entry in SEARCHED:
-        value = _value(config.load(entry.paper, PROFILES[entry.paper]), entry.field)
-        shown, number = _values(value)
-        lines.append(_line([entry.paper, f"{entry.what} (`{entry.field}`)", shown, number]))
+        profile = PROFILES[entry.paper]
+        cfg = config.load(entry.paper, profile)
+        value = _value(cfg, entry.field)
+        values, number = _values(value)
+        cells = [
+            entry.paper,
+            f"{entry.what} (`{entry.field}`)",
+            values,
+            number,
+        ]
+        lines.append(_line(cells))
     return lines
 
 
 def set_table() -> list[str]:
     """Return a line of Markdown for each kind of training, with the values of its settings."""
-    lines = [_line(["paper", "training", *SET]), "|---" * (len(SET) + 2) + "|"]
+    names = ["paper", "training", *SET]
+    rules = ["---"] * len(names)
+    lines = [_line(names), "|" + "|".join(rules) + "|"]
     for paper, profile in PROFILES.items():
         cfg = config.load(paper, profile)
         for name in ("sft", "train"):
-            recipe = getattr(cfg, name).recipe()  # without what its loss does not know
+            training = getattr(cfg, name)
+            recipe = training.recipe()  # without what its loss does not know
             values = [str(recipe.get(field, "–")) for field in SET]
             lines.append(_line([paper, name, *values]))
     return lines
@@ -213,24 +305,33 @@ def _values(value) -> tuple[str, str]:
     """Return the values of a setting in words, and how many there are."""
     if isinstance(value, int):
         return "chosen by the search", str(value)
-    if isinstance(value, dict):
-        value = [f"{name}: {_list(entry)}" for name, entry in value.items()]
-    return _list(value), str(len(value))
+    number = str(len(value))
+    if not isinstance(value, dict):
+        return _list(value), number
+    named = []
+    for name, entry in value.items():
+        named.append(f"{name}: {_list(entry)}")
+    return _list(named), number
 
 
 def _list(values) -> str:
     """Return values in one cell of a table."""
-    if isinstance(values, dict):
-        return " ".join(f"{name} {value:g}" for name, value in values.items())
     texts = []
+    if isinstance(values, dict):
+        for name, value in values.items():
+            texts.append(f"{name} {value:g}")
+        return " ".join(texts)
     for value in values:
-        nested = isinstance(value, tuple | list)
-        texts.append(" + ".join(map(str, value)) if nested else str(value))
+        text = str(value)
+        if isinstance(value, tuple | list):
+            text = " + ".join(map(str, value))
+        texts.append(text)
     return ", ".join(texts)
 
 
 def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    content = " | ".join(cells)
+    return f"| {content} |"
 
 
 TABLES = {
@@ -254,7 +355,8 @@ def with_tables(page: str) -> str:
             raise ValueError(f"the page needs {start} and {end} once each")
         before, _, rest = page.partition(start)
         _, _, after = rest.partition(end)
-        page = "\n".join([before + start, *lines(), end]) + after
+        table = "\n".join(lines())
+        page = f"{before}{start}\n{table}\n{end}{after}"
     return page
 
 

@@ -44,65 +44,118 @@ def drawn_numbers(name: str) -> tuple[pd.DataFrame, dict]:
 
     Raises FileNotFoundError where no such figure is committed.
     """
-    record = json.loads((paths.FIGURES / f"{name}.json").read_text(encoding="utf-8"))
-    return pd.DataFrame(record.pop("data")), record
+    path = paths.FIGURES / f"{name}.json"
+    text = path.read_text(encoding="utf-8")
+    record = json.loads(text)
+    data = record.pop("data")
+    return pd.DataFrame(data), record
 
 
 def extrapolation(df: pd.DataFrame, ax) -> None:
     """Draw the gold reward against α, a curve a share of the preference pairs."""
-    gold = df[df["measure"] == "gold"]
-    columns = {"y": "mean", "low": "low", "high": "high"}
-    figures.alpha_curves(gold, ax, **columns, mark={}, ylabel="gold reward (mean σ)")
+    is_gold = df["measure"] == "gold"
+    figures.alpha_curves(
+        df[is_gold],
+        ax,
+        y="mean",
+        low="low",
+        high="high",
+        mark={},
+        ylabel="gold reward (mean σ)",
+    )
     ax.legend(title="of the pairs", loc="lower left")
     ax.set(
         title="ExPO: extrapolate\n(SmolLM2-135M, film reviews)",
         xlabel="α, beyond the aligned model",
+        ylim=(0, 1),  # bands of three trainings may be wider
     )
 
 
 def dispersion(df: pd.DataFrame, ax) -> None:
     """Draw MallowsPO's lead over DPO by how wrong the estimate of φ is."""
-    here = df[df["spread"] == SPREAD]
-    for shift, (name, points) in zip((-0.1, 0.1), here.groupby("method", sort=False), strict=True):
-        half = points["high"] - points["ahead"]
-        style = {"fmt": "o", "color": figures.COLOURS[name], "capsize": 3, "label": name}
-        ax.errorbar(points["place"] + shift, points["ahead"], half, **style)
-    ax.axhline(0, color="#333333", linewidth=1, zorder=1)
-    ax.set_xticks(sorted(here["place"].unique()), [TOLD[name] for name in here["told"].unique()])
+    is_shown = df["spread"] == SPREAD
+    shown = df[is_shown]
+    methods = shown.groupby("method", sort=False)
+    shifts = (-0.1, 0.1)  # so that the two methods do not cover each other
+    for shift, (name, points) in zip(shifts, methods, strict=True):
+        ax.errorbar(
+            points["place"] + shift,
+            points["ahead"],
+            points["high"] - points["ahead"],
+            fmt="o",
+            color=figures.COLOURS[name],
+            capsize=3,
+            label=name,
+        )
+    _mark_no_lead(ax)
+    places = sorted(shown["place"].unique())
+    names = [TOLD[told] for told in shown["told"].unique()]
+    ax.set_xticks(places, names)
     ax.legend(loc="lower left")
-    ax.set(title="MallowsPO: weight by agreement\n(simulation, exact rewards)")
-    ax.set_xlabel("error of its estimate of agreement")
-    ax.set_ylabel("lead over DPO at equal KL (ranks)")
+    ax.set(
+        title="MallowsPO: weight by agreement\n(simulation, exact rewards)",
+        xlabel="error of its estimate of agreement",
+        ylabel="lead over DPO at equal KL (ranks)",
+    )
 
 
 def fusion(df: pd.DataFrame, ax) -> None:
     """Draw what WRPO gains over DPO against α, a curve a source."""
-    here = df[df["source"].isin(SOURCES)]
-    here = here.assign(source=here["source"].map(SOURCES))
-    columns = {"y": "gain", "low": "low", "high": "high"}
-    figures.alpha_curves(here, ax, by="source", **columns, mark={})
-    ax.axhline(0, color="#333333", linewidth=1, zorder=1)
+    is_shown = df["source"].isin(SOURCES)
+    shown = df[is_shown]
+    names = shown["source"].map(SOURCES)
+    figures.alpha_curves(
+        shown.assign(source=names),
+        ax,
+        by="source",
+        y="gain",
+        low="low",
+        high="high",
+        mark={},
+    )
+    _mark_no_lead(ax)
     ax.legend(title="source of responses", loc="lower left")
-    ax.set(title="WRPO: learn from other models\n(simulation, exact rewards)")
-    ax.set(xlabel="α, share of the source's response", ylabel="lead over DPO on own pairs (%)")
-    ax.set_ylim(bottom=-0.75 * here["high"].max())  # room for the legend
+    ax.set(
+        title="WRPO: learn from other models\n(simulation, exact rewards)",
+        xlabel="α, share of the source's response",
+        ylabel="lead over DPO on own pairs (%)",
+    )
+    highest = shown["high"].max()
+    ax.set_ylim(bottom=-0.75 * highest)  # room for the legend
+
+
+def _mark_no_lead(ax) -> None:
+    """Draw the line where a method is as good as DPO."""
+    ax.axhline(0, color="#333333", linewidth=1, zorder=1)
+
+
+PANELS = {
+    EXPO: extrapolation,
+    MALLOWS: dispersion,
+    WRPO: fusion,
+}
 
 
 def draw() -> tuple[plt.Figure, dict]:
     """Return the figure, and what is kept beside it."""
-    fig, axes = plt.subplots(1, 3, figsize=(figures.WIDTH, 3.7))
-    panels = ((EXPO, extrapolation), (MALLOWS, dispersion), (WRPO, fusion))
+    fig, axes = plt.subplots(1, len(PANELS), figsize=(figures.WIDTH, 3.7))
     stamps = []
-    content = {"figure": NAME, "panels": []}
-    for ax, (name, panel) in zip(axes, panels, strict=True):
+    sources = []
+    for ax, (name, draw_panel) in zip(axes, PANELS.items(), strict=True):
         df, record = drawn_numbers(name)
-        panel(df, ax)
-        paper, _, _ = ax.get_title().partition(":")
+        draw_panel(df, ax)
+        title = ax.get_title()
+        paper, _, _ = title.partition(":")
         stamps.append(f"{paper}: {record['stamp']}")
-        content["panels"].append({"figure": name, "keys": record["keys"]})
+        sources.append({"figure": name, "keys": record["keys"]})
     stamp = " | ".join(stamps)
     figures.write_stamp(fig, stamp)
-    return fig, content | {"stamp": stamp}
+    content = {
+        "figure": NAME,
+        "panels": sources,
+        "stamp": stamp,
+    }
+    return fig, content
 
 
 def save() -> None:

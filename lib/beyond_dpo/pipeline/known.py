@@ -24,6 +24,7 @@ KINDS = (FREE, TIED)
 SFT = "SFT"
 DPO = "DPO"
 SAMPLING_SEED = 2
+POINT = ["kind", "method", "seed", "place"]  # the columns that say which point a response is of
 
 
 def known_c(kind: str, entropies: np.ndarray, values: tuple[float, float], seed: int) -> np.ndarray:
@@ -34,19 +35,25 @@ def known_c(kind: str, entropies: np.ndarray, values: tuple[float, float], seed:
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
-    order = np.argsort(entropies, kind="stable")
+    prompts = len(entropies)
     if kind == FREE:
-        order = np.random.default_rng([seed, 0]).permutation(len(entropies))
+        generator = np.random.default_rng([seed, 0])
+        order = generator.permutation(prompts)
+    else:
+        order = np.argsort(entropies, kind="stable")
+    first_half = order[: prompts // 2]
     large, small = values
-    c = np.full(len(entropies), small)
-    c[order[: len(order) // 2]] = large
+    c = np.full(prompts, small)
+    c[first_half] = large
     return c
 
 
 def right_labels(c: np.ndarray, gaps: np.ndarray, seed: int) -> np.ndarray:
     """Draw whether each label shows the better response, with the chance σ(c · gap)."""
-    coins = np.random.default_rng([seed, 1]).uniform(size=len(gaps))
-    return coins < expit(c * gaps)
+    generator = np.random.default_rng([seed, 1])
+    coins = generator.uniform(size=len(gaps))
+    chances = expit(c * gaps)
+    return coins < chances
 
 
 def labelled(cfg, kind: str, seed: int) -> Artifact:
@@ -55,52 +62,73 @@ def labelled(cfg, kind: str, seed: int) -> Artifact:
     labels.csv, a row a pair: c, gap (of the gold reward, best − worst, a logit), right (whether the
     label shows the best), entropy (normalised, mean of both responses).
     """
-    world = cfg.world
-    judge = stages.oracle(world)
+    judge = stages.oracle(cfg.world)
     drawn = stages.subset(cfg, cfg.fraction, seed)
     every_pair = stages.pairs(cfg, seed)
     reference_pass = stages.reference(cfg, rows=every_pair)
-    inputs = {"pairs": drawn, "reference": reference_pass, "scores": every_pair.inputs["scores"]}
-    inputs |= {"kind": kind, "values": cfg.known, "seed": seed}
+    scores = every_pair.inputs["scores"]
+    inputs = {
+        "pairs": drawn,
+        "reference": reference_pass,
+        "scores": scores,
+        "kind": kind,
+        "values": cfg.known,
+        "seed": seed,
+    }
 
     def make(out: Path) -> None:
         rows = read_rows(drawn.get() / "pairs.jsonl")
         ids = [row["id"] for row in rows]
-        gaps = _gaps(inputs["scores"], judge).loc[ids].to_numpy()
+        gaps = _gaps(scores, judge).loc[ids].to_numpy()
         entropies = _entropies(reference_pass).loc[ids].to_numpy()
         c = known_c(kind, entropies, cfg.known, seed)
         right = right_labels(c, gaps, seed)
-        flipped = [_flipped(row, is_right) for row, is_right in zip(rows, right, strict=True)]
-        weighted.write_pairs(out, flipped, c)
-        table = pd.DataFrame({"c": c, "gap": gaps, "right": right, "entropy": entropies})
-        gather.write_table(out / "labels.csv", table.round(6))
+        labelled_rows = []
+        for row, is_right in zip(rows, right, strict=True):
+            labelled_rows.append(row if is_right else _flipped(row))
+        weighted.write_pairs(out, labelled_rows, c)
+        columns = {
+            "c": c,
+            "gap": gaps,
+            "right": right,
+            "entropy": entropies,
+        }
+        table = pd.DataFrame(columns).round(6)
+        gather.write_table(out / "labels.csv", table)
 
     return Artifact("labelled", version=1, inputs=inputs, make=make)
 
 
 def _gaps(scores: Artifact, judge: str) -> pd.Series:
     """Return by how much the best response to each prompt is better than the worst, by id."""
-    rewards = gather.read_lines(scores, "scores.jsonl").groupby("id")[judge]
-    return rewards.max() - rewards.min()
+    responses = gather.read_lines(scores, "scores.jsonl")
+    rewards = responses.groupby("id")[judge]
+    best = rewards.max()
+    worst = rewards.min()
+    return best - worst
 
 
 def _entropies(reference_pass: Artifact) -> pd.Series:
     """Return the mean entropy of the two responses of each pair, by id."""
     from safetensors import safe_open
 
-    with safe_open(reference_pass.get() / "reference.safetensors", "numpy") as file:
-        ids = json.loads(file.metadata()["ids"])
+    path = reference_pass.get() / "reference.safetensors"
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+        ids = json.loads(metadata["ids"])
         entropies = file.get_tensor("entropies")
-    return pd.Series(entropies.astype(float).mean(1), index=ids)
+    means = entropies.astype(float).mean(1)
+    return pd.Series(means, index=ids)
 
 
-def _flipped(row: dict, is_right: bool) -> dict:
-    """Return a pair as its label has it."""
-    if is_right:
-        return row
-    best = row["responses"]["chosen"]
-    worst = row["responses"]["rejected"]
-    return {**row, "responses": {"chosen": worst, "rejected": best}}
+def _flipped(row: dict) -> dict:
+    """Return a pair with the worst response as the chosen one."""
+    responses = row["responses"]
+    flipped = {
+        "chosen": responses["rejected"],
+        "rejected": responses["chosen"],
+    }
+    return {**row, "responses": flipped}
 
 
 def judged(cfg) -> Artifact:
@@ -112,13 +140,11 @@ def judged(cfg) -> Artifact:
     """
     splits = mallows.judged_splits(cfg)
     config.require_prompts(cfg.world, *splits)
-    labels = {(kind, seed): labelled(cfg, kind, seed) for kind in KINDS for seed in cfg.seeds}
-    points = [_point(cfg, {"method": SFT}, stages.Weights(stages.sft(cfg)), s) for s in splits]
-    for (kind, seed), rows in labels.items():
-        for name in weighted.LEARNERS:
-            model = weighted.trained(cfg, rows, name, seed)
-            columns = {"kind": kind, "method": name, "seed": seed}
-            points += _line(cfg, columns, model, splits)
+    labels = {}
+    for kind in KINDS:
+        for seed in cfg.seeds:
+            labels[kind, seed] = labelled(cfg, kind, seed)
+    points = _points(cfg, labels, splits)
 
     def make(out: Path) -> None:
         needs.check(cfg)
@@ -126,31 +152,63 @@ def judged(cfg) -> Artifact:
         gather.write(out, table, facts)
         tables = []
         for (kind, seed), rows in labels.items():
-            tables.append(rows.csv("labels.csv").assign(kind=kind, seed=seed))
+            of_training = rows.csv("labels.csv")
+            of_training["kind"] = kind
+            of_training["seed"] = seed
+            tables.append(of_training)
         gather.write_table(out / "labels.csv", pd.concat(tables))
 
     places = [columns for columns, _ in points]
-    inputs = {"places": places, "points": gather.scores_of(points)}
-    inputs["labels"] = list(labels.values())
+    inputs = {
+        "places": places,
+        "points": gather.scores_of(points),
+        "labels": list(labels.values()),
+    }
     return Artifact("known-dispersion", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
+
+
+def _points(cfg, labels: dict[tuple, Artifact], splits: list[str]) -> list[gather.Point]:
+    """Return the points of the SFT model and of all trainings; labels: {(kind, seed): rows}."""
+    sft = stages.Weights(stages.sft(cfg))
+    points = []
+    for split in splits:
+        points.append(_point(cfg, {"method": SFT}, sft, split))
+    for (kind, seed), rows in labels.items():
+        for name in weighted.LEARNERS:
+            model = weighted.trained(cfg, rows, name, seed)
+            columns = {
+                "kind": kind,
+                "method": name,
+                "seed": seed,
+            }
+            points += _line(cfg, columns, model, splits)
+    return points
 
 
 def _line(cfg, columns: dict, model: Artifact, splits: list[str]) -> list[gather.Point]:
     """Return the points of one training on all splits."""
+    sft = stages.sft(cfg)
     points = []
     for alpha in cfg.known_alphas:
-        weights = stages.Weights(stages.sft(cfg), model, alpha)
+        weights = stages.Weights(sft, model, alpha)
+        columns_here = {**columns, "place": alpha}
         for split in splits:
-            points.append(_point(cfg, {**columns, "place": alpha}, weights, split))
+            point = _point(cfg, columns_here, weights, split)
+            points.append(point)
     return points
 
 
 def _point(cfg, columns: dict, weights: stages.Weights, split: str) -> gather.Point:
     """Sample from weights, and score that."""
+    world = cfg.world
     sampled = stages.responses(cfg, weights, split, samples=cfg.test_samples, seed=SAMPLING_SEED)
-    judges = (stages.oracle(cfg.world), "vader")
-    prompts = max(cfg.world.test_prompts, cfg.world.dev_prompts)
-    scores = stages.scores(cfg, sampled, split, judges=judges, kl_prompts=prompts)
+    scores = stages.scores(
+        cfg,
+        sampled,
+        split,
+        judges=(stages.oracle(world), "vader"),
+        kl_prompts=max(world.test_prompts, world.dev_prompts),
+    )
     return gather.Point({"split": split, **columns}, scores)
 
 
@@ -164,17 +222,31 @@ def measured(cfg, points: Artifact) -> tuple[pd.DataFrame, pd.DataFrame]:
     if cfg.world.gold_rows:
         table["gold"] = expit(table["gold"])
     table["prompt"] = table["split"] + " " + table["prompt"].astype(str)
-    place = ["kind", "method", "seed", "place"]
-    facts = pd.DataFrame(points.json("points.json")).reindex(
-        columns=["split", *place, "distinct_2"]
-    )
-    means = table.groupby([*place], dropna=False)["repetition"].mean().reset_index()
-    by_point = facts.groupby(place, dropna=False)["distinct_2"].mean().reset_index().merge(means)
-    is_sft = by_point["method"] == SFT
-    by_point["passes"] = equal_kl.passing(by_point, by_point[is_sft])
-    table = table.merge(by_point[[*place, "passes"]], on=place)
-    sft = table["method"] == SFT
-    return table[~sft], table[sft]
+    gate = _gate(table, points.json("points.json"))
+    table = table.merge(gate, on=POINT)
+    is_sft = table["method"] == SFT
+    models = table[~is_sft]
+    sft = table[is_sft]
+    return models, sft
+
+
+def _gate(table: pd.DataFrame, records: list[dict]) -> pd.DataFrame:
+    """Return POINT and "passes", a row a point; records: points.json, one a point and split."""
+    wanted = [*POINT, "distinct_2"]
+    facts = pd.DataFrame(records).reindex(columns=wanted)
+    distinct = _means(facts, "distinct_2")
+    repetition = _means(table, "repetition")
+    points = distinct.merge(repetition)
+    is_sft = points["method"] == SFT
+    points["passes"] = equal_kl.passing(points, points[is_sft])
+    return points[[*POINT, "passes"]]
+
+
+def _means(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return the mean of a column at each point; the SFT model's point has no kind and seed."""
+    by_point = rows.groupby(POINT, dropna=False)
+    means = by_point[column].mean()
+    return means.reset_index()
 
 
 def ahead(
@@ -186,7 +258,8 @@ def ahead(
     None where the two curves of a training share no range of KL, or DPO gains nothing. models and
     sft are those of measured().
     """
-    rows = models[models["kind"] == kind]
+    is_kind = models["kind"] == kind
+    rows = models[is_kind]
     if is_open(models, kind, method):
         rows = rows[rows["passes"]]
     try:
@@ -197,6 +270,10 @@ def ahead(
 
 def is_open(models: pd.DataFrame, kind: str, method: str) -> bool:
     """Return whether the trained models of a method and of DPO pass the gate in most trainings."""
-    ends = models[(models["kind"] == kind) & (models["place"] == models["place"].max())]
+    trained_alpha = models["place"].max()
+    is_kind = models["kind"] == kind
+    is_trained = models["place"] == trained_alpha
+    ends = models[is_kind & is_trained]
     shares = ends.groupby("method")["passes"].mean()
-    return bool(shares[[method, DPO]].min() > 0.5)
+    of_both = shares[[method, DPO]]
+    return bool(of_both.min() > 0.5)

@@ -16,8 +16,9 @@ FIG10_PROMPTS = 150  # to which the percentages of Figure 10 fit; the number is 
 
 def independent(value: float, *errors: float) -> stats.Interval:
     """Return (value, low, high) of a difference of two numbers with these standard errors."""
-    width = float(ndtri(stats.HIGH_END) * np.linalg.norm(errors))
-    return value, value - width, value + width
+    error = np.linalg.norm(errors)
+    quantile = ndtri(stats.HIGH_END)
+    return _around(value, float(quantile * error))
 
 
 def of_seeds(first: tuple, second: tuple, seeds: int) -> stats.Interval:
@@ -25,34 +26,59 @@ def of_seeds(first: tuple, second: tuple, seeds: int) -> stats.Interval:
 
     first, second: (mean, standard deviation).
     """
-    variances = np.array([first[1], second[1]]) ** 2 / seeds
-    degrees = variances.sum() ** 2 / (variances**2 / (seeds - 1)).sum()
-    width = stdtrit(degrees, stats.HIGH_END) * np.sqrt(variances.sum())
-    value = first[0] - second[0]
-    return value, value - width, value + width
+    first_mean, first_deviation = first
+    second_mean, second_deviation = second
+    deviations = np.array([first_deviation, second_deviation])
+    variances = deviations**2 / seeds  # of the means
+    variance = variances.sum()
+    spread = variances**2 / (seeds - 1)
+    degrees = variance**2 / spread.sum()
+    quantile = stdtrit(degrees, stats.HIGH_END)
+    width = quantile * np.sqrt(variance)
+    return _around(first_mean - second_mean, width)
+
+
+def _around(value: float, width: float) -> stats.Interval:
+    """Return (value, low, high) with both ends so far from the value."""
+    low = value - width
+    high = value + width
+    return value, low, high
 
 
 def of_cells(leads) -> stats.Interval:
     """Return (mean, low, high) of one lead a cell, by the t of their number."""
-    mean = stats.mean_of_trainings(np.asarray(leads, float))
+    values = np.asarray(leads, float)
+    mean = stats.mean_of_trainings(values)
     return mean.value, mean.low, mean.high
 
 
 def of_share(percent: float, prompts: int) -> stats.Interval:
     """Return (lead, low, high) of a win rate over 50 %, in points, on so many prompts."""
     share = percent / 100
-    return independent(percent - 50, 100 * np.sqrt(share * (1 - share) / prompts))
+    variance = share * (1 - share) / prompts
+    error = 100 * np.sqrt(variance)
+    lead = percent - 50
+    return independent(lead, error)
 
 
 def table(name: str, rows: dict[str, stats.Interval]) -> pd.DataFrame:
     """Return intervals as rows of a table, with whether each is told from 0."""
     shown = []
     for words, (value, low, high) in rows.items():
-        row = {"where": name, "difference": words, "points": value, "low": low, "high": high}
-        shown.append({**row, "told from 0": bool(low > 0 or high < 0)})
+        is_told = low > 0 or high < 0
+        row = {
+            "where": name,
+            "difference": words,
+            "points": value,
+            "low": low,
+            "high": high,
+            "told from 0": bool(is_told),
+        }
+        shown.append(row)
     return pd.DataFrame(shown)
 
 
 def beyond_error(interval: stats.Interval) -> float:
     """Return how far the nearer end of an interval is above 0; below 0 where it holds 0."""
-    return float(interval[1])
+    _, low, _ = interval
+    return float(low)

@@ -20,40 +20,55 @@ def optimum(rewards: Prompts, kl_weight) -> Prompts:
     kl_weight: one for all prompts, or (prompts,).
     """
     weights = np.broadcast_to(kl_weight, len(rewards))
-    return softmax(rewards / weights[:, np.newaxis], axis=1)
+    by_prompt = weights[:, np.newaxis]
+    return softmax(rewards / by_prompt, axis=1)
 
 
 def log_ratios(policy: Prompts) -> np.ndarray:
     """Return log π(y) − log π(y'), (prompts, responses, responses)."""
-    logs = np.log(policy)
-    return logs[:, :, np.newaxis] - logs[:, np.newaxis, :]
+    logps = np.log(policy)
+    of_y = logps[:, :, np.newaxis]
+    of_other = logps[:, np.newaxis, :]
+    return of_y - of_other
 
 
 def gaps(ranks: Prompts) -> np.ndarray:
     """Return by how many places y stands before y', (prompts, responses, responses)."""
-    return ranks[:, np.newaxis, :] - ranks[:, :, np.newaxis]
+    of_y = ranks[:, :, np.newaxis]
+    of_other = ranks[:, np.newaxis, :]
+    return of_other - of_y
 
 
 def theta_preferences(ranks: Prompts, phi) -> np.ndarray:
     """Return the chance that y is put before y': σ(-2 log φ · gap), Eq. 8."""
-    return expit(-2 * np.log(phi)[:, np.newaxis, np.newaxis] * gaps(ranks))
+    c = _by_pair(_dispersion(phi))
+    logits = c * gaps(ranks)
+    return expit(logits)
 
 
 def phi_preferences(ranks: Prompts, phi) -> np.ndarray:
     """Return the chance that y is put before y' by Eq. 9, ½ for y itself."""
     places = gaps(ranks).astype(float)
-    apart = np.where(places == 0, 1, places)
-    chances = pair_probability(apart, phi[:, np.newaxis, np.newaxis])
-    return np.where(places == 0, 0.5, chances)
+    is_same = places == 0
+    apart = np.where(is_same, 1, places)
+    chances = pair_probability(apart, _by_pair(phi))
+    return np.where(is_same, 0.5, chances)
 
 
 def phi_places(chance: float, phi: float) -> float:
     """Return the gap at which Eq. 9 gives this chance, its inverse; 0 for ½."""
     if chance == 0.5:
         return 0.0
-    sure = max(chance, 1 - chance)
-    gap = brentq(lambda s: float(pair_probability(s, phi)) - sure, 1e-6, 1e3, xtol=1e-13)
-    return gap if chance > 0.5 else -gap
+    of_better = max(chance, 1 - chance)
+
+    def missed(gap: float) -> float:
+        probability = pair_probability(gap, phi)
+        return float(probability) - of_better
+
+    gap = brentq(missed, 1e-6, 1e3, xtol=1e-13)
+    if chance < 0.5:
+        return -gap
+    return gap
 
 
 def psi_optimum(values: np.ndarray, weights, beta: float) -> Prompts:
@@ -63,7 +78,9 @@ def psi_optimum(values: np.ndarray, weights, beta: float) -> Prompts:
     responses). weights: f(x), (prompts,).
     """
     means = values.mean(2)
-    return softmax(weights[:, np.newaxis] * means / beta, axis=1)
+    by_prompt = weights[:, np.newaxis]
+    logits = by_prompt * means / beta
+    return softmax(logits, axis=1)
 
 
 def checks(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, float]:
@@ -76,26 +93,63 @@ def checks(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, float]:
     all prompts, how far apart (total variation) the optima of the prompts are at most, whose
     central rankings are one.
     """
-    c = -2 * np.log(phi)
-    rewards = -ranks.astype(float)
-    stretched = optimum(rewards, beta * c)
-    divided = optimum(rewards / c[:, np.newaxis], beta)
-    seen = expit(c[:, np.newaxis, np.newaxis] * beta * log_ratios(stretched))
-    wanted = expit(gaps(ranks))
-    best = optimum(rewards, beta)
-    by_logit = logit(theta_preferences(ranks, phi))
-    inverse = np.vectorize(phi_places)
-    by_places = inverse(phi_preferences(ranks, phi), phi[:, np.newaxis, np.newaxis])
-    ones = np.ones(len(phi))
-    same = np.broadcast_to(ranks[0], ranks.shape)
-    unweighted = psi_optimum(logit(theta_preferences(same, phi)), ones, beta)
     return {
         **losses_apart(ranks, phi, beta),
-        "reward_or_kl": max(_largest(stretched - divided), _largest(seen - wanted)),
-        "theta_is_psi": _largest(psi_optimum(by_logit, 1 / c, beta) - best),
-        "phi_is_psi": _largest(psi_optimum(by_places, ones, beta) - best),
-        "needs_weights": float(np.abs(unweighted[:, np.newaxis] - unweighted).sum(2).max() / 2),
+        "reward_or_kl": _reward_or_kl(ranks, phi, beta),
+        **_psi_apart(ranks, phi, beta),
+        "needs_weights": _needs_weights(ranks, phi, beta),
     }
+
+
+def _reward_or_kl(ranks: Prompts, phi: np.ndarray, beta: float) -> float:
+    """Return how far a reward over c is from a KL weight of c·β, and σ(c·β·Δ) from preferences."""
+    c = _dispersion(phi)
+    rewards = -ranks.astype(float)
+    with_kl_weight = optimum(rewards, beta * c)
+    divided_rewards = rewards / c[:, np.newaxis]
+    with_reward = optimum(divided_rewards, beta)
+    optima_apart = _largest(with_kl_weight - with_reward)
+
+    ratios = log_ratios(with_kl_weight)
+    logits = _by_pair(c) * beta * ratios
+    implied = expit(logits)
+    preferences = expit(gaps(ranks))
+    preferences_apart = _largest(implied - preferences)
+    return max(optima_apart, preferences_apart)
+
+
+def _psi_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, float]:
+    """Return how far both optima of Theorem 6 are from MallowsPO's."""
+    rewards = -ranks.astype(float)
+    best = optimum(rewards, beta)
+
+    preferences = theta_preferences(ranks, phi)
+    by_logit = logit(preferences)
+    weights = 1 / _dispersion(phi)
+    theta = psi_optimum(by_logit, weights, beta)
+
+    inverse = np.vectorize(phi_places)
+    preferences = phi_preferences(ranks, phi)
+    by_places = inverse(preferences, _by_pair(phi))
+    same_weight = np.ones(len(phi))
+    of_phi = psi_optimum(by_places, same_weight, beta)
+    return {
+        "theta_is_psi": _largest(theta - best),
+        "phi_is_psi": _largest(of_phi - best),
+    }
+
+
+def _needs_weights(ranks: Prompts, phi: np.ndarray, beta: float) -> float:
+    """Return the largest total variation between optima of one ranking, with one f for all."""
+    same_ranks = np.broadcast_to(ranks[0], ranks.shape)
+    preferences = theta_preferences(same_ranks, phi)
+    by_logit = logit(preferences)
+    same_weight = np.ones(len(phi))
+    optima = psi_optimum(by_logit, same_weight, beta)
+    other_optima = optima[:, np.newaxis]
+    differences = np.abs(optima - other_optima)
+    variations = differences.sum(2) / 2
+    return _largest(variations)
 
 
 def losses_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, float]:
@@ -108,23 +162,42 @@ def losses_apart(ranks: Prompts, phi: np.ndarray, beta: float) -> dict[str, floa
 
     from beyond_dpo import losses
 
-    c = -2 * np.log(phi)
-    ratios = log_ratios(optimum(ranks % 3 - 1.0, 1.0))
-    shape = ratios.shape
+    some_rewards = ranks % 3 - 1.0
+    policy = optimum(some_rewards, 1.0)
+    ratios = log_ratios(policy)
+    c_of_prompts = _by_pair(_dispersion(phi))
+    c_of_pairs = np.broadcast_to(c_of_prompts, ratios.shape)
     first = torch.from_numpy(ratios).flatten()
     second = torch.zeros_like(first)
-    by_row = torch.from_numpy(np.broadcast_to(c[:, np.newaxis, np.newaxis], shape).copy()).flatten()
-    dispersions = torch.exp(-by_row / 2)
-    theta, *_ = losses.mallows_theta(first, second, by_row, beta=beta)
-    mallows_phi, *_ = losses.mallows_phi(first, second, dispersions, beta=beta, epsilon=0.1)
-    u = by_row * beta * first
-    dpo = -torch.nn.functional.logsigmoid(u)
-    linked = -torch.log(losses.mallows_link(u / by_row, dispersions, 0.1))
+    c = torch.from_numpy(c_of_pairs.copy()).flatten()
+    phi_of_pairs = torch.exp(-c / 2)
+
+    theta, *_ = losses.mallows_theta(first, second, c, beta=beta)
+    logits = c * beta * first
+    dpo = -torch.nn.functional.logsigmoid(logits)
+
+    by_phi, *_ = losses.mallows_phi(first, second, phi_of_pairs, beta=beta, epsilon=0.1)
+    link = losses.mallows_link(logits / c, phi_of_pairs, 0.1)
+    linked = -torch.log(link)
+    theta_apart = theta - dpo
+    phi_apart = by_phi - linked
     return {
-        "theta_is_dpo": _largest((theta - dpo).numpy()),
-        "phi_is_dpo": _largest((mallows_phi - linked).numpy()),
+        "theta_is_dpo": _largest(theta_apart.numpy()),
+        "phi_is_dpo": _largest(phi_apart.numpy()),
     }
 
 
+def _dispersion(phi: np.ndarray) -> np.ndarray:
+    """Return c = -2 log φ."""
+    log_phi = np.log(phi)
+    return -2 * log_phi
+
+
+def _by_pair(values: np.ndarray) -> np.ndarray:
+    """Return (prompts,) as (prompts, 1, 1), to go with what there is of each pair of responses."""
+    return values[:, np.newaxis, np.newaxis]
+
+
 def _largest(differences: np.ndarray) -> float:
-    return float(np.abs(differences).max())
+    sizes = np.abs(differences)
+    return float(sizes.max())

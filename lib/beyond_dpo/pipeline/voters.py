@@ -12,7 +12,7 @@ Of two items Mallows' φ model has one distance, and the chance of the better on
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,9 +30,7 @@ ROUNDS = 20  # of random pairs among all sentences, from which the wanted ones a
 PROMPT = "Somebody who has seen the film wrote:\n"
 STRATA = 4  # of the distance between means, in each of which pairs of both kinds are taken
 MIXED = "mixed"  # pairs that people agree on and pairs that they do not, in equal parts
-EQUAL_GAP = (
-    "equal gap"  # pairs that are as far apart in the crowd's mean, of more or less agreement
-)
+EQUAL_GAP = "equal gap"  # pairs as far apart in the crowd's mean, of more or less agreement
 SAID = ("said",)  # the response of a row of one sentence
 LEARNERS = {
     MIXED: tuple(weighted.LEARNERS),
@@ -57,7 +55,8 @@ class Votes(NamedTuple):
 
     def take(self, places) -> "Votes":
         """Return the votes at these places."""
-        return Votes(*(column[places] for column in self))
+        columns = [column[places] for column in self]
+        return Votes(*columns)
 
 
 # --- votes
@@ -68,7 +67,8 @@ def histograms(ratings: list[list[int]]) -> np.ndarray:
     rows = []
     for values in ratings:
         places = np.asarray(values) - RATINGS[0]
-        rows.append(np.bincount(places, minlength=len(RATINGS)))
+        counts = np.bincount(places, minlength=len(RATINGS))
+        rows.append(counts)
     return np.stack(rows)
 
 
@@ -79,7 +79,10 @@ def agreement_of(share, raters) -> np.ndarray:
     """
     share = np.asarray(share, float)
     raters = np.asarray(raters, float)
-    return np.abs(logit((raters * share + 0.5) / (raters + 1)))
+    in_favour = raters * share + 0.5
+    drawn_in = in_favour / (raters + 1)
+    log_odds = logit(drawn_in)
+    return np.abs(log_odds)
 
 
 def vote(counts: np.ndarray, first: np.ndarray, second: np.ndarray, generator) -> Votes:
@@ -90,21 +93,30 @@ def vote(counts: np.ndarray, first: np.ndarray, second: np.ndarray, generator) -
     """
     of_first = counts[first]
     of_second = counts[second]
-    one = _rating_of_one(of_first, generator)
-    other = _rating_of_one(of_second, generator)
-    decided = one != other
-    first_wins = (one > other)[decided]
-    others_first = _without(of_first, one)[decided]
-    others_second = _without(of_second, other)[decided]
-    share = _share_above(others_first, others_second)
-    gap = _mean_rating(others_first) - _mean_rating(others_second)
-    raters = np.minimum(others_first.sum(1), others_second.sum(1))
-    sign = np.where(first_wins, 1, -1)
+    first_rating = _rating_of_one(of_first, generator)
+    second_rating = _rating_of_one(of_second, generator)
+    decided = first_rating != second_rating
+    first_wins = first_rating > second_rating
+
+    # From here on only pairs with a vote, and their other raters.
+    first = first[decided]
+    second = second[decided]
+    first_wins = first_wins[decided]
+    first_others = _without(of_first, first_rating)[decided]
+    second_others = _without(of_second, second_rating)[decided]
+
+    share = _share_above(first_others, second_others)
+    first_mean = _mean_rating(first_others)
+    second_mean = _mean_rating(second_others)
+    gap = first_mean - second_mean
+    first_raters = first_others.sum(1)
+    second_raters = second_others.sum(1)
+    raters = np.minimum(first_raters, second_raters)
     return Votes(
-        chosen=np.where(first_wins, first[decided], second[decided]),
-        rejected=np.where(first_wins, second[decided], first[decided]),
+        chosen=np.where(first_wins, first, second),
+        rejected=np.where(first_wins, second, first),
         share=np.where(first_wins, share, 1 - share),
-        gap=sign * gap,
+        gap=np.where(first_wins, gap, -gap),
         agreement=agreement_of(share, raters),
     )
 
@@ -112,36 +124,48 @@ def vote(counts: np.ndarray, first: np.ndarray, second: np.ndarray, generator) -
 def _rating_of_one(counts: np.ndarray, generator) -> np.ndarray:
     """Draw one rater of each row of a histogram; return the places of their ratings."""
     raters = counts.sum(1)
-    drawn = generator.integers(raters)
-    return (counts.cumsum(1) <= drawn[:, np.newaxis]).sum(1)
+    rater = generator.integers(raters)[:, np.newaxis]
+    raters_up_to = counts.cumsum(1)
+    is_passed = raters_up_to <= rater
+    return is_passed.sum(1)
 
 
 def _without(counts: np.ndarray, rating: np.ndarray) -> np.ndarray:
     """Return histograms without one rater of this rating each."""
     others = counts.copy()
-    others[np.arange(len(others)), rating] -= 1
+    rows = np.arange(len(others))
+    others[rows, rating] -= 1
     return others
 
 
 def _share_above(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the share of pairs of raters of whom the first one's rating is higher, ties half."""
     below = second.cumsum(1) - second
-    wins = (first * (below + 0.5 * second)).sum(1)
-    return wins / (first.sum(1) * second.sum(1))
+    beaten = below + 0.5 * second
+    wins = (first * beaten).sum(1)
+    pairs_of_raters = first.sum(1) * second.sum(1)
+    return wins / pairs_of_raters
 
 
 def _mean_rating(counts: np.ndarray) -> np.ndarray:
-    return counts @ RATINGS / counts.sum(1)
+    total = counts @ RATINGS
+    raters = counts.sum(1)
+    return total / raters
 
 
 def candidates(counts: np.ndarray, generator) -> Votes:
     """Return votes on random pairs; in each of ROUNDS every sentence is there at most once."""
+    half = len(counts) // 2
     rounds = []
     for _ in range(ROUNDS):
         order = generator.permutation(len(counts))
-        half = len(order) // 2
-        rounds.append(vote(counts, order[:half], order[half : 2 * half], generator))
-    return Votes(*(np.concatenate(columns) for columns in zip(*rounds, strict=True)))
+        first = order[:half]
+        second = order[half : 2 * half]
+        votes = vote(counts, first, second, generator)
+        rounds.append(votes)
+    columns = zip(*rounds, strict=True)
+    joined = [np.concatenate(column) for column in columns]
+    return Votes(*joined)
 
 
 def mixture(votes: Votes, pairs: int, contested: float, settings: Voters) -> Votes:
@@ -150,11 +174,14 @@ def mixture(votes: Votes, pairs: int, contested: float, settings: Voters) -> Vot
     Agreed: settings.agreed of the other raters or more put the same sentence first; contested:
     settings.contested or less. The first of each are taken. Raises ConfigError for too few.
     """
+    contested_pairs = round(contested * pairs)
+    agreed_pairs = pairs - contested_pairs
     majority = np.maximum(votes.share, 1 - votes.share)
-    wanted = round(contested * pairs)
-    split = np.flatnonzero(majority <= settings.contested)[:wanted]
-    agreed = np.flatnonzero(majority >= settings.agreed)[: pairs - wanted]
-    return _of_both(votes, agreed, split, pairs)
+    is_contested = majority <= settings.contested
+    is_agreed = majority >= settings.agreed
+    contested_places = np.flatnonzero(is_contested)[:contested_pairs]
+    agreed_places = np.flatnonzero(is_agreed)[:agreed_pairs]
+    return _of_both(votes, agreed_places, contested_places, pairs)
 
 
 def equal_gap(votes: Votes, pairs: int, settings: Voters) -> Votes:
@@ -165,24 +192,30 @@ def equal_gap(votes: Votes, pairs: int, settings: Voters) -> Votes:
     taken, so that both halves are equally far apart. Of all these the first are taken. Raises
     ConfigError for too few.
     """
+    low, high = settings.gap
+    ends = np.linspace(low, high, STRATA + 1)
     distance = np.abs(votes.gap)
-    ends = np.linspace(*settings.gap, STRATA + 1)
-    least, most = [], []
+    least = []
+    most = []
     for low, high in itertools.pairwise(ends):
-        inside = np.flatnonzero((distance >= low) & (distance < high))
+        is_inside = (distance >= low) & (distance < high)
+        inside = np.flatnonzero(is_inside)
+        order = np.argsort(votes.agreement[inside], kind="stable")
+        by_agreement = inside[order]
         size = int(settings.outer * len(inside))
-        by_agreement = inside[np.argsort(votes.agreement[inside], kind="stable")]
         least.append(by_agreement[:size])
         most.append(by_agreement[len(inside) - size :])
-    half = pairs // 2
-    contested = np.sort(np.concatenate(least))[:half]
-    clear = np.sort(np.concatenate(most))[: pairs - half]
-    return _of_both(votes, clear, contested, pairs)
+    contested_pairs = pairs // 2
+    clear_pairs = pairs - contested_pairs
+    contested = np.sort(np.concatenate(least))
+    clear = np.sort(np.concatenate(most))
+    return _of_both(votes, clear[:clear_pairs], contested[:contested_pairs], pairs)
 
 
 def _of_both(votes: Votes, clear: np.ndarray, contested: np.ndarray, pairs: int) -> Votes:
     """Return the votes of both kinds, in the order in which they were drawn."""
-    places = np.sort(np.concatenate([clear, contested]))
+    both = np.concatenate([clear, contested])
+    places = np.sort(both)
     if len(places) < pairs:
         raise config.ConfigError(
             f"only {len(clear)} clear and {len(contested)} contested pairs for {pairs}: use fewer "
@@ -204,7 +237,10 @@ def drawn(counts: np.ndarray, kind: str, pairs: int, settings, generator, contes
 
 def _settings(cfg, names: tuple[str, ...]) -> dict:
     """Return those of the voters' settings that a result depends on."""
-    return {name: getattr(cfg.voters, name) for name in names}
+    values = {}
+    for name in names:
+        values[name] = getattr(cfg.voters, name)
+    return values
 
 
 class Split(NamedTuple):
@@ -222,10 +258,12 @@ def split(sentences: int, settings: Voters, seed: int) -> Split:
         raise config.ConfigError(
             f"voters.dev + voters.test = {held_out} of {sentences} sentences: too few are left"
         )
-    order = np.random.default_rng([seed, 0]).permutation(sentences)
+    generator = np.random.default_rng([seed, 0])
+    order = generator.permutation(sentences)
     dev = order[: settings.dev]
     test = order[settings.dev : held_out]
-    return Split(order[held_out:], dev, test)
+    train = order[held_out:]
+    return Split(train, dev, test)
 
 
 def _said(cfg) -> Artifact:
@@ -239,16 +277,22 @@ def _said(cfg) -> Artifact:
     }
 
     def make(out: Path) -> None:
-        tokenizer = templates.load_tokenizer(assets.tokenizer_dir(target))
+        folder = assets.tokenizer_dir(target)
+        tokenizer = templates.load_tokenizer(folder)
         prompt_ids = templates.render(tokenizer, PROMPT, "plain")
-        sentences = mallows.rated(cfg.rated)
         rows = []
-        for place, (text, _) in enumerate(sentences):
+        ratings = []
+        for place, (text, ratings_of_text) in enumerate(mallows.rated(cfg.rated)):
             ids = templates.encode_response(tokenizer, text, prompt=PROMPT, template="plain")
-            row = {"id": str(place), "prompt_ids": prompt_ids, "responses": {"said": ids}}
+            row = {
+                "id": str(place),
+                "prompt_ids": prompt_ids,
+                "responses": {"said": ids},
+            }
             rows.append(row)
+            ratings.append(ratings_of_text)
         write_rows(out / "pairs.jsonl", rows)
-        gather.write_json(out / "ratings.json", [ratings for _, ratings in sentences])
+        gather.write_json(out / "ratings.json", ratings)
 
     return Artifact("rated-responses", version=1, inputs=inputs, make=make)
 
@@ -264,14 +308,22 @@ def held_out(cfg) -> Artifact:
     They are the same for all trainings: those of the split of the first seed.
     """
     said = _said(cfg)
-    inputs = {"said": said, "seed": cfg.seeds[0], **_settings(cfg, HELD_OUT)}
+    first_seed = cfg.seeds[0]
+    inputs = {"said": said, "seed": first_seed}
+    inputs |= _settings(cfg, HELD_OUT)
 
     def make(out: Path) -> None:
-        ratings = said.json("ratings.json")
-        places = split(len(ratings), cfg.voters, cfg.seeds[0]).test
         rows = stages.json_lines(said.get() / "pairs.jsonl")
-        write_rows(out / "pairs.jsonl", [rows[place] for place in places])
-        gather.write_json(out / "crowd.json", [float(np.mean(ratings[p])) for p in places])
+        ratings = said.json("ratings.json")
+        places = split(len(ratings), cfg.voters, first_seed).test
+        held_out_rows = []
+        crowd = []
+        for place in places:
+            held_out_rows.append(rows[place])
+            mean = np.mean(ratings[place])
+            crowd.append(float(mean))
+        write_rows(out / "pairs.jsonl", held_out_rows)
+        gather.write_json(out / "crowd.json", crowd)
 
     return Artifact("held-out-sentences", version=1, inputs=inputs, make=make)
 
@@ -284,17 +336,25 @@ def pairs(cfg, kind: str, seed: int) -> Artifact:
     """
     said = _said(cfg)
     settings = cfg.voters
-    inputs = {"said": said, "kind": kind, "seed": seed, "split": cfg.seeds[0]}
-    inputs.update(_settings(cfg, (*DRAWN, "pairs")))
+    first_seed = cfg.seeds[0]
+    inputs = {
+        "said": said,
+        "kind": kind,
+        "seed": seed,
+        "split": first_seed,
+    }
+    inputs |= _settings(cfg, (*DRAWN, "pairs"))
 
     def make(out: Path) -> None:
-        ratings = said.json("ratings.json")
         rows = stages.json_lines(said.get() / "pairs.jsonl")
-        train = split(len(ratings), settings, cfg.seeds[0]).train
-        counts = histograms([ratings[place] for place in train])
+        ratings = said.json("ratings.json")
+        train = split(len(ratings), settings, first_seed).train
+        train_rows = [rows[place] for place in train]
+        train_ratings = [ratings[place] for place in train]
+        counts = histograms(train_ratings)
         generator = np.random.default_rng([seed, 1])
         votes = drawn(counts, kind, settings.pairs, settings, generator)
-        _write_votes(out, votes, [rows[place] for place in train])
+        _write_votes(out, votes, train_rows)
 
     return Artifact("votes", version=1, inputs=inputs, make=make)
 
@@ -302,19 +362,40 @@ def pairs(cfg, kind: str, seed: int) -> Artifact:
 def _write_votes(out: Path, votes: Votes, rows: list[dict]) -> None:
     """Write votes on pairs of rows that hold a response "said" each."""
     pairs_of_rows = []
-    for number, (chosen, rejected) in enumerate(zip(votes.chosen, votes.rejected, strict=True)):
-        responses = {
-            "chosen": rows[chosen]["responses"]["said"],
-            "rejected": rows[rejected]["responses"]["said"],
+    both = zip(votes.chosen, votes.rejected, strict=True)
+    for number, (chosen_place, rejected_place) in enumerate(both):
+        chosen = rows[chosen_place]
+        rejected = rows[rejected_place]
+        row = {
+            "id": str(number),
+            "prompt_ids": chosen["prompt_ids"],
+            "responses": {
+                "chosen": chosen["responses"]["said"],
+                "rejected": rejected["responses"]["said"],
+            },
         }
-        row = {"id": str(number), "prompt_ids": rows[chosen]["prompt_ids"], "responses": responses}
         pairs_of_rows.append(row)
     weighted.write_pairs(out, pairs_of_rows, votes.agreement)
-    table = {"share": votes.share, "gap": votes.gap, "agreement": votes.agreement}
-    gather.write_table(out / "votes.csv", pd.DataFrame(table).round(6))
+    columns = {
+        "share": votes.share,
+        "gap": votes.gap,
+        "agreement": votes.agreement,
+    }
+    table = pd.DataFrame(columns).round(6)
+    gather.write_table(out / "votes.csv", table)
 
 
 # --- language models
+
+
+class _Cell(NamedTuple):
+    """The votes of one kind and seed, and what comes of them."""
+
+    kind: str
+    seed: int
+    votes: Artifact
+    reference_pass: Artifact  # of the SFT model over the votes
+    passes: dict[str, Artifact]  # of each learner over the held-out sentences
 
 
 def learnt(cfg) -> Artifact:
@@ -328,59 +409,69 @@ def learnt(cfg) -> Artifact:
     sentences = held_out(cfg)
     start = stages.sft(cfg)
     base = stages.reference(cfg, start, sentences, SAID)
-    cells = [(kind, seed) for kind in LEARNERS for seed in cfg.seeds]
-    voted = {cell: pairs(cfg, *cell) for cell in cells}
-    estimated = {cell: stages.reference(cfg, start, voted[cell]) for cell in cells}
-    passes = {cell: _passes(cfg, cell, voted[cell], sentences) for cell in cells}
+    cells = []
+    for kind in LEARNERS:
+        for seed in cfg.seeds:
+            cells.append(_cell(cfg, kind, seed, start, sentences))
 
     def make(out: Path) -> None:
         needs.check(cfg)
-        gather.train([one for by_learner in passes.values() for one in by_learner.values()])
+        passes = []
+        for cell in cells:
+            passes.extend(cell.passes.values())
+        gather.train(passes)
         crowd = sentences.json("crowd.json")
         scores = []
         votes = []
         for cell in gather.watched(cells, "votes learnt and held-out sentences scored"):
-            scores.append(_log_ratios(cell, passes[cell], base, crowd))
-            votes.append(_votes_of(cell, voted[cell], estimated[cell]))
+            scores.append(_log_ratios(cell, base, crowd))
+            votes.append(_votes_of(cell))
         gather.write_table(out / "scores.csv.gz", pd.concat(scores))
         gather.write_table(out / "votes.csv", pd.concat(votes))
 
     inputs = {"base": base, "held_out": sentences}
-    for kind, seed in cells:
-        used = {**passes[kind, seed], "votes": estimated[kind, seed]}
-        inputs[f"{kind}, seed {seed}"] = used
+    for cell in cells:
+        name = f"{cell.kind}, seed {cell.seed}"
+        inputs[name] = {**cell.passes, "votes": cell.reference_pass}
     return Artifact("voters", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
-def _passes(cfg, cell: tuple, votes: Artifact, sentences: Artifact) -> dict[str, Artifact]:
-    """Return what each learner of one (kind, seed) says of the held-out sentences."""
-    kind, seed = cell
+def _cell(cfg, kind: str, seed: int, start: Artifact, sentences: Artifact) -> _Cell:
+    """Return the votes of a kind and seed, and what each learner says of the sentences."""
+    votes = pairs(cfg, kind, seed)
+    reference_pass = stages.reference(cfg, start, votes)
     passes = {}
     for name in LEARNERS[kind]:
         model = weighted.trained(cfg, votes, name, seed)
         passes[name] = stages.reference(cfg, model, sentences, SAID)
-    return passes
+    return _Cell(kind, seed, votes, reference_pass, passes)
 
 
-def _log_ratios(cell: tuple, passes: dict[str, Artifact], base: Artifact, crowd) -> pd.DataFrame:
-    """Return the rows of scores.csv.gz of one (kind, seed)."""
-    kind, seed = cell
-    (start,) = stages.reference_values(base, "logps")
-    table = pd.DataFrame(
-        {"kind": kind, "seed": seed, "sentence": range(len(start)), "crowd": crowd}
-    )
-    for name, scores in passes.items():
+def _log_ratios(cell: _Cell, base: Artifact, crowd: list[float]) -> pd.DataFrame:
+    """Return the rows of scores.csv.gz of one kind and seed."""
+    (sft_logps,) = stages.reference_values(base, "logps")
+    columns = {
+        "kind": cell.kind,
+        "seed": cell.seed,
+        "sentence": range(len(sft_logps)),
+        "crowd": crowd,
+    }
+    table = pd.DataFrame(columns)
+    for name, scores in cell.passes.items():
         (logps,) = stages.reference_values(scores, "logps")
-        table[name] = logps - start
+        table[name] = logps - sft_logps
     return table.round(4)
 
 
-def _votes_of(cell: tuple, votes: Artifact, reference_pass: Artifact) -> pd.DataFrame:
-    """Return the votes of one (kind, seed) with the paper's estimate of their weights."""
-    kind, seed = cell
-    chosen, rejected = stages.reference_values(reference_pass, "entropies")
-    weights, _ = dispersion.weights(chosen, rejected, range(len(chosen)))
-    table = votes.csv("votes.csv").assign(kind=kind, seed=seed, entropy=weights.round(6))
+def _votes_of(cell: _Cell) -> pd.DataFrame:
+    """Return the votes of one kind and seed with the paper's estimate of their weights."""
+    chosen, rejected = stages.reference_values(cell.reference_pass, "entropies")
+    rows = range(len(chosen))
+    weights, _ = dispersion.weights(chosen, rejected, rows)
+    table = cell.votes.csv("votes.csv")
+    table["kind"] = cell.kind
+    table["seed"] = cell.seed
+    table["entropy"] = weights.round(6)
     return table[["kind", "seed", "share", "gap", "agreement", "entropy"]]
 
 
@@ -393,14 +484,19 @@ def ahead(
     The sentences are drawn, the same for all trainings. table: scores.csv.gz of learnt().
     """
     rows = table[table["kind"] == kind]
-    scores = [_of_trainings(rows, name) for name in (learner, than)]
+    first_scores = _of_trainings(rows, learner)
+    second_scores = _of_trainings(rows, than)
     crowd = _of_trainings(rows, "crowd")
 
     def measure(draws: np.ndarray) -> np.ndarray:
-        first, second = (_correlations(values[:, draws], crowd[:, draws]) for values in scores)
-        return (first - second).T[..., np.newaxis]
+        drawn_crowd = crowd[:, draws]
+        first = _correlations(first_scores[:, draws], drawn_crowd)
+        second = _correlations(second_scores[:, draws], drawn_crowd)
+        lead = first - second
+        return lead.T[..., np.newaxis]
 
-    return stats.two_level(measure, [crowd.shape[1]], seed=seed)
+    sentences = crowd.shape[1]
+    return stats.two_level(measure, [sentences], seed=seed)
 
 
 def follows(table: pd.DataFrame, kind: str, learner: str, *, seed: int) -> stats.Estimate:
@@ -408,11 +504,7 @@ def follows(table: pd.DataFrame, kind: str, learner: str, *, seed: int) -> stats
     rows = table[table["kind"] == kind]
     scores = _of_trainings(rows, learner)
     crowd = _of_trainings(rows, "crowd")
-
-    def measure(draws: np.ndarray) -> np.ndarray:
-        return _correlations(scores[:, draws], crowd[:, draws]).T[..., np.newaxis]
-
-    return stats.two_level(measure, [crowd.shape[1]], seed=seed)
+    return _mean_correlation(scores, crowd, seed)
 
 
 def estimate_follows(votes: pd.DataFrame, kind: str, *, seed: int) -> stats.Estimate:
@@ -422,28 +514,46 @@ def estimate_follows(votes: pd.DataFrame, kind: str, *, seed: int) -> stats.Esti
     votes.csv of learnt().
     """
     rows = votes[votes["kind"] == kind]
-    by_seed = [here for _, here in rows.groupby("seed")]
-    estimated = np.stack([here["entropy"].rank() for here in by_seed])
-    agreed = np.stack([here["agreement"].rank() for here in by_seed])
+    entropy_ranks = []
+    agreement_ranks = []
+    for _, training in rows.groupby("seed"):
+        entropy_ranks.append(training["entropy"].rank())
+        agreement_ranks.append(training["agreement"].rank())
+    estimated = np.stack(entropy_ranks)
+    agreed = np.stack(agreement_ranks)
+    return _mean_correlation(estimated, agreed, seed)
+
+
+def _mean_correlation(a: np.ndarray, b: np.ndarray, seed: int) -> stats.Estimate:
+    """Return Pearson's correlation over units, a mean over trainings; (trainings, units) each."""
 
     def measure(draws: np.ndarray) -> np.ndarray:
-        return _correlations(estimated[:, draws], agreed[:, draws]).T[..., np.newaxis]
+        drawn_a = a[:, draws]
+        drawn_b = b[:, draws]
+        correlations = _correlations(drawn_a, drawn_b)
+        return correlations.T[..., np.newaxis]
 
-    return stats.two_level(measure, [estimated.shape[1]], seed=seed)
+    units = a.shape[1]
+    return stats.two_level(measure, [units], seed=seed)
 
 
 def _of_trainings(rows: pd.DataFrame, column: str) -> np.ndarray:
     """Return a column as (trainings, sentences)."""
-    return rows.pivot(index="seed", columns="sentence", values=column).to_numpy()
+    table = rows.pivot(index="seed", columns="sentence", values=column)
+    return table.to_numpy()
 
 
 def _correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return Pearson's correlation over the last axis; 0 where one of the two is constant."""
     a = a - a.mean(-1, keepdims=True)
     b = b - b.mean(-1, keepdims=True)
-    scale = np.sqrt((a**2).sum(-1) * (b**2).sum(-1))
+    a_squares = (a**2).sum(-1)
+    b_squares = (b**2).sum(-1)
+    scale = np.sqrt(a_squares * b_squares)
     products = (a * b).sum(-1)
-    return np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+    correlations = np.zeros_like(products)
+    np.divide(products, scale, out=correlations, where=scale > 0)
+    return correlations
 
 
 # --- a linear model, as the line that language models are compared with
@@ -458,50 +568,76 @@ def linear(cfg, with_entropy: bool = False) -> Artifact:
     out anew. with_entropy: LINEAR_ENTROPY in place of LINEAR, for which the SFT model is needed.
     """
     settings = cfg.voters
-    inputs = {"source": corpus.source(cfg.rated), "kind": cfg.rated, **_settings(cfg, FITTED)}
-    estimate = entropies(cfg) if with_entropy else None
+    inputs = {"source": corpus.source(cfg.rated), "kind": cfg.rated}
+    inputs |= _settings(cfg, FITTED)
+    reference_pass = None
     if with_entropy:
-        inputs["entropies"] = estimate
+        reference_pass = entropies(cfg)
+        inputs["entropies"] = reference_pass
 
     def make(out: Path) -> None:
         sentences = mallows.rated(cfg.rated)
-        sureness = None
-        if estimate is not None:
-            (sureness,) = stages.reference_values(estimate, "entropies")
+        entropies_of = None
+        if reference_pass is not None:
+            (entropies_of,) = stages.reference_values(reference_pass, "entropies")
+        seeds = range(settings.linear_seeds)
         rows = []
-        for seed in gather.watched(range(settings.linear_seeds), "TF-IDF models"):
-            rows += _linear_rows(sentences, settings, seed, sureness)
-        gather.write_table(out / "correlations.csv", pd.DataFrame(rows).round(5))
+        for seed in gather.watched(seeds, "TF-IDF models"):
+            rows += _linear_rows(sentences, settings, seed, entropies_of)
+        table = pd.DataFrame(rows).round(5)
+        gather.write_table(out / "correlations.csv", table)
 
     does = f"TF-IDF models, in this process: {settings.linear_seeds} splits of the sentences"
     return Artifact("linear-votes", version=1, inputs=inputs, make=make, does=does)
 
 
-def _linear_rows(sentences, settings, seed: int, entropies_of: np.ndarray | None) -> list[dict]:
-    """Return the rows of one split of the sentences."""
-    texts = [text for text, _ in sentences]
-    ratings = [values for _, values in sentences]
+class _Data(NamedTuple):
+    """Sentences as linear models take them, and how they are split."""
+
+    places: Split
+    features: Any  # (sentences, features), sparse
+    counts: np.ndarray  # histograms() of the sentences to vote on
+    crowd: np.ndarray  # mean ratings, (sentences,)
+
+
+def _linear_data(sentences: list[tuple], settings: Voters, seed: int) -> _Data:
+    """Split sentences, and return what linear models take. sentences: (text, ratings) each."""
+    texts = []
+    ratings = []
+    means = []
+    for text, ratings_of_text in sentences:
+        texts.append(text)
+        ratings.append(ratings_of_text)
+        means.append(np.mean(ratings_of_text))
     places = split(len(texts), settings, seed)
     features = _tf_idf(texts, places.train)
-    counts = histograms([ratings[place] for place in places.train])
-    crowd = np.array([np.mean(values) for values in ratings])
+    train_ratings = [ratings[place] for place in places.train]
+    counts = histograms(train_ratings)
+    return _Data(places, features, counts, np.array(means))
+
+
+def _linear_rows(sentences, settings, seed: int, entropies_of: np.ndarray | None) -> list[dict]:
+    """Return the rows of one split of the sentences."""
+    data = _linear_data(sentences, settings, seed)
     rows = []
     for number, cell in enumerate(_linear_cells(settings)):
-        generator = np.random.default_rng([seed, 2, number])
         kind, contested, size = cell
-        votes = drawn(counts, kind, size, settings, generator, contested)
-        own = votes._replace(
-            chosen=places.train[votes.chosen], rejected=places.train[votes.rejected]
+        generator = np.random.default_rng([seed, 2, number])
+        votes = drawn(data.counts, kind, size, settings, generator, contested)
+        votes = votes._replace(
+            chosen=data.places.train[votes.chosen],
+            rejected=data.places.train[votes.rejected],
         )
-        differences = features[own.chosen] - features[own.rejected]
-        weights = _linear_weights(own, entropies_of, generator)
+        weights = _linear_weights(votes, entropies_of, generator)
         for penalty in settings.penalties:
-            row = {"kind": kind, "contested": contested, "pairs": size}
-            row |= {"penalty": penalty, "seed": seed}
-            scores = {n: features @ fit(differences, w, penalty) for n, w in weights.items()}
-            row["dev"] = float(_correlations(scores["DPO"][places.dev], crowd[places.dev]))
-            for name, values in scores.items():
-                row[name] = float(_correlations(values[places.test], crowd[places.test]))
+            row = {
+                "kind": kind,
+                "contested": contested,
+                "pairs": size,
+                "penalty": penalty,
+                "seed": seed,
+            }
+            row |= _linear_correlations(data, votes, weights, penalty)
             rows.append(row)
     return rows
 
@@ -510,14 +646,38 @@ def _linear_cells(settings) -> list[tuple[str, float, int]]:
     """Return (kind, share of contested pairs, pairs) of everything that is fitted."""
     cells = []
     for size in settings.linear_pairs:
-        cells += [(MIXED, share, size) for share in settings.shares]
+        for share in settings.shares:
+            cells.append((MIXED, share, size))
         cells.append((EQUAL_GAP, 0.5, size))
     return cells
 
 
+def _linear_correlations(data: _Data, votes: Votes, weights: dict, penalty: float) -> dict:
+    """Fit a model of each learner; return the crowd's correlation with DPO on dev, all on test."""
+    features = data.features
+    differences = features[votes.chosen] - features[votes.rejected]
+    on_dev = {}
+    on_test = {}
+    for name, weights_of_learner in weights.items():
+        model = fit(differences, weights_of_learner, penalty)
+        scores = features @ model
+        on_dev[name] = _follow_crowd(scores, data.crowd, data.places.dev)
+        on_test[name] = _follow_crowd(scores, data.crowd, data.places.test)
+    return {"dev": on_dev["DPO"], **on_test}
+
+
+def _follow_crowd(scores: np.ndarray, crowd: np.ndarray, places: np.ndarray) -> float:
+    """Return the correlation of scores with the crowd on the sentences at these places."""
+    scores_there = scores[places]
+    crowd_there = crowd[places]
+    correlation = _correlations(scores_there, crowd_there)
+    return float(correlation)
+
+
 def _linear_weights(votes: Votes, entropies_of, generator) -> dict[str, np.ndarray]:
     """Return the weights of each learner: of LINEAR, or with entropies of LINEAR_ENTROPY."""
-    weights = {"DPO": np.ones(len(votes.chosen))}
+    pairs = len(votes.chosen)
+    weights = {"DPO": np.ones(pairs)}
     if entropies_of is None:
         true = weighted.of_agreement(votes.agreement)
         weights["MallowsPO-θ, true"] = true
@@ -525,7 +685,8 @@ def _linear_weights(votes: Votes, entropies_of, generator) -> dict[str, np.ndarr
         return weights
     chosen = entropies_of[votes.chosen]
     rejected = entropies_of[votes.rejected]
-    weights["MallowsPO-θ, entropy"], _ = dispersion.weights(chosen, rejected, range(len(chosen)))
+    estimated, _ = dispersion.weights(chosen, rejected, range(pairs))
+    weights["MallowsPO-θ, entropy"] = estimated
     return weights
 
 
@@ -534,7 +695,8 @@ def _tf_idf(texts: list[str], train: np.ndarray):
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
-    vectorizer.fit([texts[place] for place in train])
+    train_texts = [texts[place] for place in train]
+    vectorizer.fit(train_texts)
     return vectorizer.transform(texts)
 
 
@@ -551,10 +713,15 @@ def fit(differences, weights: np.ndarray, penalty: float) -> np.ndarray:
     """
     from scipy.optimize import minimize
 
-    pairs = differences.shape[0]
-    function = _loss(differences, weights, penalty, pairs)
-    start = np.zeros(differences.shape[1])
-    return minimize(function, start, jac=True, method="L-BFGS-B", options={"maxiter": 300}).x
+    pairs, features = differences.shape
+    minimum = minimize(
+        _loss(differences, weights, penalty, pairs),
+        np.zeros(features),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 300},
+    )
+    return minimum.x
 
 
 def _loss(differences, weights: np.ndarray, penalty: float, pairs: int) -> Callable:
@@ -562,10 +729,15 @@ def _loss(differences, weights: np.ndarray, penalty: float, pairs: int) -> Calla
     transposed = differences.T
 
     def function(v: np.ndarray) -> tuple[float, np.ndarray]:
-        s = weights * (differences @ v)
-        value = np.logaddexp(0, -s).mean() + penalty / 2 * (v @ v)
-        pull = weights * expit(-s) / pairs
-        return value, penalty * v - transposed @ pull
+        logits = weights * (differences @ v)
+        losses = np.logaddexp(0, -logits)
+        square = v @ v
+        shrinkage = penalty / 2 * square
+        value = losses.mean() + shrinkage
+        chance_wrong = expit(-logits)
+        pull = weights * chance_wrong / pairs
+        gradient = penalty * v - transposed @ pull
+        return value, gradient
 
     return function
 
@@ -576,11 +748,14 @@ def chosen_penalty(table: pd.DataFrame, **cell) -> pd.DataFrame:
     cell: {column: value} of correlations.csv. Raises ValueError for a cell without a row.
     """
     for column, value in cell.items():
-        table = table[table[column] == value]
+        is_equal = table[column] == value
+        table = table[is_equal]
     if table.empty:
         raise ValueError(f"no row of {cell}")
-    best = table.groupby("penalty")["dev"].mean().idxmax()
-    return table[table["penalty"] == best]
+    means = table.groupby("penalty")["dev"].mean()
+    best = means.idxmax()
+    is_best = table["penalty"] == best
+    return table[is_best]
 
 
 def linear_ahead(table: pd.DataFrame, learner: str, than: str = "DPO", **cell) -> stats.Estimate:
@@ -589,4 +764,5 @@ def linear_ahead(table: pd.DataFrame, learner: str, than: str = "DPO", **cell) -
     It is the mean over the splits of the sentences. table and cell are those of chosen_penalty().
     """
     rows = chosen_penalty(table, **cell)
-    return stats.mean_of_trainings(rows[learner] - rows[than])
+    leads = rows[learner] - rows[than]
+    return stats.mean_of_trainings(leads)
