@@ -68,7 +68,7 @@ def golden_section(
             b = right
         else:
             a = left
-    return _result(rewards, seed)
+    return choose(rewards, seed)
 
 
 def require_search(bracket: tuple[float, float], evaluations: int) -> None:
@@ -90,8 +90,11 @@ def _finite(values, alpha: float) -> np.ndarray:
     return rewards
 
 
-def _result(rewards: dict[float, np.ndarray], seed: int) -> Search:
-    """Choose the best α, and draw the prompts again to see which ones they would choose."""
+def choose(rewards: dict[float, np.ndarray], seed: int) -> Search:
+    """Choose the α with the highest mean, and see which ones other draws of the prompts choose.
+
+    rewards: {α: (prompts,) rewards}, of the same prompts. seed: of the bootstrap draws.
+    """
     alphas = list(rewards)
     table = np.stack(list(rewards.values()))
     best = table.mean(1).argmax()

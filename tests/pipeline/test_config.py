@@ -562,7 +562,7 @@ def sweep(cfg):
     "paper, experiment",
     [
         ("expo", expo.curves),
-        ("expo", expo.searches),
+        ("expo", expo.searched),
         ("expo", off_the_shelf),
         ("expo", sweep),
         ("mallows", mallows.frontier),
@@ -580,12 +580,12 @@ def test_experiments_refuse_given_pairs_without_other_prompts(paper, experiment,
 
 def test_experiments_refuse_a_missing_grid(monkeypatch):
     monkeypatch.setenv("COMPUTE", "plan")
-    cfg = load("expo", "smoke", quality_fraction=0.1)
+    cfg = load("expo", "smoke", quality_fractions=[0.1])
     with pytest.raises(ConfigError, match="alphas has no grid for fraction 0.1, only for 0.5, 1.0"):
-        expo.data_quality(cfg)
+        expo.data_quality(cfg, 0)
     cfg = load("expo", "smoke", alphas={0.5: [0], 1.0: [0, 1]})
     with pytest.raises(ConfigError, match="alphas.0.5: a search needs an α above 0"):
-        expo.searches(cfg)
+        expo.searched(cfg)
     nothing = {"plug_ins": {}, "grid_betas": (), "grid_lrs": ()}
     cfg = dataclasses.replace(load("mallows", "smoke"), **nothing)
     with pytest.raises(ConfigError, match="plug_ins and grid_betas are empty"):

@@ -17,7 +17,16 @@ from beyond_dpo import rewards, templates
 from beyond_dpo.files import link_file
 from beyond_dpo.machine import launch, paths, workers
 from beyond_dpo.notebook import plan
-from beyond_dpo.pipeline import artifacts, assets, config, expo, gather, spoiled, stages
+from beyond_dpo.pipeline import (
+    alpha_curves,
+    artifacts,
+    assets,
+    config,
+    expo,
+    gather,
+    spoiled,
+    stages,
+)
 
 
 def plain(**overrides):
@@ -336,14 +345,32 @@ def test_a_model_of_low_rank_keeps_less_and_can_be_walked_along(store, cfg):
 
 def test_a_search_names_the_points_that_it_tried(curves):
     cfg = one_fraction(0, 2)
-    searches = expo.searches(cfg)
-    (found,) = searches.json("searches.json")
-    points = searches.manifest["facts"]["chosen_points"]
-    alphas = {point["alpha"] for point in points}
-    assert alphas == {0, 2, *found["tried"]}
+    result = expo.searched(cfg)
+    (found,) = result.json("searches.json")
+    points = result.manifest["facts"]["tried_points"]
+    assert [point["alpha"] for point in points] == found["tried"]
     for point in points:
         scores = expo.point(cfg, 1.0, 0, point["alpha"], "dev_prompts")
         assert point["key"] == scores.key
+
+
+def test_a_search_finds_the_best_of_the_tried_points_that_pass_the_gate(curves):
+    cfg = one_fraction(0, 2)
+    result = expo.searched(cfg)
+    (found,) = result.json("searches.json")
+    passing = [alpha for alpha in found["tried"] if expo._passes(cfg, 1.0, 0, alpha)]
+    means = {alpha: expo._mean_rewards(cfg, 1.0, 0, alpha).mean() for alpha in passing}
+    assert found["alpha"] == max(means, key=means.get, default=0.0)
+    table = result.csv("responses.csv.gz")
+    aligned = table[table["fraction"] == 1.0]
+    assert set(aligned["own_alpha"]) == {found["alpha"]}
+    assert set(aligned["alpha"]) == {expo.SEARCHED}
+    assert set(aligned["split"]) == {"dev", "test"}
+
+
+def test_a_search_keeps_the_aligned_model_where_no_point_passes(curves, monkeypatch):
+    monkeypatch.setattr(alpha_curves, "LEAST_DISTINCT", 100.0)
+    assert expo._search(one_fraction(0, 2), 1.0, 0)["alpha"] == 0
 
 
 def test_no_text_and_no_token_of_the_data_set_is_frozen(curves):
@@ -618,7 +645,10 @@ def test_lines_share_what_is_already_trained():
     ends = {line.end.key for line in recipes.values()}
     assert len(ends) == len(recipes) == 9
     assert recipes["default"].end.key in trained
-    assert expo.data_quality(cfg)["random"].end.key in trained
+    quality = expo.data_quality(cfg, cfg.seeds[0])
+    assert len(quality) == 2 * len(cfg.quality_fractions) == 6
+    for name, line in quality.items():
+        assert (line.end.key in trained) == name.endswith("random"), name
 
 
 def test_no_line_has_one_model_at_both_ends():

@@ -31,6 +31,7 @@ PROMPTS = (
 SAMPLING_SEED = 2  # of responses that are judged
 SPLITS = ("dev", "test")
 FULL = "full DPO"  # on all pairs, as a line
+SEARCHED = 1.0  # stands in the table for the α that each training's own search found
 
 
 @dataclass(frozen=True)
@@ -232,80 +233,96 @@ def largest_passing(cfg, fraction: float, seed: int) -> Artifact:
     return Artifact("largest-passing", version=1, inputs=inputs, make=make)
 
 
-def searches(cfg) -> Artifact:
-    """Search α by golden section for every fraction, in the bracket of its grid; dev prompts.
+def searched(cfg) -> Artifact:
+    """Search α by golden section for several trainings of every fraction, in its grid's bracket.
 
-    searches.json: per fraction the chosen α with its interval and the α in the order they were
-    tried, beside the grid's choice. responses.csv.gz and points.json as in curves(), of both. The
-    facts name the points of both. Raises ConfigError for a grid that reaches no α above 0.
+    The trainings are those of the first cfg.line_seeds seeds; the search reads dev prompts alone.
+    searches.json: a row a training: fraction, seed, the α that is found, the interval in which the
+    dev prompts put it, and the α in the order they were tried. responses.csv.gz and points.json as
+    in curves(), with one point for each training: `own_alpha` is its α, and `alpha` is SEARCHED.
+    The facts name the points that were tried. Raises ConfigError for a grid that reaches no α
+    above 0.
     """
-    config.require_prompts(cfg.world, "dev_prompts")
-    for fraction in cfg.fractions:
-        largest = max(cfg.alphas[fraction])
-        if largest <= 0:
+    config.require_prompts(cfg.world, "dev_prompts", "test_prompts")
+    grids = []
+    for fraction, seed in _searched_runs(cfg):
+        if max(cfg.alphas[fraction]) <= 0:
             raise config.ConfigError(
                 f"alphas.{fraction}: a search needs an α above 0, where it ends"
             )
-    grids = []
-    for fraction in cfg.fractions:
-        grids += _searched_points(cfg, fraction, cfg.alphas[fraction])
+        grids += _dev_points(cfg, fraction, seed, cfg.alphas[fraction])
 
     def make(out: Path) -> dict:
         needs.check(cfg)
-        choices = []
-        points = []
-        for fraction in gather.watched(cfg.fractions, "golden-section search"):
-            choice, alphas = _search(cfg, fraction)
-            choices.append(choice)
-            points += _searched_points(cfg, fraction, alphas)
-        table, facts = gather.scored(points, "searched α and grids")
+        rows = []
+        tried = []
+        points = _sft_points(cfg, {"fraction": 0.0})
+        for fraction, seed in gather.watched(_searched_runs(cfg), "golden-section search"):
+            found = _search(cfg, fraction, seed)
+            rows.append({"fraction": fraction, "seed": seed, **found})
+            tried += _dev_points(cfg, fraction, seed, found["tried"])
+            line = _aligned_line(cfg, fraction, seed, (found["alpha"],))
+            columns = {"fraction": fraction, "seed": seed, "own_alpha": found["alpha"]}
+            points += [_renamed(point, SEARCHED) for point in _walked(cfg, columns, line)]
+        table, facts = gather.scored(points, "α that were found")
         gather.write(out, table, facts)
-        gather.write_json(out / "searches.json", choices, indent=1)
-        return {"chosen_points": gather.keys(points)}
+        gather.write_json(out / "searches.json", rows, indent=1)
+        return {"tried_points": gather.keys(tried)}
 
-    inputs = {
-        "points": gather.scores_of(grids),
-        "evaluations": cfg.search_evaluations,
-        "seed": cfg.seeds[0],
-    }
-    return Artifact("searches", version=2, inputs=inputs, make=make, hours=cfg.needs.hours)
+    inputs = {"points": gather.scores_of(grids), "evaluations": cfg.search_evaluations}
+    return Artifact("searched", version=1, inputs=inputs, make=make, hours=cfg.needs.hours)
 
 
-def _search(cfg, fraction: float) -> tuple[dict, list[float]]:
-    """Search α of one fraction; return an entry of searches.json, and all α that were sampled."""
-    rewards = partial(_mean_rewards, cfg, fraction)
-    grid = {}
-    for alpha in cfg.alphas[fraction]:
-        grid[alpha] = rewards(alpha).mean()
-    bracket = (0.0, max(grid))
-    seed = cfg.seeds[0]
+def _searched_runs(cfg) -> list[tuple[float, int]]:
+    """Return the (fraction, seed) of runs() whose seed is one of the first cfg.line_seeds."""
+    seeds = cfg.seeds[: cfg.line_seeds]
+    return [(fraction, seed) for fraction, seed in runs(cfg) if seed in seeds]
+
+
+def _search(cfg, fraction: float, seed: int) -> dict:
+    """Search α of one training; return an entry of searches.json.
+
+    The reward model guides the search, and chooses among the α that pass the gate. Where none
+    does, the choice is α = 0.
+    """
+    rewards = partial(_mean_rewards, cfg, fraction, seed)
+    bracket = (0.0, max(cfg.alphas[fraction]))
     result = search.golden_section(rewards, bracket, cfg.search_evaluations, seed=seed)
-    tried = list(result.rewards)
-    choice = {
-        "fraction": fraction,
-        "alpha": result.alpha,
-        "low": result.low,
-        "high": result.high,
-        "grid": max(grid, key=grid.get),
-        "tried": tried,
-    }
-    sampled = dict.fromkeys([*grid, *tried])
-    return choice, list(sampled)
+    passing = {}
+    for alpha, values in result.rewards.items():
+        if _passes(cfg, fraction, seed, alpha):
+            passing[alpha] = values
+    chosen = search.choose(passing or {0.0: result.rewards[0.0]}, seed)
+    interval = {"alpha": chosen.alpha, "low": chosen.low, "high": chosen.high}
+    return {**interval, "tried": list(result.rewards)}
 
 
-def _searched_points(cfg, fraction: float, alphas: Iterable[float]) -> list[gather.Point]:
-    """Return these α of one fraction on dev prompts, first seed."""
+def _passes(cfg, fraction: float, seed: int, alpha: float) -> bool:
+    """Return whether a point passes the gate on dev prompts."""
+    here = _repetition(point(cfg, fraction, seed, alpha, "dev_prompts"))
+    of_sft = _repetition(point(cfg, 0.0, seed, 0.0, "dev_prompts"))
+    return bool(passes_gate(*here, *of_sft))
+
+
+def _repetition(scores: Artifact) -> tuple[float, float]:
+    """Return the repeated trigrams of a point (mean share of a response), and its distinct-2."""
+    table = gather.read_lines(scores, "scores.jsonl")
+    return table["repetition"].mean(), scores.manifest["facts"]["distinct_2"]
+
+
+def _dev_points(cfg, fraction: float, seed: int, alphas: Iterable[float]) -> list[gather.Point]:
+    """Return these α of one training on dev prompts."""
     points = []
     for alpha in alphas:
-        columns = {"fraction": fraction, "alpha": alpha}
-        scores = point(cfg, fraction, cfg.seeds[0], alpha, "dev_prompts")
+        columns = {"fraction": fraction, "seed": seed, "alpha": alpha}
+        scores = point(cfg, fraction, seed, alpha, "dev_prompts")
         points.append(gather.Point(columns, scores))
     return points
 
 
-def _mean_rewards(cfg, fraction: float, alpha: float) -> np.ndarray:
+def _mean_rewards(cfg, fraction: float, seed: int, alpha: float) -> np.ndarray:
     """Return the mean of the reward model for each dev prompt, (prompts,)."""
-    scores = point(cfg, fraction, cfg.seeds[0], alpha, "dev_prompts")
+    scores = point(cfg, fraction, seed, alpha, "dev_prompts")
     table = gather.read_lines(scores, "scores.jsonl")
     prompts = table.groupby("id", sort=False)
     means = prompts["reward"].mean()
@@ -520,20 +537,19 @@ def losses(cfg, seed: int) -> dict[str, Line]:
     return lines
 
 
-def data_quality(cfg, seed: int | None = None) -> dict[str, Line]:
+def data_quality(cfg, seed: int) -> dict[str, Line]:
     """Return the lines of models trained on random pairs, and on those with long chosen responses.
 
-    These are the rows of ACL Table 3. seed: None is the first. Raises ConfigError without an α grid
-    for this fraction.
+    These are the rows of ACL Table 3, "10%, random" and so on. Raises ConfigError for a fraction
+    without an α grid.
     """
-    seed = cfg.seeds[0] if seed is None else seed
-    fraction = cfg.quality_fraction
-    config.check_grid(cfg, fraction)
-    align = partial(_aligned_line, cfg, fraction, seed, cfg.alphas[fraction])
-    return {
-        "random": align(),
-        "length-biased": align(longest=True),
-    }
+    lines = {}
+    for fraction in cfg.quality_fractions:
+        config.check_grid(cfg, fraction)
+        align = partial(_aligned_line, cfg, fraction, seed, cfg.alphas[fraction])
+        lines[f"{fraction:.0%}, random"] = align()
+        lines[f"{fraction:.0%}, length-biased"] = align(longest=True)
+    return lines
 
 
 def wrong_pairs(cfg, seed: int | None = None) -> dict[str, Line]:

@@ -153,8 +153,8 @@ class Lines(Paper):
     # share of the pairs that the training recipes (epochs, learning rate, optimizer, β) get
     recipe_fraction: PositiveShare = 0.2
     recipe_alphas: Grid = ()  # α grid of every recipe
-    # share of the pairs: a random draw against those with the longest chosen responses
-    quality_fraction: PositiveShare = 0.1
+    # shares of the pairs: a random draw against those with the longest chosen responses
+    quality_fractions: Fractions = (0.1, 0.2, 0.4)
     pair_alphas: Grid = ()  # α grid of the lines that ExPO should not be applied to
     layers: Annotated[int, Field(ge=2)] = 30  # of the target, which the module grid halves
     module_alphas: Grid = ()  # α grid of attention, MLP and layer ranges
