@@ -192,7 +192,7 @@ def test_in_committed_tables_numbers_stand_right_and_texts_left():
             assert style == alignment, heading
             assert {look.partition(";")[0] for look, _ in cells} == {alignment}, heading
             counts[alignment] += 1
-    assert len(tables) == 107
+    assert len(tables) == 108
     assert counts["text-align: left"] > 150
     assert counts["text-align: right"] > 250
 
