@@ -472,7 +472,9 @@ def test_markup_that_a_model_says_is_shown_as_text(tmp_path, monkeypatch, fault)
     sources = [cell.source for cell in nbformat.read(path, 4).cells]
     (source,) = [source for source in sources if 'said.json("texts.json")' in source]
     said = Artifact("said", 1, {}, write_texts)
-    table = last_value(source, {"said": said, "cfg": cfg, "pd": pd, "report": report})
+    lines = [*MARKUP, "SFT"]
+    names = {"said": said, "cfg": cfg, "lines": lines, "pd": pd, "report": report}
+    table = last_value(source, names)
     shown, _ = DisplayFormatter().format(table)
     check_shown_as_text(shown["text/html"])
     fault("markup in model output", len(MARKUP))

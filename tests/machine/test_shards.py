@@ -311,7 +311,9 @@ def test_an_adapter_of_another_model_is_refused(tiny, adapter, tmp_path):
 
 
 def test_an_adapter_is_no_model(tiny, adapter):
-    message = r"no model.safetensors or index in .*; adapters: lora.scaled"
+    message = (
+        r"no model.safetensors or index in .*; an adapter is merged, or scaled by .*lora.scaled"
+    )
     with pytest.raises(ValueError, match=message):
         extrapolate.check(tiny, adapter)
 

@@ -753,9 +753,10 @@ def test_the_dry_run_names_every_training_of_expos_notebooks(dry_run):
     assert count["12"] == sft + sum(fraction == 1 for fraction, _ in expo.runs(cfg))
     full = int(cfg.world.sft_at_alpha)  # full DPO, for the SFT model as its α = −1
     assert count["13"] == sft + 1 + full + len(cfg.recipes)
-    assert count["14"] == sft + 2 + full
-    assert count["15"] == (4 if sft else 1) + full
-    assert count["17"] == sft + len(cfg.fractions)
+    seeds = cfg.seeds[: cfg.line_seeds]
+    assert count["14"] == sft + len(seeds) * (2 * len(cfg.quality_fractions) + 1)
+    assert count["15"] == (1 + 3 * len(seeds) if sft else 1)
+    assert count["17"] == sft + models
     for number in ("00", "18", "19"):
         assert count[number] == 0
 

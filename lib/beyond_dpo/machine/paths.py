@@ -33,5 +33,9 @@ def read_yaml(path: Path):
 
     It takes a tenth of the time, and settings are read at each start.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    safe_loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    loader = safe_loader(path.read_text(encoding="utf-8"))
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
