@@ -249,12 +249,11 @@ def discoveries(p_values: Iterable[float], rate: float = 1 - LEVEL) -> list[bool
     Among those, a share of at most `rate` is expected to be 0 in truth.
     """
     p_values = np.asarray_chkfinite(list(p_values), float)
-    count = len(p_values)
-    ordered = np.sort(p_values)
-    places = np.arange(1, count + 1)
-    passing = ordered[ordered * (count / places) <= rate]
-    largest = passing.max(initial=-1.0)  # all up to there are told from 0
-    return (p_values <= largest).tolist()
+    if not len(p_values):
+        return []
+    from scipy.stats import false_discovery_control
+
+    return (false_discovery_control(p_values) <= rate).tolist()
 
 
 def mean_interval(values, *, seed: int, n_boot: int = 2000, groups=None) -> Interval:

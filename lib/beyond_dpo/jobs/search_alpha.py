@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -72,26 +72,9 @@ def search_alpha(
     events.note(
         f"searching α: at most {evaluations} values, {len(sampled_prompts)} responses at each"
     )
-    settings = {"model": str(sft), "decoding": dataclasses.asdict(decoding)}
     known = known or {}
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        work = Path(folder)
-        prompts_file = work / "prompts.json"
-        prompts_file.write_text(json.dumps(prompt_rows), encoding="utf-8")
-
-        @cache
-        def engine() -> launch.Worker:
-            """Start the engine when the first α needs it."""
-            module = "beyond_dpo.jobs.generate"
-            return stack.enter_context(launch.Worker(module, settings, work, desc="search"))
-
-        def sample(alpha: float) -> list[str]:
-            """Return the responses at α."""
-            out = work / f"{alpha:g}.jsonl"
-            files = {"prompts": str(prompts_file), "out": str(out)}
-            engine().call("swap", sft=str(sft), aligned=str(aligned), alpha=alpha)
-            engine().call("generate", **files, samples=samples, seed=seed)
-            return _responses(tokenizer, out)
+    request = {"samples": samples, "seed": seed}
+    with _sampler(str(sft), str(aligned), tokenizer, prompt_rows, decoding, request) as sample:
 
         def evaluate(alpha: float) -> np.ndarray:
             """Return the mean reward of each prompt's responses at α."""
@@ -106,6 +89,36 @@ def search_alpha(
             return rewards
 
         return golden_section(evaluate, bracket, evaluations, seed=seed)
+
+
+@contextmanager
+def _sampler(
+    sft: str, aligned: str, tokenizer, prompt_rows: list[dict], decoding: Decoding, request: dict
+) -> Iterator[Callable[[float], list[str]]]:
+    """Give a function that returns the responses at an α, of one engine for all.
+
+    request: {"samples", "seed"}, as Engine.generate() takes them.
+    """
+    settings = {"model": sft, "decoding": dataclasses.asdict(decoding)}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        work = Path(folder)
+        prompts_file = work / "prompts.json"
+        prompts_file.write_text(json.dumps(prompt_rows), encoding="utf-8")
+
+        @cache
+        def engine() -> launch.Worker:
+            """Start the engine when the first α needs it."""
+            module = "beyond_dpo.jobs.generate"
+            return stack.enter_context(launch.Worker(module, settings, work, desc="search"))
+
+        def sample(alpha: float) -> list[str]:
+            out = work / f"{alpha:g}.jsonl"
+            files = {"prompts": str(prompts_file), "out": str(out)}
+            engine().call("swap", sft=sft, aligned=aligned, alpha=alpha)
+            engine().call("generate", **files, **request)
+            return _responses(tokenizer, out)
+
+        yield sample
 
 
 def _prompt_rows(tokenizer, prompts: list) -> list[dict]:

@@ -181,7 +181,8 @@ def time_of(notebook: str) -> str:
 def recorded_time(notebook: str) -> str:
     """Return how long the trainings and searches behind a notebook's figures took.
 
-    Frozen α curves keep these seconds; a notebook without such curves is not timed.
+    Frozen α curves keep these seconds; a notebook without such curves is not timed. What else a
+    notebook computes comes on top.
     """
     keys = set()
     for figure in figures_of(notebook):
@@ -194,7 +195,7 @@ def recorded_time(notebook: str) -> str:
             seconds += row["training"] + row["search"]
     if not seconds:
         return NOT_TIMED
-    return f"{events.duration(seconds)} for trainings and searches alone"
+    return f"more than {events.duration(seconds)}, which its curves' trainings and points took"
 
 
 def figures_of(notebook: str) -> list[str]:

@@ -216,15 +216,17 @@ class AlphaCurves:
 
         It is the rank correlation of label and −α in each training, 0 where all α are the same.
         """
+        from scipy.stats import rankdata
+
         trainings = min(len(self.seeds(model)) for model in self.models)
-        labels = _ranks(np.array([float(model) for model in self.models]))
+        labels = rankdata([float(model) for model in self.models])
 
         def correlation(dev: np.ndarray, _) -> np.ndarray:
             alphas = []
             for model in self.models:
                 places = self._chosen_places(model, dev)[:, :trainings]
                 alphas.append(self.alphas[model][places])
-            ranks = _ranks(-np.stack(alphas, -1))
+            ranks = rankdata(-np.stack(alphas, -1), axis=-1)
             return _correlation(ranks, labels)
 
         return Quantity(correlation, trainings)
@@ -319,15 +321,6 @@ def _interpolation(x: np.ndarray, target: float) -> np.ndarray:
     weights[order[below]] += 1 - part
     weights[order[above]] += part
     return weights
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Return ranks from 1 along the last axis, which is short; equals get the mean of theirs."""
-    of_each = values[..., :, np.newaxis]
-    others = values[..., np.newaxis, :]
-    lower = (others < of_each).sum(-1)
-    equal = (others == of_each).sum(-1)  # itself among them
-    return lower + (equal + 1) / 2
 
 
 def _correlation(ranks: np.ndarray, labels: np.ndarray) -> np.ndarray:
