@@ -748,12 +748,15 @@ def test_the_dry_run_names_every_training_of_expos_notebooks(dry_run):
     taken = (cfg.train.lr, cfg.train.epochs)
     tried = [recipe for recipe in cfg.tried if recipe != taken]
     assert count["11"] == sft + models + len(tried)
-    assert count["16"] == sft + models
+    seeds = cfg.seeds[: cfg.line_seeds]
+    fractions = (cfg.recipe_fraction, cfg.fractions[-1])  # of the low ranks and of the modules
+    of_16 = {*expo.runs(cfg), *((fraction, seed) for fraction in fractions for seed in seeds)}
+    checkpointed = 1  # all pairs once more, with the checkpoints that straightness needs
+    assert count["16"] == sft + len(of_16) + checkpointed
     assert count["90"] == sft + models
     assert count["12"] == sft + sum(fraction == 1 for fraction, _ in expo.runs(cfg))
     full = int(cfg.world.sft_at_alpha)  # full DPO, for the SFT model as its α = −1
     assert count["13"] == sft + 1 + full + len(cfg.recipes)
-    seeds = cfg.seeds[: cfg.line_seeds]
     assert count["14"] == sft + len(seeds) * (2 * len(cfg.quality_fractions) + 1)
     assert count["15"] == (1 + 3 * len(seeds) if sft else 1)
     assert count["17"] == sft + models
