@@ -69,6 +69,10 @@ reproduce: $(READY)  ## compute the main results anew, each claim beside the fro
 test: $(READY)  ## run the tests
 	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+# Every notebook at smoke, 5 minutes, and whatever else `make test` is too short for. CI runs both.
+long: $(READY)  ## run the tests that take minutes each
+	@$(RUN) -m pytest -m long
+
 # The short form of this is part of `make test`.
 faults: $(READY)  ## break every stage, disk and file in all known ways, a quarter of an hour; count what survives
 	@FAULT_ROUNDS=$(ROUNDS) FAULTS_TO=$(FAULTS_TO) $(RUN) -m pytest -q tests/test_faults.py tests/test_hostile.py
@@ -116,4 +120,4 @@ clean:  ## delete computed results (artifacts/) and caches; downloads, data/froz
 	@rm -rf artifacts .pytest_cache .ruff_cache build lib/*.egg-info notebooks/.ipynb_checkpoints
 	@find lib tests -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup reproduce test faults smoke lab book render freeze lint clean
+.PHONY: help setup reproduce test long faults smoke lab book render freeze lint clean

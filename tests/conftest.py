@@ -50,7 +50,6 @@ SLOW = {
 }
 # The files that take longest begin, so that two processes end at about one time.
 LONGEST = [
-    "test_cold.py",
     "test_faults.py",
     "test_judge.py",
     "test_wrpo.py",

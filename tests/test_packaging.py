@@ -29,6 +29,7 @@ TARGETS = (
     "setup",
     "reproduce",
     "test",
+    "long",
     "faults",
     "smoke",
     "lab",
@@ -521,7 +522,8 @@ def test_make_prints_every_target():
         (["freeze"], "notebook.run --all --freeze"),
         (["freeze"], "COMPUTE=cold"),  # with auto it would freeze once more what is frozen
         (["freeze", "COMPUTE=auto"], "COMPUTE=auto"),
-        (["test"], "-m pytest"),
+        (["test"], "-m pytest -n 2"),
+        (["long"], "-m pytest -m long"),
         (["faults"], "FAULT_ROUNDS=2 FAULTS_TO=artifacts/faults.json"),
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),

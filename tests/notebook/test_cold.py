@@ -1,7 +1,4 @@
-"""Every notebook runs cold at smoke.
-
-This test takes longest: it has a file of its own, with which conftest.py begins.
-"""
+"""Every notebook runs cold at smoke: `make long` runs this, `make test` leaves it out."""
 
 import os
 import subprocess
@@ -13,7 +10,7 @@ import pytest
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import plan
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def test_every_notebook_runs_cold_at_smoke(tmp_path, monkeypatch):
