@@ -506,7 +506,7 @@ def test_frozen_settings_hold_only_where_results_are_read(mode, precision, monke
             r"alphas\.1\.5.*less than or equal to 1",
         ),
         ("expo", {"layers": 1}, "layers: .* greater than or equal to 2"),
-        ("expo", {"recipes": ["4 epochs"]}, r"recipes\.0: .*'2 epochs'"),
+        ("expo", {"recipes": ["epochs × 4"]}, r"recipes\.0: .*'epochs × 2'"),
         (
             "expo",
             {"train.loss": "wrpo"},

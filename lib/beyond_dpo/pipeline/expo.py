@@ -511,8 +511,8 @@ def recipes(cfg, seed: int | None = None) -> dict[str, Line]:
     beta = cfg.train.beta
     changes = {
         "default": {},
-        "2 epochs": {"epochs": 2 * cfg.train.epochs},
-        "3 epochs": {"epochs": 3 * cfg.train.epochs},
+        "epochs × 2": {"epochs": 2 * cfg.train.epochs},
+        "epochs × 3": {"epochs": 3 * cfg.train.epochs},
         "learning rate × 2": {"lr": 2 * lr},
         "learning rate × 4": {"lr": 4 * lr},
         "AdaGrad": {"optimizer": "adagrad"},

@@ -25,8 +25,8 @@ from beyond_dpo.jobs.settings import (
 )
 
 Recipe = Literal[
-    "2 epochs",
-    "3 epochs",
+    "epochs × 2",
+    "epochs × 3",
     "learning rate × 2",
     "learning rate × 4",
     "AdaGrad",
