@@ -755,8 +755,8 @@ def test_the_dry_run_names_every_training_of_expos_notebooks(dry_run):
     assert count["16"] == sft + len(of_16) + checkpointed
     assert count["90"] == sft + models
     assert count["12"] == sft + sum(fraction == 1 for fraction, _ in expo.runs(cfg))
-    full = int(cfg.world.sft_at_alpha)  # full DPO, for the SFT model as its α = −1
-    assert count["13"] == sft + 1 + full + len(cfg.recipes)
+    of_13 = 2 + len(cfg.recipes) + len(cfg.losses)  # besides the recipes: the default, all pairs
+    assert count["13"] == sft + len(seeds) * of_13
     assert count["14"] == sft + len(seeds) * (2 * len(cfg.quality_fractions) + 1)
     assert count["15"] == (1 + 3 * len(seeds) if sft else 1)
     assert count["17"] == sft + models
