@@ -453,9 +453,9 @@ def test_a_pin_is_taken_where_no_commit_is_named():
 def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monkeypatch):
     """Only where nothing is changed; what is computed anew is float32."""
     monkeypatch.delenv("COMPUTE", raising=False)
-    assert load("expo", "cpu").train.precision == "bf16"
-    assert load("expo", "cpu", seeds=None).decoding.dtype == "bfloat16"
-    assert load("expo", "cpu", seeds=[0]).train.precision == "fp32"
+    assert load("mallows", "cpu").train.precision == "bf16"
+    assert load("mallows", "cpu", seeds=None).decoding.dtype == "bfloat16"
+    assert load("mallows", "cpu", seeds=[0]).train.precision == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def test_frozen_results_are_read_with_the_settings_they_were_measured_with(monke
 )
 def test_frozen_settings_hold_only_where_results_are_read(mode, precision, monkeypatch):
     monkeypatch.setenv("COMPUTE", mode)
-    assert load("expo", "cpu").train.precision == precision
+    assert load("mallows", "cpu").train.precision == precision
 
 
 @pytest.mark.parametrize(

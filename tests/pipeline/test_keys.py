@@ -157,7 +157,6 @@ EXPO = config.load("expo", "cpu")
 MALLOWS = config.load("mallows", "cpu")
 WRPO = config.load("wrpo", "cpu")
 TABLES = {  # frozen results that hold a point of the SFT model
-    "sweep": lambda: expo.sweep(EXPO, expo.recipes(EXPO)),
     "frontier": lambda: mallows.frontier(MALLOWS),
     "main result": lambda: wrpo.main_result(WRPO),
 }
@@ -171,15 +170,13 @@ def placed(judged, **columns):
 
 
 SFT_POINTS = {
-    "curves": lambda: expo.point(EXPO, 0.0, 0, 0.0, "test_prompts"),
-    "sweep": lambda: expo.sweep(EXPO, {}).inputs["points"][0],
     "frontier": lambda: placed(mallows.frontier(MALLOWS), loss="sft"),
     "main result": lambda: placed(wrpo.main_result(WRPO), model="Target"),
 }
 
 
-def as_itself(cfg):
-    world = dataclasses.replace(cfg.world, sft_at_alpha=False)
+def with_sft(cfg, at_alpha):
+    world = dataclasses.replace(cfg.world, sft_at_alpha=at_alpha)
     return dataclasses.replace(cfg, world=world)
 
 
@@ -193,8 +190,8 @@ def test_frozen_results_are_found_as_long_as_their_sft_point_is_one_at_alpha(tab
 def test_the_sft_point_as_itself_names_no_aligned_model(table, monkeypatch):
     build = SFT_POINTS[table]
     frozen = build()
-    for name in ("EXPO", "MALLOWS", "WRPO"):
-        monkeypatch.setitem(globals(), name, as_itself(globals()[name]))
+    for name in ("MALLOWS", "WRPO"):
+        monkeypatch.setitem(globals(), name, with_sft(globals()[name], at_alpha=False))
     alone = build()
     assert alone.key != frozen.key
     weights = alone.inputs["responses"].inputs
@@ -205,8 +202,11 @@ def test_the_sft_point_as_itself_names_no_aligned_model(table, monkeypatch):
 
 
 def test_other_points_keep_their_keys_where_the_sft_point_is_itself():
-    frozen = expo.point(EXPO, 1.0, 0, 2.0, "dev_prompts").key
-    assert expo.point(as_itself(EXPO), 1.0, 0, 2.0, "dev_prompts").key == frozen
+    at_alpha, itself = (with_sft(EXPO, at_alpha) for at_alpha in (True, False))
+    other = expo.point(at_alpha, 1.0, 0, 2.0, "dev_prompts")
+    assert expo.point(itself, 1.0, 0, 2.0, "dev_prompts").key == other.key
+    sft = expo.point(at_alpha, 0.0, 0, 0.0, "dev_prompts")
+    assert expo.point(itself, 0.0, 0, 0.0, "dev_prompts").key != sft.key
 
 
 @pytest.mark.parametrize("paper", config.SCHEMAS)
