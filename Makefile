@@ -69,9 +69,10 @@ reproduce: $(READY)  ## compute the main results anew, each claim beside the fro
 test: $(READY)  ## run the tests
 	@$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every notebook at smoke, 5 minutes, and whatever else `make test` is too short for. CI runs both.
-long: $(READY)  ## run the tests that take minutes each
-	@$(RUN) -m pytest -m long
+# Every notebook at smoke, the rehearsal of the GPU benchmarks, and whatever else takes half a minute by itself. CI runs
+# both.
+long: $(READY)  ## run the tests that take longest, which `test` leaves out
+	@$(RUN) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder
 
 # The short form of this is part of `make test`.
 faults: $(READY)  ## break every stage, disk and file in all known ways, a quarter of an hour; count what survives

@@ -63,7 +63,8 @@ def pytest_collection_modifyitems(items):
     """Mark the slow tests, and begin with the files that take longest."""
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if SLOW & set(item.fixturenames) or "vllm" in parameters:
+        is_long = item.get_closest_marker("long") is not None
+        if is_long or SLOW & set(item.fixturenames) or "vllm" in parameters:
             item.add_marker(pytest.mark.slow)
     items.sort(key=rank)
 

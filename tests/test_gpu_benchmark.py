@@ -55,7 +55,7 @@ def require_positive(row: dict, *names: str) -> None:
         assert row[name] > 0, name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_step_ends_well_and_is_in_the_table(rehearsal):
     out, printed = rehearsal
     steps = [row["step"] for row in read(out, "steps")]
@@ -68,7 +68,7 @@ def test_every_step_ends_well_and_is_in_the_table(rehearsal):
     assert not (out / "work").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_environment_is_told(rehearsal):
     (row,) = read(rehearsal[0], "environment")["measured"]
     assert {"torch", "transformers", "deepspeed"} <= set(row["packages"])
@@ -76,7 +76,7 @@ def test_the_environment_is_told(rehearsal):
     require_positive(row, "copy_bytes_per_s")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_ways_to_compute_attention_score_alike(rehearsal):
     """Without a GPU flex-attention and compiled layers are left out."""
     content = read(rehearsal[0], "attention")
@@ -91,7 +91,7 @@ def test_all_ways_to_compute_attention_score_alike(rehearsal):
     assert "aten::mm" in (rehearsal[0] / "attention.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trainings_are_timed_step_by_step(rehearsal):
     content = read(rehearsal[0], "train")
     (case,) = content["settings"]["cases"]
@@ -117,7 +117,7 @@ def test_trainings_are_timed_step_by_step(rehearsal):
         assert row["process_seconds"] > sum(row["step_seconds"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_our_ratio_to_trl_is_that_of_the_medians(rehearsal):
     pytest.importorskip("trl")
     content = read(rehearsal[0], "train")
@@ -129,7 +129,7 @@ def test_our_ratio_to_trl_is_that_of_the_medians(rehearsal):
     assert line.endswith(f"ours ÷ this {ratio:.2f}")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpoints_are_extrapolated_and_copied(rehearsal):
     content = read(rehearsal[0], "extrapolate")
     size = content["settings"]["bytes"]

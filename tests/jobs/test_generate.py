@@ -857,7 +857,7 @@ def test_vllm_says_that_it_does_not_compute_with_all_weights_of_a_mixture(tmp_pa
         call("swap", **line, alpha=0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_spread_over_two_devices_is_the_same_model(models, line, tmp_path, monkeypatch):
     """Tensor parallelism: the probe of swapped weights is that of one device.
 

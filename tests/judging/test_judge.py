@@ -1346,6 +1346,7 @@ def published_settings(tiny, folder, gate):
     )
 
 
+@pytest.mark.long
 def test_published_pairs_are_extrapolated_and_judged(store, gate, tiny, tmp_path):
     """α is chosen by a reward model on dev prompts; both ends are judged on AlpacaEval's."""
     archive("llm_eval", "alpaca_eval")

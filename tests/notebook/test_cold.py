@@ -10,7 +10,7 @@ import pytest
 from beyond_dpo.machine import paths
 from beyond_dpo.notebook import plan
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = pytest.mark.long
 
 
 def test_every_notebook_runs_cold_at_smoke(tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def test_in_committed_tables_numbers_stand_right_and_texts_left():
             assert style == alignment, heading
             assert {look.partition(";")[0] for look, _ in cells} == {alignment}, heading
             counts[alignment] += 1
-    assert len(tables) == 107
+    assert len(tables) == 108
     assert counts["text-align: left"] > 150
     assert counts["text-align: right"] > 250
 
@@ -278,7 +278,7 @@ def test_committed_notebooks_say_what_they_said(tmp_path):
     compare(light, tmp_path, more_paths=[tmp_path])
     compare([paths.NOTEBOOKS / f"{WITH_TORCH}.ipynb"], tmp_path)
     drawn = pictures(tmp_path / "figures")
-    assert len(drawn) == 41
+    assert len(drawn) == 42
     committed = pictures(paths.FIGURES)
     del committed["overview.svg"]  # drawn from other figures' numbers, by no notebook
     assert drawn == committed, "the same bytes"

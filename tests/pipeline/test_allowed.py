@@ -24,6 +24,7 @@ def test_weights_are_dealt_in_the_order_of_the_truth_and_against_it():
         allowed.dealt(weights, AGREEMENT, "somehow", seed=0)
 
 
+@pytest.mark.long
 def test_the_band_of_real_weights(store):
     table = allowed.band(SMOKE).csv("shares.csv")
     sizes = SMOKE.contextual

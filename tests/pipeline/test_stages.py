@@ -755,7 +755,7 @@ def test_the_dry_run_names_every_training_of_expos_notebooks(dry_run):
     assert count["16"] == sft + len(of_16) + checkpointed
     assert count["90"] == sft + models
     assert count["12"] == sft + sum(fraction == 1 for fraction, _ in expo.runs(cfg))
-    of_13 = 2 + len(cfg.recipes) + len(cfg.losses)  # besides the recipes: the default, all pairs
+    of_13 = 2 + len(cfg.recipes)  # besides the recipes: the default, all pairs
     assert count["13"] == sft + len(seeds) * of_13
     assert count["14"] == sft + len(seeds) * (2 * len(cfg.quality_fractions) + 1)
     assert count["15"] == (1 + 3 * len(seeds) if sft else 1)
