@@ -50,11 +50,16 @@ SLOW = {
 }
 # The files that take longest begin, so that two processes end at about one time.
 LONGEST = [
+    "test_notebooks.py",
+    "test_train.py",
+    "test_shards.py",
     "test_faults.py",
     "test_judge.py",
+    "test_stages.py",
+    "test_generate.py",
+    "test_cli.py",
+    "test_rewards.py",
     "test_wrpo.py",
-    "test_shards.py",
-    "test_notebooks.py",
 ]
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 
 import nbformat
 import psutil
@@ -431,6 +432,20 @@ def test_make_lab_takes_options_and_works_as_root(tmp_path, user):
 
 
 @pytest.mark.slow
+def kernels_of(runtime):
+    """Return what the Jupyter server of a runtime folder offers, None where it does not answer yet.
+
+    It writes its address down before it listens.
+    """
+    for server in runtime.glob("jpserver-*.json"):
+        with suppress(OSError, ValueError):  # no connection yet, or half a file
+            about = json.loads(server.read_text())
+            address = f"{about['url']}api/kernelspecs?token={about['token']}"
+            with urllib.request.urlopen(address) as answer:
+                return json.load(answer)
+    return None
+
+
 def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
     """A real JupyterLab; the user has a `python3` kernel of another environment."""
     spec = tmp_path / "jupyter" / "kernels" / "python3"
@@ -461,13 +476,7 @@ def test_make_lab_offers_the_kernel_that_has_the_package(tmp_path):
     }
     lab = subprocess.Popen(command, cwd=paths.ROOT, env=environment, **options)
     try:
-        assert wait_for(lambda: list((tmp_path / "runtime").glob("jpserver-*.json")), 60)
-        (server,) = (tmp_path / "runtime").glob("jpserver-*.json")
-        about = json.loads(server.read_text())
-        with urllib.request.urlopen(
-            f"{about['url']}api/kernelspecs?token={about['token']}"
-        ) as answer:
-            kernels = json.load(answer)
+        kernels = wait_for(lambda: kernels_of(tmp_path / "runtime"))
         assert kernels["default"] == "python3"
         assert kernels["kernelspecs"]["python3"]["spec"]["argv"][0] != "/bin/false"
     finally:
