@@ -74,9 +74,9 @@ test: $(READY)  ## run the tests
 long: $(READY)  ## run the tests that take longest, which `test` leaves out
 	@$(RUN) -m pytest -m long -n 2 --dist loadfile --no-loadscope-reorder
 
-# The short form of this is part of `make test`.
+# The short form of this is part of `make test` and `make long`; -m "" takes the tests of both.
 faults: $(READY)  ## break every stage, disk and file in all known ways, a quarter of an hour; count what survives
-	@FAULT_ROUNDS=$(ROUNDS) FAULTS_TO=$(FAULTS_TO) $(RUN) -m pytest -q tests/test_faults.py tests/test_hostile.py
+	@FAULT_ROUNDS=$(ROUNDS) FAULTS_TO=$(FAULTS_TO) $(RUN) -m pytest -q -m "" tests/test_faults.py tests/test_hostile.py
 
 smoke: $(READY)  ## run every line of every notebook on a tiny model: minutes, no downloads, numbers without meaning
 	@$(RUN) -m beyond_dpo.notebook.run --all --profile smoke

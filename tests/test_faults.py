@@ -1,7 +1,7 @@
 """The fault suite: kill -9, full disks, damage, two at once, dying engines.
 
-Whatever happens, a rerun ends the same. `make test` runs a short form; `make faults` breaks every
-stage of every pipeline, several times (FAULT_ROUNDS).
+Whatever happens, a rerun ends the same. `make test` and `make long` run a short form; `make faults`
+breaks every stage of every pipeline, several times (FAULT_ROUNDS).
 """
 
 import dataclasses
@@ -240,6 +240,7 @@ def mode_of(stage: str, number: int) -> str:
     return mode
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("attempt", range(ROUNDS or 1))
 def test_whatever_stage_is_broken_a_rerun_ends_the_same(
     whole, store, endpoint, fault, record_property, monkeypatch, attempt

@@ -1,4 +1,4 @@
-"""Every notebook runs cold at smoke: `make long` runs this, `make test` leaves it out."""
+"""Every notebook runs cold at smoke: `make long` runs it, `make test` leaves it out."""
 
 import os
 import subprocess
