@@ -525,6 +525,7 @@ def test_make_prints_every_target():
         (["test"], "-m pytest -n 2"),
         (["long"], "-m pytest -m long"),
         (["faults"], "FAULT_ROUNDS=2 FAULTS_TO=artifacts/faults.json"),
+        (["faults"], '-m "" tests/test_faults.py'),  # those of the long tier too
         (["lab"], "notebooks/00_start_here.ipynb"),
         (["lab"], "-m jupyter trust notebooks/*.ipynb"),
         (["lab"], "trusting the notebooks"),

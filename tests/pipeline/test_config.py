@@ -674,7 +674,7 @@ def test_every_number_of_the_settings_has_a_bound_and_every_list_an_element():
 def test_a_recipe_of_the_settings_is_one_that_can_be_trained(monkeypatch):
     monkeypatch.setenv("COMPUTE", "plan")
     names = list(typing.get_args(Recipe))
-    assert list(expo.recipes(load("expo", "smoke", recipes=names))) == ["default", *names]
+    assert list(expo.recipes(load("expo", "smoke", recipes=names), 0)) == ["default", *names]
 
 
 @pytest.mark.parametrize("paper", config.SCHEMAS)

@@ -309,7 +309,7 @@ def test_lines_of_several_seeds(store):
     for name, by_seed in lines.items():
         assert list(by_seed) == [3, 5], name
         assert by_seed[3].end.key != by_seed[5].end.key
-    assert lines["default"][3].end.key == expo.recipes(cfg)["default"].end.key
+    assert lines["default"][3].end.key == expo.recipes(cfg, 3)["default"].end.key
 
 
 def test_losses_are_lines_of_their_own(store):
@@ -641,7 +641,7 @@ def test_lines_share_what_is_already_trained():
     """No model of another notebook is trained again."""
     cfg = config.load("expo", "night")
     trained = {stages.aligned(cfg, fraction, seed).key for fraction, seed in expo.runs(cfg)}
-    recipes = expo.recipes(cfg)
+    recipes = expo.recipes(cfg, 0)
     ends = {line.end.key for line in recipes.values()}
     assert len(ends) == len(recipes) == 9
     assert recipes["default"].end.key in trained
@@ -653,7 +653,7 @@ def test_lines_share_what_is_already_trained():
 
 def test_no_line_has_one_model_at_both_ends():
     cfg = config.load("expo", "cpu")
-    lines = {**expo.wrong_pairs(cfg), **expo.modules(cfg)}
+    lines = {**expo.wrong_pairs(cfg), **expo.modules(cfg, 0)}
     assert len(lines) == 4 + 5
     for name, line in lines.items():
         assert line.start.key != line.end.key, name
@@ -661,7 +661,7 @@ def test_no_line_has_one_model_at_both_ends():
 
 def test_both_halves_of_the_layers_are_all_layers():
     cfg = config.load("expo", "cpu")
-    lines = expo.modules(cfg)
+    lines = expo.modules(cfg, 0)
     first = lines["first half of the layers"].modules
     second = lines["second half of the layers"].modules
     assert len({*first, *second}) == cfg.layers == 30
@@ -670,7 +670,7 @@ def test_both_halves_of_the_layers_are_all_layers():
 def test_all_modules_together_are_the_plain_line():
     cfg = config.load("expo", "cpu")
     plain_line = expo.Line(stages.sft(cfg), stages.aligned(cfg, 1.0))
-    whole = expo.modules(cfg)["all"]
+    whole = expo.modules(cfg, 0)["all"]
     at_two = whole.at(cfg, 2.0, "dev_prompts", 1)
     assert at_two.key == plain_line.at(cfg, 2.0, "dev_prompts", 1).key
 

@@ -500,13 +500,12 @@ def with_full(cfg, lines: dict[str, dict[int, Line]]) -> dict[str, dict[int, Lin
     return {**lines, FULL: full}
 
 
-def recipes(cfg, seed: int | None = None) -> dict[str, Line]:
+def recipes(cfg, seed: int) -> dict[str, Line]:
     """Return the lines of models trained longer, faster, by other optimizers or with another β.
 
     These are the rows of ACL Table 4 that cfg.recipes names, after the default; their epochs count
-    those of the default as one. seed: None is the first.
+    those of the default as one.
     """
-    seed = cfg.seeds[0] if seed is None else seed
     lr = cfg.train.lr
     beta = cfg.train.beta
     changes = {
@@ -590,12 +589,11 @@ def published(pair: tuple[str, str], alphas: tuple) -> Line:
     return Line(stages.model(start), stages.model(end), alphas, target=end)
 
 
-def modules(cfg, seed: int | None = None) -> dict[str, Line]:
+def modules(cfg, seed: int) -> dict[str, Line]:
     """Return lines on which all tensors, or a part of them, move past the aligned model.
 
-    The parts are attention, MLP, and each half of the layers. seed: None is the first.
+    The parts are attention, MLP, and each half of the layers.
     """
-    seed = cfg.seeds[0] if seed is None else seed
     half = cfg.layers // 2
     parts = {
         "attention": ("*.self_attn.*",),
